@@ -1,0 +1,11 @@
+/* Prototypes of the AVX-512 kernels: lbq_<kernel>_avx512 for those that table_avx512.c lists. */
+#ifndef LBQ_AVX512_H
+#define LBQ_AVX512_H
+
+#include "kernels/kernels.h"
+
+#define LBQ_PROTOTYPE(name, result, parameters) result lbq_##name##_avx512 parameters;
+LBQ_KERNELS(LBQ_PROTOTYPE)
+#undef LBQ_PROTOTYPE
+
+#endif

@@ -1,0 +1,260 @@
+/* The argument tables at work; the only file that looks into Python objects. */
+#include "python/args.h"
+
+#include <string.h>
+
+#include "core/memory.h"
+#include "python/module.h"
+
+/* Sizes bound so far to the letters of shapes; -1: none. */
+typedef struct {
+    ptrdiff_t size[128];
+} letters;
+
+static const char *
+dtype_name(int type)
+{
+    switch (type) {
+    case NPY_FLOAT32:
+        return "float32";
+    case NPY_FLOAT64:
+        return "float64";
+    case NPY_UINT8:
+        return "uint8";
+    case NPY_INT8:
+        return "int8";
+    case NPY_UINT16:
+        return "uint16";
+    case NPY_INT16:
+        return "int16";
+    case NPY_FLOAT16:
+        return "float16";
+    case NPY_INT32:
+        return "int32";
+    case NPY_INT64:
+        return "int64";
+    case NPY_UINT64:
+        return "uint64";
+    default:
+        return "another dtype";
+    }
+}
+
+static int
+parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *sizes)
+{
+    lbq_array *const to = arg->to;
+    *to = (lbq_array){0};
+    if (arg->or_none && value == Py_None)
+        return 0;
+    if (!PyArray_Check(value)) {
+        PyErr_Format(PyExc_TypeError, "%s: %s is not an ndarray", function, arg->name);
+        return -1;
+    }
+    PyArrayObject *const array = (PyArrayObject *)value;
+    if (PyArray_TYPE(array) != arg->dtype || !PyArray_ISNOTSWAPPED(array)) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: %s has dtype %s, expected %s",
+                     function,
+                     arg->name,
+                     dtype_name(PyArray_TYPE(array)),
+                     dtype_name(arg->dtype));
+        return -1;
+    }
+    const int rank = (int)strlen(arg->text);
+    if (PyArray_NDIM(array) != rank) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: %s has %d axes, expected %d (%s)",
+                     function,
+                     arg->name,
+                     PyArray_NDIM(array),
+                     rank,
+                     arg->text);
+        return -1;
+    }
+    if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISALIGNED(array)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s is not C-contiguous", function, arg->name);
+        return -1;
+    }
+    if (arg->kind == LBQ_ARG_OUT && !PyArray_ISWRITEABLE(array)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s is read-only", function, arg->name);
+        return -1;
+    }
+    for (int axis = 0; axis < rank; axis++) {
+        const unsigned char letter = (unsigned char)arg->text[axis];
+        const ptrdiff_t size = PyArray_DIM(array, axis);
+        const int fixed = letter >= '0' && letter <= '9';
+        ptrdiff_t *const bound = &sizes->size[letter];
+        const ptrdiff_t expected = fixed ? letter - '0' : *bound < 0 ? size : *bound;
+        if (size != expected) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s: axis %d (%c) of %s has size %zd, expected %zd",
+                         function,
+                         axis,
+                         letter,
+                         arg->name,
+                         (Py_ssize_t)size,
+                         (Py_ssize_t)expected);
+            return -1;
+        }
+        *bound = size;
+        to->dims[axis] = size;
+    }
+    to->data = PyArray_DATA(array);
+    return 0;
+}
+
+static int
+out_of_range(const char *function, const lbq_arg *arg, PyObject *value)
+{
+    PyObject *const low = PyFloat_FromDouble(arg->low), *const high = PyFloat_FromDouble(arg->high);
+    PyErr_Format(PyExc_ValueError,
+                 "%s: %s is %S, expected %S to %S",
+                 function,
+                 arg->name,
+                 value,
+                 low,
+                 high);
+    Py_XDECREF(low);
+    Py_XDECREF(high);
+    return -1;
+}
+
+static int
+parse_value(const char *function, const lbq_arg *arg, PyObject *value, letters *sizes)
+{
+    switch (arg->kind) {
+    case LBQ_ARG_IN:
+    case LBQ_ARG_OUT:
+        return parse_array(function, arg, value, sizes);
+    case LBQ_ARG_HANDLE: {
+        void *pointer = NULL;
+        if (!(arg->or_none && value == Py_None)) {
+            if (!PyCapsule_IsValid(value, arg->text)) {
+                PyErr_Format(
+                    PyExc_TypeError, "%s: %s is not a %s", function, arg->name, arg->text);
+                return -1;
+            }
+            pointer = PyCapsule_GetPointer(value, arg->text);
+        }
+        memcpy(arg->to, &pointer, sizeof pointer);
+        return 0;
+    }
+    case LBQ_ARG_INT: {
+        if (PyFloat_Check(value) || PyBool_Check(value)) {
+            PyErr_Format(PyExc_TypeError, "%s: %s is not an integer", function, arg->name);
+            return -1;
+        }
+        const Py_ssize_t number = PyNumber_AsSsize_t(value, PyExc_ValueError);
+        if (number == -1 && PyErr_Occurred())
+            return -1;
+        if ((double)number < arg->low || (double)number > arg->high)
+            return out_of_range(function, arg, value);
+        *(Py_ssize_t *)arg->to = number;
+        return 0;
+    }
+    case LBQ_ARG_FLOAT: {
+        const double number = PyFloat_AsDouble(value);
+        if (number == -1.0 && PyErr_Occurred())
+            return -1;
+        if (!(number >= arg->low && number <= arg->high))
+            return out_of_range(function, arg, value);
+        *(double *)arg->to = number;
+        return 0;
+    }
+    case LBQ_ARG_BOOL: {
+        if (!PyBool_Check(value)) {
+            PyErr_Format(PyExc_TypeError, "%s: %s is not a bool", function, arg->name);
+            return -1;
+        }
+        *(int *)arg->to = value == Py_True;
+        return 0;
+    }
+    case LBQ_ARG_TEXT: {
+        if (!PyUnicode_Check(value)) {
+            PyErr_Format(PyExc_TypeError, "%s: %s is not a str", function, arg->name);
+            return -1;
+        }
+        *(const char **)arg->to = PyUnicode_AsUTF8AndSize(value, NULL);
+        return *(const char **)arg->to ? 0 : -1;
+    }
+    }
+    return -1;
+}
+
+int
+lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject *args, PyObject *kwargs)
+{
+    letters sizes;
+    memset(&sizes, 0xff, sizeof sizes);
+    const Py_ssize_t given = PyTuple_Size(args);
+    Py_ssize_t positional = 0, keywords = 0;
+    for (size_t i = 0; i < count; i++) {
+        const lbq_arg *const arg = &spec[i];
+        PyObject *value;
+        if (arg->kind <= LBQ_ARG_HANDLE) {
+            value = positional < given ? PyTuple_GetItem(args, positional) : NULL;
+            positional++;
+        } else {
+            value = kwargs ? PyDict_GetItemString(kwargs, arg->name) : NULL;
+            keywords += value != NULL;
+        }
+        if (!value) {
+            PyErr_Format(PyExc_TypeError, "%s: %s is missing", function, arg->name);
+            return -1;
+        }
+        if (parse_value(function, arg, value, &sizes) < 0)
+            return -1;
+    }
+    if (given > positional || (kwargs && PyDict_Size(kwargs) > keywords)) {
+        PyErr_Format(PyExc_TypeError, "%s: takes no further arguments", function);
+        return -1;
+    }
+    return 0;
+}
+
+PyObject *
+lbq_result(PyObject *module, lbq_status status)
+{
+    const lbq_module_state *const state = PyModule_GetState(module);
+    switch (status) {
+    case LBQ_OK:
+        Py_RETURN_NONE;
+    case LBQ_BAD_VALUE:
+    case LBQ_BAD_SHAPE:
+        PyErr_SetString(PyExc_ValueError, lbq_message());
+        return NULL;
+    case LBQ_NO_MEMORY:
+        PyErr_SetString(PyExc_MemoryError, lbq_message());
+        return NULL;
+    case LBQ_NOT_POSITIVE_DEFINITE:
+        PyErr_SetString(state->numerical_error, lbq_message());
+        return NULL;
+    case LBQ_BAD_FORMAT:
+        PyErr_SetString(state->format_error, lbq_message());
+        return NULL;
+    }
+    PyErr_SetString(PyExc_SystemError, "unknown status");
+    return NULL;
+}
+
+static void
+handle_free(PyObject *capsule)
+{
+    PyObject *const owned = PyCapsule_GetContext(capsule);
+    lbq_free(PyCapsule_GetPointer(capsule, PyCapsule_GetName(capsule)));
+    Py_XDECREF(owned);
+}
+
+PyObject *
+lbq_handle_new(const char *type, void *block, PyObject *args)
+{
+    PyObject *const capsule = PyCapsule_New(block, type, handle_free);
+    if (!capsule) {
+        lbq_free(block);
+        return NULL;
+    }
+    Py_INCREF(args);
+    PyCapsule_SetContext(capsule, args);
+    return capsule;
+}

@@ -1,0 +1,20 @@
+/* State of the module, and the list of bound functions. */
+#ifndef LBQ_MODULE_H
+#define LBQ_MODULE_H
+
+#include "python/args.h"
+
+typedef struct {
+    PyObject *numerical_error;
+    PyObject *format_error;
+} lbq_module_state;
+
+/* Per binding file a list X(name, docstring); the docstring's first line is its signature. */
+#define LBQ_METHOD(name, doc)                                                                      \
+    {#name, (PyCFunction)(void (*)(void))lbq_bind_##name, METH_VARARGS | METH_KEYWORDS, doc},
+#define LBQ_METHODS_END {NULL, NULL, 0, NULL}
+
+/* The methods of each binding file, ended by LBQ_METHODS_END. */
+extern PyMethodDef lbq_methods_core[];
+
+#endif

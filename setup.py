@@ -1,0 +1,109 @@
+"""Build lowbitq._core: one extension, and one set of objects per instruction set."""
+
+import os
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = Path("csrc")
+
+# Each folder of csrc/kernels is compiled with these flags and nothing else gets any. The
+# portable folder gets none: it must run on every x86-64 and every other machine.
+ISA_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
+    + ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+}
+X86_ONLY = {"avx2", "avx512"}
+
+# -ffp-contract=off: products and sums round where the source says so, hence alike on every ISA.
+FLAGS = [
+    "-std=gnu11",
+    "-D_GNU_SOURCE",
+    "-O3",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-fvisibility=hidden",
+]
+FLAGS += ["-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Wmissing-prototypes", "-Wvla"]
+DEFINES = [
+    ("Py_LIMITED_API", "0x030A0000"),
+    ("NPY_NO_DEPRECATED_API", "NPY_2_0_API_VERSION"),
+    ("NPY_TARGET_VERSION", "NPY_2_0_API_VERSION"),
+]
+
+
+def blas():
+    """Include folders, library folders, libraries, defines of OpenBLAS: PyPI's, or the system's."""
+    if os.environ.get("LOWBITQ_BLAS") == "system":
+        words = subprocess.check_output(["pkg-config", "--cflags", "--libs", "openblas"], text=True)
+        flags = {p: [w[2:] for w in words.split() if w[:2] == p] for p in ("-I", "-L", "-l")}
+        return flags["-I"], flags["-L"], flags["-l"], [("LBQ_BLAS_PREFIX", "")]
+    import scipy_openblas32 as openblas
+
+    prefix = [("LBQ_BLAS_PREFIX", "scipy_")]
+    return [openblas.get_include_dir()], [openblas.get_lib_dir()], [openblas.get_library()], prefix
+
+
+class BuildExt(build_ext):
+    """Compiles every C file once, in parallel, skipping what is newer than all it could include."""
+
+    def build_extension(self, ext):
+        sanitize = os.environ.get("LOWBITQ_SANITIZE")
+        extra = [f"-fsanitize={sanitize}", "-g", "-fno-omit-frame-pointer"] if sanitize else []
+        headers = max(p.stat().st_mtime for p in [*CSRC.rglob("*.h"), Path(__file__)])
+        x86 = os.uname().machine in ("x86_64", "AMD64")
+        macros = DEFINES + ext.define_macros + [("LBQ_X86", "1")] * x86
+        macros += [] if sanitize else [("NDEBUG", "1")]
+        temp = Path(self.build_temp) / (sanitize or "plain").replace(",", "-")
+
+        def compile_one(source):
+            isa = source.parts[2] if source.parts[1] == "kernels" and len(source.parts) > 3 else ""
+            if isa in X86_ONLY and not x86:
+                return None
+            target = temp / source.with_suffix(".o")
+            newest = max(source.stat().st_mtime, headers)
+            if self.force or not target.exists() or target.stat().st_mtime < newest:
+                flags = FLAGS + ISA_FLAGS.get(isa, []) + extra
+                includes = [str(CSRC), numpy.get_include(), *ext.include_dirs]
+                self.compiler.compile(
+                    [str(source)],
+                    output_dir=str(temp),
+                    macros=macros,
+                    include_dirs=includes,
+                    extra_postargs=flags,
+                )
+            return str(target)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [o for o in pool.map(compile_one, map(Path, ext.sources)) if o]
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=[*ext.libraries, "m", "pthread"],
+            library_dirs=ext.library_dirs,
+            extra_postargs=extra,
+            build_temp=str(temp),
+            target_lang="c",
+        )
+
+
+os.chdir(ROOT)
+include_dirs, library_dirs, libraries, blas_defines = blas()
+core = Extension(
+    "lowbitq._core",
+    sorted(str(p) for p in CSRC.rglob("*.c")),
+    depends=sorted(str(p) for p in CSRC.rglob("*.h")),
+    include_dirs=include_dirs,
+    library_dirs=library_dirs,
+    libraries=libraries,
+    define_macros=blas_defines,
+    py_limited_api=True,
+)
+setup(ext_modules=[core], cmdclass={"build_ext": BuildExt})

@@ -107,7 +107,9 @@ parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *
 static int
 out_of_range(const char *function, const lbq_arg *arg, PyObject *value)
 {
-    PyObject *const low = PyFloat_FromDouble(arg->low), *const high = PyFloat_FromDouble(arg->high);
+    const int whole = arg->kind == LBQ_ARG_INT;
+    PyObject *const low = whole ? PyLong_FromDouble(arg->low) : PyFloat_FromDouble(arg->low);
+    PyObject *const high = whole ? PyLong_FromDouble(arg->high) : PyFloat_FromDouble(arg->high);
     PyErr_Format(PyExc_ValueError,
                  "%s: %s is %S, expected %S to %S",
                  function,

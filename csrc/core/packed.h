@@ -1,0 +1,76 @@
+/* The packed layout of a quantized matrix: one for every instruction set, on disk as in memory.
+ *
+ *     W[r,k] ~ scale[r,g] * level[code[r,k]] + offset[r,g],    g = k / group
+ *
+ * Rows come in panels of 16, the last one padded. A panel is cut along k into steps of `step`
+ * columns, the last one padded with zero codes. A step holds its codes in 64-byte blocks in which
+ * every 32-bit lane r holds four k-bytes of row r, so that a kernel broadcasts four activations
+ * and multiplies:
+ *
+ *     bits   columns per block   column of byte 4 r + i, plane p (bits p * bits and up)
+ *     1      32                  i + 4 p,  p = 0..7
+ *     2      16                  i + 4 p,  p = 0..3
+ *     4       8                  i + 4 p,  p = 0..1
+ *     8       4                  i
+ *     3      32                  two 2-bit blocks (low bits of columns 0-15, 16-31), then one 1-bit
+ *                                block with the high bits
+ *
+ * Scales follow, 16 of them, then 16 float16 offsets if there are any: after each step where
+ * every `group` columns have their own (group = step), once at the panel's end where a row has
+ * one (group >= cols), nowhere where the whole matrix has one (scale_bits = 0). scale_bits = 16:
+ * float16. 8 and 4: unsigned integers times `gamma`; 4-bit scales of rows 2i and 2i+1 share byte i, the
+ * even row in the low half. 0: the scale is `gamma`. Without offsets, offset[r,g] is
+ * -zero * scale[r,g], computed in float32. */
+#ifndef LBQ_PACKED_H
+#define LBQ_PACKED_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/status.h"
+
+enum { LBQ_PANEL = 16, LBQ_ROW_STEP = 64 };
+
+typedef struct {
+    const uint8_t *panels; /* lbq_packed_bytes() bytes, 64-byte aligned */
+    ptrdiff_t rows, cols;
+    ptrdiff_t group;     /* 16, 32, 64, 128; or >= cols: one group per row */
+    int bits;            /* 1, 2, 3, 4, 8 */
+    int scale_bits;      /* 16, 8, 4, 0 */
+    bool has_offset;     /* only with scale_bits = 16 */
+    float gamma, zero;   /* see above */
+    const float *levels; /* 2^bits values, bits <= 4; NULL: the level is the code */
+} lbq_packed;
+
+/* Where things lie; all sizes in bytes but step and steps. */
+typedef struct {
+    ptrdiff_t step;         /* columns per step: group, or LBQ_ROW_STEP if group >= cols */
+    ptrdiff_t steps;        /* per panel */
+    ptrdiff_t panels;       /* rows / 16, rounded up */
+    ptrdiff_t code_bytes;   /* of one step */
+    ptrdiff_t step_bytes;   /* from one step to the next */
+    ptrdiff_t scale_at;     /* scales of step 0, from the start of the panel */
+    ptrdiff_t scale_stride; /* from one step's scales to the next: step_bytes or 0 */
+    ptrdiff_t offset_at;    /* the offsets of step 0; same stride */
+    ptrdiff_t panel_bytes;
+} lbq_packed_geometry;
+
+/* LBQ_BAD_VALUE unless bits, group, scale_bits fit together as above (1 and 3 bits need steps of
+ * whole 32 columns); LBQ_BAD_SHAPE for sizes below 1 or too large to address. */
+lbq_status lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry);
+
+/* Codes (rows, cols), scale and offset (rows, groups), float32, into the panels. A scale or offset
+ * that its stored form cannot hold exactly is refused (LBQ_BAD_VALUE), as is a code over 2^bits - 1:
+ * rounding is the quantizer's business. scale is not read where scale_bits = 0, offset where
+ * has_offset is false. `panels` is written, packed->panels ignored. */
+lbq_status lbq_pack(const lbq_packed *packed, const uint8_t *codes, const float *scale,
+                    const float *offset, uint8_t *panels);
+
+/* The inverse; each output may be NULL. `offset` gets -zero * scale where none is stored. */
+lbq_status lbq_unpack(const lbq_packed *packed, uint8_t *codes, float *scale, float *offset);
+
+/* W (rows, cols) by the formula, each weight fma(scale, level, offset) rounded once. */
+lbq_status lbq_packed_dequantize(const lbq_packed *packed, float *weight);
+
+#endif

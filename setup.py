@@ -15,10 +15,9 @@ CSRC = Path("csrc")
 # Each folder of csrc/kernels is compiled with these flags and nothing else gets any. The
 # portable folder gets none: it must run on every x86-64 and every other machine.
 ISA_FLAGS = {
-    "portable": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"]
-    + ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
+    "portable": "",
+    "avx2": "-mavx2 -mfma -mf16c -mbmi2",
+    "avx512": "-mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni",
 }
 X86_ONLY = {"avx2", "avx512"}
 
@@ -70,7 +69,7 @@ class BuildExt(build_ext):
             target = temp / source.with_suffix(".o")
             newest = max(source.stat().st_mtime, headers)
             if self.force or not target.exists() or target.stat().st_mtime < newest:
-                flags = FLAGS + ISA_FLAGS.get(isa, []) + extra
+                flags = FLAGS + ISA_FLAGS.get(isa, "").split() + extra
                 includes = [str(CSRC), numpy.get_include(), *ext.include_dirs]
                 self.compiler.compile(
                     [str(source)],

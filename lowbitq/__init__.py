@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _core links to)
 
-from lowbitq import _core
 from lowbitq._core import FormatError, NumericalError
 
 __all__ = ["FormatError", "NumericalError"]

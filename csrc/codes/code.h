@@ -15,8 +15,8 @@
 #include "core/status.h"
 
 typedef struct {
-    int count;           /* number of levels, 2 to 256 */
-    bool symmetric;      /* offset = -zero * scale, not fitted */
+    int count;      /* number of levels, 2 to 256 */
+    bool symmetric; /* offset = -zero * scale, not fitted */
     float zero;
     const float *levels; /* count ascending values; NULL: uniform */
 } lbq_code;

@@ -34,8 +34,8 @@ void BLAS(cblas_dtrsm)(int order, int side, int uplo, int trans, int diag, int m
                        double alpha, const double *a, int lda, double *b, int ldb);
 void BLAS(spotrf_)(const char *uplo, const int *n, float *a, const int *lda, int *info, size_t);
 void BLAS(dpotrf_)(const char *uplo, const int *n, double *a, const int *lda, int *info, size_t);
-void BLAS(dgeqrf_)(const int *m, const int *n, double *a, const int *lda, double *tau,
-                   double *work, const int *lwork, int *info);
+void BLAS(dgeqrf_)(const int *m, const int *n, double *a, const int *lda, double *tau, double *work,
+                   const int *lwork, int *info);
 void BLAS(dorgqr_)(const int *m, const int *n, const int *k, double *a, const int *lda,
                    const double *tau, double *work, const int *lwork, int *info);
 void BLAS(dgesdd_)(const char *jobz, const int *m, const int *n, double *a, const int *lda,

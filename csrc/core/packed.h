@@ -18,9 +18,9 @@
  * Scales follow, 16 of them, then 16 float16 offsets if there are any: after each step where
  * every `group` columns have their own (group = step), once at the panel's end where a row has
  * one (group >= cols), nowhere where the whole matrix has one (scale_bits = 0). scale_bits = 16:
- * float16. 8 and 4: unsigned integers times `gamma`; 4-bit scales of rows 2i and 2i+1 share byte i, the
- * even row in the low half. 0: the scale is `gamma`. Without offsets, offset[r,g] is
- * -zero * scale[r,g], computed in float32. */
+ * float16. 8 and 4: unsigned integers times `gamma`; 4-bit scales of rows 2i and 2i+1 share byte i,
+ * the even row in the low half. 0: the scale is `gamma`. Without offsets, offset[r,g] is -zero *
+ * scale[r,g], computed in float32. */
 #ifndef LBQ_PACKED_H
 #define LBQ_PACKED_H
 
@@ -61,8 +61,8 @@ typedef struct {
 lbq_status lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry);
 
 /* Codes (rows, cols), scale and offset (rows, groups), float32, into the panels. A scale or offset
- * that its stored form cannot hold exactly is refused (LBQ_BAD_VALUE), as is a code over 2^bits - 1:
- * rounding is the quantizer's business. scale is not read where scale_bits = 0, offset where
+ * that its stored form cannot hold exactly is refused (LBQ_BAD_VALUE), as is a code over 2^bits -
+ * 1: rounding is the quantizer's business. scale is not read where scale_bits = 0, offset where
  * has_offset is false. `panels` is written, packed->panels ignored. */
 lbq_status lbq_pack(const lbq_packed *packed, const uint8_t *codes, const float *scale,
                     const float *offset, uint8_t *panels);

@@ -273,10 +273,7 @@ lbq_set_threads(int threads)
         BLAS(openblas_set_threads_callback_function)(blas_callback);
     BLAS(openblas_set_num_threads)(got);
     pthread_mutex_unlock(&callers);
-    LBQ_REQUIRE(got == threads,
-                LBQ_NO_MEMORY,
-                "the system let %d of %d threads start",
-                got,
-                threads);
+    LBQ_REQUIRE(
+        got == threads, LBQ_NO_MEMORY, "the system let %d of %d threads start", got, threads);
     return LBQ_OK;
 }

@@ -110,13 +110,8 @@ out_of_range(const char *function, const lbq_arg *arg, PyObject *value)
     const int whole = arg->kind == LBQ_ARG_INT;
     PyObject *const low = whole ? PyLong_FromDouble(arg->low) : PyFloat_FromDouble(arg->low);
     PyObject *const high = whole ? PyLong_FromDouble(arg->high) : PyFloat_FromDouble(arg->high);
-    PyErr_Format(PyExc_ValueError,
-                 "%s: %s is %S, expected %S to %S",
-                 function,
-                 arg->name,
-                 value,
-                 low,
-                 high);
+    PyErr_Format(
+        PyExc_ValueError, "%s: %s is %S, expected %S to %S", function, arg->name, value, low, high);
     Py_XDECREF(low);
     Py_XDECREF(high);
     return -1;
@@ -133,8 +128,7 @@ parse_value(const char *function, const lbq_arg *arg, PyObject *value, letters *
         void *pointer = NULL;
         if (!(arg->or_none && value == Py_None)) {
             if (!PyCapsule_IsValid(value, arg->text)) {
-                PyErr_Format(
-                    PyExc_TypeError, "%s: %s is not a %s", function, arg->name, arg->text);
+                PyErr_Format(PyExc_TypeError, "%s: %s is not a %s", function, arg->name, arg->text);
                 return -1;
             }
             pointer = PyCapsule_GetPointer(value, arg->text);

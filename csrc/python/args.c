@@ -142,8 +142,12 @@ parse_value(const char *function, const lbq_arg *arg, PyObject *value, letters *
             return -1;
         }
         const Py_ssize_t number = PyNumber_AsSsize_t(value, PyExc_ValueError);
-        if (number == -1 && PyErr_Occurred())
-            return -1;
+        if (number == -1 && PyErr_Occurred()) {
+            if (!PyErr_ExceptionMatches(PyExc_ValueError)) /* not an integer at all */
+                return -1;
+            PyErr_Clear();
+            return out_of_range(function, arg, value);
+        }
         if ((double)number < arg->low || (double)number > arg->high)
             return out_of_range(function, arg, value);
         *(Py_ssize_t *)arg->to = number;

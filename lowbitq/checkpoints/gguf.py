@@ -1,0 +1,323 @@
+"""GGUF files, versions 2 and 3: metadata, and every tensor as float32.
+
+The header is parsed here because `gguf.GGUFReader` makes one array per string: 4 to 6 s on a
+vocabulary of 49,152 tokens against 0.1 s. Blocks of quantized weights are decoded by `gguf.quants`.
+
+Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq import _core
+from lowbitq._core import FormatError
+from lowbitq.checkpoints.mapping import MappedFile, TensorInfo, elements, little_endian
+
+# A header larger than this is refused, which bounds what a hostile file of any size can cost.
+# The largest vocabularies in use (256k tokens with merges) make headers of about 20 MB.
+_HEADER_LIMIT = 1 << 28
+
+# Weights decoded at a time: a tensor of any size needs little more memory than its result.
+# Decoding SmolLM2 took longest at both ends of 2^14 .. 2^22 and equally long between 2^16 and 2^19.
+_CHUNK = 1 << 17
+
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "<u1",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """An open GGUF file.
+
+    Attributes
+    ----------
+    path : Path
+    metadata : dict
+        Key to bool, int, float, str, list of str, or ndarray (an array of numbers).
+    tensors : dict of str to TensorInfo
+        In the order of the file. Shapes are in NumPy's order, ``(rows, cols)`` for a matrix.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    _file: MappedFile = field(repr=False)
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        """Decode one tensor.
+
+        Parameters
+        ----------
+        name : str
+            A key of `tensors`, such as ``"blk.0.attn_q.weight"``.
+
+        Returns
+        -------
+        ndarray of the tensor's shape, float32
+            A new array.
+
+        Raises
+        ------
+        KeyError
+            If the file has no such tensor.
+        FormatError
+            If `gguf` cannot decode the tensor's type.
+        """
+        if name not in self.tensors:
+            raise KeyError(f"{self.path} has no tensor {name!r}")
+        tensor = self.tensors[name]
+        kind = gguf.GGMLQuantizationType[tensor.dtype]
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        raw = self._file.bytes_of(tensor).reshape(-1, block_bytes)
+        out = np.empty(elements(tensor.shape), np.float32)
+        blocks = max(1, _CHUNK // block)
+        for start in range(0, len(raw), blocks):
+            chunk = out[start * block : (start + blocks) * block]
+            try:
+                _decode(raw[start : start + blocks].reshape(-1), kind, chunk)
+            except NotImplementedError as error:
+                found = f"tensor {name!r} is {tensor.dtype}, which gguf cannot turn into numbers"
+                raise self._file.damaged(tensor.offset, found) from error
+        return out.reshape(tensor.shape)
+
+    def sha256(self) -> str:
+        """Return the digest of the whole file in hexadecimal."""
+        return self._file.sha256()
+
+
+def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
+    """Open a GGUF file and read its header.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A little-endian file of version 2 or 3.
+
+    Returns
+    -------
+    GGUFFile
+        The data stays on disk until `GGUFFile.load` asks for it.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be opened.
+    FormatError
+        If it is damaged, or no GGUF file at all; names the byte where it stops making sense.
+
+    References
+    ----------
+    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+    Examples
+    --------
+    >>> import gguf, os, tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "small.gguf")
+    >>> writer = gguf.GGUFWriter(path, "llama")
+    >>> writer.add_tensor("output.weight", np.eye(2, 3, dtype=np.float32))
+    >>> writer.write_header_to_file()
+    >>> writer.write_kv_data_to_file()
+    >>> writer.write_tensors_to_file()
+    >>> writer.close()
+    >>> file = read_gguf(path)
+    >>> file.metadata["general.architecture"], file.tensors["output.weight"].shape
+    ('llama', (2, 3))
+    >>> file.load("output.weight")
+    array([[1., 0., 0.],
+           [0., 1., 0.]], dtype=float32)
+    """
+    file = MappedFile(path)
+    header = _Header(file)
+    tensor_count, key_count = header.preamble()
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        at = header.at
+        key = header.string()
+        if key in metadata:
+            raise header.damaged(at, f"key {key!r} appears twice")
+        metadata[key] = header.value(key)
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise header.damaged(header.at, f"alignment is {alignment!r}, not a power of two")
+    tensors: dict[str, TensorInfo] = {}
+    for _ in range(tensor_count):
+        at = header.at
+        tensor = header.tensor(alignment)
+        if tensor.name in tensors:
+            raise header.damaged(at, f"tensor {tensor.name!r} appears twice")
+        tensors[tensor.name] = tensor
+    start = -(-header.at // alignment) * alignment
+    tensors = {
+        t.name: TensorInfo(t.name, t.shape, t.dtype, start + t.offset, t.nbytes)
+        for t in tensors.values()
+    }
+    file.check_tensors(tensors, start)
+    return GGUFFile(file.path, metadata, tensors, file)
+
+
+class _Header:
+    """A cursor over the header that refuses to leave it."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self.buffer = file.buffer
+        self.damaged = file.damaged
+        self.at = 0
+        self.end = min(file.data.size, _HEADER_LIMIT)
+
+    def take(self, size: int, what: str) -> int:
+        """Return where the next `size` bytes start, and step over them."""
+        start = self.at
+        if size > self.end - start:
+            raise self.damaged(
+                start, f"{what} takes {size} bytes, but {self.end - start} are left for the header"
+            )
+        self.at = start + size
+        return start
+
+    def u32(self, what: str) -> int:
+        return int(_U32.unpack_from(self.buffer, self.take(4, what))[0])
+
+    def u64(self, what: str) -> int:
+        return int(_U64.unpack_from(self.buffer, self.take(8, what))[0])
+
+    def preamble(self) -> tuple[int, int]:
+        """Check magic and version; return how many tensors and keys follow."""
+        magic = self.buffer[self.take(4, "the magic") : self.at]
+        if magic != b"GGUF":
+            raise self.damaged(0, f"magic is {magic!r}, expected b'GGUF': not a GGUF file")
+        version = self.u32("the version")
+        if version not in (2, 3):
+            swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in (2, 3)
+            why = "a big-endian file" if swapped else f"version {version}"
+            raise self.damaged(4, f"{why}; little-endian versions 2 and 3 can be read")
+        return self.count(24, "tensors"), self.count(13, "keys")
+
+    def count(self, least_bytes: int, what: str) -> int:
+        """Return how many things of at least `least_bytes` follow; what is left must hold them."""
+        at = self.at
+        count = self.u64(f"the number of {what}")
+        if count * least_bytes > self.end - self.at:
+            raise self.damaged(at, f"{count} {what} do not fit in {self.end - self.at} bytes")
+        return count
+
+    def string(self) -> str:
+        return self.strings(1)[0]
+
+    def strings(self, count: int) -> list[str]:
+        """Return the next strings. The loop is flat because vocabularies have 10^5 of them."""
+        buffer, length_at, at, end = self.buffer, _U64.unpack_from, self.at, self.end
+        result = []
+        try:
+            for _ in range(count):
+                start = at + 8
+                stop = start + length_at(buffer, at)[0]
+                if stop > end:
+                    raise self.damaged(
+                        at, f"a string of {stop - start} bytes, but {end - start} are left"
+                    )
+                result.append(buffer[start:stop].decode())
+                at = stop
+        except struct.error:
+            raise self.damaged(at, "the file ends inside a string") from None
+        except UnicodeDecodeError as error:
+            raise self.damaged(
+                start + error.start, f"a string that is not UTF-8: {error.reason}"
+            ) from None
+        self.at = at
+        return result
+
+    def value(self, key: str) -> Any:
+        kind = self.u32("a value's type")
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array(key)
+        return self.numbers(key, kind, 1)[0].item()
+
+    def array(self, key: str) -> list[str] | NDArray[Any]:
+        kind = self.u32("an array's type")
+        if kind == _STRING:
+            return self.strings(self.count(8, f"strings of {key!r}"))
+        return self.numbers(key, kind, self.u64("an array's length"))
+
+    def numbers(self, key: str, kind: int, count: int) -> NDArray[Any]:
+        # An array of arrays ends here too: the format allows it, no model has one and
+        # llama.cpp refuses it as well.
+        if kind not in _SCALARS:
+            raise self.damaged(self.at, f"{key!r} has a value of unknown type {kind}")
+        dtype = np.dtype(_SCALARS[kind])
+        start = self.take(count * dtype.itemsize, f"{key!r}")
+        values = np.frombuffer(self.buffer, dtype, count, start)
+        return values != 0 if kind == _BOOL else values.copy()
+
+    def tensor(self, alignment: int) -> TensorInfo:
+        """Return one tensor's entry, its offset counted from the start of the data."""
+        name = self.string()
+        at = self.at
+        axes = self.u32("the number of axes")
+        if not 1 <= axes <= 4:
+            raise self.damaged(at, f"tensor {name!r} has {axes} axes, expected 1 to 4")
+        shape = tuple(self.u64(f"an axis of {name!r}") for _ in range(axes))[::-1]
+        if min(shape) < 1:
+            raise self.damaged(at + 4, f"tensor {name!r} has shape {shape}")
+        at = self.at
+        number = self.u32(f"the type of {name!r}")
+        try:
+            kind = gguf.GGMLQuantizationType(number)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError):
+            found = f"tensor {name!r} has type {number}, which the installed gguf does not know"
+            raise self.damaged(at, found) from None
+        if shape[-1] % block:
+            raise self.damaged(
+                at,
+                f"tensor {name!r} has rows of {shape[-1]}, not whole {kind.name} blocks of {block}",
+            )
+        at = self.at
+        offset = self.u64(f"the offset of {name!r}")
+        if offset % alignment:
+            raise self.damaged(
+                at, f"tensor {name!r} starts at {offset}, no multiple of {alignment}"
+            )
+        return TensorInfo(name, shape, kind.name, offset, elements(shape) // block * block_bytes)
+
+
+def _decode(
+    raw: NDArray[np.uint8], kind: gguf.GGMLQuantizationType, out: NDArray[np.float32]
+) -> None:
+    """Write the weights of whole blocks to `out`."""
+    if kind == gguf.GGMLQuantizationType.F32:
+        out[:] = raw.view("<f4")
+    elif kind == gguf.GGMLQuantizationType.F16:
+        _core.half_to_float(little_endian(raw, "<u2"), out)
+    elif kind == gguf.GGMLQuantizationType.BF16:
+        _core.bfloat_to_float(little_endian(raw, "<u2"), out)
+    else:
+        # Damaged scales may be infinite; what they make of the weights is for the caller to see.
+        with np.errstate(all="ignore"):
+            out[:] = gguf.quants.dequantize(raw.reshape(1, -1), kind)[0]
+
+
+__all__ = ["FormatError", "GGUFFile", "read_gguf"]

@@ -1,0 +1,113 @@
+"""Files mapped to memory, and where tensors lie in them."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq._core import FormatError
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies in a file.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+        In NumPy's order: the last axis is contiguous.
+    dtype : str
+        As the file format calls it: ``"F32"``, ``"BF16"``, ``"Q4_1"``.
+    offset : int
+        Of the first byte, from the start of the file.
+    nbytes : int
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+    nbytes: int
+
+
+class MappedFile:
+    """A whole file as a read-only array of bytes that the system pages in when they are read.
+
+    Views of `data` keep the mapping alive. The file must not be cut short while it is mapped.
+
+    Parameters
+    ----------
+    path : str or path-like
+        A regular file.
+
+    Attributes
+    ----------
+    path : Path
+    buffer : mmap or bytes
+        For `struct`; slices are copies.
+    data : ndarray of shape (size,), uint8
+        The same bytes as an array; starts at a page boundary.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be opened.
+    FormatError
+        If it has no bytes.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise self.damaged(0, "the file is empty")
+            self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.data: NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)
+
+    def damaged(self, offset: int, found: str) -> FormatError:
+        """Return the error that says what is wrong at which byte of this file."""
+        return FormatError(f"{self.path}, byte {offset}: {found}")
+
+    def bytes_of(self, tensor: TensorInfo) -> NDArray[np.uint8]:
+        """Return a view of the tensor's bytes."""
+        return self.data[tensor.offset : tensor.offset + tensor.nbytes]
+
+    def check_tensors(self, tensors: dict[str, TensorInfo], start: int) -> None:
+        """Raise FormatError unless the tensors lie apart, between `start` and the end of file."""
+        end, before = start, "the header"
+        for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+            what = (
+                f"tensor {tensor.name!r} at bytes {tensor.offset}:{tensor.offset + tensor.nbytes}"
+            )
+            if tensor.offset < end:
+                raise self.damaged(tensor.offset, f"{what} overlaps {before}, which ends at {end}")
+            end, before = tensor.offset + tensor.nbytes, f"tensor {tensor.name!r}"
+            if end > self.data.size:
+                raise self.damaged(
+                    tensor.offset, f"{what} leaves the file of {self.data.size} bytes"
+                )
+
+    def sha256(self) -> str:
+        """Return the digest of the whole file in hexadecimal."""
+        return hashlib.sha256(self.buffer).hexdigest()
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """Return the number of elements, exact where NumPy's product would overflow."""
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def little_endian(raw: NDArray[np.uint8], dtype: Any) -> NDArray[Any]:
+    """Return the bytes as an aligned array of `dtype`; copies only what is not aligned."""
+    return np.require(raw.view(dtype), requirements="A")

@@ -31,7 +31,8 @@ C_BELOW = {
 PYTHON_ORDER = [
     "_core", "formats", "tensors", "quantizers", "rotations", "linears",
     "checkpoints.gguf", "checkpoints.safetensors", "checkpoints.packed", "checkpoints",
-    "generation", "models.config", "models.tokenizer", "models.decoder",
+    "generation", "models.config", "models.chat", "models.vocabulary", "models.tokenizer",
+    "models.decoder",
     "models.llama", "models.qwen", "models",
     "calibration", "sensitivity", "plans", "budgets", "duplication", "compression", "evaluation",
     "search.strategy", "search.grid", "search.bayesian", "search.evolution", "search",

@@ -1,0 +1,557 @@
+"""Text to tokens and back, as the model's publishers do it.
+
+The work is done by the `tokenizers` package. This module decides what it is built from (a Hugging
+Face folder or GGUF metadata), what begins and ends a text, and what a damaged file becomes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import ArrayLike, NDArray
+from tokenizers import AddedToken
+
+from lowbitq._core import FormatError
+from lowbitq.models.chat import render_chat
+from lowbitq.models.vocabulary import refusing, vocabulary_from_gguf
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+# What decoding writes where bytes are not, or not yet, a character.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """Text to token numbers and back.
+
+    Made by `from_folder` or `from_gguf`; the constructor is for tokenizers built in memory.
+
+    Parameters
+    ----------
+    backend : tokenizers.Tokenizer
+        Padding and truncation are switched off in it.
+    names : mapping, default=None
+        Strings of the tokens with a role, which chat templates read: ``bos_token``, ``eos_token``,
+        ``unk_token``, ``pad_token``.
+    eos_ids : iterable of int, default=()
+        Tokens that end a text, the usual one first.
+    adds_bos : bool, default=False
+        Whether `encode` begins a text with ``bos_token``.
+    chat_template : str, default=None
+        A Jinja template.
+    source : str, default="tokenizer"
+        What error messages call it.
+
+    Attributes
+    ----------
+    bos_id : int or None
+    eos_ids : tuple of int
+    adds_bos : bool
+    chat_template : str or None
+    vocab_size : int
+
+    Raises
+    ------
+    FormatError
+        If a named token is not in the vocabulary.
+
+    Examples
+    --------
+    >>> from tokenizers import Tokenizer as Backend, models
+    >>> words = Backend(models.WordLevel({"low": 0, "bit": 1, "?": 2}, unk_token="?"))
+    >>> words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    >>> tokenizer = Tokenizer(words, names={"bos_token": "?"}, adds_bos=True)
+    >>> tokenizer.encode("low bit").tolist()
+    [2, 0, 1]
+    >>> tokenizer.decode([0, 1])
+    'low bit'
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        names: Mapping[str, str] | None = None,
+        eos_ids: Iterable[int] = (),
+        adds_bos: bool = False,
+        chat_template: str | None = None,
+        source: str = "tokenizer",
+    ) -> None:
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self._source = source
+        self._names = dict(names or {})
+        self.chat_template = chat_template
+        with refusing(source):
+            self.vocab_size: int = 1 + max(backend.get_vocab().values(), default=-1)
+        if not 0 < self.vocab_size <= 2**31:
+            raise FormatError(f"{source}: token numbers reach {self.vocab_size - 1}")
+        self.bos_id = self._named("bos_token")
+        self.adds_bos = adds_bos
+        if adds_bos and self.bos_id is None:
+            raise FormatError(f"{source}: a text begins with bos_token, but none is named")
+        eos = self._named("eos_token")
+        self.eos_ids: tuple[int, ...] = tuple(
+            dict.fromkeys(([] if eos is None else [eos]) + list(eos_ids))
+        )
+        if any(not 0 <= token < 2**31 for token in self.eos_ids):
+            raise FormatError(f"{source}: tokens that end a text are {list(self.eos_ids)}")
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """Read the tokenizer of a Hugging Face folder or of a saved lowbitq model.
+
+        Parameters
+        ----------
+        path : str or Path
+            A folder with ``tokenizer.json``; ``tokenizer_config.json`` (special tokens, whether a
+            text begins with one, chat template), ``chat_template.jinja`` and
+            ``generation_config.json`` (all tokens that end an answer) are read where they exist.
+
+        Returns
+        -------
+        Tokenizer
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no ``tokenizer.json``.
+        FormatError
+            If a file is damaged, with its name and, for broken JSON, the byte offset.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from tokenizers import Tokenizer as Backend, models
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Tokenizer(Backend(models.WordLevel({"hi": 0}))).save(folder)
+        ...     Tokenizer.from_folder(folder).encode("hi")
+        array([0], dtype=int32)
+        """
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} has no tokenizer.json, the one form that is read")
+        config = _read_object(folder / "tokenizer_config.json")
+        backend = _read_backend(file)
+        source = str(folder / "tokenizer_config.json")
+
+        names = {role: _content(config.get(role), f"{source}: {role}") for role in _ROLES}
+        named = {role: name for role, name in names.items() if name is not None}
+        _mark_special(backend, named.values(), source)
+        adds_bos = config.get("add_bos_token")
+        if adds_bos is None:
+            adds_bos = _begins_with(backend, named.get("bos_token"), str(file))
+        elif not isinstance(adds_bos, bool):
+            raise FormatError(f"{source}: add_bos_token is {adds_bos!r}, expected true or false")
+        return cls(
+            backend,
+            names=named,
+            eos_ids=_eos_ids(folder / "generation_config.json"),
+            adds_bos=adds_bos,
+            chat_template=_template(folder, config),
+            source=str(folder),
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> Tokenizer:
+        """Build the tokenizer that a GGUF file describes.
+
+        Parameters
+        ----------
+        metadata : mapping
+            The file's keys, of which those that begin with ``tokenizer.`` are read: lists of str
+            for tokens and merges, numbers for scores and token types.
+        source : str, default="GGUF metadata"
+            What error messages call it, such as the file's path.
+
+        Returns
+        -------
+        Tokenizer
+            Byte-level BPE (``tokenizer.ggml.model`` is ``gpt2``) with the pre-tokenizer that
+            ``tokenizer.ggml.pre`` names, or SentencePiece BPE (``llama``). Besides the end of text
+            and of turn that a file names, control tokens with a usual name such as
+            ``<|endoftext|>`` end a text.
+
+        Raises
+        ------
+        FormatError
+            If a key is missing, damaged or of a kind that is not known, with what is.
+
+        References
+        ----------
+        GGUF specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+
+        Examples
+        --------
+        >>> tokenizer = Tokenizer.from_gguf({
+        ...     "tokenizer.ggml.model": "gpt2",
+        ...     "tokenizer.ggml.pre": "smollm",
+        ...     "tokenizer.ggml.tokens": ["<end>", "l", "o", "w", "lo", "low"],
+        ...     "tokenizer.ggml.token_type": [3, 1, 1, 1, 1, 1],
+        ...     "tokenizer.ggml.merges": ["l o", "lo w"],
+        ...     "tokenizer.ggml.eos_token_id": 0,
+        ... })
+        >>> tokenizer.encode("lowlo<end>").tolist()
+        [5, 4, 0]
+        >>> tokenizer.eos_ids
+        (0,)
+        """
+        vocabulary = vocabulary_from_gguf(metadata, source)
+        return cls(
+            vocabulary.backend,
+            names=vocabulary.names,
+            eos_ids=vocabulary.eos_ids,
+            adds_bos=vocabulary.adds_bos,
+            chat_template=vocabulary.chat_template,
+            source=source,
+        )
+
+    def encode(
+        self, text: str, *, special: bool = True, add_bos: bool | None = None
+    ) -> NDArray[np.int32]:
+        """Turn a text into tokens.
+
+        Parameters
+        ----------
+        text : str
+        special : bool, default=True
+            Whether strings like ``<|im_end|>`` in the text become the tokens of that name, as in
+            `transformers`. False keeps them text, for words that come from strangers.
+        add_bos : bool, default=None
+            Whether the tokens begin with `bos_id`. None: if the tokenizer does so (`adds_bos`) and
+            the text does not begin with it already, as the result of `chat` may.
+
+        Returns
+        -------
+        ndarray of shape (t,), int32
+            No end token is added.
+
+        Raises
+        ------
+        TypeError
+            If `text` is not a string.
+        ValueError
+            If `text` has half of a surrogate pair, or `add_bos` asks for a token that there is not.
+
+        Examples
+        --------
+        >>> from tokenizers import Tokenizer as Backend, models
+        >>> Tokenizer(Backend(models.WordLevel({"hi": 0}))).encode("hi")
+        array([0], dtype=int32)
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text is {type(text).__name__}, expected str")
+        if add_bos and self.bos_id is None:
+            raise ValueError(f"add_bos is true, but {self._source} names no bos_token")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text has half of a surrogate pair at character {error.start}"
+            ) from error
+        backend = self._backend if special else self._plain
+        with refusing(self._source):
+            tokens = backend.encode(text, add_special_tokens=False).ids
+        if add_bos is None:
+            add_bos = self.adds_bos and tokens[:1] != [self.bos_id]
+        return np.array([self.bos_id, *tokens] if add_bos else tokens, dtype=np.int32)
+
+    def decode(self, tokens: ArrayLike, *, skip_special: bool = False) -> str:
+        """Turn tokens into the text they stand for.
+
+        Parameters
+        ----------
+        tokens : array_like of shape (t,), integer
+            A number that no token has is nothing: models pad their embedding.
+        skip_special : bool, default=False
+            Leave out tokens such as ``<|im_end|>``.
+
+        Returns
+        -------
+        str
+            Bytes that are no character become U+FFFD. Spaces before punctuation stay.
+
+        Raises
+        ------
+        TypeError
+            If `tokens` are not integers.
+        ValueError
+            If `tokens` is not one-dimensional or has a negative number.
+
+        Examples
+        --------
+        >>> from tokenizers import Tokenizer as Backend, models
+        >>> Tokenizer(Backend(models.WordLevel({"hi": 0}))).decode([0, 0])
+        'hi hi'
+        """
+        array = np.asarray(tokens)
+        if array.size and array.dtype.kind not in "iu":
+            raise TypeError(f"tokens are {array.dtype}, expected integers")
+        if array.ndim != 1:
+            raise ValueError(f"tokens have shape {array.shape}, expected one dimension")
+        if array.size and (array.min() < 0 or array.max() >= 2**31):
+            raise ValueError(f"tokens reach from {array.min()} to {array.max()}")
+        with refusing(self._source):
+            return self._backend.decode(array.tolist(), skip_special_tokens=skip_special)
+
+    def stream(
+        self, tokens: Iterable[int], *, after: ArrayLike = (), skip_special: bool = False
+    ) -> Iterator[str]:
+        """Decode tokens as they come, a piece as soon as its characters are complete.
+
+        Parameters
+        ----------
+        tokens : iterable of int
+        after : array_like of shape (t,), integer, default=()
+            What came before: it decides whether the first word keeps its space.
+        skip_special : bool, default=False
+            Leave out tokens such as ``<|im_end|>``.
+
+        Yields
+        ------
+        str
+            Pieces, never empty. Together they are what `decode` gives for complete characters.
+
+        Examples
+        --------
+        >>> from tokenizers import Tokenizer as Backend, models
+        >>> tokenizer = Tokenizer(Backend(models.WordLevel({"hi": 0, "you": 1})))
+        >>> list(tokenizer.stream([0, 1]))
+        ['hi', ' you']
+        """
+        before = np.asarray(after, dtype=np.int64).tolist()
+        known, waiting = self.decode(before, skip_special=skip_special), []
+        for token in tokens:
+            waiting.append(int(token))
+            text = self.decode([*before, *waiting], skip_special=skip_special)
+            if text.endswith(_INCOMPLETE):
+                continue
+            piece = text[len(known) :]
+            # The tokens of this piece are context enough for the next, unless they show nothing.
+            shown = self.decode(waiting, skip_special=skip_special)
+            before, known = (waiting, shown) if shown else ([*before, *waiting], text)
+            waiting = []
+            if piece:
+                yield piece
+        if waiting:
+            piece = self.decode([*before, *waiting], skip_special=skip_special)[len(known) :]
+            if piece:
+                yield piece
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Write a conversation the way the model was trained to read it.
+
+        Parameters
+        ----------
+        messages : sequence of mappings
+            Each with ``"role"`` ("system", "user", "assistant") and ``"content"``.
+        add_generation_prompt : bool, default=True
+            End with the words that open the assistant's turn.
+        **variables
+            Further names for the template, such as ``enable_thinking`` of Qwen3.
+
+        Returns
+        -------
+        str
+            For `encode`, which recognises the special tokens in it.
+
+        Raises
+        ------
+        ValueError
+            If there is no chat template, or it refuses the conversation.
+        FormatError
+            If the template itself is malformed.
+
+        Examples
+        --------
+        >>> from tokenizers import Tokenizer as Backend, models
+        >>> tokenizer = Tokenizer(
+        ...     Backend(models.WordLevel({"hi": 0})),
+        ...     chat_template="{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}",
+        ... )
+        >>> tokenizer.chat([{"role": "user", "content": "hi"}])
+        '[user] hi'
+        """
+        if self.chat_template is None:
+            raise ValueError(f"{self._source} has no chat template: write the prompt out")
+        return render_chat(
+            self.chat_template,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            variables=self._names | variables,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write the files that `from_folder` and `transformers` read.
+
+        Parameters
+        ----------
+        folder : str or Path
+            Made if it is not there. ``tokenizer.json``, ``tokenizer_config.json``,
+            ``generation_config.json`` and, if there is a template, ``chat_template.jinja`` are
+            overwritten.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> from tokenizers import Tokenizer as Backend, models
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Tokenizer(Backend(models.WordLevel({"hi": 0}))).save(folder)
+        ...     sorted(file.name for file in Path(folder).iterdir())
+        ['generation_config.json', 'tokenizer.json', 'tokenizer_config.json']
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "add_bos_token": self.adds_bos,
+            **self._names,
+        }
+        generation = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids)}
+        with refusing(self._source):
+            backend = self._backend.to_str()
+        _write(folder / "tokenizer.json", backend)
+        _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
+        _write(folder / "generation_config.json", json.dumps(generation, indent=2))
+        template = folder / "chat_template.jinja"
+        if self.chat_template is None:
+            template.unlink(missing_ok=True)
+        else:
+            _write(template, self.chat_template)
+
+    def __repr__(self) -> str:
+        return (
+            f"Tokenizer({self._source}: {self.vocab_size} tokens, bos_id={self.bos_id}, "
+            f"eos_ids={self.eos_ids}, adds_bos={self.adds_bos})"
+        )
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same, blind to special tokens: a copy, because the switch is the object's state."""
+        backend = copy.deepcopy(self._backend)
+        backend.encode_special_tokens = True
+        return backend
+
+    def _named(self, role: str) -> int | None:
+        name = self._names.get(role)
+        if name is None:
+            return None
+        with refusing(f"{self._source}: {role}"):
+            token: int | None = self._backend.token_to_id(name)
+        if token is None:
+            raise FormatError(f"{self._source}: {role} {name!r} is not in the vocabulary")
+        return token
+
+
+def _read_text(path: Path) -> str:
+    # Bytes, because text mode would change the line ends of a template.
+    data = path.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: byte {error.start}: not UTF-8") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    value = _parse(path, _read_text(path))
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: {type(value).__name__} {value!r:.40}, expected an object")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{path}: a string has half of a surrogate pair") from error
+    return value
+
+
+def _parse(path: Path, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        offset = len(text[: error.pos].encode())
+        raise FormatError(f"{path}: byte {offset}: {error.msg}") from error
+    except (RecursionError, ValueError) as error:
+        raise FormatError(f"{path}: {error}") from error
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    text = _read_text(path)
+    try:
+        with refusing(str(path)):
+            return tokenizers.Tokenizer.from_str(text)
+    except FormatError:
+        _parse(path, text)  # where JSON itself is broken, its parser knows the place better
+        raise
+
+
+def _content(value: Any, where: str) -> str | None:
+    """The string of a token that is written as a string or as an object with its options."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    if value is None or isinstance(value, str):
+        return value
+    raise FormatError(f"{where} is {value!r:.60}, expected a string")
+
+
+def _mark_special(backend: tokenizers.Tokenizer, names: Iterable[str], source: str) -> None:
+    """Make tokens that a configuration gives a role special, where tokenizer.json does not."""
+    with refusing(source):
+        known = {token.content for token in backend.get_added_tokens_decoder().values()}
+        backend.add_special_tokens(
+            [
+                AddedToken(name, normalized=False, special=True)
+                for name in dict.fromkeys(names)
+                if name not in known and backend.token_to_id(name) is not None
+            ]
+        )
+
+
+def _begins_with(backend: tokenizers.Tokenizer, bos: str | None, source: str) -> bool:
+    """Whether tokenizer.json itself puts the first token of a text there."""
+    with refusing(source):
+        return bos is not None and backend.encode("").tokens[:1] == [bos]
+
+
+def _eos_ids(path: Path) -> list[int]:
+    value = _read_object(path).get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(token, int) or isinstance(token, bool) for token in ids):
+        raise FormatError(f"{path}: eos_token_id is {value!r:.60}, expected integers")
+    return ids
+
+
+def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return _read_text(file)
+    value = config.get("chat_template")
+    if isinstance(value, list):  # several templates, each an object with a name
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    if value is None or isinstance(value, str):
+        return value
+    raise FormatError(
+        f"{folder / 'tokenizer_config.json'}: chat_template is {value!r:.60}, expected a string"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_bytes(text.encode())

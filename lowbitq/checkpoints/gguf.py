@@ -9,6 +9,7 @@ Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import os
+import reprlib
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq._core import FormatError
 from lowbitq.checkpoints.mapping import MappedFile, TensorInfo, elements, little_endian
 
 # A header larger than this is refused, which bounds what a hostile file of any size can cost.
@@ -102,9 +102,9 @@ class GGUFFile:
                 raise self._file.damaged(tensor.offset, found) from error
         return out.reshape(tensor.shape)
 
-    def sha256(self) -> str:
-        """Return the digest of the whole file in hexadecimal."""
-        return self._file.sha256()
+    def sha256(self) -> dict[str, str]:
+        """Return the file's name and digest in hexadecimal."""
+        return {self.path.name: self._file.sha256()}
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
@@ -160,7 +160,9 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         metadata[key] = header.value(key)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise header.damaged(header.at, f"alignment is {alignment!r}, not a power of two")
+        raise header.damaged(
+            header.at, f"alignment is {reprlib.repr(alignment)}, not a power of two"
+        )
     tensors: dict[str, TensorInfo] = {}
     for _ in range(tensor_count):
         at = header.at
@@ -318,6 +320,3 @@ def _decode(
         # Damaged scales may be infinite; what they make of the weights is for the caller to see.
         with np.errstate(all="ignore"):
             out[:] = gguf.quants.dequantize(raw.reshape(1, -1), kind)[0]
-
-
-__all__ = ["FormatError", "GGUFFile", "read_gguf"]

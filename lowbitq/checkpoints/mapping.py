@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
+
+# Larger JSON is refused, which bounds what a hostile header can cost: its objects take up to
+# twenty times its bytes. The index of a model with 100,000 tensors has 8 MB.
+_JSON_LIMIT = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,35 @@ class MappedFile:
         """Return a view of the tensor's bytes."""
         return self.data[tensor.offset : tensor.offset + tensor.nbytes]
 
+    def json(self, start: int = 0, stop: int | None = None) -> dict[str, Any]:
+        """Return the JSON object in the bytes from `start` to `stop`.
+
+        Raises
+        ------
+        FormatError
+            If they are not UTF-8, not JSON, not an object, nested too deeply, larger than 64 MiB,
+            or name a key twice.
+        """
+        stop = self.data.size if stop is None else stop
+        if stop - start > _JSON_LIMIT:
+            raise self.damaged(
+                start, f"{stop - start} bytes of JSON, at most {_JSON_LIMIT} are read"
+            )
+        text = ""
+        try:
+            text = self.buffer[start:stop].decode()
+            value = json.loads(text, object_pairs_hook=_unique)
+        except UnicodeDecodeError as error:
+            raise self.damaged(start + error.start, f"not UTF-8: {error.reason}") from None
+        except json.JSONDecodeError as error:
+            at = start + len(text[: error.pos].encode())
+            raise self.damaged(at, f"not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise self.damaged(start, f"not usable as JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise self.damaged(start, "not a JSON object")
+        return value
+
     def check_tensors(self, tensors: dict[str, TensorInfo], start: int) -> None:
         """Raise FormatError unless the tensors lie apart, between `start` and the end of file."""
         end, before = start, "the header"
@@ -95,9 +130,23 @@ class MappedFile:
                     tensor.offset, f"{what} leaves the file of {self.data.size} bytes"
                 )
 
+    def crc32(self, start: int, stop: int) -> str:
+        """Return the checksum of the bytes from `start` to `stop` as eight hexadecimal digits."""
+        with memoryview(self.buffer)[start:stop] as section:
+            return f"{zlib.crc32(section):08x}"
+
     def sha256(self) -> str:
         """Return the digest of the whole file in hexadecimal."""
         return hashlib.sha256(self.buffer).hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs; readers differ on which of two equal keys counts."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    return result
 
 
 def elements(shape: tuple[int, ...]) -> int:

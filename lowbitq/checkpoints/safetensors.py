@@ -1,0 +1,320 @@
+"""Safetensors files, and the Hugging Face folders made of them.
+
+A file is the header's length (8 bytes), a JSON header and the tensors, one after the other. Parsed
+here because the package's NumPy interface does not know BF16 and copies what could be mapped.
+
+Specification: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import reprlib
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq import _core
+from lowbitq.checkpoints.mapping import MappedFile, TensorInfo, elements, little_endian
+
+# Bits of an element.
+_BITS = {
+    **dict.fromkeys(["F4"], 4),
+    **dict.fromkeys(["F6_E2M3", "F6_E3M2"], 6),
+    **dict.fromkeys(["BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"], 8),
+    **dict.fromkeys(["U16", "I16", "F16", "BF16"], 16),
+    **dict.fromkeys(["U32", "I32", "F32"], 32),
+    **dict.fromkeys(["U64", "I64", "F64", "C64"], 64),
+}
+
+# NumPy's name of what `SafetensorsFile.view` can show.
+NUMPY_DTYPES = {
+    "U8": "<u1",
+    "I8": "<i1",
+    "U16": "<u2",
+    "I16": "<i2",
+    "F16": "<f2",
+    "U32": "<u4",
+    "I32": "<i4",
+    "F32": "<f4",
+    "U64": "<u8",
+    "I64": "<i8",
+    "F64": "<f8",
+}
+
+_WIDEN: dict[str, Callable[[NDArray[np.uint16], NDArray[np.float32]], None]] = {
+    "F16": _core.half_to_float,
+    "BF16": _core.bfloat_to_float,
+}
+
+_SHARD = re.compile(r"[\w .+()-]{1,200}\.safetensors")
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """An open safetensors file.
+
+    Attributes
+    ----------
+    path : Path
+    metadata : dict of str to str
+    tensors : dict of str to TensorInfo
+        In the order of the header.
+    """
+
+    path: Path
+    metadata: dict[str, str]
+    tensors: dict[str, TensorInfo]
+    _file: MappedFile = field(repr=False)
+
+    def view(self, name: str) -> NDArray[Any]:
+        """Return a tensor as the file holds it: read-only, mapped, not copied.
+
+        Raises
+        ------
+        KeyError
+            If the file has no such tensor.
+        FormatError
+            If NumPy has no such dtype.
+        """
+        tensor = self._find(name)
+        if tensor.dtype not in NUMPY_DTYPES:
+            found = f"tensor {name!r} is {tensor.dtype}, which NumPy does not have"
+            raise self._file.damaged(tensor.offset, found)
+        raw = self._file.bytes_of(tensor)
+        return raw.view(NUMPY_DTYPES[tensor.dtype]).reshape(tensor.shape)
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        """Return a tensor of F32, F16 or BF16 as a new float32 array of its shape.
+
+        Raises
+        ------
+        KeyError
+            If the file has no such tensor.
+        FormatError
+            If the tensor is of another dtype.
+        """
+        tensor = self._find(name)
+        raw = self._file.bytes_of(tensor)
+        out = np.empty(elements(tensor.shape), np.float32)
+        if tensor.dtype == "F32":
+            out[:] = raw.view("<f4")
+        elif tensor.dtype in _WIDEN:
+            _WIDEN[tensor.dtype](little_endian(raw, "<u2"), out)
+        else:
+            found = f"tensor {name!r} is {tensor.dtype}, expected F32, F16 or BF16"
+            raise self._file.damaged(tensor.offset, found)
+        return out.reshape(tensor.shape)
+
+    def sha256(self) -> dict[str, str]:
+        """Return the file's name and digest in hexadecimal."""
+        return {self.path.name: self._file.sha256()}
+
+    def _find(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise KeyError(f"{self.path} has no tensor {name!r}")
+        return self.tensors[name]
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
+    """Open a safetensors file and read its header.
+
+    Parameters
+    ----------
+    path : str or path-like
+
+    Returns
+    -------
+    SafetensorsFile
+        The data stays on disk until it is asked for.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be opened.
+    FormatError
+        If it is damaged; names the byte. As in the reference implementation, tensors follow each
+        other without gap and end where the file does.
+
+    References
+    ----------
+    https://github.com/huggingface/safetensors#format
+
+    Examples
+    --------
+    >>> import os, tempfile
+    >>> from safetensors.numpy import save_file
+    >>> path = os.path.join(tempfile.mkdtemp(), "a.safetensors")
+    >>> save_file({"w": np.array([[1, 2]], np.float16)}, path)
+    >>> read_safetensors(path).load("w")
+    array([[1., 2.]], dtype=float32)
+    """
+    file = MappedFile(path)
+    size = file.data.size
+    if size < 8:
+        raise file.damaged(0, f"{size} bytes, too few for the length of a header")
+    length = struct.unpack_from("<Q", file.buffer, 0)[0]
+    if length > size - 8:
+        raise file.damaged(0, f"a header of {length} bytes in a file of {size}")
+    start = 8 + length
+    header = file.json(8, start)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise file.damaged(8, "__metadata__ is not an object of strings")
+    tensors = {name: _tensor(file, start, name, entry) for name, entry in header.items()}
+    end = start
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            found = f"tensor {tensor.name!r} starts here, the one before it ends at byte {end}"
+            raise file.damaged(tensor.offset, found)
+        end += tensor.nbytes
+    if end != size:
+        raise file.damaged(
+            min(end, size), f"the tensors end at byte {end}, the file at byte {size}"
+        )
+    return SafetensorsFile(file.path, metadata, tensors, file)
+
+
+def _tensor(file: MappedFile, start: int, name: str, entry: Any) -> TensorInfo:
+    """Return the header's entry of one tensor, checked; `start` is where the data begins."""
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or set(entry) != keys:
+        raise file.damaged(8, f"the entry of {name!r} is not an object of {sorted(keys)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _BITS:
+        raise file.damaged(8, f"tensor {name!r} has unknown dtype {reprlib.repr(dtype)}")
+    if not _are_sizes(shape) or len(shape) > 8:
+        raise file.damaged(8, f"tensor {name!r} has shape {reprlib.repr(shape)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise file.damaged(8, f"tensor {name!r} has data_offsets {reprlib.repr(offsets)}")
+    nbytes, rest = divmod(elements(shape) * _BITS[dtype], 8)
+    if rest or offsets[1] - offsets[0] != nbytes:
+        found = f"tensor {name!r} takes {offsets[1] - offsets[0]} bytes"
+        raise file.damaged(8, f"{found}, but {dtype} of shape {shape} takes {nbytes}")
+    return TensorInfo(name, tuple(shape), dtype, start + offsets[0], nbytes)
+
+
+def _are_sizes(value: Any) -> bool:
+    # The bound keeps the product of hostile sizes cheap.
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+@dataclass(frozen=True)
+class SafetensorsFolder:
+    """An open Hugging Face folder.
+
+    Attributes
+    ----------
+    path : Path
+    config : dict
+        Contents of ``config.json``.
+    tensors : dict of str to TensorInfo
+        Of all files together.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    _files: dict[str, SafetensorsFile] = field(repr=False)
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        """Return a tensor of F32, F16 or BF16 as a new float32 array of its shape.
+
+        Parameters
+        ----------
+        name : str
+            A key of `tensors`, such as ``"model.layers.0.self_attn.q_proj.weight"``.
+
+        Returns
+        -------
+        ndarray of the tensor's shape, float32
+
+        Raises
+        ------
+        KeyError
+            If the folder has no such tensor.
+        FormatError
+            If the tensor is of another dtype.
+        """
+        if name not in self._files:
+            raise KeyError(f"{self.path} has no tensor {name!r}")
+        return self._files[name].load(name)
+
+    def sha256(self) -> dict[str, str]:
+        """Return names and digests in hexadecimal of the files that hold weights."""
+        files = {file.path: file for file in self._files.values()}
+        return {path.name: files[path].sha256()[path.name] for path in sorted(files)}
+
+
+def read_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
+    """Open a Hugging Face folder: ``config.json`` and one or several safetensors files.
+
+    Parameters
+    ----------
+    path : str or path-like
+        Holds ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names.
+
+    Returns
+    -------
+    SafetensorsFolder
+        The data stays on disk until `SafetensorsFolder.load` asks for it.
+
+    Raises
+    ------
+    OSError
+        If a file is missing or cannot be opened.
+    FormatError
+        If a file is damaged, names the byte; if the weights are quantized already.
+
+    Examples
+    --------
+    >>> import pathlib, tempfile
+    >>> from safetensors.numpy import save_file
+    >>> path = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (path / "config.json").write_text('{"model_type": "llama"}')
+    >>> save_file({"w": np.zeros((2, 3), np.float32)}, path / "model.safetensors")
+    >>> folder = read_folder(path)
+    >>> folder.config["model_type"], folder.tensors["w"].shape
+    ('llama', (2, 3))
+    """
+    path = Path(path)
+    config_file = MappedFile(path / CONFIG)
+    config = config_file.json()
+    if method := config.get("quantization_config"):
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        raise config_file.damaged(
+            0, f"weights quantized by {reprlib.repr(method)}, expected float ones"
+        )
+    if (path / SINGLE).exists():
+        file = read_safetensors(path / SINGLE)
+        return SafetensorsFolder(path, config, file.tensors, dict.fromkeys(file.tensors, file))
+    if not (path / INDEX).exists():
+        raise FileNotFoundError(f"{path} has neither {SINGLE} nor {INDEX}")
+    index = MappedFile(path / INDEX)
+    weight_map = index.json().get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise index.damaged(0, "weight_map is not an object")
+    opened: dict[str, SafetensorsFile] = {}
+    for name, file_name in weight_map.items():
+        # Only neighbours: an index must not reach other files of the machine.
+        if not isinstance(file_name, str) or not _SHARD.fullmatch(file_name):
+            raise index.damaged(
+                0, f"tensor {name!r} lies in {reprlib.repr(file_name)}, no name of a file"
+            )
+        if not (path / file_name).is_file():
+            raise index.damaged(0, f"tensor {name!r} lies in {file_name}, which is missing")
+        if file_name not in opened:
+            opened[file_name] = read_safetensors(path / file_name)
+        if name not in opened[file_name].tensors:
+            raise index.damaged(0, f"{file_name} has no tensor {name!r}")
+    files = {name: opened[file_name] for name, file_name in weight_map.items()}
+    tensors = {name: file.tensors[name] for name, file in files.items()}
+    return SafetensorsFolder(path, config, tensors, files)

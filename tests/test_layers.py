@@ -30,7 +30,8 @@ C_BELOW = {
 # fmt: off
 PYTHON_ORDER = [
     "_core", "formats", "tensors", "quantizers", "rotations", "linears",
-    "checkpoints.gguf", "checkpoints.safetensors", "checkpoints.packed", "checkpoints",
+    "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors", "checkpoints.packed",
+    "checkpoints",
     "generation", "models.config", "models.chat", "models.vocabulary", "models.tokenizer",
     "models.decoder",
     "models.llama", "models.qwen", "models",

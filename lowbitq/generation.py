@@ -1,0 +1,332 @@
+"""Writing text with a model: choosing tokens from logits, one after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeAlias, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lowbitq._core import NumericalError
+
+Tokens: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
+
+
+class _Tokenizer(Protocol):
+    @property
+    def eos_ids(self) -> tuple[int, ...]: ...
+    def encode(self, text: str) -> NDArray[np.int32]: ...
+    def stream(
+        self, tokens: Iterable[int], *, after: ArrayLike, skip_special: bool
+    ) -> Iterator[str]: ...
+
+
+class _Config(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def max_positions(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
+class Generator(Protocol):
+    """What `generate` asks of a model; `lowbitq.Model` has it."""
+
+    @property
+    def config(self) -> _Config: ...
+    @property
+    def tokenizer(self) -> _Tokenizer | None: ...
+    def new_cache(self, capacity: int) -> Any: ...
+    def step(self, tokens: NDArray[np.int32], cache: Any) -> NDArray[np.float32]: ...
+
+
+def sample(
+    logits: ArrayLike,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: np.random.Generator | None = None,
+) -> int:
+    """Choose the next token.
+
+    The probability of token i is ``softmax(logits / temperature)[i]``, set to zero outside of the
+    `top_k` most probable tokens, renormalised, and set to zero outside of the smallest set of the
+    most probable ones that reaches `top_p`.
+
+    Parameters
+    ----------
+    logits : array_like of shape (vocab,)
+        Minus infinity forbids a token.
+    temperature : float, default=0.0
+        0 takes the largest logit, the lowest token where several are equal; the options below then
+        change nothing.
+    top_k : int, default=None
+        At least 1. Among equal logits at the border the lower tokens stay.
+    top_p : float, default=None
+        In (0, 1].
+    generator : numpy.random.Generator, default=None
+        Gives one uniform number. Needed where `temperature` is not 0.
+
+    Returns
+    -------
+    int
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+    NumericalError
+        If a logit is NaN or plus infinity, or no token is allowed.
+
+    References
+    ----------
+    A. Holtzman et al., "The Curious Case of Neural Text Degeneration", ICLR 2020 (`top_p`).
+
+    Examples
+    --------
+    >>> sample([0.0, 2.0, 2.0])
+    1
+    >>> generator = np.random.default_rng(0)
+    >>> [sample([0.0, 2.0, 2.0], temperature=1, top_k=2, generator=generator) for _ in range(5)]
+    [2, 1, 1, 1, 2]
+    """
+    _check_options(temperature, top_k, top_p)
+    values = np.asarray(logits, dtype=np.float64)
+    if values.ndim != 1 or not values.size:
+        raise ValueError(f"logits have shape {values.shape}, expected (vocab,)")
+    best = int(values.argmax())
+    if not math.isfinite(values[best]):  # argmax finds a NaN wherever there is one
+        raise NumericalError(f"the largest logit is {values[best]} (token {best})")
+    if temperature == 0:
+        return best
+    if generator is None:
+        raise ValueError(f"temperature = {temperature} needs a random generator")
+
+    with np.errstate(over="ignore"):  # a tiny temperature may reach minus infinity
+        probability = np.exp((values - values[best]) / temperature)
+    kept = np.flatnonzero(probability)
+    if top_k is not None and top_k < kept.size:
+        kept = kept[_largest(values[kept], top_k)]
+    if top_p is not None:
+        kept = kept[_nucleus(probability[kept], top_p)]
+    cumulative = probability[kept].cumsum()
+    drawn = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
+    return int(kept[min(int(drawn), kept.size - 1)])  # the product may round up to the last sum
+
+
+@overload
+def generate(
+    model: Generator,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: str | Sequence[str] | None = None,
+    on_token: Callable[[str], object] | None = None,
+) -> str: ...
+
+
+@overload
+def generate(
+    model: Generator,
+    prompt: Tokens,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: None = None,
+    on_token: Callable[[int], object] | None = None,
+) -> NDArray[np.int32]: ...
+
+
+def generate(
+    model: Generator,
+    prompt: str | Tokens,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: str | Sequence[str] | None = None,
+    on_token: Callable[[Any], object] | None = None,
+) -> str | NDArray[np.int32]:
+    """Continue a text.
+
+    Parameters
+    ----------
+    model : Model
+        Its end tokens, of the configuration and of the tokenizer, end the text.
+    prompt : str or array_like of shape (t,), integer
+        A conversation is written out by ``model.tokenizer.chat``.
+    max_new_tokens : int, default=64
+        With the prompt at most ``model.config.max_positions``.
+    temperature, top_k, top_p
+        As in `sample`. The default always takes the most probable token.
+    seed : int, default=0
+        Equal seeds give equal texts.
+    stop : str or sequence of str, default=None
+        The text ends before the first of these to be complete. Only for a prompt that is a string.
+    on_token : callable, default=None
+        Called with each piece of text as it is complete, or with each token if the prompt is
+        tokens. Special tokens are not shown, and text that may begin a `stop` waits.
+
+    Returns
+    -------
+    str or ndarray of shape (n,), int32
+        What follows the prompt, in the prompt's form, without the token that ended it.
+
+    Raises
+    ------
+    TypeError
+        If `prompt` is neither a string nor integers.
+    ValueError
+        If an argument is out of range or the prompt is empty or too long.
+    NumericalError
+        If the model's logits are not numbers.
+
+    Examples
+    --------
+    A model that counts, with 3 as its end token:
+
+    >>> from types import SimpleNamespace
+    >>> model = SimpleNamespace(
+    ...     config=SimpleNamespace(vocab_size=4, max_positions=99, eos_token_ids=(3,)),
+    ...     tokenizer=None,
+    ...     new_cache=lambda capacity: None,
+    ...     step=lambda tokens, cache: np.eye(4, dtype=np.float32)[tokens[-1] + 1],
+    ... )
+    >>> generate(model, [0])
+    array([1, 2], dtype=int32)
+    """
+    _check_options(temperature, top_k, top_p)
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    generator = np.random.default_rng(seed)
+    stops = [stop] if isinstance(stop, str) else list(stop or [])
+    if not all(isinstance(text, str) and text for text in stops):
+        raise ValueError(f"stop is {stop!r}, expected texts that are not empty")
+    tokens = _prompt_tokens(model, prompt, max_new_tokens)
+
+    def choose(logits: NDArray[np.float32]) -> int:
+        return sample(
+            logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
+        )
+
+    continuation = _continuation(model, tokens, max_new_tokens, choose)
+    if isinstance(prompt, str):
+        assert model.tokenizer is not None  # _prompt_tokens used it
+        pieces = model.tokenizer.stream(continuation, after=tokens, skip_special=True)
+        return "".join(_handed_on(_before_stop(pieces, stops), on_token))
+    if stops:
+        raise ValueError("stop needs a prompt that is a string, not tokens")
+    return np.array(list(_handed_on(continuation, on_token)), dtype=np.int32)
+
+
+def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise ValueError(f"temperature is {temperature}, expected a number from 0")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}, expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}, expected more than 0 and at most 1")
+
+
+def _prompt_tokens(
+    model: Generator, prompt: str | Tokens, max_new_tokens: int
+) -> NDArray[np.int32]:
+    if isinstance(prompt, str):
+        if model.tokenizer is None:
+            raise ValueError("prompt is a string, but the model has no tokenizer: give tokens")
+        tokens = model.tokenizer.encode(prompt)
+    else:
+        array = np.asarray(prompt)
+        if array.size and array.dtype.kind not in "iu":
+            raise TypeError(f"prompt is {array.dtype}, expected a string or integers")
+        if array.ndim != 1:
+            raise ValueError(f"prompt has shape {array.shape}, expected one dimension")
+        vocabulary = model.config.vocab_size
+        if array.size and (array.min() < 0 or array.max() >= vocabulary):
+            raise ValueError(
+                f"prompt has tokens from {array.min()} to {array.max()}, "
+                f"the vocabulary {vocabulary}"
+            )
+        tokens = array.astype(np.int32)
+    if not tokens.size:
+        raise ValueError("prompt has no tokens: there is nothing to continue")
+    if tokens.size + max_new_tokens > model.config.max_positions:
+        raise ValueError(
+            f"prompt has {tokens.size} tokens, with max_new_tokens = {max_new_tokens} more than "
+            f"the model's {model.config.max_positions} positions"
+        )
+    return tokens
+
+
+def _continuation(
+    model: Generator,
+    tokens: NDArray[np.int32],
+    max_new_tokens: int,
+    choose: Callable[[NDArray[np.float32]], int],
+) -> Iterator[int]:
+    """New tokens, until an end token (not among them) or enough of them."""
+    ends = {*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())}
+    cache = model.new_cache(tokens.size + max_new_tokens - 1)  # the last token is not read again
+    for _ in range(max_new_tokens):
+        token = choose(model.step(tokens, cache))
+        if token in ends:
+            return
+        yield token
+        tokens = np.array([token], dtype=np.int32)
+
+
+def _before_stop(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
+    """The pieces up to the first stop; the end of the text waits while it may begin one."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        # By their ends, so that the result does not depend on how the text is cut into pieces.
+        found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
+        begun = [n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])]
+        ready = min(found)[1] if found else len(held) - max(begun, default=0)
+        if ready:
+            yield held[:ready]
+        if found:
+            return
+        held = held[ready:]
+    if held:
+        yield held
+
+
+def _handed_on(items: Iterator[Any], on_token: Callable[[Any], object] | None) -> Iterator[Any]:
+    for item in items:
+        if on_token is not None:
+            on_token(item)
+        yield item
+
+
+def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Which values are the `count` largest, the first ones among equals."""
+    border = np.partition(values, values.size - count)[values.size - count]
+    chosen: NDArray[np.bool_] = values > border
+    equal = np.flatnonzero(values == border)
+    chosen[equal[: count - int(chosen.sum())]] = True
+    return chosen
+
+
+def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.bool_]:
+    """Which weights make the smallest set of the largest that has `top_p` of their sum."""
+    order = np.argsort(-weights, kind="stable")
+    cumulative = weights[order].cumsum()
+    count = 1 + int(np.searchsorted(cumulative, top_p * cumulative[-1], side="left"))
+    chosen = np.zeros(weights.size, dtype=np.bool_)
+    chosen[order[:count]] = True
+    return chosen

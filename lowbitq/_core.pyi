@@ -17,3 +17,33 @@ def float_to_half(x: NDArray[np.float32], y: NDArray[np.uint16], /) -> None: ...
 def random_bits(out: NDArray[np.uint64], /, *, seed: int, stream: int) -> None: ...
 def random_normal(out: NDArray[np.float64], /, *, seed: int, stream: int) -> None: ...
 def aligned_empty(*, bytes: int) -> NDArray[np.uint8]: ...
+def quantize(
+    weight: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,
+    levels: NDArray[np.float32] | None,
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    /,
+    *,
+    count: int,
+    symmetric: bool,
+    zero: float,
+    scale_bits: int,
+    gamma: float,
+    group: int,
+    fixed: bool,
+    method: str,
+    clip: float,
+    percentile: float,
+    candidates: int,
+    shrink: float,
+    norm: float,
+) -> None: ...
+def kmeans(
+    values: NDArray[np.float64],
+    weights: NDArray[np.float64] | None,
+    levels: NDArray[np.float64],
+    /,
+) -> None: ...
+def fixed_levels(levels: NDArray[np.float32], /, *, kind: str) -> None: ...

@@ -3,8 +3,9 @@
  *     w ~ scale * level[code] + offset
  *
  * A uniform code has the levels 0, 1, ..., count - 1; the others have a table. A symmetric code
- * stores no offset: it is -zero * scale. Binary (levels -1, +1) and ternary (-1, 0, +1) are the
- * uniform codes with count 2 and zero 1/2, count 3 and zero 1, that have their own fits. */
+ * stores no offset: it is -zero * scale. Binary (-1, +1) and ternary (-1, 0, +1) are the uniform
+ * codes with count 2 and zero 1/2, count 3 and zero 1: the search below finds the mean of |w|
+ * for the first, threshold and mean of what exceeds it for the second. */
 #ifndef LBQ_CODE_H
 #define LBQ_CODE_H
 
@@ -14,35 +15,45 @@
 
 #include "core/status.h"
 
+enum { LBQ_MAX_LEVELS = 16 }; /* of a table */
+
 typedef struct {
     int count;      /* number of levels, 2 to 256 */
     bool symmetric; /* offset = -zero * scale, not fitted */
     float zero;
-    const float *levels; /* count ascending values; NULL: uniform */
+    const float *levels; /* count <= 16 ascending values; NULL: uniform */
+    int scale_bits;      /* what scales and offsets are rounded to. 16: float16. 8 or 4: whole
+                            multiples of gamma from 1 to 2^scale_bits - 1. 0: float32 */
+    float gamma;         /* 0: not chosen yet, scales stay float32 */
 } lbq_code;
 
 /* How the range of a group is chosen. */
 typedef enum {
-    LBQ_RANGE_MINMAX,     /* the smallest range that clips nothing */
-    LBQ_RANGE_PERCENTILE, /* minmax of the values between two percentiles */
+    LBQ_RANGE_MINMAX,     /* the smallest range that clips nothing, times `clip` */
+    LBQ_RANGE_PERCENTILE, /* the same for the values between two percentiles */
     LBQ_RANGE_MSE,        /* of `candidates` shrunken ranges the one with the least
-                             sum importance |w - q|^norm, then the scale and offset refitted */
+                             sum importance |w - q|^norm, then scale and offset refitted by least
+                             squares while that lowers it; never worse than minmax */
 } lbq_range_method;
 
 typedef struct {
     lbq_range_method method;
-    double percentile; /* 50 to 100: clips this tail on both sides */
+    double clip;       /* MINMAX, PERCENTILE: the part of the range that is kept, usually 1 */
+    double percentile; /* PERCENTILE: 50 to 100, clips this tail on both sides */
     int candidates;    /* MSE: shrink factors 1, 1 - shrink / candidates, ... */
-    double shrink;     /* MSE: the smallest factor is 1 - shrink */
-    double norm;       /* MSE: the exponent, 2 or 2.4 */
+    double shrink;     /* MSE: the smallest factor is just above 1 - shrink */
+    double norm;       /* MSE: the exponent; 2 is fast, GPTQ's code uses 2.4 */
 } lbq_range;
 
-/* Scale and offset of one group of `count` values w, both rounded to float16 (`stored_half`) or
- * left in float32; `importance` (count) or NULL weighs squared errors. Never yields a scale of
- * zero: a group of zeros gets the smallest normal float16, and codes that decode to zero or the
- * nearest level. */
+/* MSE, squared errors: what loses nothing against ten times as many candidates. */
+extern const lbq_range lbq_range_default;
+
+/* Scale and offset of one group of `count` finite values w, rounded to what is stored;
+ * `importance` (count) or NULL weighs squared errors. MINMAX and PERCENTILE round outwards, so
+ * that rounding clips nothing. The scale is positive: zeros get the smallest that can be stored.
+ * float16 ends at 65504, where scale and offset saturate. */
 void lbq_code_fit(const lbq_code *code, const lbq_range *range, ptrdiff_t count, const double *w,
-                  const double *importance, bool stored_half, double *scale, double *offset);
+                  const double *importance, double *scale, double *offset);
 
 /* The code of the nearest value; ties go to the even code. */
 uint8_t lbq_code_encode(const lbq_code *code, double w, double scale, double offset);
@@ -52,10 +63,22 @@ double lbq_code_decode(const lbq_code *code, uint8_t value, double scale, double
 
 /* Rounds W (rows, cols) group by group, rows in parallel: codes (rows, cols), scale and offset
  * (rows, groups) with groups = ceil(cols / group). `fixed`: scale and offset are given, not
- * fitted. LBQ_BAD_VALUE for a NaN or infinity in W, naming row and column. */
+ * fitted. LBQ_BAD_VALUE for a NaN or infinity in W, naming row and column, for a weight that no
+ * float16 scale reaches, and for a code whose fields do not fit together. */
 lbq_status lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t rows,
-                        ptrdiff_t cols, ptrdiff_t group, bool fixed, bool stored_half,
-                        const float *W, const float *importance /* (cols) or NULL */,
-                        uint8_t *codes, float *scale, float *offset);
+                        ptrdiff_t cols, ptrdiff_t group, bool fixed, const float *W,
+                        const float *importance /* (cols) or NULL */, uint8_t *codes, float *scale,
+                        float *offset);
+
+/* The table of NF4 (count 16), or `count` = 2^b signed powers of two: 0, +-1, +-1/2, ...; as many
+ * negative as positive ones, but for one more, the smallest, above zero. */
+void lbq_levels_nf4(float *levels);
+void lbq_levels_log(int count, float *levels);
+
+/* The `count` levels, ascending, with the least sum weights (values - nearest level)^2. Exact up
+ * to 2048 values; above, exact for as many bins of equal population and then refined by Lloyd's
+ * iteration on all values. weights (n), positive, or NULL. LBQ_BAD_VALUE for a NaN. */
+lbq_status lbq_kmeans(ptrdiff_t n, const double *values, const double *weights, int count,
+                      double *levels);
 
 #endif

@@ -9,6 +9,7 @@
 
 static PyMethodDef *const METHODS[] = {
     lbq_methods_core,
+    lbq_methods_codes,
 };
 
 /* LOWBITQ_ISA chooses a weaker instruction set, LOWBITQ_NUM_THREADS the number of threads. */

@@ -1,0 +1,143 @@
+/* Bindings of csrc/codes. */
+#include <string.h>
+
+#include "codes/code.h"
+#include "python/module.h"
+
+static lbq_status
+range_method(const char *name, lbq_range_method *method)
+{
+    static const char *const names[] = {"minmax", "percentile", "mse"};
+    for (int i = 0; i < 3; i++)
+        if (strcmp(name, names[i]) == 0) {
+            *method = (lbq_range_method)i;
+            return LBQ_OK;
+        }
+    return lbq_fail(
+        LBQ_BAD_VALUE, "method is '%s', expected 'minmax', 'percentile' or 'mse'", name);
+}
+
+LBQ_BINDING(quantize)
+{
+    lbq_array W, importance, levels, codes, scale, offset;
+    Py_ssize_t count, scale_bits, group, candidates;
+    double zero, gamma, clip, percentile, shrink, norm;
+    int symmetric, fixed;
+    const char *method;
+    const lbq_arg spec[] = {
+        LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
+        LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
+        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
+        LBQ_OUT("codes", &codes, NPY_UINT8, "rk"),
+        LBQ_INOUT("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_INOUT("offset", &offset, NPY_FLOAT32, "rg"),
+        LBQ_INT("count", &count, 2, 256),
+        LBQ_BOOL("symmetric", &symmetric),
+        LBQ_FLOAT("zero", &zero, -256, 256),
+        LBQ_INT("scale_bits", &scale_bits, 0, 16),
+        LBQ_FLOAT("gamma", &gamma, 0, 3e38),
+        LBQ_INT("group", &group, 1, PY_SSIZE_T_MAX),
+        LBQ_BOOL("fixed", &fixed),
+        LBQ_TEXT("method", &method),
+        LBQ_FLOAT("clip", &clip, 1e-3, 1),
+        LBQ_FLOAT("percentile", &percentile, 50, 100),
+        LBQ_INT("candidates", &candidates, 1, 100000),
+        LBQ_FLOAT("shrink", &shrink, 0, 1),
+        LBQ_FLOAT("norm", &norm, 0.1, 10),
+    };
+    LBQ_PARSE("quantize", spec);
+    const lbq_code code = {
+        .count = (int)count,
+        .symmetric = symmetric,
+        .zero = (float)zero,
+        .levels = levels.data,
+        .scale_bits = (int)scale_bits,
+        .gamma = (float)gamma,
+    };
+    lbq_range range = {
+        .clip = clip,
+        .percentile = percentile,
+        .candidates = (int)candidates,
+        .shrink = shrink,
+        .norm = norm,
+    };
+    lbq_status status = range_method(method, &range.method);
+    const ptrdiff_t groups = (W.dims[1] - 1) / group + 1;
+    if (status == LBQ_OK && levels.data && levels.dims[0] != count)
+        status = lbq_fail(LBQ_BAD_SHAPE, "%td levels for %td codes", levels.dims[0], count);
+    if (status == LBQ_OK && groups != scale.dims[1])
+        status =
+            lbq_fail(LBQ_BAD_SHAPE, "scale has %td groups, expected %td", scale.dims[1], groups);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(lbq_quantize(&code,
+                         &range,
+                         W.dims[0],
+                         W.dims[1],
+                         group,
+                         fixed,
+                         W.data,
+                         importance.data,
+                         codes.data,
+                         scale.data,
+                         offset.data));
+}
+
+LBQ_BINDING(kmeans)
+{
+    lbq_array values, weights, levels;
+    const lbq_arg spec[] = {
+        LBQ_IN("values", &values, NPY_FLOAT64, "n"),
+        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT64, "n"),
+        LBQ_OUT("levels", &levels, NPY_FLOAT64, "l"),
+    };
+    LBQ_PARSE("kmeans", spec);
+    LBQ_RUN(
+        lbq_kmeans(values.dims[0], values.data, weights.data, (int)levels.dims[0], levels.data));
+}
+
+static lbq_status
+fill_levels(const char *kind, int count, float *levels)
+{
+    const int nf4 = strcmp(kind, "nf") == 0 && count == 16;
+    LBQ_REQUIRE(nf4 || (strcmp(kind, "log") == 0 && count >= 2 && count <= LBQ_MAX_LEVELS),
+                LBQ_BAD_VALUE,
+                "no table of %d levels is called '%s'",
+                count,
+                kind);
+    if (nf4)
+        lbq_levels_nf4(levels);
+    else
+        lbq_levels_log(count, levels);
+    return LBQ_OK;
+}
+
+LBQ_BINDING(fixed_levels)
+{
+    lbq_array levels;
+    const char *kind;
+    const lbq_arg spec[] = {
+        LBQ_OUT("levels", &levels, NPY_FLOAT32, "l"),
+        LBQ_TEXT("kind", &kind),
+    };
+    LBQ_PARSE("fixed_levels", spec);
+    LBQ_RUN(fill_levels(kind, (int)levels.dims[0], levels.data));
+}
+
+/* clang-format off */
+PyMethodDef lbq_methods_codes[] = {
+    LBQ_METHOD(quantize,
+               "quantize(weight, importance, levels, codes, scale, offset, /, *, count, symmetric, "
+               "zero, scale_bits, gamma, group, fixed, method, clip, percentile, candidates, "
+               "shrink, norm)\n--\n\n"
+               "Round weight (r, k) to codes (r, k) group by group, fitting scale and offset "
+               "(r, g) by method 'minmax', 'percentile' or 'mse', or with those given.")
+    LBQ_METHOD(kmeans,
+               "kmeans(values, weights, levels, /)\n--\n\n"
+               "Fill levels (l) with the ascending numbers next to which values (n) lie.")
+    LBQ_METHOD(fixed_levels,
+               "fixed_levels(levels, /, *, kind)\n--\n\n"
+               "Fill levels (l) with the table 'nf' (16 levels) or 'log'.")
+    LBQ_METHODS_END,
+};
+/* clang-format on */

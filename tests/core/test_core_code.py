@@ -1,0 +1,283 @@
+"""csrc/codes/code.c and fit.c: encoding, ranges, and the search for the least error."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+
+from lowbitq import _core
+
+NF4 = np.empty(16, np.float32)
+_core.fixed_levels(NF4, kind="nf")
+
+
+def quantize(weight, levels=None, count=None, importance=None, scale=None, offset=None, **rest):
+    """Codes, scale, offset and values by _core.quantize; outputs prefilled, between guards."""
+    count = len(levels) if levels is not None else count
+    symmetric = rest.get("symmetric", True)
+    options = {
+        "symmetric": symmetric,
+        "zero": (count - 1) / 2 if symmetric and levels is None else 0.0,
+        "scale_bits": 16,
+        "gamma": 0.0,
+        "group": weight.shape[1],
+        "fixed": scale is not None,
+        "method": "mse",
+        "clip": 1.0,
+        "percentile": 100.0,
+        "candidates": 20,
+        "shrink": 0.8,
+        "norm": 2.0,
+    } | rest
+    rows, cols = weight.shape
+    groups = -(-cols // options["group"])
+    codes = np.full((rows + 2, cols), 255, np.uint8)
+    scales = np.full((2, rows + 2, groups), np.nan, np.float32)
+    if scale is not None:
+        scales[:, 1:-1] = scale, offset
+    _core.quantize(
+        weight, importance, levels, codes[1:-1], *scales[:, 1:-1], count=count, **options
+    )
+    assert (codes[[0, -1]] == 255).all(), "wrote outside codes"
+    assert np.isnan(scales[:, [0, -1]]).all(), "wrote outside scale or offset"
+    codes, scale, offset = codes[1:-1], scales[0, 1:-1], scales[1, 1:-1]
+    values = oracle.decode(codes, scale, offset, options["group"], levels)
+    return codes, scale, offset, values
+
+
+def distortion(weight, **options):
+    return ((quantize(weight, **options)[3] - weight) ** 2).mean()
+
+
+def normal(rows, cols, seed=0):
+    return np.random.default_rng([seed, rows, cols]).standard_normal((rows, cols), np.float32)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 16, 256])
+@pytest.mark.parametrize(
+    ("rows", "cols", "group"), [(1, 1, 1), (3, 65, 64), (5, 96, 32), (2, 300, 300)]
+)
+def test_codes_are_the_nearest_ties_to_even(rows, cols, group, count):
+    rng = np.random.default_rng([rows, cols, count])
+    groups = -(-cols // group)
+    # Multiples of a quarter step: exact quotients, so that half of them are ties.
+    scale = np.exp2(rng.integers(-3, 3, (rows, groups))).astype(np.float32)
+    offset = (rng.integers(-8, 8, (rows, groups)) * scale).astype(np.float32)
+    steps = rng.integers(-8, 4 * count + 8, (rows, cols)) / 4
+    wide = [np.repeat(a, group, 1)[:, :cols] for a in (scale, offset)]
+    weight = (steps * wide[0] + wide[1]).astype(np.float32)
+    codes = quantize(weight, count=count, group=group, scale=scale, offset=offset)[0]
+    assert (codes == np.clip(np.rint(steps), 0, count - 1)).all()
+
+
+@pytest.mark.parametrize("count", [2, 4, 8, 16])
+def test_a_table_of_equal_steps_is_the_uniform_code(count):
+    weight = normal(64, 256)
+    levels = np.arange(count, dtype=np.float32)
+    for zero in (0.0, 1.0, (count - 1) / 2):
+        a = quantize(weight, count=count, zero=zero, group=64)
+        b = quantize(weight, levels=levels, zero=zero, group=64)
+        assert all((x == y).all() for x, y in zip(a, b, strict=True))
+
+
+def test_table_codes_are_the_nearest_level():
+    weight = normal(20, 64)
+    codes, scale, _, _ = quantize(weight, levels=NF4, group=32)
+    distance = abs(weight[..., None] - np.repeat(scale, 32, 1)[..., None] * NF4.astype(float))
+    assert (np.take_along_axis(distance, codes[..., None], 2)[..., 0] == distance.min(2)).all()
+
+
+def test_decoded_values_are_fixed_points():
+    weight = normal(16, 128)
+    for options in ({"count": 8}, {"count": 8, "symmetric": False}, {"levels": NF4}):
+        codes, scale, offset, values = quantize(weight, group=64, **options)
+        again = quantize(
+            values.astype(np.float32), group=64, scale=scale, offset=offset, **options
+        )[0]
+        assert (again == codes).all()
+
+
+@pytest.mark.parametrize("scale_bits", [16, 0])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("count", [2, 4, 16, 256])
+def test_minmax_errs_by_half_a_step_at_most(count, symmetric, scale_bits):
+    rng = np.random.default_rng(count)
+    weight = (rng.standard_t(3, (200, 60)) + 5 * rng.standard_normal((200, 1))).astype(np.float32)
+    _, scale, _, values = quantize(
+        weight, count=count, symmetric=symmetric, method="minmax", scale_bits=scale_bits
+    )
+    assert (abs(values - weight) <= scale * 0.5 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_stored_scales_are_float16(symmetric):
+    for method in ("minmax", "mse"):
+        _, scale, offset, _ = quantize(
+            normal(40, 64) + 1, count=8, group=32, symmetric=symmetric, method=method
+        )
+        assert (scale == scale.astype(np.float16)).all()
+        if symmetric:
+            assert (offset == -3.5 * scale).all()
+        else:
+            assert (offset == offset.astype(np.float16)).all()
+
+
+def test_integer_scales_are_multiples_of_gamma():
+    weight = normal(8, 64) * np.linspace(0.1, 2, 8, dtype=np.float32)[:, None]
+    for scale_bits in (4, 8):
+        _, scale, _, _ = quantize(weight, count=16, group=16, scale_bits=scale_bits, gamma=0.03)
+        whole = scale / np.float32(0.03)
+        assert abs(whole - np.rint(whole)).max() <= 1e-5
+        assert whole.min() >= 1 - 1e-6
+        assert whole.max() <= 2**scale_bits - 1 + 1e-4
+
+
+def test_a_lone_offset_is_minus_zero_times_scale():
+    weight = normal(1, 500) + 3
+    _, scale, offset, _ = quantize(weight, count=16, symmetric=False, scale_bits=0)
+    zero = np.float32(-offset[0, 0] / scale[0, 0])
+    candidates = [np.nextafter(zero, np.float32(to)) for to in (-np.inf, zero, np.inf)]
+    assert offset[0, 0] in [-z * scale[0, 0] for z in candidates]
+
+
+# Best distortion of a uniform grid on a normal variable (J. Max, 1960), of the grids that hold an
+# exact zero (quality.md section 15, recomputed by integration in appendix C), and of ternary.
+@pytest.mark.parametrize(
+    ("count", "zero", "expected"),
+    [
+        (2, 0.5, 0.3634),
+        (3, 1, 0.1902),
+        (4, 1.5, 0.1189),
+        (8, 3.5, 0.0374),
+        (16, 7.5, 0.0115),
+        (4, 2, 0.1494),
+        (8, 4, 0.0406),
+        (16, 8, 0.0119),
+    ],
+)
+def test_best_symmetric_grid_of_a_normal_variable(count, zero, expected):
+    weight = oracle.normal_quantiles(1 << 15)[None].astype(np.float32)
+    # The tail beyond the last quantile, and four printed digits.
+    assert abs(distortion(weight, count=count, zero=zero) - expected) <= 2e-4
+
+
+def test_least_error_by_group_beats_the_best_clip_ratio():
+    """2 bits, groups of 128: the best common clip ratio gives 0.139, fitted grids 0.11."""
+    weight = normal(4096, 128)
+    assert distortion(weight, count=4, symmetric=False) <= 0.111
+    assert distortion(weight, count=4) <= 0.118
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_search_comes_close_to_the_best_grid_there_is(count, symmetric):
+    """Against all grids of a fine mesh, for skewed groups with outliers."""
+    rng = np.random.default_rng(count)
+    weight = rng.standard_t(3, (30, 32)) + 0.3 * rng.exponential(size=(30, 32))
+    weight = weight.astype(np.float32)
+    values = quantize(weight, count=count, symmetric=symmetric, scale_bits=0)[3]
+    found = ((values - weight) ** 2).sum(1)
+    best = oracle.best_grid_error(weight, count, symmetric)
+    assert (found <= 1.3 * best).all()
+    assert found.sum() <= 1.01 * best.sum()
+
+
+@pytest.mark.parametrize("options", [{"count": 4}, {"count": 16, "symmetric": False}])
+def test_least_error_is_never_worse_than_minmax(options):
+    rng = np.random.default_rng(1)
+    for weight in (rng.standard_t(2, (300, 64)), rng.integers(-3, 4, (300, 64)) * 0.25):
+        weight = weight.astype(np.float32)
+        for norm in (2.0, 2.4):
+            error = [
+                (abs(quantize(weight, method=m, norm=norm, **options)[3] - weight) ** norm).sum(1)
+                for m in ("mse", "minmax")
+            ]
+            assert (error[0] <= error[1] * (1 + 1e-9) + 1e-12).all()
+
+
+def test_importance_weighs_the_errors():
+    weight = normal(200, 64)
+    importance = np.exp(2 * normal(1, 64, seed=5)[0])
+    plain = quantize(weight, count=4)[3]
+    fitted = quantize(weight, count=4, importance=importance)[3]
+    loss = [((v - weight) ** 2 @ importance).sum() for v in (plain, fitted)]
+    assert loss[1] < 0.9 * loss[0]
+    ones = quantize(weight, count=4, importance=np.full(64, 3, np.float32))[3]
+    assert (ones == plain).all()
+    nothing = quantize(weight, count=4, importance=np.zeros(64, np.float32))[3]
+    assert (nothing == plain).all(), "a group without importance is fitted as if it had some"
+
+
+@pytest.mark.parametrize("percent", [50.0, 90.0, 99.0, 99.9, 100.0])
+@pytest.mark.parametrize("cols", [1, 2, 33, 1000])
+def test_percentile_is_numpys(cols, percent):
+    for weight in (normal(20, cols), np.round(normal(20, cols), 1)):
+        _, scale, offset, _ = quantize(
+            weight,
+            count=256,
+            symmetric=False,
+            method="percentile",
+            percentile=percent,
+            scale_bits=0,
+        )
+        low, high = np.percentile(weight.astype(float), [100 - percent, percent], axis=1)
+        assert np.allclose(offset[:, 0], low, rtol=1e-6, atol=1e-6)
+        assert np.allclose(offset[:, 0] + 255 * scale[:, 0], high, rtol=1e-6, atol=1e-6)
+
+
+def test_clip_ratio_scales_the_range():
+    weight = normal(10, 64)
+    full, half = (
+        quantize(weight, count=16, method="minmax", clip=c, scale_bits=0)[1] for c in (1.0, 0.5)
+    )
+    assert np.allclose(half, full / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e-9, 3e4])
+def test_constant_groups(value, method):
+    weight = np.full((2, 40), value, np.float32)
+    for options in ({"count": 4, "symmetric": False}, {"count": 4}, {"count": 3}, {"levels": NF4}):
+        _, scale, offset, values = quantize(weight, group=32, method=method, **options)
+        assert (scale > 0).all()
+        assert np.isfinite(offset).all()
+        # Scale and offset of float16 each err by 2^-11, and nothing is below 2^-24.
+        assert abs(values - weight).max() <= 2**-9 * abs(value) + 2**-24 * 1.5
+
+
+def test_far_offsets_lose_no_digits():
+    weight = (1000 + normal(5, 64) * 1e-2).astype(np.float32)
+    values = quantize(weight, count=256, symmetric=False, scale_bits=0)[3]
+    assert abs(values - weight).max() <= np.ptp(weight, 1).max() / 255
+
+
+def test_one_thread_and_many_agree():
+    weight = normal(50, 320)
+    before = _core.config()["threads"]
+    results = []
+    for threads in (1, 3):
+        _core.set_num_threads(threads=threads)
+        results.append(quantize(weight, count=4, symmetric=False, group=64))
+    _core.set_num_threads(threads=before)
+    assert all((a == b).all() for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e5])
+def test_unfit_weights_are_named(bad):
+    weight = normal(5, 40)
+    weight[3, 17] = bad
+    with pytest.raises(ValueError, match=r"weight\[3, 17\]"):
+        quantize(weight, count=4)
+
+
+def test_unfit_arguments_are_named():
+    weight = normal(2, 8)
+    with pytest.raises(ValueError, match=r"importance\[2\] is -1"):
+        quantize(weight, count=4, importance=np.array([1, 1, -1, 1, 1, 1, 1, 1], np.float32))
+    with pytest.raises(ValueError, match="ascending"):
+        quantize(weight, levels=np.array([0, 2, 1], np.float32))
+    with pytest.raises(ValueError, match="method is 'best'"):
+        quantize(weight, count=4, method="best")
+    with pytest.raises(ValueError, match="scale_bits is 5"):
+        quantize(weight, count=4, scale_bits=5)

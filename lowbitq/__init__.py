@@ -2,9 +2,79 @@
 
 from __future__ import annotations
 
-import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _core links to)
+import contextlib
+from typing import Any
 
+with contextlib.suppress(ModuleNotFoundError):  # a build with LOWBITQ_BLAS=system does without
+    import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _core links to)
+try:
+    from lowbitq import _core
+except ImportError as error:
+    raise ImportError(
+        f"the C module lowbitq._core cannot be loaded ({error}); in a source tree, build it by: "
+        "pip install -e ."
+    ) from error
 from lowbitq._core import FormatError, NumericalError
 
-__all__ = ["FormatError", "NumericalError"]
+__all__ = ["FormatError", "NumericalError", "set_num_threads", "show_config"]
 __version__ = "0.1.0"
+
+
+def set_num_threads(threads: int) -> None:
+    """Choose how many threads lowbitq and its OpenBLAS use together.
+
+    At the start it is the number of CPUs that the process may use, or the environment variable
+    ``LOWBITQ_NUM_THREADS``. Results do not depend on it, those of BLAS excepted.
+
+    Parameters
+    ----------
+    threads : int
+        1 to 256, the calling thread included.
+
+    Raises
+    ------
+    ValueError
+        If `threads` is out of range.
+
+    Examples
+    --------
+    >>> before = show_config()["threads"]
+    >>> set_num_threads(1)
+    >>> show_config()["threads"]
+    1
+    >>> set_num_threads(before)
+    """
+    _core.set_num_threads(threads=threads)
+
+
+class _Configuration(dict[str, Any]):
+    """A dict that shows itself as one line per entry."""
+
+    def __repr__(self) -> str:
+        lines = []
+        for name, value in self.items():
+            if isinstance(value, dict):
+                isas = sorted(set(value.values()))
+                value = "; ".join(
+                    f"{i}: {', '.join(k for k in value if value[k] == i)}" for i in isas
+                )
+            lines.append(f"{name:9} {value}")
+        return "\n".join(lines)
+
+
+def show_config() -> dict[str, Any]:
+    """Version, instruction set, threads, BLAS and kernels in use.
+
+    Returns
+    -------
+    dict
+        ``version``; ``isa`` in use and ``cpu_isa``, the best that this machine has; ``threads``
+        and ``cpus``; ``blas`` and ``blas_core``; ``kernels``, from each name to the instruction
+        set of the version in use. It shows itself as one line per entry.
+
+    Examples
+    --------
+    >>> show_config()["isa"] in ("portable", "avx2", "avx512")
+    True
+    """
+    return _Configuration({"version": __version__, **_core.config()})

@@ -1,0 +1,73 @@
+"""The public names, and what an import says and costs."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowbitq as lq
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", lq.__all__)
+def test_public_name_is_documented_with_an_example(name):
+    value = getattr(lq, name)
+    assert (value.__doc__ or "").strip()
+    if inspect.isfunction(value):
+        sections = ["Returns\n", "Examples\n"]
+        if inspect.signature(value).return_annotation in (None, "None"):
+            sections.remove("Returns\n")
+        if inspect.signature(value).parameters:
+            sections += ["Parameters\n", "Raises\n"]
+        assert [s for s in sections if s not in value.__doc__] == []
+        assert doctest.DocTestParser().get_examples(value.__doc__), "no runnable example"
+
+
+def test_all_names_every_function_and_class():
+    ours = [n for n, v in vars(lq).items() if getattr(v, "__module__", "").startswith("lowbitq")]
+    assert {name for name in ours if not name.startswith("_")} == set(lq.__all__)
+
+
+def test_version_is_the_package_version():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert lq.__version__ == project["version"]
+
+
+def test_missing_core_says_how_to_build_it(tmp_path):
+    (tmp_path / "lowbitq").mkdir()
+    source = (ROOT / "lowbitq" / "__init__.py").read_text()
+    (tmp_path / "lowbitq" / "__init__.py").write_text(source)
+    failed = subprocess.run(
+        [sys.executable, "-c", "import lowbitq"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines()[-1].startswith("ImportError: the C module")
+    assert "pip install -e ." in failed.stderr
+
+
+def test_import_loads_no_heavy_module_before_it_is_needed():
+    code = "import sys, lowbitq; print(*sorted(m for m in sys.modules if '.' not in m))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert not {"gguf", "tokenizers", "jinja2", "tqdm", "matplotlib", "argparse"} & set(loaded)
+
+
+def test_configuration_shows_one_line_per_entry():
+    shown = repr(lq.show_config()).splitlines()
+    assert [line.split()[0] for line in shown] == list(lq.show_config())
+    assert shown[0].split() == ["version", lq.__version__]
+    assert "widen_f16" in shown[-1]
+
+
+@pytest.mark.parametrize("threads", [0, 257])
+def test_impossible_number_of_threads_is_refused(threads):
+    with pytest.raises(ValueError, match=f"threads is {threads}"):
+        lq.set_num_threads(threads)

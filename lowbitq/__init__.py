@@ -8,13 +8,13 @@ from typing import Any
 with contextlib.suppress(ModuleNotFoundError):  # a build with LOWBITQ_BLAS=system does without
     import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _core links to)
 try:
-    from lowbitq import _core
+    from lowbitq._core import FormatError, NumericalError
 except ImportError as error:
     raise ImportError(
         f"the C module lowbitq._core cannot be loaded ({error}); in a source tree, build it by: "
         "pip install -e ."
     ) from error
-from lowbitq._core import FormatError, NumericalError
+from lowbitq import _core
 
 __all__ = ["FormatError", "NumericalError", "set_num_threads", "show_config"]
 __version__ = "0.1.0"

@@ -40,16 +40,13 @@ def test_version_is_the_package_version():
     assert lq.__version__ == project["version"]
 
 
-def test_missing_core_says_how_to_build_it(tmp_path):
-    (tmp_path / "lowbitq").mkdir()
-    source = (ROOT / "lowbitq" / "__init__.py").read_text()
-    (tmp_path / "lowbitq" / "__init__.py").write_text(source)
-    failed = subprocess.run(
-        [sys.executable, "-c", "import lowbitq"], cwd=tmp_path, capture_output=True, text=True
-    )
+def test_missing_core_says_how_to_build_it():
+    code = "import sys; sys.modules['lowbitq._core'] = None; import lowbitq"
+    failed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("ImportError: the C module")
-    assert "pip install -e ." in failed.stderr
+    last = failed.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: the C module lowbitq._core cannot be loaded")
+    assert "pip install -e ." in last
 
 
 def test_import_loads_no_heavy_module_before_it_is_needed():

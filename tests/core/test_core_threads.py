@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 
 import lowbitq
@@ -137,16 +136,22 @@ def test_cpus_are_those_this_process_may_use(core):
     assert core.lbq_cpus() == len(os.sched_getaffinity(0)) == _core.config()["cpus"]
 
 
-def widened(count=1_000_000):
-    """A computation that uses the pool of _core."""
-    x = (np.arange(count) % 0x7C00).astype(np.uint16)
-    y = np.empty(count, np.float32)
-    _core.half_to_float(x, y)
-    return float(y.sum(dtype=np.float64))
+# Uses the pool of _core. A text, because a spawned child cannot import this file.
+WIDEN = """
+import numpy as np
+from lowbitq import _core
+
+x = (np.arange(1_000_000) % 0x7C00).astype(np.uint16)
+y = np.empty(len(x), np.float32)
+_core.half_to_float(x, y)
+report((float(y.sum(dtype=np.float64)), _core.config()["threads"]))
+"""
 
 
-def in_child(queue):
-    queue.put((widened(), _core.config()["threads"]))
+def widened():
+    reports = []
+    exec(WIDEN, {"report": reports.append})
+    return reports[0][0]
 
 
 # Python 3.12 and later warn of any fork while threads run; the pool is what is tested here.
@@ -157,7 +162,7 @@ def test_pool_works_in_child_processes(threads, method):
     expected = widened()
     context = multiprocessing.get_context(method)
     queue = context.Queue()
-    child = context.Process(target=in_child, args=(queue,))
+    child = context.Process(target=exec, args=(WIDEN, {"report": queue.put}))
     child.start()
     result, child_threads = queue.get(timeout=60)
     child.join(60)
@@ -174,7 +179,7 @@ def test_fork_while_another_thread_uses_the_pool(threads):
 
     def work():
         while not stop.is_set():
-            widened(200_000)
+            widened()
 
     worker = threading.Thread(target=work)
     worker.start()
@@ -182,7 +187,7 @@ def test_fork_while_another_thread_uses_the_pool(threads):
         for _ in range(10):
             child = os.fork()
             if child == 0:
-                os._exit(0 if widened(200_000) > 0 else 1)
+                os._exit(0 if widened() > 0 else 1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     finally:
         stop.set()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Sequence
 
 import gguf
 import numpy as np
+from safetensors.numpy import save_file
+
+from lowbitq.checkpoints import packed
 
 STRING, ARRAY = 8, 9
 
@@ -67,4 +71,36 @@ def write_gguf(path, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationT
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def safetensors_file(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """Return a safetensors file that may lie about itself; `header` is an object or its text."""
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(raw) if length is None else length) + raw + data
+
+
+def write_folder(path, tensors: dict[str, np.ndarray], *, shards: int = 1, **config):
+    """Write a Hugging Face folder with the `safetensors` package."""
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(config))
+    if shards == 1:
+        save_file(tensors, path / "model.safetensors")
+        return path
+    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    weight_map = {tensor: names[i % shards] for i, tensor in enumerate(tensors)}
+    for name in names:
+        save_file({t: tensors[t] for t, n in weight_map.items() if n == name}, path / name)
+    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return path
+
+
+def write_packed(path, arrays: dict[str, np.ndarray], **files: dict):
+    """Write a folder as a saved model has it; `files` are further JSON files."""
+    with packed.new_folder(path) as folder:
+        packed.write_json(folder / "config.json", packed.quantization_config())
+        packed.write_arrays(folder / "model.safetensors", arrays)
+        for name, value in files.items():
+            packed.write_json(folder / f"{name}.json", value)
     return path

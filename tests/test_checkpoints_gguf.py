@@ -193,6 +193,11 @@ DAMAGED = {
         63,
         "alignment is '32'",
     ),
+    "part": (
+        gguf_file([key("split.count", 2, struct.pack("<H", 3))]),
+        49,
+        "one of 3 parts; join them with llama-gguf-split --merge",
+    ),
     "name twice": (gguf_file((), [ONE, ONE], bytes(16)), 57, "tensor 'w' appears twice"),
     "no axes": (gguf_file((), [entry("w", (), Kind.F32, 0)]), 33, "has 0 axes, expected 1 to 4"),
     "axes": (gguf_file((), [entry("w", (1,) * 5, Kind.F32, 0)]), 33, "has 5 axes"),

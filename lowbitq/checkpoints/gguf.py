@@ -158,6 +158,10 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         if key in metadata:
             raise header.damaged(at, f"key {key!r} appears twice")
         metadata[key] = header.value(key)
+    parts = metadata.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        found = f"one of {parts} parts; join them with llama-gguf-split --merge"
+        raise header.damaged(header.at, found)
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise header.damaged(

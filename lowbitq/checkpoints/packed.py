@@ -18,6 +18,7 @@ import os
 import reprlib
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,7 +148,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         fresh.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
         yield fresh
-        write_json(fresh / _CHECKSUMS, _checksums(fresh))
+        files = {file.name: _sections(file) for file in sorted(fresh.iterdir())}
+        write_json(fresh / _CHECKSUMS, _listing(files))
         for file in [*sorted(fresh.iterdir()), fresh]:
             _sync(file)
         _check_replaceable(path)
@@ -325,12 +327,13 @@ def _dtype_name(name: str, dtype: np.dtype[Any]) -> str:
     return _SAFETENSORS_DTYPES[dtype]
 
 
-def _checksums(folder: Path) -> dict[str, Any]:
-    """Return, per file, the sections that cover it: name, bytes, CRC-32."""
-    return {file.name: _sections(file) for file in sorted(folder.iterdir())}
+def _listing(files: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``checksums.json`` says: the sections of each file, and its own checksum."""
+    return {"crc32": f"{zlib.crc32(_json_text(files)):08x}", "files": files}
 
 
 def _sections(path: Path) -> list[dict[str, Any]]:
+    """Return the sections that cover a file: name, bytes, CRC-32."""
     file = MappedFile(path)
     cuts = [("file", 0)]
     if path.suffix == ".safetensors":
@@ -346,8 +349,10 @@ def _sections(path: Path) -> list[dict[str, Any]]:
 def _verify(folder: Path) -> None:
     """Raise FormatError unless every file is as its checksums say."""
     listing = MappedFile(folder / _CHECKSUMS)
-    checksums = listing.json()
-    for name, sections in checksums.items():
+    files = listing.json().get("files")
+    if not isinstance(files, dict):
+        raise listing.damaged(0, "'files' is not an object")
+    for name, sections in files.items():
         if name != os.path.basename(name) or not isinstance(sections, list):
             raise listing.damaged(0, f"{name!r} is no file with a list of sections")
         if not (folder / name).is_file():
@@ -371,7 +376,7 @@ def _verify(folder: Path) -> None:
         if start != file.data.size:
             raise file.damaged(start, f"{file.data.size - start} bytes too many")
     # Only one text stands for these checksums, so that a change of this file itself shows too.
-    if listing.buffer[:] != _json_text(checksums):
+    if listing.buffer[:] != _json_text(_listing(files)):
         raise listing.damaged(0, "not as it was saved")
 
 
@@ -384,14 +389,13 @@ def _check_replaceable(path: Path) -> None:
     present = {file.name for file in path.iterdir()}
     if not present:
         return
-    try:
-        saved = is_packed(MappedFile(path / CONFIG).json())
-        known = {_CHECKSUMS, *MappedFile(path / _CHECKSUMS).json()} if saved else set()
-    except (OSError, FormatError):
-        known = set()
-    if not known:
+    known = None
+    with contextlib.suppress(OSError, FormatError):
+        if is_packed(MappedFile(path / CONFIG).json()):
+            known = MappedFile(path / _CHECKSUMS).json().get("files")
+    if not isinstance(known, dict):
         raise FileExistsError(f"{path} is neither empty nor a model saved by lowbitq")
-    if added := sorted(present - known):
+    if added := sorted(present - {_CHECKSUMS, *known}):
         raise FileExistsError(f"{path} holds {added[0]}, which is no part of the model saved there")
 
 

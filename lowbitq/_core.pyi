@@ -47,3 +47,82 @@ def kmeans(
     /,
 ) -> None: ...
 def fixed_levels(levels: NDArray[np.float32], /, *, kind: str) -> None: ...
+def packed_bytes(
+    *,
+    rows: int,
+    cols: int,
+    bits: int,
+    group: int,
+    scale_bits: int,
+    has_offset: bool,
+    gamma: float,
+    zero: float,
+) -> int: ...
+def pack(
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.float32] | None,
+    offset: NDArray[np.float32] | None,
+    panels: NDArray[np.uint8],
+    /,
+    *,
+    rows: int,
+    cols: int,
+    bits: int,
+    group: int,
+    scale_bits: int,
+    has_offset: bool,
+    gamma: float,
+    zero: float,
+) -> None: ...
+def unpack(
+    panels: NDArray[np.uint8],
+    codes: NDArray[np.uint8] | None,
+    scale: NDArray[np.float32] | None,
+    offset: NDArray[np.float32] | None,
+    /,
+    *,
+    rows: int,
+    cols: int,
+    bits: int,
+    group: int,
+    scale_bits: int,
+    has_offset: bool,
+    gamma: float,
+    zero: float,
+) -> None: ...
+def packed_dequantize(
+    panels: NDArray[np.uint8],
+    levels: NDArray[np.float32] | None,
+    weight: NDArray[np.float32],
+    /,
+    *,
+    rows: int,
+    cols: int,
+    bits: int,
+    group: int,
+    scale_bits: int,
+    has_offset: bool,
+    gamma: float,
+    zero: float,
+) -> None: ...
+def linear_dense(
+    weight: NDArray[np.float32], bias: NDArray[np.float32] | None, rotation: Any | None, /
+) -> Any: ...
+def linear_packed(
+    panels: NDArray[np.uint8],
+    levels: NDArray[np.float32] | None,
+    bias: NDArray[np.float32] | None,
+    rotation: Any | None,
+    /,
+    *,
+    rows: int,
+    cols: int,
+    bits: int,
+    group: int,
+    scale_bits: int,
+    has_offset: bool,
+    gamma: float,
+    zero: float,
+    activation_bits: int,
+) -> Any: ...
+def linear_forward(layer: Any, x: NDArray[np.float32], y: NDArray[np.float32], /) -> None: ...

@@ -26,6 +26,14 @@ def isa(request):
     _core.use_isa(isa=before)
 
 
+@pytest.fixture
+def threads():
+    """The number of threads of _core, restored after the test."""
+    before = _core.config()["threads"]
+    yield before
+    _core.set_num_threads(threads=before)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """Path of SmolLM2-135M-Instruct as GGUF."""

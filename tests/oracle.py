@@ -6,6 +6,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+U = 2.0**-24  # half the distance between 1 and the next float32
+
 
 def splitmix64(state):
     """The finaliser of SplitMix64 of each uint64."""
@@ -28,10 +30,15 @@ def random_normal(count, seed, stream):
     return np.sqrt(-2 * np.log(1 - u)) * np.cos(2 * np.pi * v)
 
 
+def per_column(values, group, cols):
+    """Values (rows, groups), one for each column of a group, as (rows, cols)."""
+    return np.repeat(values, group, axis=1)[:, :cols]
+
+
 def decode(codes, scale, offset, group, levels=None):
     """scale * level[code] + offset in float64."""
     cols = codes.shape[1]
-    wide = [np.repeat(a.astype(float), group, axis=1)[:, :cols] for a in (scale, offset)]
+    wide = [per_column(a.astype(float), group, cols) for a in (scale, offset)]
     return wide[0] * (codes if levels is None else levels.astype(float)[codes]) + wide[1]
 
 
@@ -75,3 +82,60 @@ def kmeans_error(values, count, weights=None):
     for _ in range(count - 1):
         best = [min(best[b] + cost(b, end) for b in range(end + 1)) for end in range(len(x) + 1)]
     return best[-1]
+
+
+def packed_codes(codes, bits):
+    """Codes (16, step) of one step as the bytes of its blocks, straight from the table."""
+    if bits == 3:
+        halves = np.split(codes, codes.shape[1] // 32, axis=1)
+        return b"".join(packed_codes(h & 3, 2) + packed_codes(h >> 2, 1) for h in halves)
+    planes = 8 // bits
+    out = np.zeros((codes.shape[1] // (4 * planes), 16, 4), np.uint8)
+    for row, k in np.ndindex(codes.shape):
+        block, inside = divmod(k, 4 * planes)
+        out[block, row, inside % 4] |= codes[row, k] << inside // 4 * bits
+    return out.tobytes()
+
+
+def quantize_activations(x, step, limit):
+    """Per token and step of x (t, cols) float32: integers (t, cols) and scales (t, steps)."""
+    q = np.empty(x.shape)
+    scales = []
+    for begin in range(0, x.shape[1], step):
+        part = x[:, begin : begin + step]
+        largest = abs(part).max(axis=1, keepdims=True)
+        silent = largest < np.float32(2.0**-100)
+        inverse = np.float32(limit) / np.where(silent, np.float32(1), largest)
+        q[:, begin : begin + step] = np.where(silent, 0, np.rint(part * inverse))
+        scales.append(np.where(silent, np.float32(0), largest / np.float32(limit)))
+    return q, np.hstack(scales)
+
+
+def quantized_linear(codes, scale, offset, group, x, bias, limit):
+    """y (t, rows) for rounded activations, and a bound on its error in float32.
+
+    A step adds at most two rounded terms; each was itself rounded at most four times.
+    """
+    cols = codes.shape[1]
+    step = group if group < cols else 64
+    steps = -(-cols // step)
+    q, x_scale = quantize_activations(x, step, limit)
+    values = q * per_column(x_scale.astype(np.float64), step, cols)
+    y = values @ decode(codes, scale, offset, group).T
+    sums = np.zeros(y.shape)
+    for begin in range(0, cols, step):
+        part = slice(begin, begin + step)
+        column = begin // group
+        gain = abs(scale[:, column].astype(np.float64))
+        sums += abs(values[:, part] @ codes[:, part].T) * gain
+        sums += abs(values[:, part].sum(axis=1, keepdims=True) * offset[:, column])
+    bias = np.zeros(codes.shape[0]) if bias is None else bias
+    return y + bias, (2 * steps + 6) * U * 1.01 * (sums + abs(bias))
+
+
+def float_linear(weight, x, bias):
+    """y (t, rows) in float64, and the bound of any order of cols float32 products and sums."""
+    weight, x = weight.astype(np.float64), x.astype(np.float64)
+    bias = np.zeros(len(weight)) if bias is None else bias.astype(np.float64)
+    size = abs(x) @ abs(weight).T + abs(bias)
+    return x @ weight.T + bias, (weight.shape[1] + 3) * U * 1.01 * size

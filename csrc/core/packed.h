@@ -30,10 +30,10 @@
 
 #include "core/status.h"
 
-enum { LBQ_PANEL = 16, LBQ_ROW_STEP = 64 };
+enum { LBQ_PANEL = 16, LBQ_ROW_STEP = 64, LBQ_MAX_STEP = 128 };
 
 typedef struct {
-    const uint8_t *panels; /* lbq_packed_bytes() bytes, 64-byte aligned */
+    const uint8_t *panels; /* geometry.bytes of them; fastest at a 64-byte boundary */
     ptrdiff_t rows, cols;
     ptrdiff_t group;     /* 16, 32, 64, 128; or >= cols: one group per row */
     int bits;            /* 1, 2, 3, 4, 8 */
@@ -54,10 +54,12 @@ typedef struct {
     ptrdiff_t scale_stride; /* from one step's scales to the next: step_bytes or 0 */
     ptrdiff_t offset_at;    /* the offsets of step 0; same stride */
     ptrdiff_t panel_bytes;
+    ptrdiff_t bytes; /* of all panels */
 } lbq_packed_geometry;
 
-/* LBQ_BAD_VALUE unless bits, group, scale_bits fit together as above (1 and 3 bits need steps of
- * whole 32 columns); LBQ_BAD_SHAPE for sizes below 1 or too large to address. */
+/* LBQ_BAD_VALUE unless bits, group, scale_bits, has_offset and levels fit together as above (1
+ * and 3 bits need steps of whole 32 columns) and gamma and zero are finite; LBQ_BAD_SHAPE for
+ * sizes below 1 or above 2^31 - 1. */
 lbq_status lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry);
 
 /* Codes (rows, cols), scale and offset (rows, groups), float32, into the panels. A scale or offset
@@ -67,10 +69,34 @@ lbq_status lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry 
 lbq_status lbq_pack(const lbq_packed *packed, const uint8_t *codes, const float *scale,
                     const float *offset, uint8_t *panels);
 
-/* The inverse; each output may be NULL. `offset` gets -zero * scale where none is stored. */
+/* The inverse; each output may be NULL. `scale` gets gamma where none is stored, `offset` gets
+ * -zero * scale. */
 lbq_status lbq_unpack(const lbq_packed *packed, uint8_t *codes, float *scale, float *offset);
 
 /* W (rows, cols) by the formula, each weight fma(scale, level, offset) rounded once. */
 lbq_status lbq_packed_dequantize(const lbq_packed *packed, float *weight);
+
+/* One panel as kernels read it: pointers to what belongs to its step 0. */
+typedef struct {
+    const uint8_t *codes;
+    const uint8_t *scale;   /* not read where scale_bits = 0 */
+    const uint8_t *offset;  /* NULL: -zero * scale */
+    ptrdiff_t step, steps;  /* columns per step, number of steps */
+    ptrdiff_t step_bytes;   /* from one step's codes to the next */
+    ptrdiff_t scale_stride; /* from one step's scales, or offsets, to the next */
+    int scale_bits;
+    float gamma, zero;
+} lbq_panel;
+
+lbq_panel lbq_packed_panel(const lbq_packed *packed, const lbq_packed_geometry *geometry,
+                           ptrdiff_t panel);
+
+/* The 16 scales, or offsets, of one step, widened. */
+void lbq_panel_scale(const lbq_panel *panel, ptrdiff_t step, float scale[LBQ_PANEL]);
+void lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_PANEL]);
+
+/* Codes of one step, `columns` of them, to one byte each, laid out as 8-bit codes are: out[k / 4]
+ * [row][k % 4]. `columns` is a multiple of 16, of 32 for 1 and 3 bits. */
+void lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
 
 #endif

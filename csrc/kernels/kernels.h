@@ -11,12 +11,74 @@
 #include <stdint.h>
 
 #include "core/cpu.h"
+#include "core/packed.h"
 #include "core/status.h"
+
+enum { LBQ_TILE = 8 /* tokens that gemm_u8_i8 takes at once */ };
+
+/* Quantized activations of `width` tokens, interleaved: x[t,k] ~ scale[k / step][t] * q[t,k]. */
+typedef struct {
+    const int8_t *values; /* q as [k / 4][width][k % 4], -127 to 127, zero beyond the last column */
+    const float *scale;   /* [step][width] */
+    const float *total;   /* scale * sum of q over the step, [step][width] */
+    const float *shift;   /* -zero * total, zero being that of the weight; 0 if it has offsets */
+    ptrdiff_t width;
+} lbq_activations;
 
 /* X(name, result, (parameters)), each with its contract in the comment above it. */
 #define LBQ_KERNELS(X)                                                                             \
     /* y[i] = half x[i] widened to float32; exact. */                                              \
-    X(widen_f16, void, (const uint16_t *x, ptrdiff_t count, float *y))
+    X(widen_f16, void, (const uint16_t *x, ptrdiff_t count, float *y))                             \
+    /* Per step of a row x: scale = max |x| / limit, q = x * (limit / max |x|), ties to even, and  \
+     * total = scale * sum of q; exact. A step below 2^-100 counts as zeros; one with a NaN or an  \
+     * infinity gets scale NaN and zeros. q is padded with zeros to whole steps. */                \
+    X(quantize_i8,                                                                                 \
+      void,                                                                                        \
+      (const float *x,                                                                             \
+       ptrdiff_t cols,                                                                             \
+       ptrdiff_t step,                                                                             \
+       int limit,                                                                                  \
+       int8_t *q,                                                                                  \
+       float *scale,                                                                               \
+       float *total))                                                                              \
+    /* lbq_step_unpack of 1- to 4-bit codes; exact. */                                             \
+    X(unpack_u1, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \
+    X(unpack_u2, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \
+    X(unpack_u3, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \
+    X(unpack_u4, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \
+    /* A panel times x of width 1, 2 or 4: for each row r and token t, step after step,            \
+     *     y = fma(scale[r], fma(x.scale[t], sum of code * q, x.shift[t]), y)                      \
+     *     y = fma(offset[r], x.total[t], y)                         if the panel has offsets      \
+     * with y as [t][r] and the sum in integers; exact. */                                         \
+    X(gemv_u1_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
+    X(gemv_u2_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
+    X(gemv_u3_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
+    X(gemv_u4_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
+    X(gemv_u8_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
+    /* The same for `count` panels, 1 or 2, and width LBQ_TILE, over the steps from `first` to     \
+     * `end`, whose unpacked codes of at most `bits` bits lie at codes as [panel][step - first]    \
+     * [k / 4][r][k % 4]. y as [panel][t][r]; exact. */                                            \
+    X(gemm_u8_i8,                                                                                  \
+      void,                                                                                        \
+      (const lbq_panel *panel,                                                                     \
+       ptrdiff_t count,                                                                            \
+       int bits,                                                                                   \
+       const uint8_t *codes,                                                                       \
+       ptrdiff_t first,                                                                            \
+       ptrdiff_t end,                                                                              \
+       const lbq_activations *x,                                                                   \
+       float *y))                                                                                  \
+    /* Unpacked codes of `columns` columns to values: w[k * stride + r] = fma(scale[r], level,     \
+     * offset[r]), where the level is the code or, if levels is not NULL, levels[code]; exact. */  \
+    X(decode_f32,                                                                                  \
+      void,                                                                                        \
+      (const uint8_t *codes,                                                                       \
+       ptrdiff_t columns,                                                                          \
+       const float *levels,                                                                        \
+       const float *scale,                                                                         \
+       const float *offset,                                                                        \
+       ptrdiff_t stride,                                                                           \
+       float *w))
 
 typedef struct {
 #define LBQ_KERNEL_POINTER(name, result, parameters) result(*name) parameters;

@@ -17,11 +17,16 @@ typedef struct {
     lbq_packed packed;            /* the packed W */
     const float *bias;            /* (rows) or NULL */
     const lbq_rotation *rotation; /* of the input, or NULL */
-    int activation_bits;          /* 0: float32; 8 or 4, packed only */
+    int activation_bits;          /* 0: float32; 8 or 4, packed and without level table only */
 } lbq_linear;
 
-/* y (tokens, rows) for x (tokens, cols). Packed layers give equal bits on every instruction set
- * and for every number of threads where activations are quantized. */
+/* LBQ_OK if the parts fit together; else LBQ_BAD_VALUE or LBQ_BAD_SHAPE. Call it once per layer. */
+lbq_status lbq_linear_check(const lbq_linear *layer);
+
+/* y (tokens, rows) for x (tokens, cols), both finite; a NaN or infinity in a token's x makes that
+ * token's y NaN. Where activations are quantized y is equal bit for bit on every instruction set,
+ * for every number of threads and whatever other tokens come along (kernels.h has the order of
+ * operations, y starting at b). LBQ_NO_MEMORY if there is none for scratch. */
 lbq_status lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y);
 
 #endif

@@ -17,5 +17,6 @@ typedef struct {
 /* The methods of each binding file, ended by LBQ_METHODS_END. */
 extern PyMethodDef lbq_methods_core[];
 extern PyMethodDef lbq_methods_codes[];
+extern PyMethodDef lbq_methods_linear[];
 
 #endif

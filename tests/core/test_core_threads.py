@@ -31,14 +31,6 @@ def pool(request, core):
     core.lbq_set_threads(1)
 
 
-@pytest.fixture
-def threads():
-    """Restores the number of threads of _core."""
-    before = _core.config()["threads"]
-    yield before
-    _core.set_num_threads(threads=before)
-
-
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 1000])
 def test_every_index_runs_once_on_a_known_worker(pool, count):
     seen = []

@@ -1,0 +1,461 @@
+/* Packing and unpacking, panel by panel, four codes of a row at a time.
+ *
+ * A lane of a block is a 32-bit word of four bytes that never exchange bits, so the words of four
+ * consecutive codes are shifted and joined whole, on machines of either byte order. */
+#include "core/packed.h"
+
+#include <assert.h>
+#include <math.h>
+#include <string.h>
+
+#include "core/half.h"
+#include "core/threads.h"
+
+enum { BLOCK = 64, WORKSET = 1 << 16 /* weights per task: some 20 us */ };
+
+lbq_status
+lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
+{
+    const ptrdiff_t rows = packed->rows, cols = packed->cols, group = packed->group;
+    const int bits = packed->bits, scale_bits = packed->scale_bits;
+    LBQ_REQUIRE(rows >= 1 && rows <= INT32_MAX && cols >= 1 && cols <= INT32_MAX,
+                LBQ_BAD_SHAPE,
+                "a matrix of %td x %td cannot be packed, expected sizes of 1 to 2^31 - 1",
+                rows,
+                cols);
+    LBQ_REQUIRE((bits >= 1 && bits <= 4) || bits == 8,
+                LBQ_BAD_VALUE,
+                "bits is %d, expected 1, 2, 3, 4 or 8",
+                bits);
+    LBQ_REQUIRE(scale_bits == 0 || scale_bits == 4 || scale_bits == 8 || scale_bits == 16,
+                LBQ_BAD_VALUE,
+                "scale_bits is %d, expected 0, 4, 8 or 16",
+                scale_bits);
+    LBQ_REQUIRE(group >= cols || group == 16 || group == 32 || group == 64 || group == 128,
+                LBQ_BAD_VALUE,
+                "group is %td, expected 16, 32, 64, 128 or at least the %td columns",
+                group,
+                cols);
+    LBQ_REQUIRE(group >= cols || scale_bits != 0,
+                LBQ_BAD_VALUE,
+                "groups of %td columns need stored scales, but scale_bits is 0",
+                group);
+    LBQ_REQUIRE(group >= cols || group != 16 || (bits != 1 && bits != 3),
+                LBQ_BAD_VALUE,
+                "codes of %d bits come in groups of whole 32 columns, not of 16",
+                bits);
+    LBQ_REQUIRE(!packed->has_offset || scale_bits == 16,
+                LBQ_BAD_VALUE,
+                "offsets need scale_bits = 16, got %d",
+                scale_bits);
+    LBQ_REQUIRE(!packed->levels || bits <= 4,
+                LBQ_BAD_VALUE,
+                "a level table needs at most 4 bits, got %d",
+                bits);
+    LBQ_REQUIRE(isfinite(packed->gamma) && isfinite(packed->zero),
+                LBQ_BAD_VALUE,
+                "gamma is %g and zero is %g, expected finite numbers",
+                (double)packed->gamma,
+                (double)packed->zero);
+
+    const bool per_step = group < cols;
+    lbq_packed_geometry g = {.step = per_step ? group : LBQ_ROW_STEP};
+    g.steps = (cols + g.step - 1) / g.step;
+    g.panels = (rows + LBQ_PANEL - 1) / LBQ_PANEL;
+    g.code_bytes = g.step * bits * LBQ_PANEL / 8;
+    const ptrdiff_t scale_bytes = scale_bits * LBQ_PANEL / 8;
+    const ptrdiff_t offset_bytes = packed->has_offset ? LBQ_PANEL * 2 : 0;
+    g.step_bytes = g.code_bytes + (per_step ? scale_bytes + offset_bytes : 0);
+    g.scale_at = per_step ? g.code_bytes : g.steps * g.step_bytes;
+    g.scale_stride = per_step ? g.step_bytes : 0;
+    g.offset_at = g.scale_at + scale_bytes;
+    g.panel_bytes = g.steps * g.step_bytes + (per_step ? 0 : scale_bytes + offset_bytes);
+    g.bytes = g.panels * g.panel_bytes;
+    *geometry = g;
+    return LBQ_OK;
+}
+
+lbq_panel
+lbq_packed_panel(const lbq_packed *packed, const lbq_packed_geometry *geometry, ptrdiff_t panel)
+{
+    const uint8_t *const at = packed->panels + panel * geometry->panel_bytes;
+    return (lbq_panel){
+        .codes = at,
+        .scale = at + geometry->scale_at,
+        .offset = packed->has_offset ? at + geometry->offset_at : NULL,
+        .step = geometry->step,
+        .steps = geometry->steps,
+        .step_bytes = geometry->step_bytes,
+        .scale_stride = geometry->scale_stride,
+        .scale_bits = packed->scale_bits,
+        .gamma = packed->gamma,
+        .zero = packed->zero,
+    };
+}
+
+static float
+half_at(const uint8_t *bytes, int index)
+{
+    uint16_t half;
+    memcpy(&half, bytes + 2 * index, sizeof half);
+    return lbq_half_widen(half);
+}
+
+void
+lbq_panel_scale(const lbq_panel *panel, ptrdiff_t step, float scale[LBQ_PANEL])
+{
+    const uint8_t *const at = panel->scale + step * panel->scale_stride;
+    for (int r = 0; r < LBQ_PANEL; r++) {
+        switch (panel->scale_bits) {
+        case 16:
+            scale[r] = half_at(at, r);
+            break;
+        case 8:
+            scale[r] = panel->gamma * (float)at[r];
+            break;
+        case 4:
+            scale[r] = panel->gamma * (float)(at[r / 2] >> r % 2 * 4 & 15);
+            break;
+        default:
+            scale[r] = panel->gamma;
+        }
+    }
+}
+
+void
+lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_PANEL])
+{
+    if (panel->offset) {
+        for (int r = 0; r < LBQ_PANEL; r++)
+            offset[r] = half_at(panel->offset + step * panel->scale_stride, r);
+        return;
+    }
+    lbq_panel_scale(panel, step, offset);
+    for (int r = 0; r < LBQ_PANEL; r++)
+        offset[r] *= -panel->zero;
+}
+
+static inline uint32_t
+load_word(const uint8_t *from)
+{
+    uint32_t word;
+    memcpy(&word, from, sizeof word);
+    return word;
+}
+
+static inline void
+store_word(uint8_t *to, uint32_t word)
+{
+    memcpy(to, &word, sizeof word);
+}
+
+/* The low `bits` bits of each byte. */
+static inline uint32_t
+low_bits(int bits)
+{
+    return 0x01010101u * ((1u << bits) - 1);
+}
+
+/* Codes of one row, already shifted right by `shift`, into lane `row` of blocks of `bits` bits. */
+static void
+pack_lane(int bits, const uint8_t *codes, int shift, ptrdiff_t columns, int row, uint8_t *blocks)
+{
+    const int planes = 8 / bits;
+    for (ptrdiff_t b = 0; b < columns / (4 * planes); b++) {
+        uint32_t lane = 0;
+        for (int p = 0; p < planes; p++) {
+            const uint32_t word = load_word(codes + 4 * (b * planes + p));
+            lane |= (word >> shift & low_bits(bits)) << p * bits;
+        }
+        store_word(blocks + b * BLOCK + 4 * row, lane);
+    }
+}
+
+/* Adds the codes of lane `row`, shifted left by `shift`, to words `stride` bytes apart. */
+static void
+unpack_lane(int bits, const uint8_t *blocks, int shift, ptrdiff_t columns, int row, uint8_t *out,
+            ptrdiff_t stride)
+{
+    const int planes = 8 / bits;
+    for (ptrdiff_t b = 0; b < columns / (4 * planes); b++) {
+        const uint32_t lane = load_word(blocks + b * BLOCK + 4 * row);
+        for (int p = 0; p < planes; p++) {
+            uint8_t *const to = out + (b * planes + p) * stride;
+            const uint32_t before = shift ? load_word(to) : 0;
+            store_word(to, before | (lane >> p * bits & low_bits(bits)) << shift);
+        }
+    }
+}
+
+static void
+pack_step(int bits, const uint8_t *codes, ptrdiff_t columns, int row, uint8_t *blocks)
+{
+    if (bits != 3) {
+        pack_lane(bits, codes, 0, columns, row, blocks);
+        return;
+    }
+    for (ptrdiff_t k = 0; k < columns; k += 32, blocks += 3 * BLOCK) {
+        pack_lane(2, codes + k, 0, 32, row, blocks);
+        pack_lane(1, codes + k, 2, 32, row, blocks + 2 * BLOCK);
+    }
+}
+
+static void
+unpack_row(int bits, const uint8_t *blocks, ptrdiff_t columns, int row, uint8_t *out,
+           ptrdiff_t stride)
+{
+    if (bits != 3) {
+        unpack_lane(bits, blocks, 0, columns, row, out, stride);
+        return;
+    }
+    for (ptrdiff_t k = 0; k < columns; k += 32, blocks += 3 * BLOCK) {
+        unpack_lane(2, blocks, 0, 32, row, out + k / 4 * stride, stride);
+        unpack_lane(1, blocks + 2 * BLOCK, 2, 32, row, out + k / 4 * stride, stride);
+    }
+}
+
+void
+lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
+{
+    for (int r = 0; r < LBQ_PANEL; r++)
+        unpack_row(bits, codes, columns, r, out + 4 * r, 4 * LBQ_PANEL);
+}
+
+/* One call's work, cut into runs of panels. */
+typedef struct {
+    const lbq_packed *packed;
+    lbq_packed_geometry geometry;
+    ptrdiff_t groups, panels_per_task;
+    const uint8_t *codes_in;
+    const float *scale_in, *offset_in;
+    uint8_t *panels_out;
+    uint8_t *codes_out;
+    float *scale_out, *offset_out;
+    float *weight_out;
+} panel_work;
+
+typedef lbq_status (*panel_function)(const panel_work *work, ptrdiff_t panel);
+
+typedef struct {
+    const panel_work *work;
+    panel_function function;
+} panel_run;
+
+static lbq_status
+panel_run_task(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    const panel_run *const run = context;
+    const ptrdiff_t begin = index * run->work->panels_per_task;
+    for (ptrdiff_t p = begin; p < begin + run->work->panels_per_task; p++)
+        if (p < run->work->geometry.panels)
+            LBQ_TRY(run->function(run->work, p));
+    return LBQ_OK;
+}
+
+static lbq_status
+over_panels(panel_work *work, panel_function function)
+{
+    LBQ_TRY(lbq_packed_geometry_of(work->packed, &work->geometry));
+    const ptrdiff_t cols = work->packed->cols;
+    work->groups = work->geometry.scale_stride ? work->geometry.steps : 1;
+    work->panels_per_task = WORKSET / LBQ_PANEL / cols + 1;
+    panel_run run = {work, function};
+    const ptrdiff_t tasks =
+        (work->geometry.panels + work->panels_per_task - 1) / work->panels_per_task;
+    return lbq_parallel(tasks, panel_run_task, &run);
+}
+
+static inline ptrdiff_t
+smaller(ptrdiff_t a, ptrdiff_t b)
+{
+    return a < b ? a : b;
+}
+
+static lbq_status
+pack_half(float value, const char *name, ptrdiff_t row, ptrdiff_t group, uint8_t *to)
+{
+    const uint16_t half = lbq_half_narrow(value);
+    LBQ_REQUIRE(isfinite(value) && lbq_half_widen(half) == value,
+                LBQ_BAD_VALUE,
+                "%s of row %td, group %td is %.9g, which is no float16",
+                name,
+                row,
+                group,
+                (double)value);
+    memcpy(to, &half, sizeof half);
+    return LBQ_OK;
+}
+
+static lbq_status
+pack_scale(const lbq_packed *packed, float value, ptrdiff_t row, ptrdiff_t group, uint8_t *to)
+{
+    const int r = (int)(row % LBQ_PANEL);
+    if (packed->scale_bits == 16)
+        return pack_half(value, "scale", row, group, to + 2 * r);
+    const int largest = (1 << packed->scale_bits) - 1;
+    const float multiple = packed->gamma != 0 ? rintf(value / packed->gamma) : 0;
+    LBQ_REQUIRE(multiple >= 0 && multiple <= (float)largest && packed->gamma * multiple == value,
+                LBQ_BAD_VALUE,
+                "scale of row %td, group %td is %.9g, no multiple from 0 to %d of gamma = %.9g",
+                row,
+                group,
+                (double)value,
+                largest,
+                (double)packed->gamma);
+    if (packed->scale_bits == 8)
+        to[r] = (uint8_t)multiple;
+    else
+        to[r / 2] |= (uint8_t)((int)multiple << r % 2 * 4);
+    return LBQ_OK;
+}
+
+static lbq_status
+refuse_code(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t row, ptrdiff_t begin)
+{
+    const int largest = (1 << packed->bits) - 1;
+    ptrdiff_t k = 0;
+    while (codes[k] <= largest)
+        k++;
+    return lbq_fail(LBQ_BAD_VALUE,
+                    "code of row %td, column %td is %d, expected at most %d",
+                    row,
+                    begin + k,
+                    codes[k],
+                    largest);
+}
+
+static lbq_status
+pack_panel(const panel_work *work, ptrdiff_t panel)
+{
+    const lbq_packed *const packed = work->packed;
+    const lbq_packed_geometry *const g = &work->geometry;
+    uint8_t *const out = work->panels_out + panel * g->panel_bytes;
+    memset(out, 0, (size_t)g->panel_bytes);
+    const ptrdiff_t first = panel * LBQ_PANEL;
+    for (ptrdiff_t row = first; row < smaller(first + LBQ_PANEL, packed->rows); row++) {
+        const int lane = (int)(row - first);
+        for (ptrdiff_t s = 0; s < g->steps; s++) {
+            const ptrdiff_t begin = s * g->step, count = smaller(g->step, packed->cols - begin);
+            uint8_t codes[LBQ_MAX_STEP] = {0};
+            memcpy(codes, work->codes_in + row * packed->cols + begin, (size_t)count);
+            uint32_t seen = 0;
+            for (ptrdiff_t k = 0; k < g->step; k += 4)
+                seen |= load_word(codes + k);
+            if (seen & ~low_bits(packed->bits))
+                return refuse_code(packed, codes, row, begin);
+            pack_step(packed->bits, codes, g->step, lane, out + s * g->step_bytes);
+        }
+        for (ptrdiff_t i = 0; i < work->groups; i++) {
+            uint8_t *const at = out + i * g->scale_stride;
+            if (packed->scale_bits)
+                LBQ_TRY(pack_scale(
+                    packed, work->scale_in[row * work->groups + i], row, i, at + g->scale_at));
+            if (packed->has_offset)
+                LBQ_TRY(pack_half(work->offset_in[row * work->groups + i],
+                                  "offset",
+                                  row,
+                                  i,
+                                  at + g->offset_at + 2 * lane));
+        }
+    }
+    return LBQ_OK;
+}
+
+static lbq_status
+unpack_panel(const panel_work *work, ptrdiff_t panel)
+{
+    const lbq_packed *const packed = work->packed;
+    const lbq_packed_geometry *const g = &work->geometry;
+    const lbq_panel view = lbq_packed_panel(packed, g, panel);
+    const ptrdiff_t first = panel * LBQ_PANEL;
+    const ptrdiff_t rows = smaller(LBQ_PANEL, packed->rows - first);
+    for (ptrdiff_t i = 0; i < work->groups; i++) {
+        float scale[LBQ_PANEL], offset[LBQ_PANEL];
+        lbq_panel_scale(&view, i, scale);
+        lbq_panel_offset(&view, i, offset);
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            if (work->scale_out)
+                work->scale_out[(first + r) * work->groups + i] = scale[r];
+            if (work->offset_out)
+                work->offset_out[(first + r) * work->groups + i] = offset[r];
+        }
+    }
+    for (ptrdiff_t s = 0; work->codes_out && s < g->steps; s++) {
+        const ptrdiff_t begin = s * g->step, count = smaller(g->step, packed->cols - begin);
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            uint8_t codes[LBQ_MAX_STEP];
+            unpack_row(packed->bits, view.codes + s * g->step_bytes, g->step, (int)r, codes, 4);
+            memcpy(work->codes_out + (first + r) * packed->cols + begin, codes, (size_t)count);
+        }
+    }
+    return LBQ_OK;
+}
+
+/* Up to 4 bits a row's values are tabulated once per step: 16 fmaf instead of 64. */
+static void
+dequantize_row(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t count, float scale,
+               float offset, float *weight)
+{
+    if (packed->bits > 4) {
+        for (ptrdiff_t k = 0; k < count; k++)
+            weight[k] = fmaf(scale, (float)codes[k], offset);
+        return;
+    }
+    float value[16];
+    for (int code = 0; code < 1 << packed->bits; code++)
+        value[code] = fmaf(scale, packed->levels ? packed->levels[code] : (float)code, offset);
+    for (ptrdiff_t k = 0; k < count; k++)
+        weight[k] = value[codes[k]];
+}
+
+static lbq_status
+dequantize_panel(const panel_work *work, ptrdiff_t panel)
+{
+    const lbq_packed *const packed = work->packed;
+    const lbq_packed_geometry *const g = &work->geometry;
+    const lbq_panel view = lbq_packed_panel(packed, g, panel);
+    const ptrdiff_t first = panel * LBQ_PANEL;
+    for (ptrdiff_t s = 0; s < g->steps; s++) {
+        float scale[LBQ_PANEL], offset[LBQ_PANEL];
+        lbq_panel_scale(&view, s, scale);
+        lbq_panel_offset(&view, s, offset);
+        const ptrdiff_t begin = s * g->step, count = smaller(g->step, packed->cols - begin);
+        for (ptrdiff_t r = 0; r < smaller(LBQ_PANEL, packed->rows - first); r++) {
+            uint8_t codes[LBQ_MAX_STEP];
+            unpack_row(packed->bits, view.codes + s * g->step_bytes, g->step, (int)r, codes, 4);
+            float *const weight = work->weight_out + (first + r) * packed->cols + begin;
+            dequantize_row(packed, codes, count, scale[r], offset[r], weight);
+        }
+    }
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_pack(const lbq_packed *packed, const uint8_t *codes, const float *scale, const float *offset,
+         uint8_t *panels)
+{
+    panel_work work = {
+        .packed = packed,
+        .codes_in = codes,
+        .scale_in = scale,
+        .offset_in = offset,
+        .panels_out = panels,
+    };
+    return over_panels(&work, pack_panel);
+}
+
+lbq_status
+lbq_unpack(const lbq_packed *packed, uint8_t *codes, float *scale, float *offset)
+{
+    panel_work work = {
+        .packed = packed, .codes_out = codes, .scale_out = scale, .offset_out = offset};
+    return over_panels(&work, unpack_panel);
+}
+
+lbq_status
+lbq_packed_dequantize(const lbq_packed *packed, float *weight)
+{
+    panel_work work = {.packed = packed, .weight_out = weight};
+    return over_panels(&work, dequantize_panel);
+}

@@ -1,0 +1,54 @@
+/* Activations to int8, one scale per step. The largest magnitude is found on the bit patterns,
+ * where NaN > infinity > every number. */
+#include <math.h>
+#include <string.h>
+
+#include "kernels/portable/portable.h"
+
+static inline uint32_t
+magnitude_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits & 0x7fffffff;
+}
+
+/* Nearest integer, ties to even, of |value| < 2^22: the sum's last bit is worth one. */
+static inline int32_t
+nearest(float value)
+{
+    const float shifted = value + 0x1.8p23f;
+    int32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    return bits - 0x4b400000;
+}
+
+void
+lbq_quantize_i8_portable(const float *x, ptrdiff_t cols, ptrdiff_t step, int limit, int8_t *q,
+                         float *scale, float *total)
+{
+    for (ptrdiff_t begin = 0, s = 0; begin < cols; begin += step, s++, q += step) {
+        const ptrdiff_t count = cols - begin < step ? cols - begin : step;
+        memset(q, 0, (size_t)step);
+        uint32_t top = 0;
+        for (ptrdiff_t k = 0; k < count; k++) {
+            const uint32_t bits = magnitude_bits(x[begin + k]);
+            top = bits > top ? bits : top;
+        }
+        float largest;
+        memcpy(&largest, &top, sizeof largest);
+        if (!(largest >= 0x1p-100f && largest < INFINITY)) {
+            scale[s] = total[s] = top >= 0x7f800000 ? NAN : 0;
+            continue;
+        }
+        const float inverse = (float)limit / largest;
+        int32_t sum = 0;
+        for (ptrdiff_t k = 0; k < count; k++) {
+            const int32_t code = nearest(x[begin + k] * inverse);
+            q[k] = (int8_t)code;
+            sum += code;
+        }
+        scale[s] = largest / (float)limit;
+        total[s] = scale[s] * (float)sum;
+    }
+}

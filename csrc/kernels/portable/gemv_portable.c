@@ -1,0 +1,83 @@
+/* Packed panels times int8 activations of a few tokens: the order of every operation. */
+#include <math.h>
+
+#include "kernels/portable/portable.h"
+
+/* One step: codes as [k / 4][row][k % 4] into y [token][row]. */
+static void
+add_step(const lbq_panel *panel, ptrdiff_t step, const uint8_t *codes, const lbq_activations *x,
+         float *y)
+{
+    float scale[LBQ_PANEL], offset[LBQ_PANEL];
+    lbq_panel_scale(panel, step, scale);
+    if (panel->offset)
+        lbq_panel_offset(panel, step, offset);
+    const int8_t *const values = x->values + step * panel->step * x->width;
+    for (ptrdiff_t t = 0; t < x->width; t++) {
+        int32_t dot[LBQ_PANEL] = {0};
+        for (ptrdiff_t k = 0; k < panel->step; k += 4) {
+            const uint8_t *const code = codes + k * LBQ_PANEL;
+            const int8_t *const q = values + k * x->width + 4 * t;
+            for (int r = 0; r < LBQ_PANEL; r++)
+                for (int i = 0; i < 4; i++)
+                    dot[r] += code[4 * r + i] * q[i];
+        }
+        const ptrdiff_t at = step * x->width + t;
+        for (int r = 0; r < LBQ_PANEL; r++) {
+            float *const sum = &y[t * LBQ_PANEL + r];
+            *sum = fmaf(scale[r], fmaf(x->scale[at], (float)dot[r], x->shift[at]), *sum);
+            if (panel->offset)
+                *sum = fmaf(offset[r], x->total[at], *sum);
+        }
+    }
+}
+
+static void
+gemv(int bits, const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    uint8_t codes[LBQ_MAX_STEP * LBQ_PANEL];
+    for (ptrdiff_t s = 0; s < panel->steps; s++) {
+        lbq_step_unpack(bits, panel->codes + s * panel->step_bytes, panel->step, codes);
+        add_step(panel, s, codes, x, y);
+    }
+}
+
+void
+lbq_gemv_u1_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv(1, panel, x, y);
+}
+
+void
+lbq_gemv_u2_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv(2, panel, x, y);
+}
+
+void
+lbq_gemv_u3_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv(3, panel, x, y);
+}
+
+void
+lbq_gemv_u4_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv(4, panel, x, y);
+}
+
+void
+lbq_gemv_u8_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv(8, panel, x, y);
+}
+
+void
+lbq_gemm_u8_i8_portable(const lbq_panel *panel, ptrdiff_t count, int bits, const uint8_t *codes,
+                        ptrdiff_t first, ptrdiff_t end, const lbq_activations *x, float *y)
+{
+    (void)bits;
+    for (ptrdiff_t p = 0; p < count; p++, y += LBQ_TILE * LBQ_PANEL)
+        for (ptrdiff_t s = first; s < end; s++, codes += panel->step * LBQ_PANEL)
+            add_step(&panel[p], s, codes, x, y);
+}

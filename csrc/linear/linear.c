@@ -1,0 +1,192 @@
+/* Forward pass of a linear layer: rotate the input, then one of three products.
+ *
+ * Dense weights go to BLAS. Packed ones with float32 activations are decoded a few panels at a
+ * time and go to BLAS too: the reference. Packed ones with integer activations (quantized.c) are
+ * the fast path. */
+#include "linear/linear.h"
+
+#include <assert.h>
+#include <string.h>
+
+#include "core/blas.h"
+#include "core/memory.h"
+#include "core/threads.h"
+#include "kernels/kernels.h"
+#include "linear/quantized.h"
+
+/* In force only until csrc/rotate defines it. */
+__attribute__((weak)) lbq_status
+lbq_rotate(const lbq_rotation *rotation, ptrdiff_t rows, float *X)
+{
+    (void)rotation, (void)rows, (void)X;
+    return lbq_fail(LBQ_BAD_VALUE, "this build has no rotations");
+}
+
+lbq_status
+lbq_linear_check(const lbq_linear *layer)
+{
+    const lbq_rotation *const rotation = layer->rotation;
+    LBQ_REQUIRE(layer->rows >= 1 && layer->rows <= INT32_MAX && layer->cols >= 1 &&
+                    layer->cols <= INT32_MAX,
+                LBQ_BAD_SHAPE,
+                "a layer of %td x %td, expected sizes of 1 to 2^31 - 1",
+                layer->rows,
+                layer->cols);
+    LBQ_REQUIRE(!rotation || rotation->n == layer->cols,
+                LBQ_BAD_SHAPE,
+                "the rotation has order %td, but the layer has %td columns",
+                rotation->n,
+                layer->cols);
+    const int activation_bits = layer->activation_bits;
+    LBQ_REQUIRE(activation_bits == 0 || activation_bits == 4 || activation_bits == 8,
+                LBQ_BAD_VALUE,
+                "activation_bits is %d, expected 0, 4 or 8",
+                activation_bits);
+    LBQ_REQUIRE(!activation_bits || !layer->dense,
+                LBQ_BAD_VALUE,
+                "activation_bits is %d, but a dense layer takes float32 activations",
+                activation_bits);
+    LBQ_REQUIRE(!activation_bits || !layer->packed.levels,
+                LBQ_BAD_VALUE,
+                "activation_bits is %d, but codes with a level table take float32 activations",
+                activation_bits);
+    if (layer->dense)
+        return LBQ_OK;
+    lbq_packed_geometry geometry;
+    return lbq_packed_geometry_of(&layer->packed, &geometry);
+}
+
+/* y = x W^T for W (rows, cols). */
+static void
+multiply_dense(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+{
+    const int rows = (int)layer->rows, cols = (int)layer->cols;
+    if (tokens == 1)
+        BLAS(cblas_sgemv)(
+            CblasRowMajor, CblasNoTrans, rows, cols, 1, layer->dense, cols, x, 1, 1, y, 1);
+    else
+        BLAS(cblas_sgemm)(CblasRowMajor,
+                          CblasNoTrans,
+                          CblasTrans,
+                          (int)tokens,
+                          rows,
+                          cols,
+                          1,
+                          x,
+                          cols,
+                          layer->dense,
+                          cols,
+                          1,
+                          y,
+                          rows);
+}
+
+/* Panels decoded at a time: 4 MiB of float32, at most 16 panels. */
+enum { DECODED_FLOATS = 1 << 20, DECODED_PANELS = 16 };
+
+typedef struct {
+    const lbq_packed *packed;
+    const lbq_packed_geometry *geometry;
+    ptrdiff_t first;  /* panel */
+    ptrdiff_t stride; /* 16 * panels decoded at a time */
+    float *weight;    /* (cols, stride): transposed, so that a panel's 16 rows lie together */
+} decoding;
+
+static lbq_status
+decode_task(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    const decoding *const d = context;
+    const lbq_packed *const packed = d->packed;
+    const lbq_panel panel = lbq_packed_panel(packed, d->geometry, d->first + index);
+    for (ptrdiff_t s = 0; s < panel.steps; s++) {
+        uint8_t codes[LBQ_MAX_STEP * LBQ_PANEL];
+        float scale[LBQ_PANEL], offset[LBQ_PANEL];
+        lbq_step_unpack_fast(packed->bits, panel.codes + s * panel.step_bytes, panel.step, codes);
+        lbq_panel_scale(&panel, s, scale);
+        lbq_panel_offset(&panel, s, offset);
+        const ptrdiff_t begin = s * panel.step, left = packed->cols - begin;
+        lbq_kernel.decode_f32(codes,
+                              left < panel.step ? left : panel.step,
+                              packed->levels,
+                              scale,
+                              offset,
+                              d->stride,
+                              d->weight + begin * d->stride + index * LBQ_PANEL);
+    }
+    return LBQ_OK;
+}
+
+static lbq_status
+multiply_decoded(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+{
+    const lbq_packed *const packed = &layer->packed;
+    lbq_packed_geometry geometry;
+    LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
+    ptrdiff_t panels = DECODED_FLOATS / LBQ_PANEL / packed->cols + 1;
+    panels = panels < DECODED_PANELS ? panels : DECODED_PANELS;
+    panels = panels < geometry.panels ? panels : geometry.panels;
+    decoding d = {packed, &geometry, 0, panels * LBQ_PANEL, NULL};
+    LBQ_TRY(lbq_allocate(sizeof(float) * (size_t)(packed->cols * d.stride), &d.weight));
+    lbq_status status = LBQ_OK;
+    for (; d.first < geometry.panels && status == LBQ_OK; d.first += panels) {
+        const ptrdiff_t left = geometry.panels - d.first;
+        const ptrdiff_t row = d.first * LBQ_PANEL, rows = packed->rows - row;
+        status = lbq_parallel(left < panels ? left : panels, decode_task, &d);
+        BLAS(cblas_sgemm)(CblasRowMajor,
+                          CblasNoTrans,
+                          CblasNoTrans,
+                          (int)tokens,
+                          (int)(rows < d.stride ? rows : d.stride),
+                          (int)packed->cols,
+                          1,
+                          x,
+                          (int)packed->cols,
+                          d.weight,
+                          (int)d.stride,
+                          1,
+                          y + row,
+                          (int)packed->rows);
+    }
+    lbq_free(d.weight);
+    return status;
+}
+
+static lbq_status
+multiply(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+{
+    if (layer->activation_bits)
+        return lbq_multiply_quantized(
+            &layer->packed, layer->activation_bits, layer->bias, tokens, x, y);
+    const size_t row_bytes = sizeof(float) * (size_t)layer->rows;
+    for (ptrdiff_t t = 0; t < tokens; t++) {
+        if (layer->bias)
+            memcpy(y + t * layer->rows, layer->bias, row_bytes);
+        else
+            memset(y + t * layer->rows, 0, row_bytes);
+    }
+    if (!layer->dense)
+        return multiply_decoded(layer, tokens, x, y);
+    multiply_dense(layer, tokens, x, y);
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+{
+    assert(lbq_linear_check(layer) == LBQ_OK);
+    LBQ_REQUIRE(tokens <= INT32_MAX, LBQ_BAD_SHAPE, "%td tokens are too many", tokens);
+    if (tokens == 0)
+        return LBQ_OK;
+    if (!layer->rotation)
+        return multiply(layer, tokens, x, y);
+    float *rotated;
+    const size_t bytes = sizeof(float) * (size_t)tokens * (size_t)layer->cols;
+    LBQ_TRY(lbq_allocate(bytes, &rotated));
+    memcpy(rotated, x, bytes);
+    lbq_status status = lbq_rotate(layer->rotation, tokens, rotated);
+    if (status == LBQ_OK)
+        status = multiply(layer, tokens, rotated, y);
+    lbq_free(rotated);
+    return status;
+}

@@ -1,0 +1,300 @@
+/* Bindings of the packed layout and of csrc/linear. */
+#include <float.h>
+
+#include "core/memory.h"
+#include "core/packed.h"
+#include "linear/linear.h"
+#include "python/module.h"
+
+/* The scalars that describe a packed matrix, as they come from Python. */
+typedef struct {
+    Py_ssize_t rows, cols, bits, group, scale_bits;
+    int has_offset;
+    double gamma, zero;
+} packed_scalars;
+
+#define PACKED_SCALARS(s)                                                                          \
+    LBQ_INT("rows", &(s).rows, 1, INT32_MAX), LBQ_INT("cols", &(s).cols, 1, INT32_MAX),            \
+        LBQ_INT("bits", &(s).bits, 1, 8), LBQ_INT("group", &(s).group, 1, PY_SSIZE_T_MAX),         \
+        LBQ_INT("scale_bits", &(s).scale_bits, 0, 16), LBQ_BOOL("has_offset", &(s).has_offset),    \
+        LBQ_FLOAT("gamma", &(s).gamma, -FLT_MAX, FLT_MAX),                                         \
+        LBQ_FLOAT("zero", &(s).zero, -FLT_MAX, FLT_MAX)
+
+static lbq_packed
+packed_of(const packed_scalars *s)
+{
+    return (lbq_packed){
+        .rows = s->rows,
+        .cols = s->cols,
+        .group = s->group,
+        .bits = (int)s->bits,
+        .scale_bits = (int)s->scale_bits,
+        .has_offset = s->has_offset,
+        .gamma = (float)s->gamma,
+        .zero = (float)s->zero,
+    };
+}
+
+/* Checks `panels` and `levels` against the description and puts their data into it. */
+static lbq_status
+attach(lbq_packed *packed, const lbq_array *panels, const lbq_array *levels)
+{
+    packed->panels = panels->data;
+    packed->levels = levels ? levels->data : NULL;
+    lbq_packed_geometry geometry;
+    LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
+    LBQ_REQUIRE(panels->dims[0] == geometry.bytes,
+                LBQ_BAD_SHAPE,
+                "panels has %td bytes, expected %td for %td x %td codes of %d bits",
+                panels->dims[0],
+                geometry.bytes,
+                packed->rows,
+                packed->cols,
+                packed->bits);
+    LBQ_REQUIRE(!packed->levels || levels->dims[0] == 1 << packed->bits,
+                LBQ_BAD_SHAPE,
+                "levels has %td values, expected %d for %d bits",
+                levels->dims[0],
+                1 << packed->bits,
+                packed->bits);
+    return LBQ_OK;
+}
+
+static lbq_status
+check_axis(const char *array, int axis, ptrdiff_t size, const char *name, ptrdiff_t expected)
+{
+    LBQ_REQUIRE(size == expected,
+                LBQ_BAD_SHAPE,
+                "axis %d of %s has size %td, expected %s = %td",
+                axis,
+                array,
+                size,
+                name,
+                expected);
+    return LBQ_OK;
+}
+
+/* codes (rows, cols); scale and offset, where given, (rows, groups). */
+static lbq_status
+check_unpacked(const lbq_packed *packed, const lbq_array *codes, const lbq_array *scale,
+               const lbq_array *offset)
+{
+    const ptrdiff_t rows = packed->rows, cols = packed->cols, group = packed->group;
+    const ptrdiff_t groups = group >= cols ? 1 : (cols + group - 1) / group;
+    const lbq_array *const arrays[] = {codes, scale, offset};
+    const char *const names[] = {"codes", "scale", "offset"};
+    for (int i = 0; i < 3; i++) {
+        if (!arrays[i]->data)
+            continue;
+        LBQ_TRY(check_axis(names[i], 0, arrays[i]->dims[0], "rows", rows));
+        LBQ_TRY(i == 0 ? check_axis(names[i], 1, arrays[i]->dims[1], "cols", cols)
+                       : check_axis(names[i], 1, arrays[i]->dims[1], "groups", groups));
+    }
+    return LBQ_OK;
+}
+
+LBQ_BINDING(packed_bytes)
+{
+    packed_scalars s;
+    const lbq_arg spec[] = {PACKED_SCALARS(s)};
+    LBQ_PARSE("packed_bytes", spec);
+    const lbq_packed packed = packed_of(&s);
+    lbq_packed_geometry geometry;
+    const lbq_status status = lbq_packed_geometry_of(&packed, &geometry);
+    return status == LBQ_OK ? PyLong_FromSsize_t(geometry.bytes) : lbq_result(module, status);
+}
+
+static lbq_status
+pack(lbq_packed *packed, const lbq_array *codes, const lbq_array *scale, const lbq_array *offset,
+     const lbq_array *panels)
+{
+    LBQ_TRY(attach(packed, panels, NULL));
+    LBQ_TRY(check_unpacked(packed, codes, scale, offset));
+    LBQ_REQUIRE(scale->data || packed->scale_bits == 0,
+                LBQ_BAD_VALUE,
+                "scale is None, but scale_bits is %d",
+                packed->scale_bits);
+    LBQ_REQUIRE(offset->data || !packed->has_offset,
+                LBQ_BAD_VALUE,
+                "offset is None, but has_offset is True");
+    return lbq_pack(packed, codes->data, scale->data, offset->data, panels->data);
+}
+
+LBQ_BINDING(pack)
+{
+    lbq_array codes, scale, offset, panels;
+    packed_scalars s;
+    const lbq_arg spec[] = {
+        LBQ_IN("codes", &codes, NPY_UINT8, "rk"),
+        LBQ_IN_OR_NONE("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_IN_OR_NONE("offset", &offset, NPY_FLOAT32, "rg"),
+        LBQ_OUT("panels", &panels, NPY_UINT8, "b"),
+        PACKED_SCALARS(s),
+    };
+    LBQ_PARSE("pack", spec);
+    lbq_packed packed = packed_of(&s);
+    LBQ_RUN(pack(&packed, &codes, &scale, &offset, &panels));
+}
+
+static lbq_status
+unpack(lbq_packed *packed, const lbq_array *panels, const lbq_array *codes, const lbq_array *scale,
+       const lbq_array *offset)
+{
+    LBQ_TRY(attach(packed, panels, NULL));
+    LBQ_TRY(check_unpacked(packed, codes, scale, offset));
+    return lbq_unpack(packed, codes->data, scale->data, offset->data);
+}
+
+LBQ_BINDING(unpack)
+{
+    lbq_array panels, codes, scale, offset;
+    packed_scalars s;
+    const lbq_arg spec[] = {
+        LBQ_IN("panels", &panels, NPY_UINT8, "b"),
+        LBQ_OUT_OR_NONE("codes", &codes, NPY_UINT8, "rk"),
+        LBQ_OUT_OR_NONE("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_OUT_OR_NONE("offset", &offset, NPY_FLOAT32, "rg"),
+        PACKED_SCALARS(s),
+    };
+    LBQ_PARSE("unpack", spec);
+    lbq_packed packed = packed_of(&s);
+    LBQ_RUN(unpack(&packed, &panels, &codes, &scale, &offset));
+}
+
+static lbq_status
+dequantize(lbq_packed *packed, const lbq_array *panels, const lbq_array *levels,
+           const lbq_array *weight)
+{
+    LBQ_TRY(attach(packed, panels, levels));
+    LBQ_TRY(check_axis("weight", 0, weight->dims[0], "rows", packed->rows));
+    LBQ_TRY(check_axis("weight", 1, weight->dims[1], "cols", packed->cols));
+    return lbq_packed_dequantize(packed, weight->data);
+}
+
+LBQ_BINDING(packed_dequantize)
+{
+    lbq_array panels, levels, weight;
+    packed_scalars s;
+    const lbq_arg spec[] = {
+        LBQ_IN("panels", &panels, NPY_UINT8, "b"),
+        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
+        LBQ_OUT("weight", &weight, NPY_FLOAT32, "rk"),
+        PACKED_SCALARS(s),
+    };
+    LBQ_PARSE("packed_dequantize", spec);
+    lbq_packed packed = packed_of(&s);
+    LBQ_RUN(dequantize(&packed, &panels, &levels, &weight));
+}
+
+/* A handle that owns a copy of `layer`, whose pointers `args` keeps alive. */
+static PyObject *
+new_handle(PyObject *module, const lbq_linear *layer, PyObject *args)
+{
+    lbq_linear *block;
+    lbq_status status = lbq_linear_check(layer);
+    if (status == LBQ_OK)
+        status = lbq_allocate(sizeof *block, &block);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    *block = *layer;
+    return lbq_handle_new("lowbitq.linear", block, args);
+}
+
+LBQ_BINDING(linear_dense)
+{
+    lbq_array weight, bias;
+    const lbq_rotation *rotation;
+    const lbq_arg spec[] = {
+        LBQ_IN("weight", &weight, NPY_FLOAT32, "rk"),
+        LBQ_IN_OR_NONE("bias", &bias, NPY_FLOAT32, "r"),
+        LBQ_HANDLE_OR_NONE("rotation", &rotation, "lowbitq.rotation"),
+    };
+    LBQ_PARSE("linear_dense", spec);
+    const lbq_linear layer = {
+        .rows = weight.dims[0],
+        .cols = weight.dims[1],
+        .dense = weight.data,
+        .bias = bias.data,
+        .rotation = rotation,
+    };
+    return new_handle(module, &layer, args);
+}
+
+LBQ_BINDING(linear_packed)
+{
+    lbq_array panels, levels, bias;
+    const lbq_rotation *rotation;
+    packed_scalars s;
+    Py_ssize_t activation_bits;
+    const lbq_arg spec[] = {
+        LBQ_IN("panels", &panels, NPY_UINT8, "b"),
+        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
+        LBQ_IN_OR_NONE("bias", &bias, NPY_FLOAT32, "r"),
+        LBQ_HANDLE_OR_NONE("rotation", &rotation, "lowbitq.rotation"),
+        PACKED_SCALARS(s),
+        LBQ_INT("activation_bits", &activation_bits, 0, 8),
+    };
+    LBQ_PARSE("linear_packed", spec);
+    lbq_linear layer = {
+        .rows = s.rows,
+        .cols = s.cols,
+        .packed = packed_of(&s),
+        .bias = bias.data,
+        .rotation = rotation,
+        .activation_bits = (int)activation_bits,
+    };
+    lbq_status status = attach(&layer.packed, &panels, &levels);
+    if (status == LBQ_OK && bias.data)
+        status = check_axis("bias", 0, bias.dims[0], "rows", s.rows);
+    return status == LBQ_OK ? new_handle(module, &layer, args) : lbq_result(module, status);
+}
+
+static lbq_status
+forward(const lbq_linear *layer, const lbq_array *x, const lbq_array *y)
+{
+    LBQ_TRY(check_axis("x", 1, x->dims[1], "cols", layer->cols));
+    LBQ_TRY(check_axis("y", 1, y->dims[1], "rows", layer->rows));
+    return lbq_linear_forward(layer, x->dims[0], x->data, y->data);
+}
+
+LBQ_BINDING(linear_forward)
+{
+    const lbq_linear *layer;
+    lbq_array x, y;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("layer", &layer, "lowbitq.linear"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "tk"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "tr"),
+    };
+    LBQ_PARSE("linear_forward", spec);
+    LBQ_RUN(forward(layer, &x, &y));
+}
+
+#define SCALARS_TEXT "*, rows, cols, bits, group, scale_bits, has_offset, gamma, zero"
+
+/* clang-format off */
+PyMethodDef lbq_methods_linear[] = {
+    LBQ_METHOD(packed_bytes,
+        "packed_bytes(" SCALARS_TEXT ")\n--\n\n"
+        "Size of the panels of a packed matrix.")
+    LBQ_METHOD(pack,
+        "pack(codes, scale, offset, panels, /, " SCALARS_TEXT ")\n--\n\n"
+        "Codes (rows, cols), scale and offset (rows, groups) into panels; inexact ones are refused.")
+    LBQ_METHOD(unpack,
+        "unpack(panels, codes, scale, offset, /, " SCALARS_TEXT ")\n--\n\n"
+        "The inverse of pack; outputs may be None.")
+    LBQ_METHOD(packed_dequantize,
+        "packed_dequantize(panels, levels, weight, /, " SCALARS_TEXT ")\n--\n\n"
+        "Values (rows, cols) of a packed matrix.")
+    LBQ_METHOD(linear_dense,
+        "linear_dense(weight, bias, rotation, /)\n--\n\n"
+        "A handle of the layer y = W R x + b in float32.")
+    LBQ_METHOD(linear_packed,
+        "linear_packed(panels, levels, bias, rotation, /, " SCALARS_TEXT ", activation_bits)\n--\n\n"
+        "A handle of the layer y = W act(R x) + b with packed W; activation_bits 0, 4 or 8.")
+    LBQ_METHOD(linear_forward,
+        "linear_forward(layer, x, y, /)\n--\n\n"
+        "y (tokens, rows) of a layer for x (tokens, cols).")
+    LBQ_METHODS_END,
+};
+/* clang-format on */

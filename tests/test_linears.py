@@ -1,0 +1,79 @@
+"""Linear layers as Python sees them: shapes, biases, rotations, replacement."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+from test_tensors import random_tensor
+
+from lowbitq.linears import Linear, QuantizedLinear
+
+
+def test_dense_layer_is_a_product():
+    rng = np.random.default_rng(0)
+    weight, x = rng.normal(size=(19, 70)), rng.normal(size=(5, 70))
+    weight, x = weight.astype(np.float32), x.astype(np.float32)
+    bias = np.arange(19, dtype=np.float32)
+    layer = Linear(weight, bias)
+    expected, bound = oracle.float_linear(weight, x, bias)
+    assert layer.shape == (19, 70)
+    assert (abs(layer.forward(x) - expected) <= bound).all()
+    assert layer.rotate_input(x) is x
+    assert (layer.nbytes, layer.bits_per_weight) == (4 * 19 * 70, 32)
+
+
+@pytest.mark.parametrize("text", ["int2g64", "ternaryg128", "int3g32s4", "binary", "int8"])
+def test_int8_activations_cost_half_a_step_per_column(text):
+    """Rounding moves an activation by half a step at most, so y by that times sum |w|."""
+    tensor, _ = random_tensor(text, 40, 200)
+    x = np.random.default_rng(1).normal(size=(6, 200)).astype(np.float32)
+    step = tensor.format.group or 64
+    exact, rounding = oracle.float_linear(tensor.dequantize(), x, None)
+    _, scale = oracle.quantize_activations(x, step, 127)
+    half_steps = oracle.per_column(scale, step, 200) * np.float32(0.5001)
+    slack = half_steps @ abs(tensor.dequantize()).T
+    layer = QuantizedLinear(tensor)
+    assert layer.activation_bits == 8
+    assert (abs(layer.forward(x) - exact) <= slack + 8 * rounding).all()
+    plain = QuantizedLinear(tensor, activation_bits=None)
+    assert (abs(plain.forward(x) - exact) <= rounding).all()
+
+
+@pytest.mark.parametrize("text", ["nf4g64", "kmeans2", "log4g32"])
+def test_codes_with_a_table_take_float_activations(text):
+    tensor, _ = random_tensor(text, 40, 200)
+    x = np.random.default_rng(1).normal(size=(2, 200)).astype(np.float32)
+    layer = QuantizedLinear(tensor)
+    assert layer.activation_bits is None
+    expected, bound = oracle.float_linear(tensor.dequantize(), x, None)
+    assert (abs(layer.forward(x) - expected) <= bound).all()
+
+
+def test_replace_makes_a_new_layer():
+    tensor, _ = random_tensor("int4g64", 16, 64)
+    x = np.ones((1, 64), np.float32)
+    layer = QuantizedLinear(tensor)
+    other = layer.replace(bias=np.ones(16, np.float32))
+    assert layer.bias is None
+    np.testing.assert_allclose(other.forward(x), layer.forward(x) + 1, rtol=1e-6)
+    assert Linear(x).replace(weight=2 * x).forward(x) == 128
+
+
+def test_parts_that_do_not_fit_are_refused():
+    tensor, _ = random_tensor("int4g64", 16, 64)
+    weight = np.zeros((3, 5), np.float32)
+    with pytest.raises(ValueError, match="activation_bits is 5, expected 8, 4 or None"):
+        QuantizedLinear(tensor, activation_bits=5)
+    with pytest.raises(ValueError, match="axis 0 of bias has size 15, expected rows = 16"):
+        QuantizedLinear(tensor, np.zeros(15, np.float32))
+    with pytest.raises(ValueError, match=r"axis 0 \(r\) of bias has size 4, expected 3"):
+        Linear(weight, np.zeros(4, np.float32))
+    with pytest.raises(TypeError, match="weight has dtype float64, expected float32"):
+        Linear(weight.astype(np.float64))
+    with pytest.raises(ValueError, match="weight is not C-contiguous"):
+        Linear(weight.T)
+    with pytest.raises(ValueError, match="axis 1 of x has size 4, expected cols = 5"):
+        Linear(weight).forward(np.zeros((1, 4), np.float32))
+    with pytest.raises(TypeError, match="x has dtype float64"):
+        Linear(weight).forward(np.zeros((1, 5)))

@@ -46,6 +46,9 @@ def kmeans(
     levels: NDArray[np.float64],
     /,
 ) -> None: ...
+def entropy_range(
+    counts: NDArray[np.float64], kept: NDArray[np.int64], /, *, levels: int
+) -> None: ...
 def fixed_levels(levels: NDArray[np.float32], /, *, kind: str) -> None: ...
 def packed_bytes(
     *,

@@ -75,6 +75,11 @@ lbq_status lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t 
 void lbq_levels_nf4(float *levels);
 void lbq_levels_log(int count, float *levels);
 
+/* How many of the `bins` bins of a histogram of |x| to keep so that `levels` equal steps over them
+ * lose the least information (Kullback-Leibler divergence of the quantized histogram from the
+ * clipped one); of equals the most. LBQ_BAD_VALUE for an empty histogram. */
+lbq_status lbq_entropy_range(const double *counts, int bins, int levels, int *kept);
+
 /* The `count` levels, ascending, with the least sum weights (values - nearest level)^2. Exact up
  * to 2048 values; above, exact for as many bins of equal population and then refined by Lloyd's
  * iteration on all values. weights (n), positive, or NULL. LBQ_BAD_VALUE for a NaN. */

@@ -124,6 +124,31 @@ LBQ_BINDING(fixed_levels)
     LBQ_RUN(fill_levels(kind, (int)levels.dims[0], levels.data));
 }
 
+static lbq_status
+entropy_range(const double *counts, int bins, int levels, int64_t *kept)
+{
+    int found = bins;
+    const lbq_status status = lbq_entropy_range(counts, bins, levels, &found);
+    *kept = found;
+    return status;
+}
+
+LBQ_BINDING(entropy_range)
+{
+    lbq_array counts, kept;
+    Py_ssize_t levels;
+    const lbq_arg spec[] = {
+        LBQ_IN("counts", &counts, NPY_FLOAT64, "b"),
+        LBQ_OUT("kept", &kept, NPY_INT64, "1"),
+        LBQ_INT("levels", &levels, 1, 1 << 20),
+    };
+    LBQ_PARSE("entropy_range", spec);
+    if (counts.dims[0] > 1 << 20)
+        return lbq_result(module,
+                          lbq_fail(LBQ_BAD_SHAPE, "%td bins, at most 2^20", counts.dims[0]));
+    LBQ_RUN(entropy_range(counts.data, (int)counts.dims[0], (int)levels, kept.data));
+}
+
 /* clang-format off */
 PyMethodDef lbq_methods_codes[] = {
     LBQ_METHOD(quantize,
@@ -138,6 +163,9 @@ PyMethodDef lbq_methods_codes[] = {
     LBQ_METHOD(fixed_levels,
                "fixed_levels(levels, /, *, kind)\n--\n\n"
                "Fill levels (l) with the table 'nf' (16 levels) or 'log'.")
+    LBQ_METHOD(entropy_range,
+               "entropy_range(counts, kept, /, *, levels)\n--\n\n"
+               "Set kept (1) to how many bins of a histogram (b) of |x| to cover by equal levels.")
     LBQ_METHODS_END,
 };
 /* clang-format on */

@@ -183,3 +183,27 @@ def gptq_values(x, scale, zero, maxq):
     """What quantize() of the same file returns."""
     scale, zero = scale[:, None], zero[:, None]
     return scale * (np.clip(np.round(x / scale) + zero, 0, maxq) - zero)
+
+
+def gptq(H, W, group, order, fit, encode, decode, damping=0.01):
+    """Published GPTQ, column by column: the upper Cholesky factor of H^-1, weights updated.
+
+    fit(weights (rows, columns)) -> scale, offset (rows); encode(values, scale, offset) -> codes.
+    Returns codes (rows, cols), scale and offset (rows, groups).
+    """
+    rows, cols = W.shape
+    groups = -(-cols // group)
+    W = W.astype(np.float64)[:, order]
+    H = H[np.ix_(order, order)] + damping * np.mean(np.diag(H)) * np.eye(cols)
+    U = np.linalg.cholesky(np.linalg.inv(H)).T
+    codes = np.zeros((rows, cols), np.uint8)
+    scale, offset = np.zeros((2, rows, groups))
+    of_group = np.asarray(order) // group
+    for j in range(cols):
+        g = of_group[j]
+        if j == 0 or g != of_group[j - 1]:
+            scale[:, g], offset[:, g] = fit(W[:, of_group == g])
+        codes[:, order[j]] = encode(W[:, j], scale[:, g], offset[:, g])
+        value = decode(codes[:, order[j]], scale[:, g], offset[:, g])
+        W[:, j:] -= np.outer((W[:, j] - value) / U[j, j], U[j, j:])
+    return codes, scale, offset

@@ -36,6 +36,9 @@ typedef enum {
                              squares while that lowers it; never worse than minmax */
 } lbq_range_method;
 
+/* "minmax", "percentile", "mse"; LBQ_BAD_VALUE for another name. */
+lbq_status lbq_range_method_find(const char *name, lbq_range_method *method);
+
 typedef struct {
     lbq_range_method method;
     double clip;       /* MINMAX, PERCENTILE: the part of the range that is kept, usually 1 */
@@ -47,6 +50,9 @@ typedef struct {
 
 /* MSE, squared errors: what loses nothing against ten times as many candidates. */
 extern const lbq_range lbq_range_default;
+
+/* LBQ_BAD_VALUE unless the fields of a code fit together. */
+lbq_status lbq_code_check(const lbq_code *code);
 
 /* Scale and offset of one group of `count` finite values w, rounded to what is stored;
  * `importance` (count) or NULL weighs squared errors. MINMAX and PERCENTILE round outwards, so

@@ -4,19 +4,6 @@
 #include "codes/code.h"
 #include "python/module.h"
 
-static lbq_status
-range_method(const char *name, lbq_range_method *method)
-{
-    static const char *const names[] = {"minmax", "percentile", "mse"};
-    for (int i = 0; i < 3; i++)
-        if (strcmp(name, names[i]) == 0) {
-            *method = (lbq_range_method)i;
-            return LBQ_OK;
-        }
-    return lbq_fail(
-        LBQ_BAD_VALUE, "method is '%s', expected 'minmax', 'percentile' or 'mse'", name);
-}
-
 LBQ_BINDING(quantize)
 {
     lbq_array W, importance, levels, codes, scale, offset;
@@ -61,7 +48,7 @@ LBQ_BINDING(quantize)
         .shrink = shrink,
         .norm = norm,
     };
-    lbq_status status = range_method(method, &range.method);
+    lbq_status status = lbq_range_method_find(method, &range.method);
     const ptrdiff_t groups = (W.dims[1] - 1) / group + 1;
     if (status == LBQ_OK && levels.data && levels.dims[0] != count)
         status = lbq_fail(LBQ_BAD_SHAPE, "%td levels for %td codes", levels.dims[0], count);

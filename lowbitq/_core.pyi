@@ -46,9 +46,6 @@ def kmeans(
     levels: NDArray[np.float64],
     /,
 ) -> None: ...
-def entropy_range(
-    counts: NDArray[np.float64], kept: NDArray[np.int64], /, *, levels: int
-) -> None: ...
 def fixed_levels(levels: NDArray[np.float32], /, *, kind: str) -> None: ...
 def packed_bytes(
     *,
@@ -129,43 +126,94 @@ def linear_packed(
     activation_bits: int,
 ) -> Any: ...
 def linear_forward(layer: Any, x: NDArray[np.float32], y: NDArray[np.float32], /) -> None: ...
-def hessian_add(
-    x: NDArray[np.float32], weights: NDArray[np.float32] | None, hessian: NDArray[np.float64], /
+def rmsnorm(
+    x: NDArray[np.float32],
+    gain: NDArray[np.float32] | None,
+    y: NDArray[np.float32],
+    /,
+    *,
+    epsilon: float,
 ) -> None: ...
-def hessian_error(hessian: NDArray[np.float64], error: NDArray[np.float32], /) -> float: ...
-def gptq_factor(
-    hessian: NDArray[np.float64],
-    order: NDArray[np.int64] | None,
-    factor: NDArray[np.float64],
+def swiglu(
+    gate: NDArray[np.float32], up: NDArray[np.float32], y: NDArray[np.float32], /
+) -> None: ...
+def rope(
+    x: NDArray[np.float32],
+    frequency: NDArray[np.float64],
+    gain: NDArray[np.float32] | None,
     /,
     *,
-    damping: float,
-    median: bool,
-) -> dict[str, Any]: ...
-def gptq(
-    factor: NDArray[np.float64],
-    order: NDArray[np.int64] | None,
-    weight: NDArray[np.float32],
-    importance: NDArray[np.float32] | None,
-    levels: NDArray[np.float32] | None,
-    codes: NDArray[np.uint8],
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
+    first: int,
+    factor: float,
+    epsilon: float,
+) -> None: ...
+def attention(
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    o: NDArray[np.float32],
+    /,
+) -> None: ...
+def cross_entropy(
+    logits: NDArray[np.float32], target: NDArray[np.int32], nll: NDArray[np.float64], /
+) -> None: ...
+def kl_divergence(
+    p: NDArray[np.float32],
+    q: NDArray[np.float32],
+    kl: NDArray[np.float64],
+    same: NDArray[np.uint8],
+    /,
+) -> None: ...
+def block(
+    attention_norm: NDArray[np.float32] | None,
+    mlp_norm: NDArray[np.float32] | None,
+    query_norm: NDArray[np.float32] | None,
+    key_norm: NDArray[np.float32] | None,
+    q_proj: Any,
+    k_proj: Any,
+    v_proj: Any,
+    o_proj: Any,
+    gate_proj: Any,
+    up_proj: Any,
+    down_proj: Any,
+    /,
+) -> Any: ...
+def decoder(
+    embedding: NDArray[np.float32],
+    final_norm: NDArray[np.float32],
+    frequency: NDArray[np.float64],
+    head: Any,
+    rotation: Any,
+    blocks: tuple[Any, ...],
     /,
     *,
-    count: int,
-    symmetric: bool,
-    zero: float,
-    scale_bits: int,
-    gamma: float,
-    group: int,
-    fixed: bool,
-    method: str,
-    clip: float,
-    percentile: float,
-    candidates: int,
-    shrink: float,
-    norm: float,
+    heads: int,
+    kv_heads: int,
+    epsilon: float,
+    rope_factor: float,
+) -> Any: ...
+def decoder_embed(decoder: Any, tokens: NDArray[np.int32], x: NDArray[np.float32], /) -> None: ...
+def decoder_block(
+    decoder: Any,
+    x: NDArray[np.float32],
+    qkv: NDArray[np.float32] | None,
+    o: NDArray[np.float32] | None,
+    mlp: NDArray[np.float32] | None,
+    down: NDArray[np.float32] | None,
+    /,
+    *,
     block: int,
-    float64: bool,
+) -> None: ...
+def decoder_finish(decoder: Any, x: NDArray[np.float32], y: NDArray[np.float32], /) -> None: ...
+def decoder_head(decoder: Any, y: NDArray[np.float32], logits: NDArray[np.float32], /) -> None: ...
+def decoder_forward(
+    decoder: Any,
+    tokens: NDArray[np.int32],
+    keys: NDArray[np.float32] | None,
+    values: NDArray[np.float32] | None,
+    hidden: NDArray[np.float32] | None,
+    logits: NDArray[np.float32] | None,
+    /,
+    *,
+    past: int,
 ) -> None: ...

@@ -141,69 +141,80 @@ def float_linear(weight, x, bias):
     return x @ weight.T + bias, (weight.shape[1] + 3) * U * 1.01 * size
 
 
-def entropy_losses(counts, levels):
-    """Migacz's divergence for each number of bins kept, from `levels` to all."""
-    losses = []
-    for kept in range(levels, len(counts) + 1):
-        p = counts[:kept].astype(float)
-        p[-1] += counts[kept:].sum()
-        q = np.zeros(kept)
-        for run in np.split(np.arange(kept), [kept * i // levels for i in range(1, levels)]):
-            used = run[p[run] > 0]
-            q[used] = counts[run].sum() / max(len(used), 1)
-        used = p > 0
-        p, q = p / p.sum(), q / max(q.sum(), 1)
-        with np.errstate(divide="ignore"):
-            losses.append((p[used] * np.log(p[used] / q[used])).sum())
-    return np.array(losses)
+UNIT = 2.0**-24  # largest relative rounding error of float32
 
 
-def gptq_grid(x, bits, search, norm=2.4, grid=100, maxshrink=0.8):
-    """Scale and zero of each row, in float32 as GPTQ's quant.py (IST-DASLab, 2022) finds them."""
-    maxq = 2**bits - 1
-    xmin, xmax = np.minimum(x.min(1), np.float32(0)), np.maximum(x.max(1), np.float32(0))
-    constant = (xmin == 0) & (xmax == 0)
-    xmin[constant], xmax[constant] = -1, 1
-    scale = (xmax - xmin) / np.float32(maxq)
-    zero = np.round(-xmin / scale)
-    best = np.full(len(x), np.inf, np.float32)
-    for i in range(int(maxshrink * grid) if search else 0):
-        p = np.float32(1 - i / grid)
-        xmin1, xmax1 = p * xmin, p * xmax
-        scale1 = (xmax1 - xmin1) / np.float32(maxq)
-        zero1 = np.round(-xmin1 / scale1)
-        error = np.abs(gptq_values(x, scale1, zero1, maxq) - x) ** np.float32(norm)
-        error = error.sum(1)
-        better = error < best
-        best[better], scale[better], zero[better] = error[better], scale1[better], zero1[better]
-    return scale, zero
+def rmsnorm(x, gain, epsilon):
+    """Result and bound: cols + 2 roundings in the mean square count half, five follow."""
+    x = x.astype(float)
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * (1 if gain is None else gain)
+    return y, abs(y) * ((x.shape[-1] + 2) / 2 + 5) * UNIT
 
 
-def gptq_values(x, scale, zero, maxq):
-    """What quantize() of the same file returns."""
-    scale, zero = scale[:, None], zero[:, None]
-    return scale * (np.clip(np.round(x / scale) + zero, 0, maxq) - zero)
+def swiglu(gate, up):
+    """exp is good to 4 units, four roundings follow; exp(-gate) is infinite from 88.7 on."""
+    gate, up = gate.astype(float), up.astype(float)
+    y = gate / (1 + np.exp(-gate)) * up
+    beyond = np.where(gate < -88, abs(gate) * np.exp(-88.0), 0) * abs(up)
+    return y, abs(y) * 9 * UNIT + beyond + 2.0**-149
 
 
-def gptq(H, W, group, order, fit, encode, decode, damping=0.01):
-    """Published GPTQ, column by column: the upper Cholesky factor of H^-1, weights updated.
+def rope(x, frequency, first, factor=1.0):
+    """x (tokens, heads, d); each of four factors and products and one sum is rounded."""
+    angle = (first + np.arange(len(x)))[:, None, None] * frequency
+    cosine, sine = np.cos(angle) * factor, np.sin(angle) * factor
+    a, b = np.split(x.astype(float), 2, axis=-1)
+    y = np.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1)
+    size = [abs(a * cosine) + abs(b * sine), abs(b * cosine) + abs(a * sine)]
+    return y, 4 * UNIT * np.concatenate(size, axis=-1)
 
-    fit(weights (rows, columns)) -> scale, offset (rows); encode(values, scale, offset) -> codes.
-    Returns codes (rows, cols), scale and offset (rows, groups).
+
+def attention(q, k, v):
+    """Causal attention of q (t, heads, d), the last t of k, v (s, kv heads, d).
+
+    A score is off by d + 2 roundings of its terms, a weight by twice the worst score, by the
+    rounding of its distance from the maximum, by exp and by one factor per 256 keys; the sum of
+    weights and the sum of values take a rounding per key.
     """
-    rows, cols = W.shape
-    groups = -(-cols // group)
-    W = W.astype(np.float64)[:, order]
-    H = H[np.ix_(order, order)] + damping * np.mean(np.diag(H)) * np.eye(cols)
-    U = np.linalg.cholesky(np.linalg.inv(H)).T
-    codes = np.zeros((rows, cols), np.uint8)
-    scale, offset = np.zeros((2, rows, groups))
-    of_group = np.asarray(order) // group
-    for j in range(cols):
-        g = of_group[j]
-        if j == 0 or g != of_group[j - 1]:
-            scale[:, g], offset[:, g] = fit(W[:, of_group == g])
-        codes[:, order[j]] = encode(W[:, j], scale[:, g], offset[:, g])
-        value = decode(codes[:, order[j]], scale[:, g], offset[:, g])
-        W[:, j:] -= np.outer((W[:, j] - value) / U[j, j], U[j, j:])
-    return codes, scale, offset
+    q, k, v = (x.astype(float) for x in (q, k, v))
+    tokens, heads, d = q.shape
+    keys = len(k)
+    k, v = (np.repeat(x, heads // x.shape[1], axis=1) for x in (k, v))
+    hidden = np.arange(keys) > np.arange(tokens)[:, None] + keys - tokens
+    score = np.einsum("thd,shd->hts", q, k) / np.sqrt(d)
+    size = np.einsum("thd,shd->hts", abs(q), abs(k)) / np.sqrt(d)
+    score = np.where(hidden, -np.inf, score)
+    weight = np.exp(score - score.max(-1, keepdims=True))
+    total = weight.sum(-1, keepdims=True)
+    o = np.einsum("hts,shd->thd", weight / total, v)
+    worst = np.where(hidden, 0, size).max(-1) * (d + 2) * UNIT
+    spread = np.where(hidden, 0, score.max(-1, keepdims=True) - score).max(-1) * UNIT
+    relative = 2 * worst + 2 * spread + (2 * keys + 8 + 6 * (keys // 256 + 1)) * UNIT
+    bound = np.einsum("hts,shd->thd", weight / total, abs(v)) * relative.T[:, :, None]
+    return o, bound + 2.0**-149
+
+
+def _exp_error(gap):
+    """Relative error of exp(gap): the kernel's four units, and the rounding of gap itself."""
+    return (4 + abs(gap)) * UNIT
+
+
+def cross_entropy(logits, target):
+    """Nats and bound, row by row."""
+    x = logits.astype(float)
+    gap = x - x.max(-1, keepdims=True)
+    weight = np.exp(gap)
+    nll = np.log(weight.sum(-1)) - gap[np.arange(len(x)), target]
+    return nll, (weight * _exp_error(gap)).sum(-1) / weight.sum(-1) + 1e-12 + 2e-38 * x.shape[-1]
+
+
+def kl_divergence(p, q):
+    """Nats and bound, row by row; the rounded differences of logits and the exponentials count."""
+    a, b = (x.astype(float) - x.max(-1, keepdims=True) for x in (p, q))
+    p_sum, q_sum = np.exp(a).sum(-1), np.exp(b).sum(-1)
+    P = np.exp(a) / p_sum[:, None]
+    gap = (P * (a - b)).sum(-1)
+    kl = gap - np.log(p_sum) + np.log(q_sum)
+    p_error, q_error = ((np.exp(x) * _exp_error(x)).sum(-1) for x in (a, b))
+    rounding = (P * (_exp_error(a) * abs(a - b) + UNIT * (abs(a) + abs(b) + abs(a - b)))).sum(-1)
+    return kl, rounding + (1 + abs(gap)) * p_error / p_sum + q_error / q_sum + 1e-12

@@ -78,7 +78,37 @@ typedef struct {
        const float *scale,                                                                         \
        const float *offset,                                                                        \
        ptrdiff_t stride,                                                                           \
-       float *w))
+       float *w))                                                                                  \
+    /* C (m, n) = A (m, k) B (k, n), added to C if `add`; n is a multiple of 16. */                \
+    X(product_f32,                                                                                 \
+      void,                                                                                        \
+      (ptrdiff_t m,                                                                                \
+       ptrdiff_t n,                                                                                \
+       ptrdiff_t k,                                                                                \
+       const float *A,                                                                             \
+       ptrdiff_t lda,                                                                              \
+       const float *B,                                                                             \
+       ptrdiff_t ldb,                                                                              \
+       int add,                                                                                    \
+       float *C,                                                                                   \
+       ptrdiff_t ldc))                                                                             \
+    /* y[i] = gain[i] x[i] / sqrt(mean of x^2 + epsilon); gain may be NULL, y may be x. */         \
+    X(rmsnorm_f32,                                                                                 \
+      void,                                                                                        \
+      (const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y))               \
+    /* y[i] = up[i] gate[i] / (1 + exp(-gate[i])); y may be gate or up. */                         \
+    X(swiglu_f32, void, (const float *gate, const float *up, ptrdiff_t count, float *y))           \
+    /* One row of an online softmax: x[i] = exp(x[i] - new) with new = max(*max, x), *sum becomes  \
+     * *sum factor + the sum of x, *max new; returns factor = exp(*max - new). count >= 1. */      \
+    X(softmax_f32, float, (float *x, ptrdiff_t count, float *max, float *sum))                     \
+    /* The largest of count >= 1 numbers; anything if one is a NaN. */                             \
+    X(max_f32, float, (const float *x, ptrdiff_t count))                                           \
+    /* Sum of exp(x[i] - shift), accumulated in float64; no x[i] exceeds shift. */                 \
+    X(exp_sum_f32, double, (const float *x, ptrdiff_t count, float shift))                         \
+    /* Sum of exp(a) (a - b) with a = p[i] - p_shift, b = q[i] - q_shift, in float64; a <= 0. */   \
+    X(exp_gap_f32,                                                                                 \
+      double,                                                                                      \
+      (const float *p, const float *q, ptrdiff_t count, float p_shift, float q_shift))
 
 typedef struct {
 #define LBQ_KERNEL_POINTER(name, result, parameters) result(*name) parameters;

@@ -105,6 +105,34 @@ parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *
 }
 
 static int
+parse_handles(const char *function, const lbq_arg *arg, PyObject *value)
+{
+    if (!PyTuple_Check(value)) {
+        PyErr_Format(PyExc_TypeError, "%s: %s is not a tuple", function, arg->name);
+        return -1;
+    }
+    const lbq_handles handles = {.tuple = value, .type = arg->text, .count = PyTuple_Size(value)};
+    for (ptrdiff_t i = 0; i < handles.count; i++)
+        if (!PyCapsule_IsValid(PyTuple_GetItem(value, i), arg->text)) {
+            PyErr_Format(PyExc_TypeError,
+                         "%s: %s[%zd] is not a %s",
+                         function,
+                         arg->name,
+                         (Py_ssize_t)i,
+                         arg->text);
+            return -1;
+        }
+    *(lbq_handles *)arg->to = handles;
+    return 0;
+}
+
+void *
+lbq_handle_at(const lbq_handles *handles, ptrdiff_t index)
+{
+    return PyCapsule_GetPointer(PyTuple_GetItem(handles->tuple, index), handles->type);
+}
+
+static int
 out_of_range(const char *function, const lbq_arg *arg, PyObject *value)
 {
     const int whole = arg->kind == LBQ_ARG_INT;
@@ -124,6 +152,8 @@ parse_value(const char *function, const lbq_arg *arg, PyObject *value, letters *
     case LBQ_ARG_IN:
     case LBQ_ARG_OUT:
         return parse_array(function, arg, value, sizes);
+    case LBQ_ARG_HANDLES:
+        return parse_handles(function, arg, value);
     case LBQ_ARG_HANDLE: {
         void *pointer = NULL;
         if (!(arg->or_none && value == Py_None)) {

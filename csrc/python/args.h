@@ -44,9 +44,19 @@ typedef struct {
     ptrdiff_t dims[LBQ_MAX_DIMS];
 } lbq_array;
 
+/* A tuple of handles of one type. */
+typedef struct {
+    PyObject *tuple;
+    const char *type;
+    ptrdiff_t count;
+} lbq_handles;
+
+void *lbq_handle_at(const lbq_handles *handles, ptrdiff_t index);
+
 typedef enum {
     LBQ_ARG_IN,
     LBQ_ARG_OUT,
+    LBQ_ARG_HANDLES,
     LBQ_ARG_HANDLE,
     LBQ_ARG_INT,
     LBQ_ARG_FLOAT,
@@ -74,6 +84,7 @@ typedef struct {
 #define LBQ_INOUT LBQ_OUT
 #define LBQ_HANDLE(name, to, type) {name, LBQ_ARG_HANDLE, (void *)(to), type, 0, 0, 0, 0}
 #define LBQ_HANDLE_OR_NONE(name, to, type) {name, LBQ_ARG_HANDLE, (void *)(to), type, 0, 1, 0, 0}
+#define LBQ_HANDLES(name, to, type) {name, LBQ_ARG_HANDLES, (lbq_handles *){to}, type, 0, 0, 0, 0}
 #define LBQ_INT(name, to, low, high)                                                               \
     {name, LBQ_ARG_INT, (Py_ssize_t *){to}, NULL, 0, 0, (double)(low), (double)(high)}
 #define LBQ_FLOAT(name, to, low, high) {name, LBQ_ARG_FLOAT, (double *){to}, NULL, 0, 0, low, high}

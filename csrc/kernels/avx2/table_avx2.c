@@ -5,4 +5,11 @@ void
 lbq_table_avx2(lbq_kernels *table)
 {
     table->widen_f16 = lbq_widen_f16_avx2;
+    table->product_f32 = lbq_product_f32_avx2;
+    table->rmsnorm_f32 = lbq_rmsnorm_f32_avx2;
+    table->swiglu_f32 = lbq_swiglu_f32_avx2;
+    table->softmax_f32 = lbq_softmax_f32_avx2;
+    table->max_f32 = lbq_max_f32_avx2;
+    table->exp_sum_f32 = lbq_exp_sum_f32_avx2;
+    table->exp_gap_f32 = lbq_exp_gap_f32_avx2;
 }

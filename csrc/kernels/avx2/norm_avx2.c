@@ -1,0 +1,33 @@
+/* RMSNorm of one row, 32 squares at a time. */
+#include <immintrin.h>
+#include <math.h>
+
+#include "kernels/avx2/avx2.h"
+#include "kernels/avx2/sum_avx2.h"
+
+void
+lbq_rmsnorm_f32_avx2(const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y)
+{
+    __m256 sum[4];
+    for (int j = 0; j < 4; j++)
+        sum[j] = _mm256_setzero_ps();
+    ptrdiff_t i = 0;
+    for (; i + 32 <= count; i += 32)
+        for (int j = 0; j < 4; j++) {
+            const __m256 v = _mm256_loadu_ps(x + i + 8 * j);
+            sum[j] = _mm256_fmadd_ps(v, v, sum[j]);
+        }
+    float squares =
+        lbq_sum_avx2(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
+    for (; i < count; i++)
+        squares += x[i] * x[i];
+    const float scale = 1.0f / sqrtf(squares / (float)count + epsilon);
+    for (i = 0; i + 8 <= count; i += 8) {
+        __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(scale));
+        if (gain)
+            v = _mm256_mul_ps(v, _mm256_loadu_ps(gain + i));
+        _mm256_storeu_ps(y + i, v);
+    }
+    for (; i < count; i++)
+        y[i] = gain ? x[i] * scale * gain[i] : x[i] * scale;
+}

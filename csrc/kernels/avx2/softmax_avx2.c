@@ -1,0 +1,98 @@
+/* Whatever needs exp: softmax, its sums, SwiGLU; tails by mask. */
+#include "kernels/avx2/avx2.h"
+#include "kernels/avx2/exp_avx2.h"
+#include "kernels/avx2/sum_avx2.h"
+
+/* The first `left` lanes, all of them from 8 on. */
+static inline __m256i
+lanes(ptrdiff_t left)
+{
+    const __m256i index = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(left < 8 ? (int)left : 8), index);
+}
+
+float
+lbq_max_f32_avx2(const float *x, ptrdiff_t count)
+{
+    float max = x[0];
+    ptrdiff_t i = 0;
+    if (count >= 8) {
+        __m256 maxima = _mm256_loadu_ps(x);
+        for (i = 8; i + 8 <= count; i += 8)
+            maxima = _mm256_max_ps(maxima, _mm256_loadu_ps(x + i));
+        max = lbq_max_avx2(maxima);
+    }
+    for (; i < count; i++)
+        max = x[i] > max ? x[i] : max;
+    return max;
+}
+
+float
+lbq_softmax_f32_avx2(float *x, ptrdiff_t count, float *max, float *sum)
+{
+    const float found = lbq_max_f32_avx2(x, count);
+    const float shift = found > *max ? found : *max;
+    const __m256 shifts = _mm256_set1_ps(shift);
+    __m256 total = _mm256_setzero_ps();
+    for (ptrdiff_t i = 0; i < count; i += 8) {
+        const __m256i mask = lanes(count - i);
+        const __m256 gap = _mm256_sub_ps(_mm256_maskload_ps(x + i, mask), shifts);
+        const __m256 exp = _mm256_and_ps(lbq_exp_avx2(gap), _mm256_castsi256_ps(mask));
+        _mm256_maskstore_ps(x + i, mask, exp);
+        total = _mm256_add_ps(total, exp);
+    }
+    const float factor =
+        *max == shift ? 1.0f : _mm256_cvtss_f32(lbq_exp_avx2(_mm256_set1_ps(*max - shift)));
+    *max = shift;
+    *sum = *sum * factor + lbq_sum_avx2(total);
+    return factor;
+}
+
+double
+lbq_exp_sum_f32_avx2(const float *x, ptrdiff_t count, float shift)
+{
+    const __m256 shifts = _mm256_set1_ps(shift);
+    __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+    for (ptrdiff_t i = 0; i < count; i += 8) {
+        const __m256i mask = lanes(count - i);
+        const __m256 gap = _mm256_sub_ps(_mm256_maskload_ps(x + i, mask), shifts);
+        const __m256 exp = _mm256_and_ps(lbq_exp_avx2(gap), _mm256_castsi256_ps(mask));
+        low = _mm256_add_pd(low, _mm256_cvtps_pd(_mm256_castps256_ps128(exp)));
+        high = _mm256_add_pd(high, _mm256_cvtps_pd(_mm256_extractf128_ps(exp, 1)));
+    }
+    return lbq_double_sum_avx2(_mm256_add_pd(low, high));
+}
+
+double
+lbq_exp_gap_f32_avx2(const float *p, const float *q, ptrdiff_t count, float p_shift, float q_shift)
+{
+    const __m256 p_shifts = _mm256_set1_ps(p_shift), q_shifts = _mm256_set1_ps(q_shift);
+    __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+    for (ptrdiff_t i = 0; i < count; i += 8) {
+        const __m256i mask = lanes(count - i);
+        const __m256 a = _mm256_sub_ps(_mm256_maskload_ps(p + i, mask), p_shifts);
+        const __m256 b = _mm256_sub_ps(_mm256_maskload_ps(q + i, mask), q_shifts);
+        const __m256 exp = _mm256_and_ps(lbq_exp_avx2(a), _mm256_castsi256_ps(mask));
+        const __m256 gap = _mm256_sub_ps(a, b);
+        low = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(exp)),
+                              _mm256_cvtps_pd(_mm256_castps256_ps128(gap)),
+                              low);
+        high = _mm256_fmadd_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(exp, 1)),
+                               _mm256_cvtps_pd(_mm256_extractf128_ps(gap, 1)),
+                               high);
+    }
+    return lbq_double_sum_avx2(_mm256_add_pd(low, high));
+}
+
+void
+lbq_swiglu_f32_avx2(const float *gate, const float *up, ptrdiff_t count, float *y)
+{
+    const __m256 one = _mm256_set1_ps(1.0f);
+    for (ptrdiff_t i = 0; i < count; i += 8) {
+        const __m256i mask = lanes(count - i);
+        const __m256 g = _mm256_maskload_ps(gate + i, mask);
+        const __m256 exp = lbq_exp_avx2(_mm256_sub_ps(_mm256_setzero_ps(), g));
+        const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, exp));
+        _mm256_maskstore_ps(y + i, mask, _mm256_mul_ps(silu, _mm256_maskload_ps(up + i, mask)));
+    }
+}

@@ -1,0 +1,40 @@
+/* RMSNorm of one row, 64 squares at a time. */
+#include <immintrin.h>
+#include <math.h>
+
+#include "kernels/avx512/avx512.h"
+
+static inline __mmask16
+lanes(ptrdiff_t left)
+{
+    return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+}
+
+void
+lbq_rmsnorm_f32_avx512(const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y)
+{
+    __m512 sum[4];
+    for (int j = 0; j < 4; j++)
+        sum[j] = _mm512_setzero_ps();
+    ptrdiff_t i = 0;
+    for (; i + 64 <= count; i += 64)
+        for (int j = 0; j < 4; j++) {
+            const __m512 v = _mm512_loadu_ps(x + i + 16 * j);
+            sum[j] = _mm512_fmadd_ps(v, v, sum[j]);
+        }
+    for (; i < count; i += 16) {
+        const __m512 v = _mm512_maskz_loadu_ps(lanes(count - i), x + i);
+        sum[0] = _mm512_fmadd_ps(v, v, sum[0]);
+    }
+    const __m512 total =
+        _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
+    const float mean = _mm512_reduce_add_ps(total) / (float)count;
+    const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(mean + epsilon));
+    for (i = 0; i < count; i += 16) {
+        const __mmask16 mask = lanes(count - i);
+        __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
+        if (gain)
+            v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, gain + i));
+        _mm512_mask_storeu_ps(y + i, mask, v);
+    }
+}

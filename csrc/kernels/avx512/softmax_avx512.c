@@ -1,0 +1,104 @@
+/* Whatever needs exp: softmax, its sums, SwiGLU; tails by mask. */
+#include "kernels/avx512/avx512.h"
+#include "kernels/avx512/exp_avx512.h"
+
+static inline __mmask16
+lanes(ptrdiff_t left)
+{
+    return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+}
+
+static inline double
+double_sum(__m512 x)
+{
+    const __m256 low = _mm512_castps512_ps256(x), high = _mm512_extractf32x8_ps(x, 1);
+    return _mm512_reduce_add_pd(_mm512_add_pd(_mm512_cvtps_pd(low), _mm512_cvtps_pd(high)));
+}
+
+float
+lbq_max_f32_avx512(const float *x, ptrdiff_t count)
+{
+    __m512 max = _mm512_set1_ps(x[0]);
+    for (ptrdiff_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = lanes(count - i);
+        max = _mm512_mask_max_ps(max, mask, max, _mm512_maskz_loadu_ps(mask, x + i));
+    }
+    return _mm512_reduce_max_ps(max);
+}
+
+float
+lbq_softmax_f32_avx512(float *x, ptrdiff_t count, float *max, float *sum)
+{
+    const float found = lbq_max_f32_avx512(x, count);
+    const float shift = found > *max ? found : *max;
+    const __m512 shifts = _mm512_set1_ps(shift);
+    __m512 total = _mm512_setzero_ps();
+    for (ptrdiff_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = lanes(count - i);
+        const __m512 gap = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), shifts);
+        const __m512 exp = lbq_exp_avx512(gap);
+        _mm512_mask_storeu_ps(x + i, mask, exp);
+        total = _mm512_mask_add_ps(total, mask, total, exp);
+    }
+    const float factor =
+        *max == shift ? 1.0f : _mm512_cvtss_f32(lbq_exp_avx512(_mm512_set1_ps(*max - shift)));
+    *max = shift;
+    *sum = *sum * factor + _mm512_reduce_add_ps(total);
+    return factor;
+}
+
+double
+lbq_exp_sum_f32_avx512(const float *x, ptrdiff_t count, float shift)
+{
+    const __m512 shifts = _mm512_set1_ps(shift);
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+    ptrdiff_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m512 exp = lbq_exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), shifts));
+        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(exp)));
+        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(exp, 1)));
+    }
+    double sum = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+    if (i < count) {
+        const __mmask16 mask = lanes(count - i);
+        const __m512 gap = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), shifts);
+        sum += double_sum(_mm512_maskz_mov_ps(mask, lbq_exp_avx512(gap)));
+    }
+    return sum;
+}
+
+double
+lbq_exp_gap_f32_avx512(const float *p, const float *q, ptrdiff_t count, float p_shift,
+                       float q_shift)
+{
+    const __m512 p_shifts = _mm512_set1_ps(p_shift), q_shifts = _mm512_set1_ps(q_shift);
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+    for (ptrdiff_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = lanes(count - i);
+        const __m512 a = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, p + i), p_shifts);
+        const __m512 b = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, q + i), q_shifts);
+        const __m512 exp = _mm512_maskz_mov_ps(mask, lbq_exp_avx512(a));
+        const __m512 gap = _mm512_sub_ps(a, b);
+        low = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(exp)),
+                              _mm512_cvtps_pd(_mm512_castps512_ps256(gap)),
+                              low);
+        high = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(exp, 1)),
+                               _mm512_cvtps_pd(_mm512_extractf32x8_ps(gap, 1)),
+                               high);
+    }
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+}
+
+void
+lbq_swiglu_f32_avx512(const float *gate, const float *up, ptrdiff_t count, float *y)
+{
+    const __m512 one = _mm512_set1_ps(1.0f);
+    for (ptrdiff_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = lanes(count - i);
+        const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
+        const __m512 exp = lbq_exp_avx512(_mm512_sub_ps(_mm512_setzero_ps(), g));
+        const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exp));
+        _mm512_mask_storeu_ps(
+            y + i, mask, _mm512_mul_ps(silu, _mm512_maskz_loadu_ps(mask, up + i)));
+    }
+}

@@ -1,0 +1,28 @@
+/* RMSNorm of one row. */
+#include <math.h>
+
+#include "kernels/portable/portable.h"
+
+enum { LANES = 16 };
+
+void
+lbq_rmsnorm_f32_portable(const float *x, const float *gain, ptrdiff_t count, float epsilon,
+                         float *y)
+{
+    float lane[LANES] = {0}, squares = 0;
+    ptrdiff_t i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int j = 0; j < LANES; j++)
+            lane[j] += x[i + j] * x[i + j];
+    for (; i < count; i++)
+        squares += x[i] * x[i];
+    for (int j = 0; j < LANES; j++)
+        squares += lane[j];
+    const float scale = 1.0f / sqrtf(squares / (float)count + epsilon);
+    if (gain)
+        for (i = 0; i < count; i++)
+            y[i] = x[i] * scale * gain[i];
+    else
+        for (i = 0; i < count; i++)
+            y[i] = x[i] * scale;
+}

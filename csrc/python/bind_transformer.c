@@ -1,0 +1,456 @@
+/* Bindings of csrc/transformer. */
+#include "core/memory.h"
+#include "python/module.h"
+#include "transformer/attention.h"
+#include "transformer/cross_entropy.h"
+#include "transformer/decoder.h"
+#include "transformer/rmsnorm.h"
+#include "transformer/rope.h"
+#include "transformer/swiglu.h"
+
+#define DECODER "lowbitq.decoder"
+#define BLOCK "lowbitq.block"
+#define LINEAR "lowbitq.linear"
+#define ROTATION "lowbitq.rotation"
+
+LBQ_BINDING(rmsnorm)
+{
+    lbq_array x, gain, y;
+    double epsilon;
+    const lbq_arg spec[] = {
+        LBQ_IN("x", &x, NPY_FLOAT32, "rc"),
+        LBQ_IN_OR_NONE("gain", &gain, NPY_FLOAT32, "c"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "rc"),
+        LBQ_FLOAT("epsilon", &epsilon, 0, 1),
+    };
+    LBQ_PARSE("rmsnorm", spec);
+    LBQ_RUN(lbq_rmsnorm(x.dims[0], x.dims[1], x.data, gain.data, (float)epsilon, y.data));
+}
+
+LBQ_BINDING(swiglu)
+{
+    lbq_array gate, up, y;
+    const lbq_arg spec[] = {
+        LBQ_IN("gate", &gate, NPY_FLOAT32, "tn"),
+        LBQ_IN("up", &up, NPY_FLOAT32, "tn"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "tn"),
+    };
+    LBQ_PARSE("swiglu", spec);
+    LBQ_RUN(lbq_swiglu(gate.dims[0] * gate.dims[1], gate.data, up.data, y.data));
+}
+
+static lbq_status
+rope(const lbq_array *x, const lbq_array *frequency, const lbq_array *gain, ptrdiff_t first,
+     double factor, float epsilon)
+{
+    const ptrdiff_t tokens = x->dims[0], half = frequency->dims[0];
+    LBQ_REQUIRE(x->dims[2] == 2 * half,
+                LBQ_BAD_SHAPE,
+                "x has heads of %td, expected twice the %td frequencies",
+                x->dims[2],
+                half);
+    float *cosine;
+    LBQ_TRY(lbq_allocate((size_t)(2 * tokens * half) * sizeof *cosine, &cosine));
+    float *const sine = cosine + tokens * half;
+    lbq_rope_table(first, tokens, half, frequency->data, factor, cosine, sine);
+    const lbq_status status =
+        lbq_rope(tokens, x->dims[1], half, cosine, sine, gain->data, epsilon, x->data);
+    lbq_free(cosine);
+    return status;
+}
+
+LBQ_BINDING(rope)
+{
+    lbq_array x, frequency, gain;
+    Py_ssize_t first;
+    double factor, epsilon;
+    const lbq_arg spec[] = {
+        LBQ_INOUT("x", &x, NPY_FLOAT32, "thd"),
+        LBQ_IN("frequency", &frequency, NPY_FLOAT64, "f"),
+        LBQ_IN_OR_NONE("gain", &gain, NPY_FLOAT32, "d"),
+        LBQ_INT("first", &first, 0, INT32_MAX),
+        LBQ_FLOAT("factor", &factor, 0, 1e6),
+        LBQ_FLOAT("epsilon", &epsilon, 0, 1),
+    };
+    LBQ_PARSE("rope", spec);
+    LBQ_RUN(rope(&x, &frequency, &gain, first, factor, (float)epsilon));
+}
+
+static lbq_status
+attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, float *o)
+{
+    const lbq_heads heads = {.heads = q->dims[1], .kv_heads = k->dims[1], .head_dim = q->dims[2]};
+    const ptrdiff_t tokens = q->dims[0], positions = k->dims[0];
+    LBQ_REQUIRE(tokens >= 1 && tokens <= positions && heads.kv_heads >= 1 &&
+                    heads.heads % heads.kv_heads == 0,
+                LBQ_BAD_SHAPE,
+                "q has %td tokens of %td heads, k %td of %td",
+                tokens,
+                heads.heads,
+                positions,
+                heads.kv_heads);
+    lbq_store store = {.capacity = (positions + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS};
+    const ptrdiff_t width = lbq_value_width(heads.head_dim);
+    const size_t row = (size_t)(heads.kv_heads * store.capacity) * sizeof(float);
+    const size_t keys = row * (size_t)heads.head_dim, values = row * (size_t)width;
+    const size_t scratch = lbq_attention_scratch(&heads, tokens);
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(keys) + lbq_padded(values) + lbq_padded(scratch)));
+    store.keys = lbq_arena_take(&arena, keys);
+    store.values = lbq_arena_take(&arena, values);
+    lbq_status status = lbq_attention_store(&heads, 0, positions, k->data, v->data, &store);
+    if (status == LBQ_OK)
+        status = lbq_attention(&heads,
+                               positions - tokens,
+                               tokens,
+                               q->data,
+                               &store,
+                               lbq_arena_take(&arena, scratch),
+                               o);
+    lbq_arena_close(&arena);
+    return status;
+}
+
+LBQ_BINDING(attention)
+{
+    lbq_array q, k, v, o;
+    const lbq_arg spec[] = {
+        LBQ_IN("q", &q, NPY_FLOAT32, "thd"),
+        LBQ_IN("k", &k, NPY_FLOAT32, "sjd"),
+        LBQ_IN("v", &v, NPY_FLOAT32, "sjd"),
+        LBQ_OUT("o", &o, NPY_FLOAT32, "thd"),
+    };
+    LBQ_PARSE("attention", spec);
+    LBQ_RUN(attention(&q, &k, &v, o.data));
+}
+
+LBQ_BINDING(cross_entropy)
+{
+    lbq_array logits, target, nll;
+    const lbq_arg spec[] = {
+        LBQ_IN("logits", &logits, NPY_FLOAT32, "tv"),
+        LBQ_IN("target", &target, NPY_INT32, "t"),
+        LBQ_OUT("nll", &nll, NPY_FLOAT64, "t"),
+    };
+    LBQ_PARSE("cross_entropy", spec);
+    LBQ_RUN(lbq_cross_entropy(logits.dims[0], logits.dims[1], logits.data, target.data, nll.data));
+}
+
+LBQ_BINDING(kl_divergence)
+{
+    lbq_array p, q, kl, same;
+    const lbq_arg spec[] = {
+        LBQ_IN("p", &p, NPY_FLOAT32, "tv"),
+        LBQ_IN("q", &q, NPY_FLOAT32, "tv"),
+        LBQ_OUT("kl", &kl, NPY_FLOAT64, "t"),
+        LBQ_OUT("same", &same, NPY_UINT8, "t"),
+    };
+    LBQ_PARSE("kl_divergence", spec);
+    LBQ_RUN(lbq_kl_divergence(p.dims[0], p.dims[1], p.data, q.data, kl.data, same.data));
+}
+
+LBQ_BINDING(block)
+{
+    lbq_array attention_norm, mlp_norm, query_norm, key_norm;
+    const lbq_linear *query, *key, *value, *output, *gate, *up, *down;
+    const lbq_arg spec[] = {
+        LBQ_IN_OR_NONE("attention_norm", &attention_norm, NPY_FLOAT32, "h"),
+        LBQ_IN_OR_NONE("mlp_norm", &mlp_norm, NPY_FLOAT32, "h"),
+        LBQ_IN_OR_NONE("query_norm", &query_norm, NPY_FLOAT32, "d"),
+        LBQ_IN_OR_NONE("key_norm", &key_norm, NPY_FLOAT32, "d"),
+        LBQ_HANDLE("q_proj", &query, LINEAR),
+        LBQ_HANDLE("k_proj", &key, LINEAR),
+        LBQ_HANDLE("v_proj", &value, LINEAR),
+        LBQ_HANDLE("o_proj", &output, LINEAR),
+        LBQ_HANDLE("gate_proj", &gate, LINEAR),
+        LBQ_HANDLE("up_proj", &up, LINEAR),
+        LBQ_HANDLE("down_proj", &down, LINEAR),
+    };
+    LBQ_PARSE("block", spec);
+    lbq_block *made;
+    const lbq_status status = lbq_allocate(sizeof *made, &made);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    *made = (lbq_block){
+        .hidden = attention_norm.data ? attention_norm.dims[0] : mlp_norm.dims[0],
+        .head_dim = query_norm.data ? query_norm.dims[0] : key_norm.dims[0],
+        .attention_norm = attention_norm.data,
+        .mlp_norm = mlp_norm.data,
+        .query_norm = query_norm.data,
+        .key_norm = key_norm.data,
+        .query = query,
+        .key = key,
+        .value = value,
+        .output = output,
+        .gate = gate,
+        .up = up,
+        .down = down,
+    };
+    return lbq_handle_new(BLOCK, made, args);
+}
+
+LBQ_BINDING(decoder)
+{
+    lbq_array embedding, final_norm, frequency;
+    const lbq_linear *head;
+    const lbq_rotation *rotation;
+    lbq_handles blocks;
+    Py_ssize_t heads, kv_heads;
+    double epsilon, rope_factor;
+    const lbq_arg spec[] = {
+        LBQ_IN("embedding", &embedding, NPY_FLOAT32, "vh"),
+        LBQ_IN("final_norm", &final_norm, NPY_FLOAT32, "h"),
+        LBQ_IN("frequency", &frequency, NPY_FLOAT64, "f"),
+        LBQ_HANDLE_OR_NONE("head", &head, LINEAR),
+        LBQ_HANDLE_OR_NONE("rotation", &rotation, ROTATION),
+        LBQ_HANDLES("blocks", &blocks, BLOCK),
+        LBQ_INT("heads", &heads, 1, 65536),
+        LBQ_INT("kv_heads", &kv_heads, 1, 65536),
+        LBQ_FLOAT("epsilon", &epsilon, 0, 1),
+        LBQ_FLOAT("rope_factor", &rope_factor, 0, 1e6),
+    };
+    LBQ_PARSE("decoder", spec);
+    lbq_decoder *made;
+    const size_t pointers = (size_t)blocks.count * sizeof(lbq_block *);
+    lbq_status status = lbq_allocate(sizeof *made + pointers, &made);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    const lbq_block **const list = (const lbq_block **)(made + 1);
+    for (ptrdiff_t i = 0; i < blocks.count; i++)
+        list[i] = lbq_handle_at(&blocks, i);
+    *made = (lbq_decoder){
+        .vocab = embedding.dims[0],
+        .hidden = embedding.dims[1],
+        .block_count = blocks.count,
+        .heads = {.heads = heads, .kv_heads = kv_heads, .head_dim = 2 * frequency.dims[0]},
+        .epsilon = (float)epsilon,
+        .frequency = frequency.data,
+        .rope_factor = rope_factor,
+        .embedding = embedding.data,
+        .final_norm = final_norm.data,
+        .head = head,
+        .rotation = rotation,
+        .blocks = list,
+    };
+    status = lbq_decoder_check(made);
+    if (status != LBQ_OK) {
+        lbq_free(made);
+        return lbq_result(module, status);
+    }
+    return lbq_handle_new(DECODER, made, args);
+}
+
+/* An array that is absent fits. */
+static lbq_status
+check_width(const lbq_array *array, const char *name, int axis, ptrdiff_t expected)
+{
+    LBQ_REQUIRE(!array->data || array->dims[axis] == expected,
+                LBQ_BAD_SHAPE,
+                "axis %d of %s has size %td, expected %td",
+                axis,
+                name,
+                array->dims[axis],
+                expected);
+    return LBQ_OK;
+}
+
+LBQ_BINDING(decoder_embed)
+{
+    const lbq_decoder *decoder;
+    lbq_array tokens, x;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_IN("tokens", &tokens, NPY_INT32, "t"),
+        LBQ_OUT("x", &x, NPY_FLOAT32, "th"),
+    };
+    LBQ_PARSE("decoder_embed", spec);
+    const lbq_status status = check_width(&x, "x", 1, decoder->hidden);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(lbq_decoder_embed(decoder, tokens.dims[0], tokens.data, x.data));
+}
+
+static lbq_status
+block_forward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, const lbq_array *qkv,
+              const lbq_array *o, const lbq_array *mlp, const lbq_array *down)
+{
+    const lbq_taps taps = {
+        .qkv = qkv->data, .output = o->data, .mlp = mlp->data, .down = down->data};
+    LBQ_REQUIRE(index < decoder->block_count,
+                LBQ_BAD_VALUE,
+                "block is %td, expected 0 to %td",
+                index,
+                decoder->block_count - 1);
+    LBQ_TRY(check_width(x, "x", 1, decoder->hidden));
+    LBQ_TRY(check_width(o, "o", 1, decoder->heads.heads * decoder->heads.head_dim));
+    LBQ_TRY(check_width(down, "down", 1, decoder->blocks[index]->gate->rows));
+    return lbq_decoder_block(decoder, index, x->dims[0], x->data, &taps);
+}
+
+LBQ_BINDING(decoder_block)
+{
+    const lbq_decoder *decoder;
+    lbq_array x, qkv, o, mlp, down;
+    Py_ssize_t index;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_INOUT("x", &x, NPY_FLOAT32, "th"),
+        LBQ_OUT_OR_NONE("qkv", &qkv, NPY_FLOAT32, "th"),
+        LBQ_OUT_OR_NONE("o", &o, NPY_FLOAT32, "ta"),
+        LBQ_OUT_OR_NONE("mlp", &mlp, NPY_FLOAT32, "th"),
+        LBQ_OUT_OR_NONE("down", &down, NPY_FLOAT32, "ti"),
+        LBQ_INT("block", &index, 0, INT32_MAX),
+    };
+    LBQ_PARSE("decoder_block", spec);
+    LBQ_RUN(block_forward(decoder, index, &x, &qkv, &o, &mlp, &down));
+}
+
+LBQ_BINDING(decoder_finish)
+{
+    const lbq_decoder *decoder;
+    lbq_array x, y;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_IN("x", &x, NPY_FLOAT32, "th"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "th"),
+    };
+    LBQ_PARSE("decoder_finish", spec);
+    const lbq_status status = check_width(&x, "x", 1, decoder->hidden);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(lbq_decoder_finish(decoder, x.dims[0], x.data, y.data));
+}
+
+static lbq_status
+head(const lbq_decoder *decoder, const lbq_array *y, const lbq_array *logits)
+{
+    LBQ_TRY(check_width(y, "y", 1, decoder->hidden));
+    LBQ_TRY(check_width(logits, "logits", 1, decoder->vocab));
+    return lbq_decoder_head(decoder, y->dims[0], y->data, logits->data);
+}
+
+LBQ_BINDING(decoder_head)
+{
+    const lbq_decoder *decoder;
+    lbq_array y, logits;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_IN("y", &y, NPY_FLOAT32, "th"),
+        LBQ_OUT("logits", &logits, NPY_FLOAT32, "tv"),
+    };
+    LBQ_PARSE("decoder_head", spec);
+    LBQ_RUN(head(decoder, &y, &logits));
+}
+
+static lbq_status
+forward(const lbq_decoder *decoder, const lbq_array *tokens, const lbq_array *keys,
+        const lbq_array *values, const lbq_array *hidden, const lbq_array *logits, ptrdiff_t past)
+{
+    const lbq_heads *const heads = &decoder->heads;
+    const lbq_cache cache = {
+        .past = past,
+        .capacity = keys->dims[2],
+        .keys = keys->data,
+        .values = values->data,
+    };
+    if (keys->data) {
+        LBQ_REQUIRE(cache.capacity % LBQ_KEYS == 0,
+                    LBQ_BAD_SHAPE,
+                    "the cache has %td positions, expected a multiple of %d",
+                    cache.capacity,
+                    LBQ_KEYS);
+        LBQ_TRY(check_width(keys, "keys", 0, decoder->block_count));
+        LBQ_TRY(check_width(keys, "keys", 1, heads->kv_heads));
+        LBQ_TRY(check_width(keys, "keys", 3, heads->head_dim));
+        LBQ_TRY(check_width(values, "values", 3, lbq_value_width(heads->head_dim)));
+    }
+    LBQ_REQUIRE(!keys->data == !values->data, LBQ_BAD_VALUE, "keys and values go together");
+    LBQ_TRY(check_width(hidden, "hidden", 1, decoder->hidden));
+    LBQ_TRY(check_width(logits, "logits", 1, decoder->vocab));
+    return lbq_decoder_forward(decoder,
+                               tokens->dims[0],
+                               tokens->data,
+                               keys->data ? &cache : NULL,
+                               hidden->data ? hidden->dims[0] : logits->dims[0],
+                               hidden->data,
+                               logits->data);
+}
+
+LBQ_BINDING(decoder_forward)
+{
+    const lbq_decoder *decoder;
+    lbq_array tokens, keys, values, hidden, logits;
+    Py_ssize_t past;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_IN("tokens", &tokens, NPY_INT32, "t"),
+        LBQ_OUT_OR_NONE("keys", &keys, NPY_FLOAT32, "bjsd"),
+        LBQ_OUT_OR_NONE("values", &values, NPY_FLOAT32, "bjsw"),
+        LBQ_OUT_OR_NONE("hidden", &hidden, NPY_FLOAT32, "rh"),
+        LBQ_OUT_OR_NONE("logits", &logits, NPY_FLOAT32, "rv"),
+        LBQ_INT("past", &past, 0, INT32_MAX),
+    };
+    LBQ_PARSE("decoder_forward", spec);
+    LBQ_RUN(forward(decoder, &tokens, &keys, &values, &hidden, &logits, past));
+}
+
+/* clang-format off: without a comma between its entries it would indent each further. */
+PyMethodDef lbq_methods_transformer[] = {
+    LBQ_METHOD(rmsnorm, "rmsnorm(x, gain, y, /, *, epsilon)\n--\n\n"
+                        "y (r, c) = gain (c, or None: ones) x / sqrt(mean of x^2 + epsilon), row "
+                        "by row.") LBQ_METHOD(swiglu, "swiglu(gate, up, y, /)\n--\n\n"
+                                                      "y (t, n) = gate / (1 + exp(-gate)) * up.")
+        LBQ_METHOD(rope, "rope(x, frequency, gain, /, *, first, factor, epsilon)\n--\n\n"
+                         "Rotary embedding of x (t, heads, d) in place: positions from first, "
+                         "frequency (d / 2)\n"
+                         "float64; heads are normalised with gain (d) before, unless it is None.")
+            LBQ_METHOD(attention, "attention(q, k, v, o, /)\n--\n\n"
+                                  "Causal attention o of q (t, heads, d) over k, v (s, kv heads, "
+                                  "d): the t tokens are the\n"
+                                  "last of the s.")
+                LBQ_METHOD(cross_entropy,
+                           "cross_entropy(logits, target, nll, /)\n--\n\n"
+                           "nll (t) float64, in nats, of target (t) int32 under logits (t, vocab).")
+                    LBQ_METHOD(kl_divergence, "kl_divergence(p, q, kl, same, /)\n--\n\n"
+                                              "kl (t) float64, in nats, of softmax p to softmax q "
+                                              "(t, vocab); same (t) uint8: 1 where\n"
+                                              "both have their maximum at the same index.")
+                        LBQ_METHOD(
+                            block,
+                            "block(attention_norm, mlp_norm, query_norm, key_norm, q_proj, k_proj, "
+                            "v_proj, o_proj, "
+                            "gate_proj, up_proj, down_proj, /)\n--\n\n"
+                            "A handle of one block: gains (or None) and handles of linear layers.")
+                            LBQ_METHOD(decoder, "decoder(embedding, final_norm, frequency, head, "
+                                                "rotation, blocks, /, *, heads, kv_heads, "
+                                                "epsilon, rope_factor)\n--\n\n"
+                                                "A handle of a network; head None: the embedding. "
+                                                "It keeps alive what it is made from.")
+                                LBQ_METHOD(
+                                    decoder_embed,
+                                    "decoder_embed(decoder, tokens, x, /)\n--\n\n"
+                                    "x (t, hidden): the residual stream that enters block 0.")
+                                    LBQ_METHOD(decoder_block,
+                                               "decoder_block(decoder, x, qkv, o, mlp, down, /, *, "
+                                               "block)\n--\n\n"
+                                               "One block on x (t, hidden) in place; the others "
+                                               "(or None) get the inputs of its layers.")
+                                        LBQ_METHOD(decoder_finish,
+                                                   "decoder_finish(decoder, x, y, /)\n--\n\n"
+                                                   "y (t, hidden): x after the last norm, the "
+                                                   "input of the head.")
+                                            LBQ_METHOD(decoder_head,
+                                                       "decoder_head(decoder, y, logits, /)\n--\n\n"
+                                                       "logits (t, vocab) of y (t, hidden).")
+                                                LBQ_METHOD(
+                                                    decoder_forward,
+                                                    "decoder_forward(decoder, tokens, keys, "
+                                                    "values, hidden, logits, /, *, past)\n--\n\n"
+                                                    "The whole network on tokens (t) that follow "
+                                                    "past ones in the cache keys (blocks,\n"
+                                                    "kv heads, positions, d), values (..., width), "
+                                                    "or None; hidden (r, hidden) and logits\n"
+                                                    "(r, vocab) of the last r tokens, or None.")
+                                                    LBQ_METHODS_END,
+};
+/* clang-format on */

@@ -1,0 +1,48 @@
+/* Causal attention with grouped heads over a store of keys and values.
+ *
+ *     o[t,h] = sum_s softmax_s(q[t,h] . k[s,j] / sqrt(d)) v[s,j],   s <= past + t,  j = h / group
+ *
+ * for tokens t = 0, 1, ... that follow `past` earlier ones; group = heads / kv_heads. J. Ainslie et
+ * al., "GQA: training generalized multi-query transformer models", 2023.
+ *
+ * A store belongs to one block of the network and holds `capacity` positions, a multiple of
+ * LBQ_KEYS, in the order that the products read them: keys (kv_heads, capacity / LBQ_KEYS,
+ * head_dim, LBQ_KEYS), values (kv_heads, capacity, width), width = lbq_value_width(head_dim). */
+#ifndef LBQ_ATTENTION_H
+#define LBQ_ATTENTION_H
+
+#include <stddef.h>
+
+#include "core/status.h"
+
+enum { LBQ_KEYS = 64, LBQ_VALUE_STEP = 16 };
+
+typedef struct {
+    ptrdiff_t heads, kv_heads, head_dim;
+} lbq_heads;
+
+typedef struct {
+    ptrdiff_t capacity;
+    float *keys, *values;
+} lbq_store;
+
+/* head_dim, rounded up to whole vectors. */
+static inline ptrdiff_t
+lbq_value_width(ptrdiff_t head_dim)
+{
+    return (head_dim + LBQ_VALUE_STEP - 1) / LBQ_VALUE_STEP * LBQ_VALUE_STEP;
+}
+
+/* Puts keys and values (tokens, kv_heads, head_dim) at positions past, past + 1, ... */
+lbq_status lbq_attention_store(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens,
+                               const float *k, const float *v, const lbq_store *store);
+
+/* Bytes of scratch that lbq_attention needs, for the current number of threads. */
+size_t lbq_attention_scratch(const lbq_heads *heads, ptrdiff_t tokens);
+
+/* o (tokens, heads, head_dim) for q alike; o may be q. The store holds past + tokens positions.
+ * `scratch` is 64-byte aligned. */
+lbq_status lbq_attention(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const float *q,
+                         const lbq_store *store, void *scratch, float *o);
+
+#endif

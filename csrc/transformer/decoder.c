@@ -1,0 +1,341 @@
+/* The forward pass: a few linear layers per block and what stands between them.
+ *
+ * All scratch of a call is one arena. A tap's buffer stands in for the scratch of the same
+ * contents, so tapping copies nothing. */
+#include "transformer/decoder.h"
+
+#include <string.h>
+
+#include "core/memory.h"
+#include "core/threads.h"
+#include "transformer/rmsnorm.h"
+#include "transformer/rope.h"
+#include "transformer/swiglu.h"
+
+/* In force only until csrc/rotate defines it. */
+__attribute__((weak)) lbq_status
+lbq_rotate_back(const lbq_rotation *rotation, ptrdiff_t rows, float *X)
+{
+    (void)rotation, (void)rows, (void)X;
+    return lbq_fail(LBQ_BAD_VALUE, "this build has no rotations");
+}
+
+/* Scratch of the blocks for a number of tokens. */
+typedef struct {
+    float *norm;          /* (tokens, hidden): input of qkv and of gate and up */
+    float *q, *k, *v;     /* (tokens, heads or kv_heads, head_dim) */
+    float *gate, *up;     /* (tokens, intermediate) */
+    float *sum;           /* (tokens, hidden): what is added to x */
+    float *cosine, *sine; /* (tokens, head_dim / 2) */
+    void *attention;
+    lbq_store store; /* of one block, where there is no cache */
+} scratch;
+
+static ptrdiff_t
+intermediate_of(const lbq_decoder *decoder)
+{
+    ptrdiff_t most = 0;
+    for (ptrdiff_t i = 0; i < decoder->block_count; i++)
+        if (decoder->blocks[i]->gate->rows > most)
+            most = decoder->blocks[i]->gate->rows;
+    return most;
+}
+
+/* Takes the scratch from the arena or, where that has no memory yet, counts its bytes: the sizes
+ * stand here only. */
+static size_t
+take(lbq_arena *arena, ptrdiff_t floats, float **block)
+{
+    const size_t bytes = (size_t)floats * sizeof(float);
+    if (arena->base)
+        *block = lbq_arena_take(arena, bytes);
+    return lbq_padded(bytes);
+}
+
+static size_t
+take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, bool cached, lbq_arena *arena,
+             scratch *s)
+{
+    const lbq_heads *const heads = &decoder->heads;
+    const ptrdiff_t d = heads->head_dim, intermediate = intermediate_of(decoder);
+    size_t bytes = take(arena, tokens * decoder->hidden, &s->norm);
+    bytes += take(arena, tokens * decoder->hidden, &s->sum);
+    bytes += take(arena, tokens * heads->heads * d, &s->q);
+    bytes += take(arena, tokens * heads->kv_heads * d, &s->k);
+    bytes += take(arena, tokens * heads->kv_heads * d, &s->v);
+    bytes += take(arena, tokens * intermediate, &s->gate);
+    bytes += take(arena, tokens * intermediate, &s->up);
+    bytes += take(arena, tokens * (d / 2), &s->cosine);
+    bytes += take(arena, tokens * (d / 2), &s->sine);
+    float *attention = NULL;
+    const size_t attention_bytes = lbq_attention_scratch(heads, tokens);
+    bytes += take(arena, (ptrdiff_t)(attention_bytes / sizeof(float)), &attention);
+    s->attention = attention;
+    if (!cached) {
+        s->store.capacity = (tokens + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS;
+        const ptrdiff_t positions = heads->kv_heads * s->store.capacity;
+        bytes += take(arena, positions * d, &s->store.keys);
+        bytes += take(arena, positions * lbq_value_width(d), &s->store.values);
+    }
+    return bytes;
+}
+
+/* What lies in a block's store at `past` and after is about to be overwritten. */
+static lbq_store
+store_of(const lbq_decoder *decoder, const lbq_cache *cache, ptrdiff_t index)
+{
+    const ptrdiff_t d = decoder->heads.head_dim;
+    const ptrdiff_t positions = index * decoder->heads.kv_heads * cache->capacity;
+    return (lbq_store){
+        .capacity = cache->capacity,
+        .keys = cache->keys + positions * d,
+        .values = cache->values + positions * lbq_value_width(d),
+    };
+}
+
+typedef struct {
+    float *x;
+    const float *y;
+    ptrdiff_t count;
+} addition;
+
+enum { CHUNK = 1 << 16 };
+
+static lbq_status
+add_task(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    const addition *const a = context;
+    const ptrdiff_t end = (index + 1) * CHUNK < a->count ? (index + 1) * CHUNK : a->count;
+    float *const restrict x = a->x;
+    const float *const restrict y = a->y;
+    for (ptrdiff_t i = index * CHUNK; i < end; i++)
+        x[i] += y[i];
+    return LBQ_OK;
+}
+
+static lbq_status
+add(float *x, const float *y, ptrdiff_t count)
+{
+    addition a = {.x = x, .y = y, .count = count};
+    return lbq_parallel((count + CHUNK - 1) / CHUNK, add_task, &a);
+}
+
+static lbq_status
+attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
+       const lbq_store *store, const lbq_taps *taps, scratch *s, float *x)
+{
+    const lbq_heads *const heads = &decoder->heads;
+    const ptrdiff_t half = heads->head_dim / 2;
+    float *const n = taps->qkv ? taps->qkv : s->norm;
+    float *const o = taps->output ? taps->output : s->q;
+    LBQ_TRY(lbq_rmsnorm(tokens, decoder->hidden, x, block->attention_norm, decoder->epsilon, n));
+    LBQ_TRY(lbq_linear_forward(block->query, tokens, n, s->q));
+    LBQ_TRY(lbq_linear_forward(block->key, tokens, n, s->k));
+    LBQ_TRY(lbq_linear_forward(block->value, tokens, n, s->v));
+    LBQ_TRY(lbq_rope(
+        tokens, heads->heads, half, s->cosine, s->sine, block->query_norm, decoder->epsilon, s->q));
+    LBQ_TRY(lbq_rope(tokens,
+                     heads->kv_heads,
+                     half,
+                     s->cosine,
+                     s->sine,
+                     block->key_norm,
+                     decoder->epsilon,
+                     s->k));
+    LBQ_TRY(lbq_attention_store(heads, past, tokens, s->k, s->v, store));
+    LBQ_TRY(lbq_attention(heads, past, tokens, s->q, store, s->attention, o));
+    LBQ_TRY(lbq_linear_forward(block->output, tokens, o, s->sum));
+    return add(x, s->sum, tokens * decoder->hidden);
+}
+
+static lbq_status
+feed_forward(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
+             const lbq_taps *taps, scratch *s, float *x)
+{
+    float *const n = taps->mlp ? taps->mlp : s->norm;
+    float *const y = taps->down ? taps->down : s->gate;
+    LBQ_TRY(lbq_rmsnorm(tokens, decoder->hidden, x, block->mlp_norm, decoder->epsilon, n));
+    LBQ_TRY(lbq_linear_forward(block->gate, tokens, n, s->gate));
+    LBQ_TRY(lbq_linear_forward(block->up, tokens, n, s->up));
+    LBQ_TRY(lbq_swiglu(tokens * block->gate->rows, s->gate, s->up, y));
+    LBQ_TRY(lbq_linear_forward(block->down, tokens, y, s->sum));
+    return add(x, s->sum, tokens * decoder->hidden);
+}
+
+static void
+fill_rope_table(const lbq_decoder *decoder, ptrdiff_t past, ptrdiff_t tokens, scratch *s)
+{
+    lbq_rope_table(past,
+                   tokens,
+                   decoder->heads.head_dim / 2,
+                   decoder->frequency,
+                   decoder->rope_factor,
+                   s->cosine,
+                   s->sine);
+}
+
+static lbq_status
+check_layer(const lbq_linear *layer, const char *name, ptrdiff_t index, ptrdiff_t rows,
+            ptrdiff_t cols)
+{
+    LBQ_REQUIRE(layer->rows == rows && layer->cols == cols,
+                LBQ_BAD_SHAPE,
+                "%s of block %td is (%td, %td), expected (%td, %td)",
+                name,
+                index,
+                layer->rows,
+                layer->cols,
+                rows,
+                cols);
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_decoder_check(const lbq_decoder *decoder)
+{
+    const lbq_heads *const heads = &decoder->heads;
+    const ptrdiff_t hidden = decoder->hidden;
+    const ptrdiff_t q = heads->heads * heads->head_dim, kv = heads->kv_heads * heads->head_dim;
+    LBQ_REQUIRE(heads->heads % heads->kv_heads == 0,
+                LBQ_BAD_VALUE,
+                "%td heads do not share %td key heads evenly",
+                heads->heads,
+                heads->kv_heads);
+    for (ptrdiff_t i = 0; i < decoder->block_count; i++) {
+        const lbq_block *const b = decoder->blocks[i];
+        LBQ_REQUIRE((!b->hidden || b->hidden == hidden) &&
+                        (!b->head_dim || b->head_dim == heads->head_dim),
+                    LBQ_BAD_SHAPE,
+                    "norms of block %td have %td and %td gains, expected %td and %td",
+                    i,
+                    b->hidden,
+                    b->head_dim,
+                    hidden,
+                    heads->head_dim);
+        LBQ_TRY(check_layer(b->query, "q_proj", i, q, hidden));
+        LBQ_TRY(check_layer(b->key, "k_proj", i, kv, hidden));
+        LBQ_TRY(check_layer(b->value, "v_proj", i, kv, hidden));
+        LBQ_TRY(check_layer(b->output, "o_proj", i, hidden, q));
+        LBQ_TRY(check_layer(b->gate, "gate_proj", i, b->up->rows, hidden));
+        LBQ_TRY(check_layer(b->up, "up_proj", i, b->up->rows, hidden));
+        LBQ_TRY(check_layer(b->down, "down_proj", i, hidden, b->up->rows));
+    }
+    if (decoder->head)
+        LBQ_TRY(check_layer(decoder->head, "lm_head", -1, decoder->vocab, hidden));
+    LBQ_REQUIRE(!decoder->rotation || decoder->rotation->n == hidden,
+                LBQ_BAD_SHAPE,
+                "the residual rotation has order %td, expected %td",
+                decoder->rotation->n,
+                hidden);
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token, float *x)
+{
+    const ptrdiff_t hidden = decoder->hidden;
+    for (ptrdiff_t t = 0; t < tokens; t++) {
+        LBQ_REQUIRE(token[t] >= 0 && token[t] < decoder->vocab,
+                    LBQ_BAD_VALUE,
+                    "tokens[%td] is %d, expected 0 to %td",
+                    t,
+                    (int)token[t],
+                    decoder->vocab - 1);
+        memcpy(
+            x + t * hidden, decoder->embedding + token[t] * hidden, (size_t)hidden * sizeof(float));
+    }
+    return decoder->rotation ? lbq_rotate(decoder->rotation, tokens, x) : LBQ_OK;
+}
+
+lbq_status
+lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens, float *x,
+                  const lbq_taps *taps)
+{
+    LBQ_REQUIRE(index >= 0 && index < decoder->block_count,
+                LBQ_BAD_VALUE,
+                "block is %td, expected 0 to %td",
+                index,
+                decoder->block_count - 1);
+    LBQ_REQUIRE(tokens >= 1, LBQ_BAD_SHAPE, "there are no tokens");
+    scratch s = {0};
+    lbq_arena arena = {0};
+    LBQ_TRY(lbq_arena_open(&arena, take_scratch(decoder, tokens, false, &arena, &s)));
+    take_scratch(decoder, tokens, false, &arena, &s);
+    fill_rope_table(decoder, 0, tokens, &s);
+    const lbq_block *const block = decoder->blocks[index];
+    lbq_status status = attend(decoder, block, 0, tokens, &s.store, taps, &s, x);
+    if (status == LBQ_OK)
+        status = feed_forward(decoder, block, tokens, taps, &s, x);
+    lbq_arena_close(&arena);
+    return status;
+}
+
+lbq_status
+lbq_decoder_finish(const lbq_decoder *decoder, ptrdiff_t rows, const float *x, float *y)
+{
+    const ptrdiff_t hidden = decoder->hidden;
+    if (decoder->rotation) {
+        if (y != x)
+            memcpy(y, x, (size_t)(rows * hidden) * sizeof(float));
+        LBQ_TRY(lbq_rotate_back(decoder->rotation, rows, y));
+        x = y;
+    }
+    return lbq_rmsnorm(rows, hidden, x, decoder->final_norm, decoder->epsilon, y);
+}
+
+lbq_status
+lbq_decoder_head(const lbq_decoder *decoder, ptrdiff_t rows, const float *y, float *logits)
+{
+    const lbq_linear tied = {
+        .rows = decoder->vocab, .cols = decoder->hidden, .dense = decoder->embedding};
+    return lbq_linear_forward(decoder->head ? decoder->head : &tied, rows, y, logits);
+}
+
+static lbq_status
+run_blocks(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache, scratch *s,
+           float *x)
+{
+    const lbq_taps none = {0};
+    const ptrdiff_t past = cache ? cache->past : 0;
+    fill_rope_table(decoder, past, tokens, s);
+    for (ptrdiff_t i = 0; i < decoder->block_count; i++) {
+        const lbq_store store = cache ? store_of(decoder, cache, i) : s->store;
+        LBQ_TRY(attend(decoder, decoder->blocks[i], past, tokens, &store, &none, s, x));
+        LBQ_TRY(feed_forward(decoder, decoder->blocks[i], tokens, &none, s, x));
+    }
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_decoder_forward(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token,
+                    const lbq_cache *cache, ptrdiff_t rows, float *hidden, float *logits)
+{
+    LBQ_REQUIRE(tokens >= 1, LBQ_BAD_SHAPE, "there are no tokens");
+    LBQ_REQUIRE(rows <= tokens, LBQ_BAD_SHAPE, "%td rows of only %td tokens", rows, tokens);
+    LBQ_REQUIRE(!cache || cache->past + tokens <= cache->capacity,
+                LBQ_BAD_VALUE,
+                "the cache holds %td of at most %td tokens, no room for %td",
+                cache->past,
+                cache->capacity,
+                tokens);
+    scratch s = {0};
+    lbq_arena arena = {0};
+    float *x = NULL;
+    const size_t bytes = take_scratch(decoder, tokens, cache, &arena, &s);
+    LBQ_TRY(lbq_arena_open(&arena, bytes + take(&arena, tokens * decoder->hidden, &x)));
+    take_scratch(decoder, tokens, cache, &arena, &s);
+    take(&arena, tokens * decoder->hidden, &x);
+
+    lbq_status status = lbq_decoder_embed(decoder, tokens, token, x);
+    if (status == LBQ_OK)
+        status = run_blocks(decoder, tokens, cache, &s, x);
+    const float *const last = x + (tokens - rows) * decoder->hidden;
+    float *const y = hidden ? hidden : s.norm;
+    if (status == LBQ_OK)
+        status = lbq_decoder_finish(decoder, rows, last, y);
+    if (status == LBQ_OK && logits)
+        status = lbq_decoder_head(decoder, rows, y, logits);
+    lbq_arena_close(&arena);
+    return status;
+}

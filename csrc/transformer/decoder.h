@@ -1,0 +1,79 @@
+/* A whole LLaMA or Qwen network: token numbers in, logits out.
+ *
+ *     x = R embedding[token]                                    R: residual rotation, or 1
+ *     x += output(attention(rope(norm(query n)), rope(norm(key n)), value n)),  n = norm(x)
+ *     x += down(silu(gate n) * up n),                                           n = norm(x)
+ *     logits = head(norm(R^T x))
+ *
+ * one pair of additions per block. Linear layers are dense or packed, each with its own input
+ * rotation and bias. Nothing here is written after it was made: a decoder may run in several
+ * threads at once. */
+#ifndef LBQ_DECODER_H
+#define LBQ_DECODER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "linear/linear.h"
+#include "rotate/rotation.h"
+#include "transformer/attention.h"
+
+typedef struct {
+    ptrdiff_t hidden, head_dim;             /* lengths of the norms below; 0: both are NULL */
+    const float *attention_norm, *mlp_norm; /* (hidden); NULL: fused into the layers, all ones */
+    const float *query_norm, *key_norm;     /* (head_dim), of each head; NULL: none */
+    const lbq_linear *query, *key, *value, *output, *gate, *up, *down;
+} lbq_block;
+
+typedef struct {
+    ptrdiff_t vocab, hidden, block_count;
+    lbq_heads heads;
+    float epsilon;                /* of every norm */
+    const double *frequency;      /* (head_dim / 2), radians per position */
+    double rope_factor;           /* of sine and cosine */
+    const float *embedding;       /* (vocab, hidden) */
+    const float *final_norm;      /* (hidden) */
+    const lbq_linear *head;       /* NULL: the embedding */
+    const lbq_rotation *rotation; /* R, or NULL */
+    const lbq_block *const *blocks;
+} lbq_decoder;
+
+/* Keys and values of earlier tokens: one store per block, one after the other. */
+typedef struct {
+    ptrdiff_t past, capacity; /* positions; capacity is a multiple of LBQ_KEYS */
+    float *keys, *values;
+} lbq_cache;
+
+/* Inputs of a block's layers, before a layer's own rotation; each is written unless NULL. */
+typedef struct {
+    float *qkv, *mlp; /* (tokens, hidden) */
+    float *output;    /* (tokens, heads head_dim) */
+    float *down;      /* (tokens, intermediate) */
+} lbq_taps;
+
+/* LBQ_BAD_SHAPE unless the layers of every block fit together. */
+lbq_status lbq_decoder_check(const lbq_decoder *decoder);
+
+/* x (tokens, hidden): R embedding[token]; LBQ_BAD_VALUE for a token outside the vocabulary. */
+lbq_status lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token,
+                             float *x);
+
+/* Block `index` on x (tokens, hidden) in place, a window of its own: nothing came before. */
+lbq_status lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
+                             float *x, const lbq_taps *taps);
+
+/* y (rows, hidden) = norm(R^T x), the input of the head; y may be x. */
+lbq_status lbq_decoder_finish(const lbq_decoder *decoder, ptrdiff_t rows, const float *x, float *y);
+
+/* logits (rows, vocab) of y (rows, hidden). */
+lbq_status lbq_decoder_head(const lbq_decoder *decoder, ptrdiff_t rows, const float *y,
+                            float *logits);
+
+/* The whole network. hidden (rows, hidden) and logits (rows, vocab) are of the last `rows` tokens;
+ * either may be NULL. The tokens follow the cache's past ones and are stored in it; its `past` is
+ * left to the caller to advance. cache NULL: a window of its own. */
+lbq_status lbq_decoder_forward(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token,
+                               const lbq_cache *cache, ptrdiff_t rows, float *hidden,
+                               float *logits);
+
+#endif

@@ -1,0 +1,72 @@
+/* Tables once per call, then tokens in parallel. */
+#include "transformer/rope.h"
+
+#include <math.h>
+
+#include "core/threads.h"
+#include "kernels/kernels.h"
+
+enum { TOKENS = 32 }; /* per task */
+
+void
+lbq_rope_table(ptrdiff_t first, ptrdiff_t tokens, ptrdiff_t half, const double *frequency,
+               double factor, float *cosine, float *sine)
+{
+    for (ptrdiff_t t = 0; t < tokens; t++)
+        for (ptrdiff_t i = 0; i < half; i++) {
+            const double angle = (double)(first + t) * frequency[i];
+            cosine[t * half + i] = (float)(cos(angle) * factor);
+            sine[t * half + i] = (float)(sin(angle) * factor);
+        }
+}
+
+typedef struct {
+    ptrdiff_t tokens, heads, half;
+    const float *cosine, *sine, *gain;
+    float epsilon;
+    float *X;
+} rope;
+
+static void
+turn(ptrdiff_t half, const float *restrict cosine, const float *restrict sine,
+     float *restrict first, float *restrict second)
+{
+    for (ptrdiff_t i = 0; i < half; i++) {
+        const float a = first[i], b = second[i];
+        first[i] = a * cosine[i] - b * sine[i];
+        second[i] = b * cosine[i] + a * sine[i];
+    }
+}
+
+static lbq_status
+rope_task(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    const rope *const p = context;
+    const ptrdiff_t end = (index + 1) * TOKENS < p->tokens ? (index + 1) * TOKENS : p->tokens;
+    for (ptrdiff_t t = index * TOKENS; t < end; t++)
+        for (ptrdiff_t h = 0; h < p->heads; h++) {
+            float *const x = p->X + (t * p->heads + h) * 2 * p->half;
+            if (p->gain)
+                lbq_kernel.rmsnorm_f32(x, p->gain, 2 * p->half, p->epsilon, x);
+            turn(p->half, p->cosine + t * p->half, p->sine + t * p->half, x, x + p->half);
+        }
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_rope(ptrdiff_t tokens, ptrdiff_t heads, ptrdiff_t half, const float *cosine, const float *sine,
+         const float *gain, float epsilon, float *X)
+{
+    rope p = {
+        .tokens = tokens,
+        .heads = heads,
+        .half = half,
+        .cosine = cosine,
+        .sine = sine,
+        .gain = gain,
+        .epsilon = epsilon,
+        .X = X,
+    };
+    return lbq_parallel((tokens + TOKENS - 1) / TOKENS, rope_task, &p);
+}

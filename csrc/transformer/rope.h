@@ -1,0 +1,25 @@
+/* Rotary position embedding, in the form that turns the first half of a head against the second.
+ *
+ *     y[i]     = x[i] cos a_i - x[i + d/2] sin a_i
+ *     y[i+d/2] = x[i] sin a_i + x[i + d/2] cos a_i,    a_i = position * frequency[i],  i < d/2
+ *
+ * J. Su et al., "RoFormer: enhanced transformer with rotary position embedding", 2021. Scaled
+ * variants differ in the frequencies and in a common factor of sine and cosine. */
+#ifndef LBQ_ROPE_H
+#define LBQ_ROPE_H
+
+#include <stddef.h>
+
+#include "core/status.h"
+
+/* cosine, sine (tokens, half) times `factor`, for positions first, first + 1, ...; angles in
+ * float64: at position 2^17 a float32 angle is off by 1 % of a radian. */
+void lbq_rope_table(ptrdiff_t first, ptrdiff_t tokens, ptrdiff_t half, const double *frequency,
+                    double factor, float *cosine, float *sine);
+
+/* X (tokens, heads, 2 half) in place. Each head is first normalised by RMSNorm with `gain`
+ * (2 half) and `epsilon`, unless gain is NULL. */
+lbq_status lbq_rope(ptrdiff_t tokens, ptrdiff_t heads, ptrdiff_t half, const float *cosine,
+                    const float *sine, const float *gain, float epsilon, float *X);
+
+#endif

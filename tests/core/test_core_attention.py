@@ -1,0 +1,82 @@
+"""Attention against float64, in sizes around its panels of 64 and blocks of 256 keys."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+
+from lowbitq import _core
+
+
+def attend(q, k, v):
+    o = np.full((len(q) + 2, *q.shape[1:]), np.nan, np.float32)
+    _core.attention(q, k, v, o[1:-1])
+    assert np.isnan(o[[0, -1]]).all(), "wrote outside o"
+    return o[1:-1]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "keys", "heads", "kv_heads", "d"),
+    [
+        (1, 1, 1, 1, 2),
+        (1, 63, 3, 1, 16),
+        (1, 65, 9, 3, 64),
+        (2, 257, 4, 4, 20),
+        (64, 64, 2, 1, 8),
+        (97, 97, 3, 3, 64),
+        (65, 300, 9, 3, 64),
+        (33, 33, 14, 2, 64),
+        (5, 130, 8, 2, 128),
+        (7, 40, 100, 1, 4),
+        (300, 300, 6, 2, 80),
+    ],
+)
+def test_attention_matches_oracle(isa, tokens, keys, heads, kv_heads, d):
+    rng = np.random.default_rng([tokens, keys, heads])
+    q = (2 * rng.standard_normal((tokens, heads, d))).astype(np.float32)
+    k, v = rng.standard_normal((2, keys, kv_heads, d), dtype=np.float32)
+    expected, bound = oracle.attention(q, k, v)
+    assert (abs(attend(q, k, v) - expected) <= bound).all()
+
+
+def test_a_maximum_that_grows_late(isa):
+    """The last keys outweigh all before: what was summed must be scaled away."""
+    rng = np.random.default_rng(0)
+    q = np.ones((4, 2, 16), np.float32)
+    k, v = rng.standard_normal((2, 700, 2, 16), dtype=np.float32)
+    k *= np.linspace(0, 12, 700, dtype=np.float32)[:, None, None]
+    k[-5] = 9
+    expected, bound = oracle.attention(q, k, v)
+    assert (abs(attend(q, k, v) - expected) <= bound).all()
+
+
+def test_later_keys_do_not_exist(isa):
+    rng = np.random.default_rng(1)
+    q, k, v = rng.standard_normal((3, 100, 2, 32), dtype=np.float32)
+    before = attend(q, k, v)
+    k[60:], v[60:] = 1e30, 1e30
+    after = attend(q, k, v)
+    assert (after[:60] == before[:60]).all()
+    assert (after[60:] != before[60:]).all()
+
+
+def test_threads_do_not_change_a_bit():
+    rng = np.random.default_rng(2)
+    q, k, v = rng.standard_normal((3, 200, 4, 32), dtype=np.float32)
+    threads = _core.config()["threads"]
+    results = []
+    for count in (1, 2, 3):
+        _core.set_num_threads(threads=count)
+        results.append(attend(q, k, v))
+    _core.set_num_threads(threads=threads)
+    assert (results[0] == results[1]).all()
+    assert (results[0] == results[2]).all()
+
+
+def test_attention_refuses_heads_that_do_not_share_evenly():
+    q, k = np.zeros((2, 3, 4), np.float32), np.zeros((2, 2, 4), np.float32)
+    with pytest.raises(ValueError, match="q has 2 tokens of 3 heads, k 2 of 2"):
+        _core.attention(q, k, k, q)
+    with pytest.raises(ValueError, match="q has 2 tokens of 3 heads, k 1 of 3"):
+        _core.attention(q, q[:1], q[:1], q)

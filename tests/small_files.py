@@ -51,9 +51,14 @@ def gguf_file(
     return header + bytes(-len(header) % alignment) + data
 
 
-def write_gguf(path, tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]], **metadata):
+def write_gguf(
+    path,
+    tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]],
+    architecture: str = "llama",
+    **metadata,
+):
     """Write quantized blocks and metadata with `gguf.GGUFWriter`."""
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     for name, value in metadata.items():
         if isinstance(value, bool):
             writer.add_bool(name, value)

@@ -1,0 +1,518 @@
+"""Model: a network as Python sees it, arrays and linear layers; the C decoder runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lowbitq import _core, generation
+from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.models.config import ModelConfig
+from lowbitq.models.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lowbitq.rotations import Rotation
+
+AnyLinear = Linear | QuantizedLinear
+
+# Linear layers of a block in the order of the forward pass, each with its Hugging Face folder.
+LINEARS = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+
+# Tokens of a prompt that run at once: enough for the matrix products' full speed, few enough to
+# keep a long prompt's scratch small.
+_PREFILL = 512
+
+# Positions per panel of the key cache (LBQ_KEYS), and floats per step of a value row.
+_PANEL, _VALUE_STEP = 64, 16
+
+
+@dataclass(eq=False)
+class Block:
+    """One block: two norms and seven linear layers.
+
+    Attributes
+    ----------
+    attention_norm, mlp_norm : ndarray of shape (hidden,), float32, or None
+        Gains of the norms before attention and before the MLP; None: ones.
+    linears : dict of str to Linear or QuantizedLinear
+        ``q_proj k_proj v_proj o_proj gate_proj up_proj down_proj``.
+    query_norm, key_norm : ndarray of shape (head_dim,), float32, or None
+        Gains of the norms of each head; None: no such norm.
+    """
+
+    attention_norm: NDArray[np.float32] | None
+    mlp_norm: NDArray[np.float32] | None
+    linears: dict[str, AnyLinear]
+    query_norm: NDArray[np.float32] | None = None
+    key_norm: NDArray[np.float32] | None = None
+
+    def _parts(self) -> list[Any]:
+        norms = [self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm]
+        return norms + [self.linears[name] for name in LINEARS]
+
+
+@dataclass(eq=False, repr=False)
+class Cache:
+    """Keys and values of the tokens that a model has seen, for `Model.step`.
+
+    It belongs to the model as it was when `Model.new_cache` made it.
+
+    Attributes
+    ----------
+    length : int
+        Tokens in the cache; lower it to forget the last ones.
+    capacity : int
+        Most tokens that it can hold.
+    """
+
+    capacity: int
+    length: int
+    keys: NDArray[np.float32] = field(repr=False)
+    values: NDArray[np.float32] = field(repr=False)
+    decoder: Any = field(repr=False)
+
+
+@dataclass(eq=False, repr=False)
+class Model:
+    """A LLaMA-like network.
+
+    Attributes
+    ----------
+    config : ModelConfig
+    tokenizer : Tokenizer or None
+    embedding : ndarray of shape (vocab, hidden), float32
+    blocks : list of Block
+    final_norm : ndarray of shape (hidden,), float32
+    head : Linear or QuantizedLinear or None
+        None: the embedding.
+    residual_rotation : Rotation or None
+        Applied after the embedding and undone before the last norm.
+    provenance : dict
+        Where the weights come from.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    embedding: NDArray[np.float32]
+    blocks: list[Block]
+    final_norm: NDArray[np.float32]
+    head: AnyLinear | None = None
+    residual_rotation: Rotation | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    _handle: Any = field(default=None, init=False)
+    _handle_parts: list[Any] = field(default_factory=list, init=False)
+
+    def linears(self) -> Iterator[tuple[str, AnyLinear]]:
+        """Yield the linear layers of all blocks with their Hugging Face names.
+
+        Yields
+        ------
+        name : str
+            Such as ``"model.layers.3.mlp.up_proj"``.
+        linear : Linear or QuantizedLinear
+        """
+        for i, block in enumerate(self.blocks):
+            for key, folder in LINEARS.items():
+                yield f"model.layers.{i}.{folder}.{key}", block.linears[key]
+
+    def replace_linear(self, name: str, linear: AnyLinear) -> None:
+        """Put another layer in the place of the one with this name.
+
+        Parameters
+        ----------
+        name : str
+            As `linears` yields it.
+        linear : Linear or QuantizedLinear
+            Of the same shape.
+
+        Raises
+        ------
+        KeyError
+            If the model has no such layer.
+        ValueError
+            If the shapes differ.
+        """
+        for i, block in enumerate(self.blocks):
+            for key, folder in LINEARS.items():
+                if name == f"model.layers.{i}.{folder}.{key}":
+                    if linear.shape != block.linears[key].shape:
+                        raise ValueError(
+                            f"linear has shape {linear.shape}, {name} {block.linears[key].shape}"
+                        )
+                    block.linears[key] = linear
+                    return
+        raise KeyError(f"the model has no linear layer {name!r}")
+
+    def copy(self) -> Model:
+        """Return a copy whose blocks can be changed; arrays and layers are shared."""
+        blocks = [replace(block, linears=dict(block.linears)) for block in self.blocks]
+        return replace(self, blocks=blocks, provenance=dict(self.provenance))
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, biases and gains; a tied head counts once."""
+        arrays, layers = self._arrays(), self._layers()
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
+        return int(weights + sum(array.size for array in arrays + biases))
+
+    def _layers(self) -> list[AnyLinear]:
+        """Return every linear layer, the head's included."""
+        heads = [] if self.head is None else [self.head]
+        return [linear for _, linear in self.linears()] + heads
+
+    def _arrays(self) -> list[NDArray[np.float32]]:
+        """Return the embedding and all gains."""
+        gains = [part for block in self.blocks for part in block._parts()[:4] if part is not None]
+        return [self.embedding, self.final_norm, *gains]
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"{type(self).__name__}({c.family}: {c.layers} layers, hidden {c.hidden_size}, "
+            f"ffn {c.intermediate_size}, heads {c.heads}/{c.kv_heads}, "
+            f"{self.parameters / 1e6:.1f}M parameters)"
+        )
+
+    def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Look up tokens.
+
+        Parameters
+        ----------
+        tokens : array_like of shape (t,), integers
+
+        Returns
+        -------
+        ndarray of shape (t, hidden), float32
+            The residual stream that enters block 0, rotated if the model is.
+        """
+        tokens = self._tokens(tokens)
+        x = np.empty((len(tokens), self.config.hidden_size), np.float32)
+        _core.decoder_embed(self._decoder(), tokens, x)
+        return x
+
+    def block_forward(
+        self,
+        index: int,
+        hidden: NDArray[np.float32],
+        taps: dict[str, NDArray[np.float32]] | None = None,
+    ) -> None:
+        """Run one block on one window, without a cache.
+
+        Parameters
+        ----------
+        index : int
+            Which block.
+        hidden : ndarray of shape (t, hidden), float32
+            The residual stream; changed in place.
+        taps : dict, default=None
+            Gets, as float32 arrays of t rows, the inputs of the linear layers before their own
+            rotations: ``"qkv"``, ``"o"``, ``"mlp"`` (gate and up) and ``"down"``. An array that
+            is there already is written to.
+
+        Raises
+        ------
+        ValueError
+            If `index` or a shape does not fit.
+        """
+        buffers: list[NDArray[np.float32] | None] = [None] * 4
+        if taps is not None:
+            linears = self.blocks[index].linears
+            readers = {"qkv": "q_proj", "o": "o_proj", "mlp": "up_proj", "down": "down_proj"}
+            for tap, reader in readers.items():
+                shape = (len(hidden), linears[reader].shape[1])
+                if tap not in taps:
+                    taps[tap] = np.empty(shape, np.float32)
+            buffers = [taps[tap] for tap in readers]
+        _core.decoder_block(self._decoder(), hidden, *buffers, block=index)
+
+    def hidden(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Return what the head reads.
+
+        Parameters
+        ----------
+        tokens : array_like of shape (t,), integers
+
+        Returns
+        -------
+        ndarray of shape (t, hidden), float32
+            After the last norm.
+
+        Raises
+        ------
+        ValueError
+            If a token is not in the vocabulary, there are none, or more than a sliding window.
+        """
+        tokens = self._tokens(tokens)
+        hidden = np.empty((len(tokens), self.config.hidden_size), np.float32)
+        _core.decoder_forward(self._decoder(), tokens, None, None, hidden, None, past=0)
+        return hidden
+
+    def finish(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the last norm of the residual stream (t, hidden), rotated back if the model is."""
+        result = np.empty_like(hidden)
+        _core.decoder_finish(self._decoder(), hidden, result)
+        return result
+
+    def head_logits(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the logits (t, vocab), float32, of what `hidden` returned (t, hidden)."""
+        logits = np.empty((len(hidden), self.config.vocab_size), np.float32)
+        _core.decoder_head(self._decoder(), hidden, logits)
+        return logits
+
+    def logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Run the whole network.
+
+        Parameters
+        ----------
+        tokens : array_like of shape (t,), integers
+
+        Returns
+        -------
+        ndarray of shape (t, vocab), float32
+            Row i predicts token i + 1. Takes 4 t vocab bytes: for long windows and large
+            vocabularies, give pieces of what `hidden` returns to `head_logits`.
+
+        Raises
+        ------
+        ValueError
+            If a token is not in the vocabulary, there are none, or more than a sliding window.
+        """
+        tokens = self._tokens(tokens)
+        logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
+        _core.decoder_forward(self._decoder(), tokens, None, None, None, logits, past=0)
+        return logits
+
+    def new_cache(self, capacity: int) -> Cache:
+        """Return an empty cache.
+
+        Parameters
+        ----------
+        capacity : int
+            Most tokens that it can hold. Memory is taken as they come: 8 kv_heads head_dim layers
+            bytes per token.
+
+        Raises
+        ------
+        ValueError
+            If `capacity` is less than one.
+        """
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}, expected at least 1")
+        c = self.config
+        positions = -(-capacity // _PANEL) * _PANEL
+        width = -(-c.head_dim // _VALUE_STEP) * _VALUE_STEP
+        return Cache(
+            capacity,
+            0,
+            np.zeros((c.layers, c.kv_heads, positions, c.head_dim), np.float32),
+            np.zeros((c.layers, c.kv_heads, positions, width), np.float32),
+            self._decoder(),
+        )
+
+    def step(self, tokens: ArrayLike, cache: Cache) -> NDArray[np.float32]:
+        """Run the network on tokens that follow those in the cache.
+
+        Parameters
+        ----------
+        tokens : array_like of shape (t,), integers
+            A prompt, or the one token that was chosen last.
+        cache : Cache
+            Is longer by t tokens afterwards.
+
+        Returns
+        -------
+        ndarray of shape (vocab,), float32
+            Logits of the token after the last one.
+
+        Raises
+        ------
+        ValueError
+            If a token is not in the vocabulary, there are none, or the cache has no room for them.
+        """
+        tokens = self._tokens(tokens, cache.length)
+        if cache.length + len(tokens) > cache.capacity:
+            raise ValueError(
+                f"the cache holds {cache.length} of at most {cache.capacity} tokens, "
+                f"no room for {len(tokens)}"
+            )
+        logits = np.empty((1, self.config.vocab_size), np.float32)
+        nothing = logits[:0]
+        for start in range(0, len(tokens), _PREFILL):
+            chunk = tokens[start : start + _PREFILL]
+            out = logits if start + _PREFILL >= len(tokens) else nothing
+            past = cache.length
+            _core.decoder_forward(
+                cache.decoder, chunk, cache.keys, cache.values, None, out, past=past
+            )
+            cache.length += len(chunk)
+        return logits.reshape(-1)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | NDArray[np.integer[Any]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+        stop: str | Sequence[str] | None = None,
+        on_token: Callable[[Any], object] | None = None,
+    ) -> str | NDArray[np.int32]:
+        """Continue a text or a list of tokens; `lowbitq.generation.generate` says how."""
+        result: str | NDArray[np.int32] = generation.generate(
+            self,
+            cast(Any, prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=cast(Any, stop),
+            on_token=on_token,
+        )
+        return result
+
+    def _tokens(self, tokens: ArrayLike, past: int = 0) -> NDArray[np.int32]:
+        """Return tokens as the C decoder wants them."""
+        array = np.asarray(tokens)
+        if array.ndim != 1 or not array.size:
+            raise ValueError(f"tokens has shape {array.shape}, expected (t,) with t >= 1")
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"tokens has dtype {array.dtype}, expected integers")
+        low, high = int(array.min()), int(array.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"tokens has {low if low < 0 else high}, expected 0 to {self.config.vocab_size - 1}"
+            )
+        window = self.config.sliding_window
+        if window is not None and past + array.size > window:
+            raise ValueError(
+                f"{past + array.size} tokens exceed the sliding window of {window}, "
+                "beyond which attention is not implemented"
+            )
+        return np.ascontiguousarray(array, np.int32)
+
+    def _decoder(self) -> Any:
+        """Return the C decoder of the model as it is now."""
+        parts: list[Any] = [self.embedding, self.final_norm, self.head, self.residual_rotation]
+        for block in self.blocks:
+            parts += block._parts()
+        before = self._handle_parts
+        if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before, strict=True)):
+            frequencies, factor = self.config.rope_frequencies()
+            self._handle = _core.decoder(
+                self.embedding,
+                self.final_norm,
+                frequencies,
+                None if self.head is None else self.head.handle,
+                None if self.residual_rotation is None else self.residual_rotation.handle,
+                tuple(_block_handle(block) for block in self.blocks),
+                heads=self.config.heads,
+                kv_heads=self.config.kv_heads,
+                epsilon=self.config.norm_eps,
+                rope_factor=factor,
+            )
+            self._handle_parts = parts
+        return self._handle
+
+
+def _block_handle(block: Block) -> Any:
+    parts = block._parts()
+    return _core.block(*parts[:4], *(linear.handle for linear in parts[4:]))
+
+
+@dataclass(eq=False, repr=False)
+class QuantizedModel(Model):
+    """A model whose linear layers are packed.
+
+    Attributes
+    ----------
+    plan : Plan or None
+        What `compress` was asked to do.
+    records : dict of str to dict
+        What `compress` noted about each linear layer: ``format``, ``bits_per_weight``,
+        ``relative_error``, ``seconds`` and whatever else.
+    """
+
+    plan: Any = None
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of the linear layers of all blocks; everything stored counts."""
+        sizes = [(linear.bits_per_weight, np.prod(linear.shape)) for _, linear in self.linears()]
+        return float(sum(b * n for b, n in sizes) / sum(n for _, n in sizes))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, biases, norms and the embedding."""
+        layers = self._layers()
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return sum(array.nbytes for array in self._arrays() + biases) + sum(
+            layer.nbytes for layer in layers
+        )
+
+    def report(self) -> Report:
+        """Return the records of all layers; prints as a table."""
+        return Report(
+            [
+                {"layer": name, "bits_per_weight": linear.bits_per_weight}
+                | self.records.get(name, {})
+                for name, linear in self.linears()
+            ],
+            self.bits_per_weight,
+            self.nbytes,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of each linear layer.
+
+    Attributes
+    ----------
+    layers : list of dict
+        ``layer``, ``bits_per_weight`` and what `compress` noted.
+    bits_per_weight : float
+        Over the linear layers.
+    nbytes : int
+        Of the whole model.
+    """
+
+    layers: list[dict[str, Any]]
+    bits_per_weight: float
+    nbytes: int
+
+    def __str__(self) -> str:
+        columns = list(dict.fromkeys(key for layer in self.layers for key in layer))
+        rows = [columns] + [[_cell(layer.get(c)) for c in columns] for layer in self.layers]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        total = f"{self.bits_per_weight:.3f} bits per weight, {self.nbytes / 1e6:.1f} MB"
+        return "\n".join([*lines, total])
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

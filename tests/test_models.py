@@ -1,0 +1,259 @@
+"""Loading and running models: logits of transformers, caches, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from golden import tiny_models
+from small_files import write_gguf
+
+import lowbitq
+from lowbitq.linears import Linear
+from lowbitq.models import load
+from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES, OUTER_NAMES
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = list(tiny_models.MODELS)
+LIMIT = 1e-4  # of the largest logit of a row; what the library promises
+
+
+def tiny(name, folder):
+    return load(tiny_models.write_folder(name, folder))
+
+
+def largest_difference(found, expected):
+    return (abs(found - expected).max(-1) / abs(expected).max(-1)).max()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    expected = np.load(GOLDEN / "logits_tiny.npz")[name]
+    model = tiny(name, tmp_path)
+    assert largest_difference(model.logits(tiny_models.tokens_of(name)), expected) < LIMIT
+
+
+@pytest.mark.model
+def test_smollm2_logits_are_those_of_transformers(smollm2):
+    golden = np.load(GOLDEN / "logits_smollm2.npz")
+    model = load(smollm2)
+    logits = model.logits(golden["tokens"])
+    found = np.take_along_axis(logits, golden["top"].astype(int), 1)
+    assert largest_difference(found, golden["logits"]) < LIMIT
+    log_sum = np.log(np.exp(logits.astype(float)).sum(1))
+    assert (abs(log_sum - golden["log_sum"]) < LIMIT * abs(golden["logits"]).max(1)).all()
+    assert repr(model) == (
+        "Model(llama: 30 layers, hidden 576, ffn 1536, heads 9/3, 134.5M parameters)"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_give_the_logits_of_the_whole(name, tmp_path):
+    model = tiny(name, tmp_path)
+    tokens = tiny_models.tokens_of(name)
+    whole = model.logits(tokens)
+    cache = model.new_cache(len(tokens))
+    steps = [model.step(tokens[:7], cache)]
+    steps += [model.step(tokens[i : i + 1], cache) for i in range(7, len(tokens))]
+    assert cache.length == len(tokens)
+    assert largest_difference(np.array(steps), whole[6:]) < LIMIT
+    with pytest.raises(ValueError, match="holds 40 of at most 40 tokens, no room for 1"):
+        model.step([0], cache)
+    cache.length = 20
+    assert largest_difference(model.step(tokens[20:], cache), whole[-1]) < LIMIT
+
+
+def test_a_long_prompt_is_cut_into_pieces(tmp_path):
+    model = tiny("llama3", tmp_path)
+    tokens = np.random.default_rng(0).integers(0, tiny_models.VOCAB, 1100)
+    last = model.step(tokens, model.new_cache(1100))
+    assert largest_difference(last, model.logits(tokens)[-1]) < LIMIT
+
+
+@pytest.mark.parametrize("name", ["llama_linear", "qwen3"])
+def test_blocks_one_by_one_give_the_hidden_state(name, tmp_path):
+    model = tiny(name, tmp_path)
+    tokens = tiny_models.tokens_of(name)
+    x = model.embed(tokens)
+    for i, block in enumerate(model.blocks):
+        before, taps = x.copy(), {}
+        model.block_forward(i, x, taps)
+        tapped = before + block.linears["o_proj"].forward(taps["o"])
+        tapped += block.linears["down_proj"].forward(taps["down"])
+        assert largest_difference(tapped, x) < LIMIT
+        gate, up = (block.linears[n].forward(taps["mlp"]) for n in ("gate_proj", "up_proj"))
+        assert largest_difference(gate / (1 + np.exp(-gate)) * up, taps["down"]) < LIMIT
+        norm = np.sqrt((before**2).mean(1, keepdims=True) + model.config.norm_eps)
+        assert largest_difference(before / norm * block.attention_norm, taps["qkv"]) < LIMIT
+    hidden = model.finish(x)
+    assert largest_difference(hidden, model.hidden(tokens)) < LIMIT
+    assert largest_difference(model.head_logits(hidden), model.logits(tokens)) < LIMIT
+
+
+def test_tapping_changes_nothing(tmp_path):
+    model = tiny("qwen2", tmp_path)
+    x = model.embed(tiny_models.tokens_of("qwen2"))
+    y = x.copy()
+    model.block_forward(0, x)
+    model.block_forward(0, y, {})
+    assert (x == y).all()
+
+
+def test_a_replaced_layer_runs_at_once(tmp_path):
+    model = tiny("llama", tmp_path)
+    tokens = tiny_models.tokens_of("llama")
+    before, copy = model.logits(tokens), model.copy()
+    name, linear = next(iter(copy.linears()))
+    assert name == "model.layers.0.self_attn.q_proj"
+    copy.replace_linear(name, Linear(np.zeros_like(linear.weight)))
+    assert largest_difference(copy.logits(tokens), before) > LIMIT
+    assert (model.logits(tokens) == before).all(), "the original changed with its copy"
+    copy.replace_linear(name, linear)
+    assert (copy.logits(tokens) == before).all()
+    with pytest.raises(ValueError, match=r"linear has shape \(1, 2\), model.layers.0.* \(48, 48\)"):
+        copy.replace_linear(name, Linear(np.zeros((1, 2), np.float32)))
+    with pytest.raises(KeyError, match="no linear layer 'lm_head'"):
+        copy.replace_linear("lm_head", linear)
+
+
+def test_generation_is_greedy_by_default(tmp_path):
+    model = tiny("mistral", tmp_path)
+    tokens = list(tiny_models.tokens_of("mistral")[:5])
+    made = model.generate(tokens, max_new_tokens=6)
+    for token in made:
+        assert token == model.logits(tokens)[-1].argmax()
+        tokens.append(token)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([], r"tokens has shape \(0,\)"),
+        ([[1, 2]], r"tokens has shape \(1, 2\)"),
+        ([1, 96], "tokens has 96, expected 0 to 95"),
+        ([-1], "tokens has -1, expected 0 to 95"),
+        ([1] * 65, "65 tokens exceed the sliding window of 64"),
+    ],
+)
+def test_bad_tokens_are_refused(tokens, message, tmp_path):
+    model = tiny("mistral", tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model.logits(tokens)
+    with pytest.raises(TypeError if not tokens else ValueError, match="tokens"):
+        model.step(tokens if tokens else np.array([1.5]), model.new_cache(100))
+
+
+def test_bad_arguments_are_refused(tmp_path):
+    model = tiny("qwen2", tmp_path)
+    with pytest.raises(TypeError, match="tokens has dtype float64, expected integers"):
+        model.logits([0.5])
+    with pytest.raises(ValueError, match="capacity is 0"):
+        model.new_cache(0)
+    with pytest.raises(ValueError, match="block is 2, expected 0 to 1"):
+        model.block_forward(2, np.zeros((1, 48), np.float32))
+    with pytest.raises(ValueError, match="axis 1 of x has size 47, expected 48"):
+        model.block_forward(0, np.zeros((1, 47), np.float32))
+    with pytest.raises(ValueError, match="there are no tokens"):
+        model.block_forward(0, np.zeros((0, 48), np.float32))
+
+
+def damaged(tmp_path, change):
+    """Write the tiny llama with other weights."""
+    weights = tiny_models.weights_of("llama")
+    change(weights)
+    (tmp_path / "config.json").write_text(json.dumps(tiny_models.config_of("llama")))
+    tiny_models.write_safetensors(tmp_path / "model.safetensors", weights)
+    return tmp_path
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    folder = damaged(tmp_path, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(lowbitq.FormatError, match=r"layers\.1\.mlp\.up_proj\.weight' is missing"):
+        load(folder)
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    folder = damaged(tmp_path, lambda w: w.update({name: w[name][:8]}))
+    with pytest.raises(lowbitq.FormatError, match=r"\(8, 48\), expected \(16, 48\)"):
+        load(folder)
+
+
+def test_a_tensor_that_would_be_ignored_is_refused(tmp_path):
+    name = "model.layers.0.self_attn.q_norm.weight"
+    folder = damaged(tmp_path, lambda w: w.update({name: np.ones(8, np.float32)}))
+    with pytest.raises(ValueError, match="not supported: 1 tensors have no place in a llama model"):
+        load(folder)
+
+
+def test_a_head_that_repeats_the_embedding_is_ignored(tmp_path):
+    def add(weights):
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+
+    assert load(damaged(tmp_path, add)).head is None
+
+
+def to_gguf(name, path):
+    """Write a tiny model as llama.cpp's converter does."""
+    c, weights = tiny_models.config_of(name), tiny_models.weights_of(name)
+    arch = {"mistral": "llama"}.get(c["model_type"], c["model_type"])
+    heads = {"q_proj": c["num_attention_heads"], "k_proj": c["num_key_value_heads"]}
+    tensors = {}
+    for hf, gg in OUTER_NAMES.values():
+        if hf in weights:
+            tensors[gg] = weights[hf]
+    for i in range(c["num_hidden_layers"]):
+        for layer, (hf, gg) in (LINEAR_NAMES | NORM_NAMES).items():
+            for part in ("weight", "bias"):
+                source = f"{HF_BLOCK.format(i, hf)}.{part}"
+                if source not in weights:
+                    continue
+                array = weights[source]
+                if arch == "llama" and layer in heads:
+                    halves = array.reshape(heads[layer], 2, -1, *array.shape[1:])
+                    array = halves.swapaxes(1, 2).reshape(array.shape)
+                tensors[f"{GGUF_BLOCK.format(i, gg)}.{part}"] = array
+    scaling = c.get("rope_scaling", {})
+    head = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    if scaling.get("rope_type") == "llama3":
+        plain = c["rope_theta"] ** (-np.arange(0, head, 2) / head)
+        turns = scaling["original_max_position_embeddings"] * plain / (2 * np.pi)
+        smooth = np.clip((turns - 1) / (4 - 1), 0, 1)
+        tensors["rope_freqs.weight"] = (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
+    keys = {
+        "context_length": c["max_position_embeddings"],
+        "embedding_length": c["hidden_size"],
+        "feed_forward_length": c["intermediate_size"],
+        "block_count": c["num_hidden_layers"],
+        "attention.head_count": c["num_attention_heads"],
+        "attention.head_count_kv": c["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": c["rms_norm_eps"],
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "rope.freq_base": c.get("rope_parameters", c)["rope_theta"],
+    }
+    if "factor" in scaling and "rope_freqs.weight" not in tensors:
+        keys["rope.scaling.type"] = scaling.get("rope_type", scaling.get("type"))
+        keys["rope.scaling.factor"] = scaling["factor"]
+        positions = scaling.get("original_max_position_embeddings", 256)
+        keys["rope.scaling.original_context_length"] = positions
+    f32 = gguf.GGMLQuantizationType.F32
+    return write_gguf(
+        path,
+        {n: (np.ascontiguousarray(a), f32) for n, a in tensors.items()},
+        architecture=arch,
+        **{f"{arch}.{key}": value for key, value in keys.items()},
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gguf_gives_the_same_logits(name, tmp_path):
+    expected = np.load(GOLDEN / "logits_tiny.npz")[name]
+    model = load(to_gguf(name, tmp_path / "tiny.gguf"))
+    tokens = tiny_models.tokens_of(name)
+    assert largest_difference(model.logits(tokens), expected) < LIMIT
+    assert model.tokenizer is None

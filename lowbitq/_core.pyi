@@ -46,6 +46,9 @@ def kmeans(
     levels: NDArray[np.float64],
     /,
 ) -> None: ...
+def entropy_range(
+    counts: NDArray[np.float64], kept: NDArray[np.int64], /, *, levels: int
+) -> None: ...
 def fixed_levels(levels: NDArray[np.float32], /, *, kind: str) -> None: ...
 def packed_bytes(
     *,
@@ -126,6 +129,45 @@ def linear_packed(
     activation_bits: int,
 ) -> Any: ...
 def linear_forward(layer: Any, x: NDArray[np.float32], y: NDArray[np.float32], /) -> None: ...
+def hessian_add(
+    x: NDArray[np.float32], weights: NDArray[np.float32] | None, hessian: NDArray[np.float64], /
+) -> None: ...
+def hessian_error(hessian: NDArray[np.float64], error: NDArray[np.float32], /) -> float: ...
+def gptq_factor(
+    hessian: NDArray[np.float64],
+    order: NDArray[np.int64] | None,
+    factor: NDArray[np.float64],
+    /,
+    *,
+    damping: float,
+    median: bool,
+) -> dict[str, Any]: ...
+def gptq(
+    factor: NDArray[np.float64],
+    order: NDArray[np.int64] | None,
+    weight: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,
+    levels: NDArray[np.float32] | None,
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    /,
+    *,
+    count: int,
+    symmetric: bool,
+    zero: float,
+    scale_bits: int,
+    gamma: float,
+    group: int,
+    fixed: bool,
+    method: str,
+    clip: float,
+    percentile: float,
+    candidates: int,
+    shrink: float,
+    norm: float,
+    block: int,
+    float64: bool,
 def rmsnorm(
     x: NDArray[np.float32],
     gain: NDArray[np.float32] | None,

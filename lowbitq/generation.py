@@ -148,6 +148,21 @@ def generate(
 ) -> NDArray[np.int32]: ...
 
 
+@overload
+def generate(
+    model: Generator,
+    prompt: str | Tokens,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: str | Sequence[str] | None = None,
+    on_token: Callable[[Any], object] | None = None,
+) -> str | NDArray[np.int32]: ...
+
+
 def generate(
     model: Generator,
     prompt: str | Tokens,

@@ -141,6 +141,72 @@ def float_linear(weight, x, bias):
     return x @ weight.T + bias, (weight.shape[1] + 3) * U * 1.01 * size
 
 
+def entropy_losses(counts, levels):
+    """Migacz's divergence for each number of bins kept, from `levels` to all."""
+    losses = []
+    for kept in range(levels, len(counts) + 1):
+        p = counts[:kept].astype(float)
+        p[-1] += counts[kept:].sum()
+        q = np.zeros(kept)
+        for run in np.split(np.arange(kept), [kept * i // levels for i in range(1, levels)]):
+            used = run[p[run] > 0]
+            q[used] = counts[run].sum() / max(len(used), 1)
+        used = p > 0
+        p, q = p / p.sum(), q / max(q.sum(), 1)
+        with np.errstate(divide="ignore"):
+            losses.append((p[used] * np.log(p[used] / q[used])).sum())
+    return np.array(losses)
+
+
+def gptq_grid(x, bits, search, norm=2.4, grid=100, maxshrink=0.8):
+    """Scale and zero of each row, in float32 as GPTQ's quant.py (IST-DASLab, 2022) finds them."""
+    maxq = 2**bits - 1
+    xmin, xmax = np.minimum(x.min(1), np.float32(0)), np.maximum(x.max(1), np.float32(0))
+    constant = (xmin == 0) & (xmax == 0)
+    xmin[constant], xmax[constant] = -1, 1
+    scale = (xmax - xmin) / np.float32(maxq)
+    zero = np.round(-xmin / scale)
+    best = np.full(len(x), np.inf, np.float32)
+    for i in range(int(maxshrink * grid) if search else 0):
+        p = np.float32(1 - i / grid)
+        xmin1, xmax1 = p * xmin, p * xmax
+        scale1 = (xmax1 - xmin1) / np.float32(maxq)
+        zero1 = np.round(-xmin1 / scale1)
+        error = np.abs(gptq_values(x, scale1, zero1, maxq) - x) ** np.float32(norm)
+        error = error.sum(1)
+        better = error < best
+        best[better], scale[better], zero[better] = error[better], scale1[better], zero1[better]
+    return scale, zero
+
+
+def gptq_values(x, scale, zero, maxq):
+    """What quantize() of the same file returns."""
+    scale, zero = scale[:, None], zero[:, None]
+    return scale * (np.clip(np.round(x / scale) + zero, 0, maxq) - zero)
+
+
+def gptq(H, W, group, order, fit, encode, decode, damping=0.01):
+    """Published GPTQ, column by column: the upper Cholesky factor of H^-1, weights updated.
+
+    fit(weights (rows, columns)) -> scale, offset (rows); encode(values, scale, offset) -> codes.
+    Returns codes (rows, cols), scale and offset (rows, groups).
+    """
+    rows, cols = W.shape
+    groups = -(-cols // group)
+    W = W.astype(np.float64)[:, order]
+    H = H[np.ix_(order, order)] + damping * np.mean(np.diag(H)) * np.eye(cols)
+    U = np.linalg.cholesky(np.linalg.inv(H)).T
+    codes = np.zeros((rows, cols), np.uint8)
+    scale, offset = np.zeros((2, rows, groups))
+    of_group = np.asarray(order) // group
+    for j in range(cols):
+        g = of_group[j]
+        if j == 0 or g != of_group[j - 1]:
+            scale[:, g], offset[:, g] = fit(W[:, of_group == g])
+        codes[:, order[j]] = encode(W[:, j], scale[:, g], offset[:, g])
+        value = decode(codes[:, order[j]], scale[:, g], offset[:, g])
+        W[:, j:] -= np.outer((W[:, j] - value) / U[j, j], U[j, j:])
+    return codes, scale, offset
 UNIT = 2.0**-24  # largest relative rounding error of float32
 
 

@@ -2,6 +2,7 @@
 #include "codes/code.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "core/memory.h"
 #include "core/threads.h"
@@ -14,6 +15,19 @@ const lbq_range lbq_range_default = {
     .shrink = 0.8,
     .norm = 2,
 };
+
+lbq_status
+lbq_range_method_find(const char *name, lbq_range_method *method)
+{
+    static const char *const names[] = {"minmax", "percentile", "mse"};
+    for (int i = 0; i < 3; i++)
+        if (strcmp(name, names[i]) == 0) {
+            *method = (lbq_range_method)i;
+            return LBQ_OK;
+        }
+    return lbq_fail(
+        LBQ_BAD_VALUE, "method is '%s', expected 'minmax', 'percentile' or 'mse'", name);
+}
 
 static inline bool
 odd(int value)
@@ -100,8 +114,8 @@ quantize_row(void *context, ptrdiff_t row, int worker)
     return LBQ_OK;
 }
 
-static lbq_status
-check_code(const lbq_code *code)
+lbq_status
+lbq_code_check(const lbq_code *code)
 {
     const int most = code->levels ? LBQ_MAX_LEVELS : 256;
     LBQ_REQUIRE(code->count >= 2 && code->count <= most,
@@ -128,7 +142,7 @@ lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t rows, ptrdi
              ptrdiff_t group, bool fixed, const float *W, const float *importance, uint8_t *codes,
              float *scale, float *offset)
 {
-    LBQ_TRY(check_code(code));
+    LBQ_TRY(lbq_code_check(code));
     LBQ_REQUIRE(rows > 0 && cols > 0 && group > 0,
                 LBQ_BAD_SHAPE,
                 "%td rows, %td columns in groups of %td",

@@ -36,6 +36,9 @@ typedef enum {
                              squares while that lowers it; never worse than minmax */
 } lbq_range_method;
 
+/* "minmax", "percentile", "mse"; LBQ_BAD_VALUE for another name. */
+lbq_status lbq_range_method_find(const char *name, lbq_range_method *method);
+
 typedef struct {
     lbq_range_method method;
     double clip;       /* MINMAX, PERCENTILE: the part of the range that is kept, usually 1 */
@@ -47,6 +50,9 @@ typedef struct {
 
 /* MSE, squared errors: what loses nothing against ten times as many candidates. */
 extern const lbq_range lbq_range_default;
+
+/* LBQ_BAD_VALUE unless the fields of a code fit together. */
+lbq_status lbq_code_check(const lbq_code *code);
 
 /* Scale and offset of one group of `count` finite values w, rounded to what is stored;
  * `importance` (count) or NULL weighs squared errors. MINMAX and PERCENTILE round outwards, so
@@ -74,6 +80,11 @@ lbq_status lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t 
  * negative as positive ones, but for one more, the smallest, above zero. */
 void lbq_levels_nf4(float *levels);
 void lbq_levels_log(int count, float *levels);
+
+/* How many of the `bins` bins of a histogram of |x| to keep so that `levels` equal steps over them
+ * lose the least information (Kullback-Leibler divergence of the quantized histogram from the
+ * clipped one); of equals the most. LBQ_BAD_VALUE for an empty histogram. */
+lbq_status lbq_entropy_range(const double *counts, int bins, int levels, int *kept);
 
 /* The `count` levels, ascending, with the least sum weights (values - nearest level)^2. Exact up
  * to 2048 values; above, exact for as many bins of equal population and then refined by Lloyd's

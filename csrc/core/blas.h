@@ -2,7 +2,8 @@
  *
  * Fortran symbols are declared here because Debian's OpenBLAS has no LAPACKE. Matrices given to
  * cblas_ are row-major where CblasRowMajor says so; LAPACK's are column-major, so "L" names the
- * upper triangle of a row-major matrix. Call BLAS from the calling thread, never inside a task. */
+ * upper triangle of a row-major matrix. Call BLAS from the calling thread or in tasks of
+ * lbq_parallel_blas, never inside other tasks. */
 #ifndef LBQ_BLAS_H
 #define LBQ_BLAS_H
 
@@ -28,6 +29,8 @@ void BLAS(cblas_sgemv)(int order, int trans, int m, int n, float alpha, const fl
                        const float *x, int incx, float beta, float *y, int incy);
 void BLAS(cblas_ssyrk)(int order, int uplo, int trans, int n, int k, float alpha, const float *a,
                        int lda, float beta, float *c, int ldc);
+void BLAS(cblas_dsymm)(int order, int side, int uplo, int m, int n, double alpha, const double *a,
+                       int lda, const double *b, int ldb, double beta, double *c, int ldc);
 void BLAS(cblas_strsm)(int order, int side, int uplo, int trans, int diag, int m, int n,
                        float alpha, const float *a, int lda, float *b, int ldb);
 void BLAS(cblas_dtrsm)(int order, int side, int uplo, int trans, int diag, int m, int n,

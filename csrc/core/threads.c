@@ -5,6 +5,7 @@
  * parent's threads, so it forgets them and starts its own at the next call. */
 #include "core/threads.h"
 
+#include <assert.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
@@ -204,6 +205,23 @@ lbq_parallel(ptrdiff_t count, lbq_task task, void *context)
     const lbq_status status = run_on_pool(&work);
     pthread_mutex_destroy(&work.failure);
     pthread_mutex_unlock(&callers);
+    return status;
+}
+
+/* OpenBLAS with one thread never calls back, so a task may call it; its scratch memory is one
+ * block per call under a lock of its own, so several tasks may. */
+lbq_status
+lbq_parallel_blas(ptrdiff_t count, lbq_task task, void *context)
+{
+    assert(!inside);
+    job work = {.task = task, .context = context, .count = count};
+    pthread_mutex_init(&work.failure, NULL);
+    pthread_mutex_lock(&callers);
+    BLAS(openblas_set_num_threads)(1);
+    const lbq_status status = count <= 1 ? run_in_caller(count, task, context) : run_on_pool(&work);
+    BLAS(openblas_set_num_threads)(lbq_threads());
+    pthread_mutex_unlock(&callers);
+    pthread_mutex_destroy(&work.failure);
     return status;
 }
 

@@ -17,6 +17,11 @@ typedef lbq_status (*lbq_task)(void *context, ptrdiff_t index, int worker);
 
 lbq_status lbq_parallel(ptrdiff_t count, lbq_task task, void *context);
 
+/* The same for tasks that call BLAS, which keeps to the thread of its caller meanwhile: equal bits
+ * for any number of threads, which OpenBLAS does not promise when it cuts a product itself. Waits
+ * for the pool where lbq_parallel would go without. Not inside a task. */
+lbq_status lbq_parallel_blas(ptrdiff_t count, lbq_task task, void *context);
+
 /* Number of threads, the caller included, of the pool and of OpenBLAS; at least 1. */
 int lbq_threads(void);
 lbq_status lbq_set_threads(int threads);

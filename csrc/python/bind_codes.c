@@ -4,19 +4,6 @@
 #include "codes/code.h"
 #include "python/module.h"
 
-static lbq_status
-range_method(const char *name, lbq_range_method *method)
-{
-    static const char *const names[] = {"minmax", "percentile", "mse"};
-    for (int i = 0; i < 3; i++)
-        if (strcmp(name, names[i]) == 0) {
-            *method = (lbq_range_method)i;
-            return LBQ_OK;
-        }
-    return lbq_fail(
-        LBQ_BAD_VALUE, "method is '%s', expected 'minmax', 'percentile' or 'mse'", name);
-}
-
 LBQ_BINDING(quantize)
 {
     lbq_array W, importance, levels, codes, scale, offset;
@@ -61,7 +48,7 @@ LBQ_BINDING(quantize)
         .shrink = shrink,
         .norm = norm,
     };
-    lbq_status status = range_method(method, &range.method);
+    lbq_status status = lbq_range_method_find(method, &range.method);
     const ptrdiff_t groups = (W.dims[1] - 1) / group + 1;
     if (status == LBQ_OK && levels.data && levels.dims[0] != count)
         status = lbq_fail(LBQ_BAD_SHAPE, "%td levels for %td codes", levels.dims[0], count);
@@ -124,6 +111,31 @@ LBQ_BINDING(fixed_levels)
     LBQ_RUN(fill_levels(kind, (int)levels.dims[0], levels.data));
 }
 
+static lbq_status
+entropy_range(const double *counts, int bins, int levels, int64_t *kept)
+{
+    int found = bins;
+    const lbq_status status = lbq_entropy_range(counts, bins, levels, &found);
+    *kept = found;
+    return status;
+}
+
+LBQ_BINDING(entropy_range)
+{
+    lbq_array counts, kept;
+    Py_ssize_t levels;
+    const lbq_arg spec[] = {
+        LBQ_IN("counts", &counts, NPY_FLOAT64, "b"),
+        LBQ_OUT("kept", &kept, NPY_INT64, "1"),
+        LBQ_INT("levels", &levels, 1, 1 << 20),
+    };
+    LBQ_PARSE("entropy_range", spec);
+    if (counts.dims[0] > 1 << 20)
+        return lbq_result(module,
+                          lbq_fail(LBQ_BAD_SHAPE, "%td bins, at most 2^20", counts.dims[0]));
+    LBQ_RUN(entropy_range(counts.data, (int)counts.dims[0], (int)levels, kept.data));
+}
+
 /* clang-format off */
 PyMethodDef lbq_methods_codes[] = {
     LBQ_METHOD(quantize,
@@ -138,6 +150,9 @@ PyMethodDef lbq_methods_codes[] = {
     LBQ_METHOD(fixed_levels,
                "fixed_levels(levels, /, *, kind)\n--\n\n"
                "Fill levels (l) with the table 'nf' (16 levels) or 'log'.")
+    LBQ_METHOD(entropy_range,
+               "entropy_range(counts, kept, /, *, levels)\n--\n\n"
+               "Set kept (1) to how many bins of a histogram (b) of |x| to cover by equal levels.")
     LBQ_METHODS_END,
 };
 /* clang-format on */

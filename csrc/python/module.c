@@ -11,6 +11,7 @@ static PyMethodDef *const METHODS[] = {
     lbq_methods_core,
     lbq_methods_codes,
     lbq_methods_linear,
+    lbq_methods_gptq,
     lbq_methods_transformer,
 };
 

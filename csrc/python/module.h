@@ -18,6 +18,7 @@ typedef struct {
 extern PyMethodDef lbq_methods_core[];
 extern PyMethodDef lbq_methods_codes[];
 extern PyMethodDef lbq_methods_linear[];
+extern PyMethodDef lbq_methods_gptq[];
 extern PyMethodDef lbq_methods_transformer[];
 
 #endif

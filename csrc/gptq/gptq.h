@@ -1,0 +1,59 @@
+/* GPTQ: rounding with feedback, so that later columns absorb the error of earlier ones.
+ *
+ * Minimises tr(E H E^T), E = W - Q, one column after another. With H = R D R^T, R unit upper
+ * triangular, the objective is sum_j D_j |W_j + sum_{i<j} E_i R_ij - Q_j|^2, so column j is
+ * rounded from W_j + sum_{i<j} E_i R_ij. That is the published algorithm (E. Frantar, S. Ashkboos,
+ * T. Hoefler, D. Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
+ * Transformers", 2023), which takes the upper Cholesky factor of H^-1, without the inverse
+ * (J. Chee, Y. Cai, V. Kuleshov, C. De Sa, "QuIP", 2023, theorem 6): a quarter of the work.
+ *
+ * `order` (cols) is the order in which columns are rounded, a permutation; NULL: as they stand.
+ * Results are equal bit for bit for any number of threads. */
+#ifndef LBQ_GPTQ_H
+#define LBQ_GPTQ_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "codes/code.h"
+#include "core/status.h"
+
+/* What it took to factor H. */
+typedef struct {
+    double damping; /* what was added to the diagonal */
+    int retries;    /* times it was raised tenfold */
+    ptrdiff_t dead; /* columns with H_jj = 0: their input is always zero */
+} lbq_gptq_report;
+
+/* R (cols, cols) with R D R^T = P (H + damping I) P^T, P the permutation; R has ones on its
+ * diagonal and is undefined below it. H (cols, cols) is read on and above the diagonal. The first
+ * damping tried is `damping` times the mean, or the median, of the positive diagonal entries; a
+ * dead column gets H_jj = 1. LBQ_BAD_VALUE for a NaN or infinity in H, a negative diagonal or an
+ * order that is no permutation; LBQ_NOT_POSITIVE_DEFINITE if damping by ten times that mean does
+ * not help. */
+lbq_status lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double damping,
+                           bool median, double *R, lbq_gptq_report *report);
+
+typedef struct {
+    const lbq_code *code;
+    const lbq_range *range;
+    ptrdiff_t rows, cols;
+    ptrdiff_t group;         /* columns k with the same k / group share scale and offset */
+    const int64_t *order;    /* as given to lbq_gptq_factor */
+    const double *R;         /* from there */
+    const float *importance; /* (cols) of squared errors when scales are fitted, or NULL */
+    bool fixed;              /* scale and offset are given, not fitted */
+    bool float64;            /* arithmetic; else float32 */
+    ptrdiff_t block;         /* columns between matrix products, rounded up to whole groups */
+} lbq_gptq_problem;
+
+/* Rounds W (rows, cols): codes (rows, cols), scale and offset (rows, groups), groups =
+ * ceil(cols / group). A group is fitted when its first column's turn comes, to the weights as the
+ * feedback has moved them until then; so unless `fixed`, or a row is one group, the order keeps
+ * the columns of a group together (else LBQ_BAD_VALUE). W is zero in dead columns.
+ * LBQ_BAD_VALUE for a NaN or infinity in W. */
+lbq_status lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float *scale,
+                    float *offset);
+
+#endif

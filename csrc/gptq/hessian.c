@@ -1,0 +1,201 @@
+/* H += X^T diag(w) X by single-threaded BLAS on tiles of the upper triangle, one task each.
+ *
+ * The tile's edge balances two costs: OpenBLAS packs both operands again for every tile, and few
+ * tiles share out badly among threads. */
+#include "gptq/hessian.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "core/blas.h"
+#include "core/memory.h"
+#include "core/threads.h"
+
+enum { TILE = 192, TOKENS = 2048, ROWS = 64 };
+
+static inline ptrdiff_t
+smaller(ptrdiff_t a, ptrdiff_t b)
+{
+    return a < b ? a : b;
+}
+
+typedef struct {
+    ptrdiff_t tokens, cols;
+    const float *X;
+    double *H;
+    float *tiles; /* TILE * TILE numbers for each thread */
+} adding;
+
+/* Index of a tile of the upper triangle to its row and column: column by column. */
+static void
+tile_at(ptrdiff_t index, ptrdiff_t *row, ptrdiff_t *column)
+{
+    *column = 0;
+    while (index > *column)
+        index -= ++*column;
+    *row = index;
+}
+
+static lbq_status
+add_tile(void *context, ptrdiff_t index, int worker)
+{
+    const adding *const job = context;
+    const ptrdiff_t cols = job->cols;
+    float *const tile = job->tiles + (ptrdiff_t)worker * TILE * TILE;
+    ptrdiff_t row, column;
+    tile_at(index, &row, &column);
+    row *= TILE;
+    column *= TILE;
+    const int height = (int)smaller(TILE, cols - row), width = (int)smaller(TILE, cols - column);
+    const float *const left = job->X + row, *const right = job->X + column;
+    if (row == column)
+        BLAS(cblas_ssyrk)(CblasRowMajor,
+                          CblasUpper,
+                          CblasTrans,
+                          width,
+                          (int)job->tokens,
+                          1,
+                          left,
+                          (int)cols,
+                          0,
+                          tile,
+                          TILE);
+    else
+        BLAS(cblas_sgemm)(CblasRowMajor,
+                          CblasTrans,
+                          CblasNoTrans,
+                          height,
+                          width,
+                          (int)job->tokens,
+                          1,
+                          left,
+                          (int)cols,
+                          right,
+                          (int)cols,
+                          0,
+                          tile,
+                          TILE);
+    for (ptrdiff_t i = 0; i < height; i++) {
+        double *const sum = job->H + (row + i) * cols + column;
+        for (ptrdiff_t j = row == column ? i : 0; j < width; j++)
+            sum[j] += (double)tile[i * TILE + j];
+    }
+    return LBQ_OK;
+}
+
+/* Y = diag(sqrt(w)) X. */
+static lbq_status
+scale_rows(ptrdiff_t tokens, ptrdiff_t cols, const float *X, const float *weights, ptrdiff_t first,
+           float *Y)
+{
+    for (ptrdiff_t t = 0; t < tokens; t++) {
+        LBQ_REQUIRE(weights[t] >= 0 && isfinite(weights[t]),
+                    LBQ_BAD_VALUE,
+                    "weights[%td] is %g, expected a finite number >= 0",
+                    first + t,
+                    (double)weights[t]);
+        const float root = sqrtf(weights[t]);
+        for (ptrdiff_t k = 0; k < cols; k++)
+            Y[t * cols + k] = root * X[t * cols + k];
+    }
+    return LBQ_OK;
+}
+
+static lbq_status
+add_blocks(ptrdiff_t tokens, ptrdiff_t cols, const float *X, const float *weights, double *H,
+           float *tiles, float *scaled)
+{
+    const ptrdiff_t edge = (cols + TILE - 1) / TILE;
+    for (ptrdiff_t first = 0; first < tokens; first += TOKENS) {
+        const ptrdiff_t count = smaller(TOKENS, tokens - first);
+        const float *block = X + first * cols;
+        if (weights) {
+            LBQ_TRY(scale_rows(count, cols, block, weights + first, first, scaled));
+            block = scaled;
+        }
+        adding job = {.tokens = count, .cols = cols, .X = block, .H = H, .tiles = tiles};
+        LBQ_TRY(lbq_parallel_blas(edge * (edge + 1) / 2, add_tile, &job));
+    }
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_hessian_add(ptrdiff_t tokens, ptrdiff_t cols, const float *X, const float *weights, double *H)
+{
+    const size_t tile_bytes = (size_t)lbq_threads() * TILE * TILE * sizeof(float);
+    const size_t scaled_bytes =
+        weights ? (size_t)smaller(TOKENS, tokens) * (size_t)cols * sizeof(float) : 0;
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(tile_bytes) + lbq_padded(scaled_bytes)));
+    float *const tiles = lbq_arena_take(&arena, tile_bytes);
+    float *const scaled = lbq_arena_take(&arena, scaled_bytes);
+    const lbq_status status = add_blocks(tokens, cols, X, weights, H, tiles, scaled);
+    lbq_arena_close(&arena);
+    LBQ_TRY(status);
+    /* Whatever is wrong in column k of X shows in H[k,k]. */
+    for (ptrdiff_t k = 0; k < cols; k++)
+        LBQ_REQUIRE(isfinite(H[k * cols + k]),
+                    LBQ_BAD_VALUE,
+                    "X has a NaN, an infinity or a number too large to square in column %td",
+                    k);
+    return LBQ_OK;
+}
+
+typedef struct {
+    ptrdiff_t rows, cols;
+    const double *H;
+    const float *E;
+    double *scratch; /* 2 * ROWS * cols numbers for each thread */
+    double *sums;    /* one for each task */
+} measuring;
+
+static lbq_status
+measure_rows(void *context, ptrdiff_t index, int worker)
+{
+    const measuring *const job = context;
+    const ptrdiff_t cols = job->cols, first = index * ROWS;
+    const ptrdiff_t count = smaller(ROWS, job->rows - first) * cols;
+    double *const e = job->scratch + (ptrdiff_t)worker * 2 * ROWS * cols;
+    double *const product = e + ROWS * cols;
+    for (ptrdiff_t i = 0; i < count; i++)
+        e[i] = (double)job->E[first * cols + i];
+    BLAS(cblas_dsymm)(CblasRowMajor,
+                      CblasRight,
+                      CblasUpper,
+                      (int)(count / cols),
+                      (int)cols,
+                      1,
+                      job->H,
+                      (int)cols,
+                      e,
+                      (int)cols,
+                      0,
+                      product,
+                      (int)cols);
+    double sum = 0;
+    for (ptrdiff_t i = 0; i < count; i++)
+        sum += e[i] * product[i];
+    job->sums[index] = sum;
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *E, double *value)
+{
+    const ptrdiff_t tasks = (rows + ROWS - 1) / ROWS;
+    const size_t sum_bytes = (size_t)tasks * sizeof(double);
+    const size_t scratch_bytes = (size_t)lbq_threads() * 2 * ROWS * (size_t)cols * sizeof(double);
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(sum_bytes) + lbq_padded(scratch_bytes)));
+    measuring job = {.rows = rows, .cols = cols, .H = H, .E = E};
+    job.sums = lbq_arena_take(&arena, sum_bytes);
+    job.scratch = lbq_arena_take(&arena, scratch_bytes);
+    const lbq_status status = lbq_parallel_blas(tasks, measure_rows, &job);
+    double total = 0;
+    for (ptrdiff_t i = 0; i < tasks && status == LBQ_OK; i++)
+        total += job.sums[i];
+    lbq_arena_close(&arena);
+    LBQ_TRY(status);
+    *value = total;
+    return LBQ_OK;
+}

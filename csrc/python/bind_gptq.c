@@ -1,0 +1,151 @@
+/* Bindings of csrc/gptq. */
+#include "gptq/gptq.h"
+#include "gptq/hessian.h"
+#include "python/module.h"
+
+LBQ_BINDING(hessian_add)
+{
+    lbq_array X, weights, H;
+    const lbq_arg spec[] = {
+        LBQ_IN("x", &X, NPY_FLOAT32, "tk"),
+        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT32, "t"),
+        LBQ_INOUT("hessian", &H, NPY_FLOAT64, "kk"),
+    };
+    LBQ_PARSE("hessian_add", spec);
+    LBQ_RUN(lbq_hessian_add(X.dims[0], X.dims[1], X.data, weights.data, H.data));
+}
+
+LBQ_BINDING(hessian_error)
+{
+    lbq_array H, E;
+    const lbq_arg spec[] = {
+        LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
+        LBQ_IN("error", &E, NPY_FLOAT32, "rk"),
+    };
+    LBQ_PARSE("hessian_error", spec);
+    double value;
+    lbq_status status;
+    Py_BEGIN_ALLOW_THREADS status = lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value);
+    Py_END_ALLOW_THREADS return status == LBQ_OK ? PyFloat_FromDouble(value)
+                                                 : lbq_result(module, status);
+}
+
+LBQ_BINDING(gptq_factor)
+{
+    lbq_array H, order, R;
+    double damping;
+    int median;
+    const lbq_arg spec[] = {
+        LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
+        LBQ_IN_OR_NONE("order", &order, NPY_INT64, "k"),
+        LBQ_OUT("factor", &R, NPY_FLOAT64, "kk"),
+        LBQ_FLOAT("damping", &damping, 0, 1e30),
+        LBQ_BOOL("median", &median),
+    };
+    LBQ_PARSE("gptq_factor", spec);
+    lbq_gptq_report report;
+    lbq_status status;
+    Py_BEGIN_ALLOW_THREADS status =
+        lbq_gptq_factor(H.dims[0], H.data, order.data, damping, median, R.data, &report);
+    Py_END_ALLOW_THREADS return status == LBQ_OK ? Py_BuildValue("{s:d,s:i,s:n}",
+                                                                 "damping",
+                                                                 report.damping,
+                                                                 "retries",
+                                                                 report.retries,
+                                                                 "dead",
+                                                                 (Py_ssize_t)report.dead)
+                                                 : lbq_result(module, status);
+}
+
+LBQ_BINDING(gptq)
+{
+    lbq_array R, order, W, importance, levels, codes, scale, offset;
+    Py_ssize_t count, scale_bits, group, candidates, block;
+    double zero, gamma, clip, percentile, shrink, norm;
+    int symmetric, fixed, float64;
+    const char *method;
+    const lbq_arg spec[] = {
+        LBQ_IN("factor", &R, NPY_FLOAT64, "kk"),
+        LBQ_IN_OR_NONE("order", &order, NPY_INT64, "k"),
+        LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
+        LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
+        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
+        LBQ_OUT("codes", &codes, NPY_UINT8, "rk"),
+        LBQ_INOUT("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_INOUT("offset", &offset, NPY_FLOAT32, "rg"),
+        LBQ_INT("count", &count, 2, 256),
+        LBQ_BOOL("symmetric", &symmetric),
+        LBQ_FLOAT("zero", &zero, -256, 256),
+        LBQ_INT("scale_bits", &scale_bits, 0, 16),
+        LBQ_FLOAT("gamma", &gamma, 0, 3e38),
+        LBQ_INT("group", &group, 1, PY_SSIZE_T_MAX),
+        LBQ_BOOL("fixed", &fixed),
+        LBQ_TEXT("method", &method),
+        LBQ_FLOAT("clip", &clip, 1e-3, 1),
+        LBQ_FLOAT("percentile", &percentile, 50, 100),
+        LBQ_INT("candidates", &candidates, 1, 100000),
+        LBQ_FLOAT("shrink", &shrink, 0, 1),
+        LBQ_FLOAT("norm", &norm, 0.1, 10),
+        LBQ_INT("block", &block, 1, 1 << 20),
+        LBQ_BOOL("float64", &float64),
+    };
+    LBQ_PARSE("gptq", spec);
+    const lbq_code code = {
+        .count = (int)count,
+        .symmetric = symmetric,
+        .zero = (float)zero,
+        .levels = levels.data,
+        .scale_bits = (int)scale_bits,
+        .gamma = (float)gamma,
+    };
+    lbq_range range = {
+        .clip = clip,
+        .percentile = percentile,
+        .candidates = (int)candidates,
+        .shrink = shrink,
+        .norm = norm,
+    };
+    const lbq_gptq_problem problem = {
+        .code = &code,
+        .range = &range,
+        .rows = W.dims[0],
+        .cols = W.dims[1],
+        .group = group,
+        .order = order.data,
+        .R = R.data,
+        .importance = importance.data,
+        .fixed = fixed,
+        .float64 = float64,
+        .block = block,
+    };
+    lbq_status status = lbq_range_method_find(method, &range.method);
+    const ptrdiff_t groups = (W.dims[1] - 1) / group + 1;
+    if (status == LBQ_OK && levels.data && levels.dims[0] != count)
+        status = lbq_fail(LBQ_BAD_SHAPE, "%td levels for %td codes", levels.dims[0], count);
+    if (status == LBQ_OK && groups != scale.dims[1])
+        status =
+            lbq_fail(LBQ_BAD_SHAPE, "scale has %td groups, expected %td", scale.dims[1], groups);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(lbq_gptq(&problem, W.data, codes.data, scale.data, offset.data));
+}
+
+/* clang-format off */
+PyMethodDef lbq_methods_gptq[] = {
+    LBQ_METHOD(hessian_add,
+               "hessian_add(x, weights, hessian, /)\n--\n\n"
+               "Add x^T diag(weights) x of x (t, k) to the upper triangle of hessian (k, k).")
+    LBQ_METHOD(hessian_error,
+               "hessian_error(hessian, error, /)\n--\n\n"
+               "tr(E H E^T) for error E (r, k) and the upper triangle of hessian (k, k).")
+    LBQ_METHOD(gptq_factor,
+               "gptq_factor(hessian, order, factor, /, *, damping, median)\n--\n\n"
+               "Fill factor (k, k) for gptq; returns damping, retries and dead columns as a dict.")
+    LBQ_METHOD(gptq,
+               "gptq(factor, order, weight, importance, levels, codes, scale, offset, /, *, count, "
+               "symmetric, zero, scale_bits, gamma, group, fixed, method, clip, percentile, "
+               "candidates, shrink, norm, block, float64)\n--\n\n"
+               "Round weight (r, k) with error feedback: codes (r, k), scale and offset (r, g).")
+    LBQ_METHODS_END,
+};
+/* clang-format on */

@@ -33,7 +33,7 @@ PYTHON_ORDER = [
     "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors", "checkpoints.packed",
     "checkpoints",
     "generation", "models.config", "models.chat", "models.vocabulary", "models.tokenizer",
-    "models.decoder", "models.llama", "models.qwen", "models",
+    "models.decoder", "models.llama", "models.qwen", "models.quantized", "models",
     "calibration", "sensitivity", "plans", "budgets", "duplication", "compression", "evaluation",
     "search.strategy", "search.grid", "search.bayesian", "search.evolution", "search",
     "distillation", "pruning", "lowrank", "monitoring", "plots", "", "cli", "__main__",

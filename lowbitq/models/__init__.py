@@ -13,8 +13,9 @@ from lowbitq.checkpoints import GGUFFile, SafetensorsFolder, open_checkpoint
 from lowbitq.linears import Linear
 from lowbitq.models import llama, qwen
 from lowbitq.models.config import Family, ModelConfig, config_from_gguf, config_from_hf
-from lowbitq.models.decoder import AnyLinear, Block, Cache, Model, QuantizedModel, Report
+from lowbitq.models.decoder import AnyLinear, Block, Cache, Model
 from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES, OUTER_NAMES
+from lowbitq.models.quantized import QuantizedModel, Report
 from lowbitq.models.tokenizer import Tokenizer
 
 __all__ = [

@@ -168,6 +168,7 @@ def gptq(
     norm: float,
     block: int,
     float64: bool,
+) -> None: ...
 def rmsnorm(
     x: NDArray[np.float32],
     gain: NDArray[np.float32] | None,

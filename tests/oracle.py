@@ -207,6 +207,8 @@ def gptq(H, W, group, order, fit, encode, decode, damping=0.01):
         value = decode(codes[:, order[j]], scale[:, g], offset[:, g])
         W[:, j:] -= np.outer((W[:, j] - value) / U[j, j], U[j, j:])
     return codes, scale, offset
+
+
 UNIT = 2.0**-24  # largest relative rounding error of float32
 
 

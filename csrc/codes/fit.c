@@ -256,10 +256,15 @@ grid_over(const group *g, double low, double high, double *scale, double *offset
     }
 }
 
-/* The same as it is stored, rounded so that it still covers the range. */
+/* The same as it is stored, rounded so that it still covers the range. An offset that is kept as
+ * zero * scale cannot reach a lone value by itself, so the grid then starts from 0. */
 static void
 stored_grid_over(const group *g, double low, double high, double *scale, double *offset)
 {
+    if (low == high && g->code->scale_bits == 0) {
+        low = fmin(low, 0);
+        high = fmax(high, 0);
+    }
     grid_over(g, low, high, scale, offset);
     *scale = stored_scale(g->code, *scale, UP);
     *offset = stored_offset(g->code, *offset, *scale, DOWN);

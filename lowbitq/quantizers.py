@@ -1,0 +1,462 @@
+"""Rounding a matrix to a format, and measuring what that costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lowbitq import _core
+from lowbitq.formats import Format
+from lowbitq.grids import entropy_clip
+from lowbitq.tensors import QuantizedTensor
+
+RANGES = ("mse", "minmax", "percentile", "kl")
+
+# What all groups share is learned from about this many weights: k-means levels of a normal variable
+# then vary by a thousandth of a step, and learning takes under a second.
+_SAMPLE = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What all groups of a matrix have in common; found by `fit_shared`.
+
+    Parameters
+    ----------
+    levels : ndarray of shape (2**bits,), float32, or None
+        The table of a ``kmeans``, ``nf4`` or ``log`` format.
+    gamma : float
+        Unit of integer scales; the scale itself where the matrix has only one; else 1.
+    zero : float
+        Where no offset is stored, ``offset = -zero * scale``.
+    clip : float
+        Part of the range that is kept with range ``"kl"``, else 1.
+    """
+
+    levels: NDArray[np.float32] | None
+    gamma: float
+    zero: float
+    clip: float = 1.0
+
+
+def quantize(
+    weight: NDArray[np.float32],
+    format: Format | str,
+    *,
+    range: str = "mse",
+    importance: NDArray[np.float32] | None = None,
+    percentile: float = 99.9,
+    clip_ratio: float = 1.0,
+    norm: float = 2.0,
+    zero: float | None = None,
+) -> QuantizedTensor:
+    """Round a weight matrix to the levels of a low-bit grid.
+
+    Every group of ``format.group`` columns has its own scale and offset:
+    ``weight[r, k] ~ scale[r, g] * level[codes[r, k]] + offset[r, g]``. They are rounded to what is
+    stored before the codes are chosen.
+
+    Parameters
+    ----------
+    weight : ndarray of shape (rows, cols), float32
+        Left unchanged. Any number of rows and columns; the last group may be shorter.
+    format : Format or str
+        For example ``"int3g64"``: uniform, 3 bits, groups of 64 columns.
+    range : {"mse", "minmax", "percentile", "kl"}, default="mse"
+        How a group's scale and offset are chosen. ``"mse"``: least error, by a search over shrunken
+        ranges and least squares. ``"minmax"``: nothing is clipped. ``"percentile"``: clips the tail
+        on either side. ``"kl"``: one clip ratio for the matrix, where the histogram of its groups,
+        each divided by its largest magnitude, loses least information.
+    importance : ndarray of shape (cols,), float32, default=None
+        Non-negative weight of each column's error, such as the diagonal of the layer's Hessian;
+        for range ``"mse"`` and for learned levels. None: all columns count the same.
+    percentile : float, default=99.9
+        50 to 100, with range ``"percentile"``.
+    clip_ratio : float, default=1.0
+        The part of a ``"minmax"`` or ``"percentile"`` range that is kept.
+    norm : float, default=2.0
+        Exponent of the error with range ``"mse"``; GPTQ's code uses 2.4.
+    zero : float or None, default=None
+        Of a symmetric ``int`` format: the code, fractions allowed, that stands for zero. None: the
+        middle of the codes, so that half are negative. ``2**(bits-1)`` holds an exact zero.
+
+    Returns
+    -------
+    QuantizedTensor
+        Its ``bits_per_weight`` counts scales and offsets too.
+
+    Raises
+    ------
+    TypeError
+        If `weight` or `importance` is not a float32 array.
+    ValueError
+        If an option is unknown or out of range, a shape does not fit, or `weight` has a NaN or
+        an infinity.
+
+    References
+    ----------
+    J. Max, "Quantizing for minimum distortion", IRE Trans. Inf. Theory 6, 1960.
+    S. Lloyd, "Least squares quantization in PCM", IEEE Trans. Inf. Theory 28, 1982.
+    F. Li, B. Liu, "Ternary weight networks", 2016.
+    S. Dai et al., "VS-Quant: per-vector scaled quantization", MLSys 2021 (integer scales).
+
+    Examples
+    --------
+    >>> w = np.linspace(-1, 1, 32, dtype=np.float32).reshape(1, 32)
+    >>> bool(abs(quantize(w, "int4g32").dequantize() - w).max() <= 1 / 15)
+    True
+    >>> quantize(np.array([[-2.0, 0.0, 1.0]], np.float32), "int2sym", zero=2).dequantize()
+    array([[-2.,  0.,  1.]], dtype=float32)
+    """
+    format = Format.parse(format)
+    shared = fit_shared(
+        weight,
+        format,
+        range=range,
+        importance=importance,
+        percentile=percentile,
+        clip_ratio=clip_ratio,
+        norm=norm,
+        zero=zero,
+    )
+    options = core_options(
+        format, shared, range=range, percentile=percentile, clip_ratio=clip_ratio, norm=norm
+    )
+    rows, cols = weight.shape
+    codes = np.empty((rows, cols), np.uint8)
+    scale = np.full((rows, format.groups(cols)), shared.gamma, np.float32)
+    offset = -np.float32(shared.zero) * scale
+    options |= {"group": format.group or cols, "fixed": format.per_tensor}
+    _core.quantize(weight, importance, shared.levels, codes, scale, offset, **options)
+    return QuantizedTensor.pack(
+        format,
+        codes,
+        None if format.per_tensor else scale,
+        None if format.symmetric or format.per_tensor else offset,
+        levels=shared.levels,
+        gamma=shared.gamma,
+        zero=shared.zero,
+    )
+
+
+def dequantize(tensor: QuantizedTensor) -> NDArray[np.float32]:
+    """Return the matrix that a quantized one stands for.
+
+    Parameters
+    ----------
+    tensor : QuantizedTensor
+
+    Returns
+    -------
+    ndarray of shape (rows, cols), float32
+
+    Raises
+    ------
+    TypeError
+        If `tensor` is something else.
+
+    Examples
+    --------
+    >>> w = np.array([[-1.0, 1.0]], np.float32)
+    >>> dequantize(quantize(w, "binary"))
+    array([[-1.,  1.]], dtype=float32)
+    """
+    if not isinstance(tensor, QuantizedTensor):
+        raise TypeError(f"tensor is a {type(tensor).__name__}, expected a QuantizedTensor")
+    return tensor.dequantize()
+
+
+def fit_shared(
+    weight: NDArray[np.float32],
+    format: Format | str,
+    *,
+    range: str = "mse",
+    importance: NDArray[np.float32] | None = None,
+    percentile: float = 99.9,
+    clip_ratio: float = 1.0,
+    norm: float = 2.0,
+    zero: float | None = None,
+) -> Shared:
+    """Find what all groups of a matrix share, before its groups are rounded one by one.
+
+    That is the table of a ``kmeans`` format, the unit of integer scales, and the only scale of a
+    ``tensor`` format. Parameters and errors are those of `quantize`.
+
+    Returns
+    -------
+    Shared
+
+    Examples
+    --------
+    >>> w = np.random.default_rng(0).standard_normal((64, 256), np.float32)
+    >>> fit_shared(w, "kmeans2g64").levels.round(1)
+    array([-1. , -0.3,  0.3,  1. ], dtype=float32)
+    """
+    format = Format.parse(format)
+    _check(weight, importance, range, format, zero)
+    zero = format.zero if zero is None else zero
+    shared = Shared(_fixed_levels(format), 1.0, float(np.float32(zero)))
+    search = {"range": range, "percentile": percentile, "clip_ratio": clip_ratio, "norm": norm}
+    some = np.ascontiguousarray(weight[:: max(1, weight.size // _SAMPLE)])
+    sample = _Sample(some, importance, format, search)
+    if range == "kl":
+        shared = replace(shared, clip=sample.entropy_clip())
+    if format.kind == "kmeans":
+        shared = replace(shared, levels=sample.learn_levels(shared))
+    if format.scale_bits in (8, 4):
+        shared = replace(shared, gamma=sample.fit_gamma(shared))
+    if format.per_tensor:
+        shared = _Sample(weight, importance, format, search).fit_tensor(shared)
+    return shared
+
+
+def core_options(
+    format: Format,
+    shared: Shared,
+    *,
+    range: str = "mse",
+    percentile: float = 99.9,
+    clip_ratio: float = 1.0,
+    norm: float = 2.0,
+) -> dict[str, Any]:
+    """Keyword arguments by which `_core.quantize` and `_core.gptq` describe code and range.
+
+    Parameters
+    ----------
+    format : Format
+    shared : Shared
+    range, percentile, clip_ratio, norm
+        As for `quantize`.
+
+    Returns
+    -------
+    dict
+        Without ``group`` and ``fixed``.
+
+    Examples
+    --------
+    >>> options = core_options(Format.parse("int3g64"), Shared(None, 1.0, 3.5))
+    >>> options["count"], options["symmetric"], options["method"]
+    (8, False, 'mse')
+    """
+    return {
+        "count": format.levels,
+        "symmetric": format.symmetric,
+        "zero": shared.zero if format.symmetric else 0.0,
+        "scale_bits": format.scale_bits,
+        "gamma": shared.gamma if format.scale_bits in (8, 4) else 0.0,
+        "method": "minmax" if range == "kl" else range,
+        "clip": shared.clip * clip_ratio,
+        "percentile": percentile,
+        "candidates": 20,
+        "shrink": 0.8,
+        "norm": norm,
+    }
+
+
+def mse(x: ArrayLike, approximation: ArrayLike, axis: int | None = None) -> Any:
+    """Mean squared error.
+
+    Parameters
+    ----------
+    x, approximation : array_like
+        Of one shape.
+    axis : int or None, default=None
+        The axis to average over, 1 for an error per row. None: all.
+
+    Returns
+    -------
+    float or ndarray, float64
+        In the square of the unit of x.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ.
+
+    Examples
+    --------
+    >>> float(mse([1.0, 2.0], [1.0, 4.0]))
+    2.0
+    """
+    return (_error(x, approximation) ** 2).mean(axis)
+
+
+def snr_db(x: ArrayLike, approximation: ArrayLike, axis: int | None = None) -> Any:
+    """Signal-to-noise ratio ``10 log10(mean(x**2) / mean((x - approximation)**2))``.
+
+    Parameters and errors are those of `mse`.
+
+    Returns
+    -------
+    float or ndarray, float64
+        In dB; infinite without an error.
+
+    Examples
+    --------
+    >>> round(float(snr_db([1.0, -1.0], [1.1, -1.1])), 6)
+    20.0
+    """
+    error = mse(x, approximation, axis)
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(np.mean(np.square(x, dtype=np.float64), axis)) - 10 * np.log10(error)
+
+
+def max_error(x: ArrayLike, approximation: ArrayLike, axis: int | None = None) -> Any:
+    """Largest absolute error.
+
+    Parameters and errors are those of `mse`.
+
+    Returns
+    -------
+    float or ndarray, float64
+        In the unit of x.
+
+    Examples
+    --------
+    >>> float(max_error([1.0, 2.0], [1.0, 4.0]))
+    2.0
+    """
+    return abs(_error(x, approximation)).max(axis)
+
+
+def relative_error(x: ArrayLike, approximation: ArrayLike, axis: int | None = None) -> Any:
+    """Sum of squared errors over the sum of squares.
+
+    Parameters and errors are those of `mse`.
+
+    Returns
+    -------
+    float or ndarray, float64
+        Without a unit; 0 is perfect, 1 is as bad as zeros. NaN where x is zero.
+
+    Examples
+    --------
+    >>> float(relative_error([1.0, 3.0], [0.0, 3.0]))
+    0.1
+    """
+    error = (_error(x, approximation) ** 2).sum(axis)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return error / np.square(x, dtype=np.float64).sum(axis)
+
+
+def _error(x: ArrayLike, approximation: ArrayLike) -> NDArray[np.float64]:
+    x, approximation = np.asarray(x, np.float64), np.asarray(approximation, np.float64)
+    if x.shape != approximation.shape:
+        raise ValueError(f"approximation has shape {approximation.shape}, expected {x.shape}")
+    return np.asarray(x - approximation)
+
+
+def _check(
+    weight: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,
+    range: str,
+    format: Format,
+    zero: float | None,
+) -> None:
+    for name, array in [("weight", weight), ("importance", importance)]:
+        if array is not None and not isinstance(array, np.ndarray):
+            raise TypeError(f"{name} is a {type(array).__name__}, expected an ndarray")
+        if array is not None and array.dtype != np.float32:
+            raise TypeError(f"{name} has dtype {array.dtype}, expected float32")
+    if weight.ndim != 2 or weight.size == 0:
+        raise ValueError(f"weight has shape {weight.shape}, expected (rows, cols), not empty")
+    if importance is not None and importance.shape != (weight.shape[1],):
+        raise ValueError(f"importance has shape {importance.shape}, expected ({weight.shape[1]},)")
+    finite = np.isfinite(weight)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0]
+        raise ValueError(
+            f"weight[{row}, {column}] is {weight[row, column]}, expected finite numbers"
+        )
+    if range not in RANGES:
+        raise ValueError(f"range is {range!r}, expected one of {', '.join(RANGES)}")
+    if zero is not None and not (format.kind == "int" and format.symmetric):
+        raise ValueError(f"zero is {zero}, but format {format} does not let it be chosen")
+
+
+def _fixed_levels(format: Format) -> NDArray[np.float32] | None:
+    if format.kind not in ("nf", "log"):
+        return None
+    levels = np.empty(format.levels, np.float32)
+    _core.fixed_levels(levels, kind=format.kind)
+    return levels
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """Weights from which to learn what all groups share."""
+
+    weight: NDArray[np.float32]
+    importance: NDArray[np.float32] | None
+    format: Format
+    search: dict[str, Any]  # range, percentile, clip_ratio, norm
+
+    @property
+    def group(self) -> int:
+        return self.format.group or self.weight.shape[1]
+
+    def widen(self, scale: NDArray[Any]) -> NDArray[Any]:
+        """From one number per group to one per weight."""
+        return np.repeat(scale, self.group, axis=1)[:, : self.weight.shape[1]]
+
+    def over_groups(self, function: np.ufunc, x: NDArray[Any]) -> NDArray[Any]:
+        starts = np.arange(0, x.shape[1], self.group)
+        return np.asarray(function.reduceat(x, starts, axis=1))
+
+    def round(self, shared: Shared, **changes: Any) -> tuple[NDArray[np.float32], float]:
+        """Scales (rows, groups), and the sum of weighted squared errors with them."""
+        rows, cols = self.weight.shape
+        codes = np.empty((rows, cols), np.uint8)
+        scale, offset = np.empty((2, rows, -(-cols // self.group)), np.float32)
+        options = core_options(self.format, shared, **self.search)
+        options |= {"group": self.group, "fixed": False, **changes}
+        _core.quantize(self.weight, self.importance, shared.levels, codes, scale, offset, **options)
+        values = codes if shared.levels is None else shared.levels[codes]
+        error = self.widen(scale) * values + self.widen(offset) - self.weight
+        squares = np.square(error, dtype=np.float64).sum(0)
+        return scale, float(squares.sum() if self.importance is None else squares @ self.importance)
+
+    def entropy_clip(self) -> float:
+        largest = self.over_groups(np.maximum, abs(self.weight))
+        relative = self.weight / self.widen(np.where(largest > 0, largest, 1))
+        return entropy_clip(relative, levels=max(self.format.levels // 2, 1))
+
+    def learn_levels(self, shared: Shared) -> NDArray[np.float32]:
+        """Levels and scales in turn, each the best for the other, while that lowers the error."""
+        squares = self.over_groups(np.add, np.square(self.weight, dtype=np.float64))
+        scale = np.sqrt(squares)  # the levels take up the factor; only a short last group feels it
+        best, least = np.zeros(self.format.levels, np.float32), np.inf
+        for _ in range(8):
+            wide = self.widen(np.where(scale > 0, scale, 1).astype(np.float64))
+            share = np.square(wide) * (1 if self.importance is None else self.importance)
+            levels = np.empty(self.format.levels)
+            _core.kmeans((self.weight / wide).ravel(), share.ravel(), levels)
+            table = (levels / (abs(levels).max() or 1)).astype(np.float32)
+            scale, error = self.round(replace(shared, levels=table), scale_bits=0)
+            if not error < least * (1 - 1e-4):
+                break
+            best, least = table, error
+        return best
+
+    def fit_gamma(self, shared: Shared) -> float:
+        """The largest scale divided by the largest integer, or less if that pays for the others."""
+        scale, _ = self.round(shared, gamma=0.0)
+        whole = float(scale.max()) / ((1 << self.format.scale_bits) - 1)
+        units = [float(np.float32(part * whole)) for part in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)]
+        return min(units, key=lambda gamma: self.round(replace(shared, gamma=gamma))[1])
+
+    def fit_tensor(self, shared: Shared) -> Shared:
+        """The only scale, and the zero of an asymmetric format: the matrix is one long group."""
+        flat = self.weight.reshape(1, -1)
+        each = None if self.importance is None else np.tile(self.importance, len(self.weight))
+        codes = np.empty(flat.shape, np.uint8)
+        scale, offset = np.empty((2, 1, 1), np.float32)
+        options = core_options(self.format, shared, **self.search)
+        options |= {"group": flat.size, "fixed": False}
+        _core.quantize(flat, each, shared.levels, codes, scale, offset, **options)
+        zero = shared.zero if self.format.symmetric else float(-offset[0, 0] / scale[0, 0])
+        return replace(shared, gamma=float(scale[0, 0]), zero=zero)

@@ -15,8 +15,20 @@ except ImportError as error:
         "pip install -e ."
     ) from error
 from lowbitq import _core
+from lowbitq.formats import Format
+from lowbitq.quantizers import dequantize, quantize
+from lowbitq.tensors import QuantizedTensor
 
-__all__ = ["FormatError", "NumericalError", "set_num_threads", "show_config"]
+__all__ = [
+    "Format",
+    "FormatError",
+    "NumericalError",
+    "QuantizedTensor",
+    "dequantize",
+    "quantize",
+    "set_num_threads",
+    "show_config",
+]
 __version__ = "0.1.0"
 
 

@@ -286,3 +286,12 @@ def kl_divergence(p, q):
     p_error, q_error = ((np.exp(x) * _exp_error(x)).sum(-1) for x in (a, b))
     rounding = (P * (_exp_error(a) * abs(a - b) + UNIT * (abs(a) + abs(b) + abs(a - b)))).sum(-1)
     return kl, rounding + (1 + abs(gap)) * p_error / p_sum + q_error / q_sum + 1e-12
+
+
+def kronecker(bases, power, x):
+    """Rows of (B_1 ⊗ ... ⊗ B_m ⊗ H) x, H the `power`-fold Kronecker power of [1 1; 1 -1]."""
+    matrices = [np.asarray(b, float) for b in bases] + [np.array([[1.0, 1], [1, -1]])] * power
+    y = np.asarray(x, float).reshape(len(x), -1)
+    for matrix in matrices:
+        y = matrix @ y.reshape(-1, len(matrix), y.shape[-1] // len(matrix))
+    return y.reshape(len(x), -1)

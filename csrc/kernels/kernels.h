@@ -108,7 +108,30 @@ typedef struct {
     /* Sum of exp(a) (a - b) with a = p[i] - p_shift, b = q[i] - q_shift, in float64; a <= 0. */   \
     X(exp_gap_f32,                                                                                 \
       double,                                                                                      \
-      (const float *p, const float *q, ptrdiff_t count, float p_shift, float q_shift))
+      (const float *p, const float *q, ptrdiff_t count, float p_shift, float q_shift))             \
+    /* count blocks of n = 2^k numbers, each: x <- after o (H (before o x)), H Sylvester's matrix, \
+     * before and after (count n) or NULL for ones. Butterflies (a + b, a - b) of distance 1, 2,   \
+     * 4, ..., n / 2, so that the bits are the same everywhere. */                                 \
+    X(hadamard_sylvester,                                                                          \
+      void,                                                                                        \
+      (ptrdiff_t n, ptrdiff_t count, const float *before, const float *after, float *x))           \
+    /* x (order, lanes) <- after o (B (before o x)), B[i][j] = base[i row_stride + j col_stride],  \
+     * before and after (order, lanes) or NULL for ones. Sums run over j upwards, by fma where B   \
+     * is not +-1, so that the bits are the same everywhere. scratch (order, LBQ_HADAMARD_LANES),  \
+     * 64-byte aligned. */                                                                         \
+    X(hadamard_base,                                                                               \
+      void,                                                                                        \
+      (const float *base,                                                                          \
+       ptrdiff_t row_stride,                                                                       \
+       ptrdiff_t col_stride,                                                                       \
+       ptrdiff_t order,                                                                            \
+       ptrdiff_t lanes,                                                                            \
+       const float *before,                                                                        \
+       const float *after,                                                                         \
+       float *x,                                                                                   \
+       float *scratch))
+
+enum { LBQ_HADAMARD_LANES = 32 /* of hadamard_base at a time: two AVX-512 registers */ };
 
 typedef struct {
 #define LBQ_KERNEL_POINTER(name, result, parameters) result(*name) parameters;

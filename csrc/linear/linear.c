@@ -14,14 +14,6 @@
 #include "kernels/kernels.h"
 #include "linear/quantized.h"
 
-/* In force only until csrc/rotate defines it. */
-__attribute__((weak)) lbq_status
-lbq_rotate(const lbq_rotation *rotation, ptrdiff_t rows, float *X)
-{
-    (void)rotation, (void)rows, (void)X;
-    return lbq_fail(LBQ_BAD_VALUE, "this build has no rotations");
-}
-
 lbq_status
 lbq_linear_check(const lbq_linear *layer)
 {

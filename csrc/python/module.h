@@ -20,5 +20,6 @@ extern PyMethodDef lbq_methods_codes[];
 extern PyMethodDef lbq_methods_linear[];
 extern PyMethodDef lbq_methods_gptq[];
 extern PyMethodDef lbq_methods_transformer[];
+extern PyMethodDef lbq_methods_rotate[];
 
 #endif

@@ -1,24 +1,30 @@
 /* An orthogonal matrix R of order n, applied to the rows of a matrix.
  *
- * Two forms. Randomised Hadamard: R x = (B (x) H) (s o x) / sqrt(n), where n = c 2^k, H is the
- * Sylvester matrix of order 2^k, B an order-c matrix with B B^T = c I and entries of magnitude 1
- * where a Hadamard matrix of that order is known, s a vector of signs. Dense: R is stored. */
+ * Two forms: a randomised Hadamard matrix, applied by the fast transform of hadamard.h, or a
+ * dense matrix, applied by BLAS. */
 #ifndef LBQ_ROTATION_H
 #define LBQ_ROTATION_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include "core/status.h"
+#include "rotate/hadamard.h"
 
 typedef struct {
     ptrdiff_t n;
-    ptrdiff_t order;    /* c; 0: dense */
-    const float *base;  /* B (c, c), or R (n, n) */
-    const float *signs; /* s (n) of +-1; NULL: all +1, or dense */
+    const float *dense;    /* R (n, n), row-major; NULL: */
+    lbq_hadamard hadamard; /* the fast form */
 } lbq_rotation;
 
-/* Each row x of X (rows, n) becomes R x, or R^T x; in place, rows in parallel. */
+/* Each row x of X (rows, n) becomes R x, or R^T x; in place, rows in parallel, equal bits for any
+ * number of threads where R is a Hadamard matrix. LBQ_NO_MEMORY. Not inside a task where R is
+ * dense, since BLAS is called. */
 lbq_status lbq_rotate(const lbq_rotation *rotation, ptrdiff_t rows, float *X);
 lbq_status lbq_rotate_back(const lbq_rotation *rotation, ptrdiff_t rows, float *X);
+
+/* Q (n, n), uniform under the Haar measure on the orthogonal group: a function of seed and stream,
+ * to rounding. LBQ_NO_MEMORY; LBQ_BAD_SHAPE beyond 46340, where LAPACK's sizes end. */
+lbq_status lbq_orthogonal(uint64_t seed, uint64_t stream, ptrdiff_t n, double *Q);
 
 #endif

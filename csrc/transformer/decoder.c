@@ -12,14 +12,6 @@
 #include "transformer/rope.h"
 #include "transformer/swiglu.h"
 
-/* In force only until csrc/rotate defines it. */
-__attribute__((weak)) lbq_status
-lbq_rotate_back(const lbq_rotation *rotation, ptrdiff_t rows, float *X)
-{
-    (void)rotation, (void)rows, (void)X;
-    return lbq_fail(LBQ_BAD_VALUE, "this build has no rotations");
-}
-
 /* Scratch of the blocks for a number of tokens. */
 typedef struct {
     float *norm;          /* (tokens, hidden): input of qkv and of gate and up */

@@ -12,4 +12,6 @@ lbq_table_avx512(lbq_kernels *table)
     table->max_f32 = lbq_max_f32_avx512;
     table->exp_sum_f32 = lbq_exp_sum_f32_avx512;
     table->exp_gap_f32 = lbq_exp_gap_f32_avx512;
+    table->hadamard_sylvester = lbq_hadamard_sylvester_avx512;
+    table->hadamard_base = lbq_hadamard_base_avx512;
 }

@@ -1,0 +1,285 @@
+/* Hadamard transforms, eight numbers at a time.
+ *
+ * A block of up to 64 numbers stays in registers for six stages. Within a register a stage is one
+ * shuffle and one exact fma, partner + sign * x. Longer transforms go on with passes of radix up to
+ * 8, after the parts that fit the first-level cache are done. */
+#include <immintrin.h>
+
+#include "kernels/avx2/avx2.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { WIDTH = 8, BLOCK = 8 * WIDTH, CACHED = 4096 };
+
+/* The stages between registers v[0 .. count-1], at distances of 1, 2, ... registers. */
+INLINE void
+between(const int count, __m256 *v)
+{
+#pragma GCC unroll 3
+    for (int log = 0; log < 3; log++)
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; i++)
+            if (1 << log < count && i < count && !(i >> log & 1)) {
+                const __m256 a = v[i], b = v[i + (1 << log)];
+                v[i] = _mm256_add_ps(a, b);
+                v[i + (1 << log)] = _mm256_sub_ps(a, b);
+            }
+}
+
+/* The stages within a register that a transform of length n has. */
+INLINE __m256
+within(const ptrdiff_t n, __m256 x)
+{
+    static const _Alignas(32) float sign[3][WIDTH] = {
+        {1, -1, 1, -1, 1, -1, 1, -1},
+        {1, 1, -1, -1, 1, 1, -1, -1},
+        {1, 1, 1, 1, -1, -1, -1, -1},
+    };
+    if (n > 1)
+        x = _mm256_fmadd_ps(_mm256_load_ps(sign[0]), x, _mm256_permute_ps(x, 0xb1));
+    if (n > 2)
+        x = _mm256_fmadd_ps(_mm256_load_ps(sign[1]), x, _mm256_permute_ps(x, 0x4e));
+    if (n > 4)
+        x = _mm256_fmadd_ps(_mm256_load_ps(sign[2]), x, _mm256_permute2f128_ps(x, x, 1));
+    return x;
+}
+
+/* x <- after o (H (before o x)) for a block of `count` registers. */
+INLINE void
+block(const int count, const float *before, const float *after, float *x)
+{
+    __m256 v[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++)
+        v[i] = _mm256_loadu_ps(x + i * WIDTH);
+    if (before)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++)
+            v[i] = _mm256_mul_ps(v[i], _mm256_loadu_ps(before + i * WIDTH));
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++)
+        v[i] = within(WIDTH, v[i]);
+    between(count, v);
+    if (after)
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++)
+            v[i] = _mm256_mul_ps(v[i], _mm256_loadu_ps(after + i * WIDTH));
+#pragma GCC unroll 8
+    for (int i = 0; i < count; i++)
+        _mm256_storeu_ps(x + i * WIDTH, v[i]);
+}
+
+/* The stages of distance, 2 distance, ..., radix distance / 2 of x (n). */
+INLINE void
+pass(const int radix, ptrdiff_t n, ptrdiff_t distance, const float *after, float *x)
+{
+    for (ptrdiff_t from = 0; from < n; from += radix * distance)
+        for (ptrdiff_t at = from; at < from + distance; at += WIDTH) {
+            __m256 v[8];
+#pragma GCC unroll 8
+            for (int i = 0; i < radix; i++)
+                v[i] = _mm256_loadu_ps(x + at + i * distance);
+            between(radix, v);
+            if (after)
+#pragma GCC unroll 8
+                for (int i = 0; i < radix; i++)
+                    v[i] = _mm256_mul_ps(v[i], _mm256_loadu_ps(after + at + i * distance));
+#pragma GCC unroll 8
+            for (int i = 0; i < radix; i++)
+                _mm256_storeu_ps(x + at + i * distance, v[i]);
+        }
+}
+
+/* All stages from `distance` to n / 2, in as few passes as radix 8 allows. */
+static void
+passes(ptrdiff_t n, ptrdiff_t distance, const float *after, float *x)
+{
+    int stages = 0;
+    for (ptrdiff_t ratio = n / distance; ratio > 1; ratio /= 2)
+        stages++;
+    for (int left = (stages + 2) / 3; left > 0; left--) {
+        const int log = (stages + left - 1) / left;
+        const float *const then = left == 1 ? after : NULL;
+        switch (log) {
+        case 1:
+            pass(2, n, distance, then, x);
+            break;
+        case 2:
+            pass(4, n, distance, then, x);
+            break;
+        default:
+            pass(8, n, distance, then, x);
+        }
+        stages -= log;
+        distance <<= log;
+    }
+}
+
+/* One transform of length n = 8, 16, .... */
+static void
+transform(ptrdiff_t n, const float *before, const float *after, float *x)
+{
+    const ptrdiff_t part = n > CACHED ? CACHED : n > BLOCK ? BLOCK : n;
+    const float *const then = part == n ? after : NULL;
+    for (ptrdiff_t at = 0; at < n; at += part) {
+        const float *const first = before ? before + at : NULL;
+        switch (part / WIDTH) {
+        case 1:
+            block(1, first, then, x + at);
+            break;
+        case 2:
+            block(2, first, then, x + at);
+            break;
+        case 4:
+            block(4, first, then, x + at);
+            break;
+        case 8:
+            block(8, first, then, x + at);
+            break;
+        default:
+            transform(part, first, NULL, x + at);
+        }
+    }
+    passes(n, part, after, x);
+}
+
+/* The first `count` lanes of a register, or all of them. */
+INLINE __m256i
+first_lanes(ptrdiff_t count)
+{
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(count < WIDTH ? (int)count : WIDTH), lane);
+}
+
+/* Transforms of length n < 8, several in a register. */
+INLINE void
+short_blocks(const ptrdiff_t n, ptrdiff_t count, const float *before, const float *after, float *x)
+{
+    for (ptrdiff_t at = 0; at < n * count; at += WIDTH) {
+        const __m256i mask = first_lanes(n * count - at);
+        __m256 v = _mm256_maskload_ps(x + at, mask);
+        if (before)
+            v = _mm256_mul_ps(v, _mm256_maskload_ps(before + at, mask));
+        v = within(n, v);
+        if (after)
+            v = _mm256_mul_ps(v, _mm256_maskload_ps(after + at, mask));
+        _mm256_maskstore_ps(x + at, mask, v);
+    }
+}
+
+void
+lbq_hadamard_sylvester_avx2(ptrdiff_t n, ptrdiff_t count, const float *before, const float *after,
+                            float *x)
+{
+    switch (n) {
+    case 1:
+        short_blocks(1, count, before, after, x);
+        break;
+    case 2:
+        short_blocks(2, count, before, after, x);
+        break;
+    case 4:
+        short_blocks(4, count, before, after, x);
+        break;
+    default:
+        for (ptrdiff_t at = 0; at < n * count; at += n)
+            transform(n, before ? before + at : NULL, after ? after + at : NULL, x + at);
+    }
+}
+
+/* `rows` rows of B times the columns in scratch (order, 8 vectors), the last register masked. */
+INLINE void
+tile(const int rows, const int vectors, const float *base, ptrdiff_t row_stride,
+     ptrdiff_t col_stride, ptrdiff_t order, const float *scratch, __m256i last, ptrdiff_t lanes,
+     const float *after, float *x)
+{
+    __m256 sum[4][2];
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++)
+            sum[i][v] = _mm256_setzero_ps();
+    for (ptrdiff_t j = 0; j < order; j++) {
+        __m256 column[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++)
+            column[v] = _mm256_load_ps(scratch + (j * vectors + v) * WIDTH);
+#pragma GCC unroll 4
+        for (int i = 0; i < rows; i++) {
+            const __m256 b = _mm256_set1_ps(base[i * row_stride + j * col_stride]);
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++)
+                sum[i][v] = _mm256_fmadd_ps(b, column[v], sum[i][v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            const __m256i mask = v == vectors - 1 ? last : _mm256_set1_epi32(-1);
+            const ptrdiff_t at = i * lanes + v * WIDTH;
+            if (after)
+                sum[i][v] = _mm256_mul_ps(sum[i][v], _mm256_maskload_ps(after + at, mask));
+            _mm256_maskstore_ps(x + at, mask, sum[i][v]);
+        }
+}
+
+/* Up to `vectors` registers of lanes: their columns into scratch, then tiles of rows of B. */
+INLINE void
+lane_block(const int vectors, const float *base, ptrdiff_t row_stride, ptrdiff_t col_stride,
+           ptrdiff_t order, ptrdiff_t lanes, __m256i last, const float *before, const float *after,
+           float *x, float *scratch)
+{
+    for (ptrdiff_t j = 0; j < order; j++)
+#pragma GCC unroll 2
+        for (int v = 0; v < vectors; v++) {
+            const __m256i mask = v == vectors - 1 ? last : _mm256_set1_epi32(-1);
+            const ptrdiff_t at = j * lanes + v * WIDTH;
+            __m256 column = _mm256_maskload_ps(x + at, mask);
+            if (before)
+                column = _mm256_mul_ps(column, _mm256_maskload_ps(before + at, mask));
+            _mm256_store_ps(scratch + (j * vectors + v) * WIDTH, column);
+        }
+#define TILES(rows)                                                                                \
+    for (; i + rows <= order; i += rows)                                                           \
+    tile(rows,                                                                                     \
+         vectors,                                                                                  \
+         base + i * row_stride,                                                                    \
+         row_stride,                                                                               \
+         col_stride,                                                                               \
+         order,                                                                                    \
+         scratch,                                                                                  \
+         last,                                                                                     \
+         lanes,                                                                                    \
+         after ? after + i * lanes : NULL,                                                         \
+         x + i * lanes)
+    ptrdiff_t i = 0;
+    TILES(4);
+    TILES(1);
+#undef TILES
+}
+
+void
+lbq_hadamard_base_avx2(const float *base, ptrdiff_t row_stride, ptrdiff_t col_stride,
+                       ptrdiff_t order, ptrdiff_t lanes, const float *before, const float *after,
+                       float *x, float *scratch)
+{
+#define LANES(vectors, last)                                                                       \
+    lane_block(vectors,                                                                            \
+               base,                                                                               \
+               row_stride,                                                                         \
+               col_stride,                                                                         \
+               order,                                                                              \
+               lanes,                                                                              \
+               last,                                                                               \
+               before ? before + at : NULL,                                                        \
+               after ? after + at : NULL,                                                          \
+               x + at,                                                                             \
+               scratch)
+    ptrdiff_t at = 0;
+    for (; at + 2 * WIDTH <= lanes; at += 2 * WIDTH)
+        LANES(2, _mm256_set1_epi32(-1));
+    for (; at < lanes; at += WIDTH)
+        LANES(1, first_lanes(lanes - at));
+#undef LANES
+}

@@ -1,0 +1,105 @@
+/* The fast transform: the factors of the Kronecker product one after the other.
+ *
+ * Seen from factor j a row is an array (c_1 ... c_{j-1}, c_j, lanes): B_j mixes its middle axis,
+ * and whatever stands to its right is a lane that a vector register can hold. Sylvester's factor
+ * stands last, where its blocks are contiguous. The diagonal rides on the first pass, or for the
+ * transpose on the last, so that no pass is spent on it. */
+#include "rotate/hadamard.h"
+
+#include "kernels/kernels.h"
+
+static ptrdiff_t
+power_of_two(const lbq_hadamard *hadamard)
+{
+    ptrdiff_t rest = hadamard->n;
+    for (int j = 0; j < hadamard->factors; j++)
+        rest /= hadamard->orders[j];
+    return rest;
+}
+
+lbq_status
+lbq_hadamard_check(const lbq_hadamard *hadamard)
+{
+    ptrdiff_t rest = hadamard->n;
+    LBQ_REQUIRE(rest >= 1, LBQ_BAD_VALUE, "n is %td, expected at least 1", rest);
+    for (int j = 0; j < hadamard->factors; j++) {
+        const ptrdiff_t order = hadamard->orders[j];
+        LBQ_REQUIRE(order >= 1 && order <= LBQ_MAX_ORDER && rest % order == 0,
+                    LBQ_BAD_VALUE,
+                    "orders[%d] is %td, expected a divisor of %td up to %d",
+                    j,
+                    order,
+                    rest,
+                    LBQ_MAX_ORDER);
+        rest /= order;
+    }
+    LBQ_REQUIRE((rest & (rest - 1)) == 0,
+                LBQ_BAD_VALUE,
+                "n = %td over the product of orders is %td, expected a power of two",
+                hadamard->n,
+                rest);
+    return LBQ_OK;
+}
+
+size_t
+lbq_hadamard_scratch(const lbq_hadamard *hadamard)
+{
+    ptrdiff_t largest = 0;
+    for (int j = 0; j < hadamard->factors; j++)
+        largest = hadamard->orders[j] > largest ? hadamard->orders[j] : largest;
+    return (size_t)largest * LBQ_HADAMARD_LANES;
+}
+
+ptrdiff_t
+lbq_hadamard_cost(const lbq_hadamard *hadamard)
+{
+    ptrdiff_t cost = 0;
+    for (int j = 0; j < hadamard->factors; j++)
+        cost += hadamard->orders[j];
+    for (ptrdiff_t rest = power_of_two(hadamard); rest > 1; rest /= 2)
+        cost++;
+    return cost;
+}
+
+void
+lbq_hadamard_forward(const lbq_hadamard *hadamard, ptrdiff_t rows, float *X, float *scratch)
+{
+    const ptrdiff_t n = hadamard->n, length = power_of_two(hadamard);
+    for (float *x = X; x < X + rows * n; x += n) {
+        const float *before = hadamard->diagonal, *B = hadamard->bases;
+        ptrdiff_t block = n;
+        for (int j = 0; j < hadamard->factors; j++) {
+            const ptrdiff_t c = hadamard->orders[j];
+            for (ptrdiff_t at = 0; at < n; at += block)
+                lbq_kernel.hadamard_base(
+                    B, c, 1, c, block / c, before ? before + at : NULL, NULL, x + at, scratch);
+            before = NULL;
+            block /= c;
+            B += c * c;
+        }
+        lbq_kernel.hadamard_sylvester(length, n / length, before, NULL, x);
+    }
+}
+
+void
+lbq_hadamard_backward(const lbq_hadamard *hadamard, ptrdiff_t rows, float *X, float *scratch)
+{
+    const ptrdiff_t n = hadamard->n, length = power_of_two(hadamard);
+    const float *end = hadamard->bases;
+    for (int j = 0; j < hadamard->factors; j++)
+        end += hadamard->orders[j] * hadamard->orders[j];
+    for (float *x = X; x < X + rows * n; x += n) {
+        const float *after = hadamard->factors ? NULL : hadamard->diagonal, *B = end;
+        lbq_kernel.hadamard_sylvester(length, n / length, NULL, after, x);
+        ptrdiff_t lanes = length;
+        for (int j = hadamard->factors - 1; j >= 0; j--) {
+            const ptrdiff_t c = hadamard->orders[j];
+            after = j ? NULL : hadamard->diagonal;
+            B -= c * c;
+            for (ptrdiff_t at = 0; at < n; at += c * lanes)
+                lbq_kernel.hadamard_base(
+                    B, 1, c, c, lanes, NULL, after ? after + at : NULL, x + at, scratch);
+            lanes *= c;
+        }
+    }
+}

@@ -1,0 +1,101 @@
+/* Rotations of many rows: Hadamard rows in parallel, dense ones by BLAS. */
+#include "rotate/rotation.h"
+
+#include <stdbool.h>
+#include <string.h>
+
+#include "core/blas.h"
+#include "core/memory.h"
+#include "core/threads.h"
+
+/* Additions in a chunk of rows: about 50 us of one core, below which a thread costs more than it
+ * gives. */
+enum { CHUNK_WORK = 1 << 20 };
+
+/* Rows that a dense rotation copies at a time. */
+enum { DENSE_ROWS = 128 };
+
+typedef struct {
+    const lbq_hadamard *hadamard;
+    bool back;
+    ptrdiff_t rows, chunk;
+    float *X, *scratch; /* one per worker */
+    size_t scratch_floats;
+} hadamard_rows;
+
+static lbq_status
+rotate_chunk(void *context, ptrdiff_t index, int worker)
+{
+    const hadamard_rows *const task = context;
+    const ptrdiff_t first = index * task->chunk, left = task->rows - first;
+    const ptrdiff_t rows = left < task->chunk ? left : task->chunk;
+    float *const X = task->X + first * task->hadamard->n;
+    float *const scratch = task->scratch + (size_t)worker * task->scratch_floats;
+    (task->back ? lbq_hadamard_backward : lbq_hadamard_forward)(task->hadamard, rows, X, scratch);
+    return LBQ_OK;
+}
+
+static lbq_status
+rotate_hadamard(const lbq_hadamard *hadamard, bool back, ptrdiff_t rows, float *X)
+{
+    const ptrdiff_t chunk = 1 + CHUNK_WORK / (hadamard->n * (1 + lbq_hadamard_cost(hadamard)));
+    const ptrdiff_t chunks = (rows + chunk - 1) / chunk;
+    hadamard_rows task = {.hadamard = hadamard, .back = back, .rows = rows, .chunk = chunk, .X = X};
+    task.scratch_floats = lbq_hadamard_scratch(hadamard);
+    const size_t workers = chunks > 1 ? (size_t)lbq_threads() : 1;
+    if (task.scratch_floats)
+        LBQ_TRY(lbq_allocate(workers * task.scratch_floats * sizeof(float), &task.scratch));
+    const lbq_status status = lbq_parallel(chunks, rotate_chunk, &task);
+    lbq_free(task.scratch);
+    return status;
+}
+
+static lbq_status
+rotate_dense(const lbq_rotation *rotation, bool back, ptrdiff_t rows, float *X)
+{
+    const ptrdiff_t n = rotation->n, most = rows < DENSE_ROWS ? rows : DENSE_ROWS;
+    float *copy;
+    LBQ_TRY(lbq_allocate((size_t)most * (size_t)n * sizeof(float), &copy));
+    for (ptrdiff_t first = 0; first < rows; first += DENSE_ROWS) {
+        const ptrdiff_t left = rows - first, count = left < DENSE_ROWS ? left : DENSE_ROWS;
+        float *const to = X + first * n;
+        memcpy(copy, to, (size_t)count * (size_t)n * sizeof(float));
+        BLAS(cblas_sgemm)(CblasRowMajor,
+                          CblasNoTrans,
+                          back ? CblasNoTrans : CblasTrans,
+                          (int)count,
+                          (int)n,
+                          (int)n,
+                          1,
+                          copy,
+                          (int)n,
+                          rotation->dense,
+                          (int)n,
+                          0,
+                          to,
+                          (int)n);
+    }
+    lbq_free(copy);
+    return LBQ_OK;
+}
+
+static lbq_status
+rotate(const lbq_rotation *rotation, bool back, ptrdiff_t rows, float *X)
+{
+    if (rows == 0)
+        return LBQ_OK;
+    return rotation->dense ? rotate_dense(rotation, back, rows, X)
+                           : rotate_hadamard(&rotation->hadamard, back, rows, X);
+}
+
+lbq_status
+lbq_rotate(const lbq_rotation *rotation, ptrdiff_t rows, float *X)
+{
+    return rotate(rotation, false, rows, X);
+}
+
+lbq_status
+lbq_rotate_back(const lbq_rotation *rotation, ptrdiff_t rows, float *X)
+{
+    return rotate(rotation, true, rows, X);
+}

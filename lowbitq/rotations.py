@@ -1,0 +1,466 @@
+"""Rotations: orthogonal matrices that spread outliers, alone and folded into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from functools import cache
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq import _core
+
+Float32 = NDArray[np.float32]
+
+KINDS = ("hadamard", "orthogonal", "matrix")
+
+
+class Rotation:
+    """An orthogonal matrix R of any order, applied to vectors by the fastest way there is.
+
+    Parameters
+    ----------
+    n : int
+        Order of R, 1 or more.
+    kind : {"hadamard", "orthogonal"}, default="hadamard"
+        ``"hadamard"``: R = (B_1 ⊗ ... ⊗ B_m ⊗ H) diag(s) / √n with random signs s, the Sylvester
+        matrix H and base matrices B_j of the orders in `orders`: Paley's Hadamard matrices
+        wherever they make n, Hartley's matrix (entries up to √2) for an odd part that has none.
+        It takes O(n (c_1 + ... + c_m + log n)) additions, and needs no more storage than its seed.
+        ``"orthogonal"``: uniform over all orthogonal matrices (Haar), stored and applied densely.
+    seed : int, default=0
+        The same seed gives the same signs on every machine.
+    stream : int, default=0
+        Keeps apart rotations that share a seed.
+
+    Attributes
+    ----------
+    n, kind, seed, stream
+        As given; kind ``"matrix"`` after :meth:`from_matrix`.
+    orders : tuple of int
+        Orders c_j of the base matrices, empty if n is a power of two or R is dense.
+    handle : capsule
+        What C functions take for this rotation.
+
+    Raises
+    ------
+    ValueError
+        If n < 1, kind is unknown, or a base matrix of order over 4096 would be needed (n has a
+        prime factor that large and no Paley matrix helps).
+
+    References
+    ----------
+    R. E. A. C. Paley, "On orthogonal matrices", J. Math. Phys. 12, 1933.
+    S. Ashkboos et al., "QuaRot: Outlier-free 4-bit inference in rotated LLMs", 2024.
+    F. Mezzadri, "How to generate random matrices from the classical compact groups", 2007.
+
+    Examples
+    --------
+    >>> rotation = Rotation(576, seed=3)
+    >>> rotation.orders
+    (36,)
+    >>> outlier = np.zeros(576, np.float32)
+    >>> outlier[7] = 24
+    >>> abs(rotation.apply(outlier)).max().item()
+    1.0
+    >>> bool(np.allclose(rotation.inverse(rotation.apply(outlier)), outlier, atol=1e-4))
+    True
+    """
+
+    n: int
+    kind: str
+    seed: int
+    stream: int
+    orders: tuple[int, ...]
+    handle: object
+
+    def __init__(self, n: int, kind: str = "hadamard", seed: int = 0, *, stream: int = 0) -> None:
+        if kind == "hadamard":
+            self._start(n, kind, seed, stream, orders=hadamard_orders(n))
+        elif kind == "orthogonal":
+            if n < 1:
+                raise ValueError(f"n is {n}, expected at least 1")
+            q = np.empty((n, n))
+            _core.orthogonal(q, seed=seed, stream=stream)
+            self._start(n, kind, seed, stream, matrix=q.astype(np.float32))
+        else:
+            raise ValueError(f"kind is {kind!r}, expected 'hadamard' or 'orthogonal'")
+
+    def _start(
+        self,
+        n: int,
+        kind: str,
+        seed: int,
+        stream: int,
+        *,
+        orders: tuple[int, ...] = (),
+        matrix: Float32 | None = None,
+    ) -> None:
+        self.n, self.kind, self.seed, self.stream, self.orders = n, kind, seed, stream, orders
+        self._dense = matrix
+        if matrix is not None:
+            self.handle = _core.dense_rotation(matrix)
+            return
+        bits = np.empty(n, np.uint64)
+        _core.random_bits(bits, seed=seed, stream=stream)
+        sign = np.where(bits >> np.uint64(63), np.float32(-1), np.float32(1))
+        diagonal = sign * np.float32(1 / np.sqrt(n))
+        self.handle = _core.hadamard_rotation(np.array(orders, np.int64), _bases(orders), diagonal)
+
+    @classmethod
+    def from_matrix(cls, matrix: Float32) -> Rotation:
+        """Make a rotation of a given orthogonal matrix.
+
+        Parameters
+        ----------
+        matrix : ndarray of shape (n, n), float32
+            Copied.
+
+        Returns
+        -------
+        Rotation
+            Of kind ``"matrix"``.
+
+        Raises
+        ------
+        ValueError
+            If `matrix` is not square, or an entry of R R^T - I is over 1e-4.
+
+        Examples
+        --------
+        >>> Rotation.from_matrix(np.eye(3, dtype=np.float32)[::-1]).apply(np.float32([1, 2, 3]))
+        array([3., 2., 1.], dtype=float32)
+        """
+        dense = np.array(matrix, np.float32, order="C")
+        if dense.ndim != 2 or dense.shape[0] != dense.shape[1] or dense.size == 0:
+            raise ValueError(f"matrix has shape {dense.shape}, expected (n, n)")
+        rotation = cls.__new__(cls)
+        rotation._start(len(dense), "matrix", 0, 0, matrix=dense)
+        error = float(abs(rotation.apply(dense) - np.eye(len(dense), dtype=np.float32)).max())
+        if not error <= 1e-4:
+            raise ValueError(f"matrix is not orthogonal: R R^T differs from I by {error:.2g}")
+        return rotation
+
+    def __repr__(self) -> str:
+        if self.kind == "matrix":
+            return f"Rotation.from_matrix(<{self.n} x {self.n}>)"
+        return f"Rotation({self.n}, {self.kind!r}, seed={self.seed}, stream={self.stream})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Rotation.from_dict, (self.to_dict(), self.to_arrays())
+
+    def apply(self, x: Float32) -> Float32:
+        """Return R x for every vector along the last axis of `x`.
+
+        Parameters
+        ----------
+        x : ndarray of shape (..., n), float32
+            Left unchanged.
+
+        Returns
+        -------
+        ndarray of shape (..., n), float32
+            A new array.
+
+        Raises
+        ------
+        ValueError
+            If the last axis of `x` is not n long.
+        TypeError
+            If `x` is not float32.
+
+        Examples
+        --------
+        >>> Rotation(4, seed=1).apply(np.ones((2, 3, 4), np.float32)).shape
+        (2, 3, 4)
+        """
+        rows = self._rows_of(x)
+        _core.rotate(self.handle, rows)
+        return rows.reshape(x.shape)
+
+    def inverse(self, x: Float32) -> Float32:
+        """Return R^T x for every vector along the last axis of `x`; see :meth:`apply`.
+
+        Examples
+        --------
+        >>> rotation, x = Rotation(4, seed=1), np.ones(4, np.float32)
+        >>> rotation.inverse(rotation.apply(x))
+        array([1., 1., 1., 1.], dtype=float32)
+        """
+        rows = self._rows_of(x)
+        _core.rotate_back(self.handle, rows)
+        return rows.reshape(x.shape)
+
+    def _rows_of(self, x: Float32) -> Float32:
+        if x.dtype != np.float32:
+            raise TypeError(f"x has dtype {x.dtype}, expected float32")
+        if x.ndim == 0 or x.shape[-1] != self.n:
+            raise ValueError(f"x has shape {x.shape}, expected (..., {self.n})")
+        return np.array(x, order="C").reshape(-1, self.n)
+
+    def matrix(self) -> Float32:
+        """Return R, dense.
+
+        Returns
+        -------
+        ndarray of shape (n, n), float32
+            A new array.
+
+        Examples
+        --------
+        >>> abs(Rotation(4).matrix())[0]
+        array([0.5, 0.5, 0.5, 0.5], dtype=float32)
+        """
+        if self._dense is not None:
+            return self._dense.copy()
+        return np.ascontiguousarray(self.apply(np.eye(self.n, dtype=np.float32)).T)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what, with :meth:`to_arrays`, makes this rotation again, fit for JSON.
+
+        Examples
+        --------
+        >>> Rotation(24, seed=5).to_dict()
+        {'kind': 'hadamard', 'n': 24, 'seed': 5, 'stream': 0, 'orders': [12]}
+        """
+        return {
+            "kind": self.kind,
+            "n": self.n,
+            "seed": self.seed,
+            "stream": self.stream,
+            "orders": list(self.orders),
+        }
+
+    def to_arrays(self) -> dict[str, Float32]:
+        """Return the arrays to keep beside :meth:`to_dict`: ``{"matrix": R}`` if R is dense.
+
+        Examples
+        --------
+        >>> Rotation(24).to_arrays()
+        {}
+        """
+        return {} if self._dense is None else {"matrix": self._dense}
+
+    @classmethod
+    def from_dict(
+        cls, fields: Mapping[str, Any], arrays: Mapping[str, Float32] | None = None
+    ) -> Rotation:
+        """Make the rotation that :meth:`to_dict` and :meth:`to_arrays` describe.
+
+        Parameters
+        ----------
+        fields : mapping
+            From :meth:`to_dict`.
+        arrays : mapping, default=None
+            From :meth:`to_arrays`; may be left out unless R is dense. Not copied.
+
+        Returns
+        -------
+        Rotation
+            With the same bits as the one described.
+
+        Raises
+        ------
+        ValueError
+            If a field or array is missing or does not fit the others.
+
+        Examples
+        --------
+        >>> Rotation.from_dict(Rotation(24, seed=5).to_dict())
+        Rotation(24, 'hadamard', seed=5, stream=0)
+        """
+        try:
+            n, seed, stream = (int(fields[name]) for name in ("n", "seed", "stream"))
+            kind, orders = str(fields["kind"]), tuple(int(c) for c in fields["orders"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"fields are {dict(fields)}, expected kind, n, seed, stream, orders"
+            ) from error
+        if kind not in KINDS:
+            raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+        if n < 1 or min(orders, default=1) < 1 or max(orders, default=1) > n:
+            raise ValueError(f"orders are {orders}, expected divisors of n = {n}")
+        rotation = cls.__new__(cls)
+        if kind == "hadamard":
+            rotation._start(n, kind, seed, stream, orders=orders)
+            return rotation
+        matrix = (arrays or {}).get("matrix")
+        if matrix is None or matrix.shape != (n, n):
+            found = "missing" if matrix is None else f"of shape {matrix.shape}"
+            raise ValueError(f"array 'matrix' of a rotation is {found}, expected ({n}, {n})")
+        rotation._start(n, kind, seed, stream, matrix=matrix)
+        return rotation
+
+
+def hadamard_orders(n: int) -> tuple[int, ...]:
+    """Return the orders c_j of the base matrices in n = c_1 ... c_m 2^k.
+
+    Those of the cheapest transform among all that have Hadamard matrices throughout, or else the
+    smallest part without one.
+
+    Parameters
+    ----------
+    n : int
+        1 or more.
+
+    Returns
+    -------
+    tuple of int
+        Empty for a power of two.
+
+    Raises
+    ------
+    ValueError
+        If n < 1, or an order would exceed 4096.
+
+    Examples
+    --------
+    >>> [hadamard_orders(n) for n in (4096, 576, 8960, 11008, 13696)]
+    [(), (36,), (28, 20), (344,), (107,)]
+    """
+    orders = np.zeros(8, np.int64)
+    _core.hadamard_orders(orders, n=n)
+    return tuple(orders[orders > 0].tolist())
+
+
+@cache
+def _bases(orders: tuple[int, ...]) -> Float32:
+    """The base matrices one after the other: shared by all rotations of these orders."""
+    bases = np.empty(sum(c * c for c in orders), np.float32)
+    at = 0
+    for c in orders:
+        _core.hadamard_base(bases[at : at + c * c].reshape(c, c))
+        at += c * c
+    return bases
+
+
+class _Linear(Protocol):
+    weight: Any
+    bias: Any
+    rotation: Any
+
+    def replace(self, **changes: Any) -> Any: ...
+
+
+class _Block(Protocol):
+    attention_norm: Any
+    mlp_norm: Any
+    linears: Any
+
+
+class _Model(Protocol):
+    config: Any
+    blocks: Any
+    residual_rotation: Any
+
+    def copy(self) -> Any: ...
+
+
+ModelT = TypeVar("ModelT", bound=_Model)
+
+
+def rotate(
+    model: ModelT, kind: str = "hadamard", seed: int = 0, *, online_down: bool = True
+) -> ModelT:
+    """Rotate a float model without changing what it computes.
+
+    With R the residual rotation, P one of each block's value heads and Q one of each block's
+    inner activations, the weights of a block become
+
+        q, k          W diag(gain) R^T
+        v             P W diag(gain) R^T,  P b   (P on every head)
+        o             R W P^T,  R b              (P on every head)
+        gate, up      W diag(gain) R^T
+        down          R W Q^T,  R b, with Q applied to its input as the model runs
+
+    and the norm gains become ones (None). The embedding, the final norm and the head stay as they
+    are: the model applies R after the embedding and R^T before the final norm.
+
+    Parameters
+    ----------
+    model : Model
+        In float32 and not yet rotated. Left unchanged.
+    kind : {"hadamard", "orthogonal", "none"}, default="hadamard"
+        Of the residual rotation R; P and Q are Hadamard. ``"none"``: an equal model, norm gains
+        where they were.
+    seed : int, default=0
+        Every use draws signs of its own from it.
+    online_down : bool, default=True
+        Whether there is a Q. It costs a fast transform per token and block, and tames the
+        activations that are hardest to quantize.
+
+    Returns
+    -------
+    Model
+        Logits equal the original's to rounding.
+
+    Raises
+    ------
+    ValueError
+        If `kind` is unknown, or the model is rotated or quantized already.
+
+    References
+    ----------
+    S. Ashkboos et al., "QuaRot: Outlier-free 4-bit inference in rotated LLMs", 2024, section 4.
+
+    Examples
+    --------
+    >>> rotate(model, seed=1).residual_rotation  # doctest: +SKIP
+    Rotation(576, 'hadamard', seed=1, stream=0)
+    """
+    if kind not in ("hadamard", "orthogonal", "none"):
+        raise ValueError(f"kind is {kind!r}, expected 'hadamard', 'orthogonal' or 'none'")
+    linears = [linear for block in model.blocks for linear in block.linears.values()]
+    if model.residual_rotation is not None or any(x.rotation is not None for x in linears):
+        raise ValueError("model is rotated already; rotate the original")
+    if not all(hasattr(linear, "weight") for linear in linears):
+        raise ValueError("model is quantized already; rotate the float original")
+    rotated: ModelT = model.copy()
+    if kind == "none":
+        return rotated
+    residual = Rotation(model.config.hidden_size, kind, seed)
+    rotated.residual_rotation = residual
+    for i, block in enumerate(rotated.blocks):
+        head = Rotation(model.config.head_dim, seed=seed, stream=2 * i + 1)
+        inner = Rotation(model.config.intermediate_size, seed=seed, stream=2 * i + 2)
+        _rotate_block(block, residual, head, inner if online_down else None)
+    return rotated
+
+
+def _rotate_block(
+    block: _Block, residual: Rotation, head: Rotation, inner: Rotation | None
+) -> None:
+    linears: MutableMapping[str, _Linear] = block.linears
+    for name in ("q_proj", "k_proj", "v_proj"):
+        linears[name] = _fused(linears[name], block.attention_norm, residual)
+    for name in ("gate_proj", "up_proj"):
+        linears[name] = _fused(linears[name], block.mlp_norm, residual)
+    block.attention_norm = block.mlp_norm = None
+    v, o, down = linears["v_proj"], linears["o_proj"], linears["down_proj"]
+    linears["v_proj"] = v.replace(weight=_outputs(head, v.weight), bias=_outputs(head, v.bias))
+    linears["o_proj"] = o.replace(
+        weight=_outputs(residual, _inputs(head, o.weight)), bias=_outputs(residual, o.bias)
+    )
+    down_weight = down.weight if inner is None else inner.apply(down.weight)
+    linears["down_proj"] = down.replace(
+        weight=_outputs(residual, down_weight), bias=_outputs(residual, down.bias), rotation=inner
+    )
+
+
+def _fused(linear: _Linear, gain: Float32 | None, rotation: Rotation) -> Any:
+    """The layer that reads rotated activations not yet multiplied by `gain`: W diag(gain) R^T."""
+    weight = linear.weight if gain is None else linear.weight * gain
+    return linear.replace(weight=rotation.apply(weight))
+
+
+def _inputs(rotation: Rotation, weight: Float32) -> Float32:
+    """W R^T, the columns of W being whole heads of R's order."""
+    return rotation.apply(weight.reshape(-1, rotation.n)).reshape(weight.shape)
+
+
+def _outputs(rotation: Rotation, weight: Float32 | None) -> Float32 | None:
+    """R W or R b, the rows of W being whole heads of R's order; None of no bias."""
+    if weight is None:
+        return None
+    return np.ascontiguousarray(_inputs(rotation, np.ascontiguousarray(weight.T)).T)

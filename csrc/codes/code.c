@@ -7,15 +7,6 @@
 #include "core/memory.h"
 #include "core/threads.h"
 
-const lbq_range lbq_range_default = {
-    .method = LBQ_RANGE_MSE,
-    .clip = 1,
-    .percentile = 100,
-    .candidates = 20,
-    .shrink = 0.8,
-    .norm = 2,
-};
-
 lbq_status
 lbq_range_method_find(const char *name, lbq_range_method *method)
 {

@@ -48,9 +48,6 @@ typedef struct {
     double norm;       /* MSE: the exponent; 2 is fast, GPTQ's code uses 2.4 */
 } lbq_range;
 
-/* MSE, squared errors: what loses nothing against ten times as many candidates. */
-extern const lbq_range lbq_range_default;
-
 /* LBQ_BAD_VALUE unless the fields of a code fit together. */
 lbq_status lbq_code_check(const lbq_code *code);
 

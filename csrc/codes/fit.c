@@ -308,18 +308,21 @@ descend(const group *g, best_fit *best)
             break;
 }
 
-/* The ends of the grid, each moved by itself: shrinking a range towards zero keeps a skewed one
- * skewed. */
+/* Moves the ends of the grid, by itself each or, about a fixed zero, both. */
 static void
 move_ends(const group *g, best_fit *best)
 {
-    const double moves[][2] = {{1, 0}, {-1, 0}, {0, 1}, {0, -1}};
+    static const double apart[][2] = {{1, 0}, {-1, 0}, {0, 1}, {0, -1}};
+    static const double both[][2] = {{-1, 1}, {1, -1}};
+    const bool fixed = g->code->symmetric;
+    const double (*const moves)[2] = fixed ? both : apart;
     for (double step = 0.5; step > 0.1; step /= 2)
-        for (size_t i = 0; i < sizeof moves / sizeof *moves; i++) {
+        for (int i = 0; i < (fixed ? 2 : 4); i++) {
             const double low = moves[i][0] * step * best->scale;
             const double high = moves[i][1] * step * best->scale;
-            const double scale = best->scale + (high - low) / g->last;
-            if (scale > 0 && improves(g, scale, best->offset + low, best))
+            const double scale = best->scale + (high - low) / (g->last - g->first);
+            const double offset = fixed ? -(double)g->code->zero * scale : best->offset + low;
+            if (scale > 0 && improves(g, scale, offset, best))
                 descend(g, best);
         }
 }
@@ -339,8 +342,7 @@ fit_least_error(const group *g, const lbq_range *range, double *scale, double *o
     if (best.error == HUGE_VAL)
         return; /* one value, or zeros */
     descend(g, &best);
-    if (!g->code->symmetric)
-        move_ends(g, &best);
+    move_ends(g, &best);
     double least = try(g, *scale, *offset).error;
     const double middle = (g->first + g->last) / 2;
     for (int direction = DOWN; direction <= UP; direction += UP - DOWN) {

@@ -26,8 +26,8 @@ def quantize(weight, levels=None, count=None, importance=None, scale=None, offse
         "method": "mse",
         "clip": 1.0,
         "percentile": 100.0,
-        "candidates": 20,
-        "shrink": 0.8,
+        "candidates": 10,
+        "shrink": 0.9,
         "norm": 2.0,
     } | rest
     rows, cols = weight.shape

@@ -20,7 +20,7 @@ RANGE = {
     "method": "mse",
     "clip": 1.0,
     "percentile": 100.0,
-    "candidates": 20,
+    "candidates": 10,
     "shrink": 0.8,
     "norm": 2.0,
 }

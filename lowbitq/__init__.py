@@ -15,16 +15,44 @@ except ImportError as error:
         "pip install -e ."
     ) from error
 from lowbitq import _core
+from lowbitq.evaluation import (
+    Divergence,
+    Estimate,
+    Evaluation,
+    Perplexity,
+    agreement,
+    evaluate,
+    kl_divergence,
+    perplexity,
+)
 from lowbitq.formats import Format
+from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.quantizers import dequantize, quantize
 from lowbitq.tensors import QuantizedTensor
 
 __all__ = [
+    "Block",
+    "Divergence",
+    "Estimate",
+    "Evaluation",
     "Format",
     "FormatError",
+    "Linear",
+    "Model",
+    "ModelConfig",
     "NumericalError",
+    "Perplexity",
+    "QuantizedLinear",
+    "QuantizedModel",
     "QuantizedTensor",
+    "Tokenizer",
+    "agreement",
     "dequantize",
+    "evaluate",
+    "kl_divergence",
+    "load",
+    "perplexity",
     "quantize",
     "set_num_threads",
     "show_config",

@@ -178,6 +178,21 @@ class Model:
         gains = [part for block in self.blocks for part in block._parts()[:4] if part is not None]
         return [self.embedding, self.final_norm, *gains]
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight of the linear layers of all blocks; everything stored counts."""
+        sizes = [(linear.bits_per_weight, np.prod(linear.shape)) for _, linear in self.linears()]
+        return float(sum(b * n for b, n in sizes) / sum(n for _, n in sizes))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, biases, norms and the embedding."""
+        layers = self._layers()
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return sum(array.nbytes for array in self._arrays() + biases) + sum(
+            layer.nbytes for layer in layers
+        )
+
     def __repr__(self) -> str:
         c = self.config
         return (

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from lowbitq.models.decoder import Model
 
 
@@ -25,21 +23,6 @@ class QuantizedModel(Model):
 
     plan: Any = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per weight of the linear layers of all blocks; everything stored counts."""
-        sizes = [(linear.bits_per_weight, np.prod(linear.shape)) for _, linear in self.linears()]
-        return float(sum(b * n for b, n in sizes) / sum(n for _, n in sizes))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers, biases, norms and the embedding."""
-        layers = self._layers()
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        return sum(array.nbytes for array in self._arrays() + biases) + sum(
-            layer.nbytes for layer in layers
-        )
 
     def report(self) -> Report:
         """Return the records of all layers; prints as a table."""

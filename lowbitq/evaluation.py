@@ -1,0 +1,572 @@
+"""How much a model knows, how far it is from another one, and what it costs in bits and seconds.
+
+A text is cut from its start into windows that do not overlap. In each, every token after the first
+is predicted from those before it in the window, and its loss counts. All is measured on the model
+as it runs, packed weights and quantized activations included.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq import _core
+from lowbitq.models.decoder import Model
+
+Text: TypeAlias = str | os.PathLike[str] | NDArray[np.integer[Any]]
+Progress: TypeAlias = Callable[[int, int], object]
+
+# Rows of logits at a time: 256 rows of the largest vocabularies (152,000) are 150 MB.
+_ROWS = 256
+
+# Resamples of the bootstrap: the ends of the interval then move by 2 % of its width by chance.
+_RESAMPLES = 10_000
+
+_PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+
+
+class Estimate(float):
+    """A mean over tokens that knows how sure it is; otherwise a float.
+
+    Attributes
+    ----------
+    interval : tuple of float
+        95 % of the means of windows drawn again with replacement (percentile bootstrap, seeded)
+        lie between them. NaN if there is one window only.
+    tokens, windows : int
+        Tokens that were scored, in so many windows.
+    per_window : ndarray of shape (windows,), float64
+        The mean of each window.
+    protocol : str
+        What was measured, in words. Numbers are comparable where it is equal.
+
+    References
+    ----------
+    B. Efron, "Bootstrap methods: another look at the jackknife", Annals of Statistics 7, 1979.
+    """
+
+    interval: tuple[float, float]
+    tokens: int
+    windows: int
+    per_window: NDArray[np.float64]
+    protocol: str
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        sure = "" if math.isnan(low) else f", 95 % interval {low:.4g} to {high:.4g}"
+        return f"{float(self):.4g} ({self.protocol}{sure})"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return value, interval, tokens, windows and protocol for JSON; NaN becomes None."""
+        low, high = (None if math.isnan(end) else end for end in self.interval)
+        return {
+            "value": float(self),
+            "interval": [low, high],
+            "tokens": self.tokens,
+            "windows": self.windows,
+            "protocol": self.protocol,
+        }
+
+
+class Perplexity(Estimate):
+    """exp of the mean negative log likelihood per token.
+
+    Attributes
+    ----------
+    nll : float
+        The mean itself, nats per token.
+    per_window : ndarray of shape (windows,), float64
+        The perplexity of each window.
+    """
+
+    nll: float
+
+
+class Divergence(Estimate):
+    """Mean Kullback-Leibler divergence per token, in nats.
+
+    Attributes
+    ----------
+    percentiles : dict of float to float
+        Over tokens: 50, 90, 99, 99.9 and, as 100, the largest.
+    """
+
+    percentiles: dict[float, float]
+
+
+Kind = TypeVar("Kind", bound=Estimate)
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found.
+
+    Attributes
+    ----------
+    perplexity : Perplexity
+    bits_per_weight : float
+        Of the linear layers of all blocks; everything stored counts.
+    bits_per_parameter : float
+        Of the whole model, embeddings and norms included: 8 size_bytes / parameters.
+    size_bytes : int
+        Of the whole model.
+    seconds : float
+        The evaluated model took for all windows.
+    tokens_per_second : float
+    reference : Perplexity or None
+        Of the reference, on the same windows.
+    log_ratio : Estimate or None
+        ln(perplexity / reference), nats per token; its interval is that of the differences
+        between windows, much narrower than those of the two perplexities.
+    kl : Divergence or None
+        From the reference.
+    agreement : Estimate or None
+        Share of tokens for which both find the same token most likely.
+    """
+
+    perplexity: Perplexity
+    bits_per_weight: float
+    bits_per_parameter: float
+    size_bytes: int
+    seconds: float
+    tokens_per_second: float
+    reference: Perplexity | None = None
+    log_ratio: Estimate | None = None
+    kl: Divergence | None = None
+    agreement: Estimate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all of it as plain numbers, texts, lists and dicts, for JSON."""
+        values: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            values[name] = value.to_dict() if isinstance(value, Estimate) else value
+        if self.kl is not None:
+            values["kl"]["percentiles"] = {str(p): v for p, v in self.kl.percentiles.items()}
+        return values
+
+    def __str__(self) -> str:
+        lines = [f"perplexity  {self.perplexity}"]
+        if self.log_ratio is not None and self.kl is not None and self.agreement is not None:
+            low, high = self.log_ratio.interval
+            lines += [
+                f"reference   {float(self.reference or math.nan):.4g}",
+                f"ln ratio    {float(self.log_ratio):.4f} ({low:.4f} to {high:.4f})",
+                f"KL          {float(self.kl):.4f} nats per token, "
+                f"99 % below {self.kl.percentiles[99.0]:.3g}, largest "
+                f"{self.kl.percentiles[100.0]:.3g}",
+                f"agreement   {float(self.agreement):.2%}",
+            ]
+        lines += [
+            f"bits        {self.bits_per_weight:.3f} per weight of the linear layers, "
+            f"{self.bits_per_parameter:.3f} per parameter of the whole model",
+            f"size        {self.size_bytes / 1e6:.1f} MB",
+            f"speed       {self.tokens_per_second:.0f} tokens/s",
+        ]
+        return "\n".join(lines)
+
+
+def perplexity(
+    model: Model,
+    text: Text,
+    window: int = 2048,
+    windows: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """Measure how well a model predicts a text.
+
+    ``exp(mean(-log p(token | the tokens before it in its window)))``
+
+    Parameters
+    ----------
+    model : Model
+    text : str, path or array of int of shape (t,)
+        A text, a file of UTF-8 text given as a `pathlib.Path`, or tokens. A tokenizer that begins
+        texts with a BOS token puts one at the start of the text; none is added to windows.
+    window : int, default=2048
+        Tokens per window. What is left at the end is not scored, unless it is all there is.
+    windows : int, default=None
+        Only so many windows, from the start of the text. None: all.
+    progress : callable, default=None
+        Called as ``progress(windows done, windows)``.
+
+    Returns
+    -------
+    Perplexity
+        A float with ``nll``, ``interval``, ``tokens``, ``windows``, ``per_window``, ``protocol``.
+
+    Raises
+    ------
+    ValueError
+        If the text has fewer than two tokens or fewer than `windows` windows, `window` is beyond
+        the model's positions, or a token outside its vocabulary.
+    TypeError
+        If `text` is none of the above, or is a text and the model has no tokenizer.
+
+    Examples
+    --------
+    A model that knows nothing hesitates between all of its 8 tokens.
+
+    >>> from types import SimpleNamespace
+    >>> ignorant = SimpleNamespace(
+    ...     config=SimpleNamespace(vocab_size=8, max_positions=64),
+    ...     tokenizer=None,
+    ...     hidden=lambda tokens: np.zeros((len(tokens), 1), np.float32),
+    ...     head_logits=lambda hidden: np.zeros((len(hidden), 8), np.float32),
+    ... )
+    >>> result = perplexity(ignorant, np.arange(40) % 8, window=16)
+    >>> round(result, 6), result.tokens, result.windows
+    (8.0, 30, 2)
+    """
+    return _score(model, None, text, window, windows, progress).perplexity()
+
+
+def kl_divergence(
+    model: Model,
+    reference: Model,
+    text: Text,
+    window: int = 2048,
+    windows: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Divergence:
+    """Measure how far a model's predictions are from those of another.
+
+    The mean over tokens of ``sum_v p(v) log(p(v) / q(v))``, p the reference's distribution of the
+    next token, q the model's.
+
+    Parameters
+    ----------
+    model, reference : Model
+        With the same vocabulary.
+    text, window, windows, progress
+        As for `perplexity`.
+
+    Returns
+    -------
+    Divergence
+        A float, nats per token, with ``interval`` and ``percentiles``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `perplexity`, or if the vocabularies differ in size.
+
+    References
+    ----------
+    S. Kullback, R. A. Leibler, "On information and sufficiency", Ann. Math. Stat. 22, 1951.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> def always(*logits):
+    ...     row = np.array([logits], np.float32)
+    ...     return SimpleNamespace(
+    ...         config=SimpleNamespace(vocab_size=2, max_positions=64),
+    ...         tokenizer=None,
+    ...         hidden=lambda tokens: np.zeros((len(tokens), 1), np.float32),
+    ...         head_logits=lambda hidden: np.repeat(row, len(hidden), axis=0),
+    ...     )
+    >>> far = kl_divergence(always(0, 0), always(np.log(3), 0), np.zeros(32, int), window=16)
+    >>> bool(np.isclose(far, 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)))
+    True
+    """
+    return _score(model, reference, text, window, windows, progress).kl()
+
+
+def agreement(
+    model: Model,
+    reference: Model,
+    text: Text,
+    window: int = 2048,
+    windows: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Estimate:
+    """Measure how often two models find the same next token most likely.
+
+    Parameters
+    ----------
+    model, reference : Model
+        With the same vocabulary.
+    text, window, windows, progress
+        As for `perplexity`.
+
+    Returns
+    -------
+    Estimate
+        A float between 0 and 1, with ``interval``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `perplexity`, or if the vocabularies differ in size.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> counting = SimpleNamespace(
+    ...     config=SimpleNamespace(vocab_size=4, max_positions=64),
+    ...     tokenizer=None,
+    ...     hidden=lambda tokens: np.eye(4, dtype=np.float32)[tokens],
+    ...     head_logits=lambda hidden: np.roll(hidden, 1, axis=1),
+    ... )
+    >>> float(agreement(counting, counting, np.arange(32) % 4, window=16))
+    1.0
+    """
+    return _score(model, reference, text, window, windows, progress).agreement()
+
+
+def evaluate(
+    model: Model,
+    text: Text,
+    reference: Model | None = None,
+    window: int = 2048,
+    windows: int | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Measure a model's perplexity, size and speed, and its distance from a reference, in one pass.
+
+    Parameters
+    ----------
+    model : Model
+    text, window, windows, progress
+        As for `perplexity`.
+    reference : Model, default=None
+        With the same vocabulary, such as the model before it was quantized.
+
+    Returns
+    -------
+    Evaluation
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `perplexity`, or if the vocabularies differ in size.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> ignorant = SimpleNamespace(
+    ...     config=SimpleNamespace(vocab_size=8, max_positions=64),
+    ...     tokenizer=None,
+    ...     hidden=lambda tokens: np.zeros((len(tokens), 1), np.float32),
+    ...     head_logits=lambda hidden: np.zeros((len(hidden), 8), np.float32),
+    ...     bits_per_weight=2.5,
+    ...     nbytes=400,
+    ...     parameters=1000,
+    ... )
+    >>> found = evaluate(ignorant, np.arange(64) % 8, reference=ignorant, window=16)
+    >>> found.bits_per_weight, found.bits_per_parameter, float(found.kl), float(found.agreement)
+    (2.5, 3.2, 0.0, 1.0)
+    """
+    scores = _score(model, reference, text, window, windows, progress)
+    quality: dict[str, Any] = {"perplexity": scores.perplexity()}
+    if reference is not None:
+        quality["reference"] = _perplexity(scores.reference_nll, scores.protocol)
+        quality["log_ratio"] = scores.log_ratio()
+        quality["kl"], quality["agreement"] = scores.kl(), scores.agreement()
+    return Evaluation(
+        **quality,
+        bits_per_weight=model.bits_per_weight,
+        bits_per_parameter=8 * model.nbytes / model.parameters,
+        size_bytes=model.nbytes,
+        seconds=scores.seconds,
+        tokens_per_second=scores.tokens / scores.seconds,
+    )
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The windows of a text."""
+
+    tokens: NDArray[np.int32]  # (windows, window)
+    protocol: str
+
+    @property
+    def scored(self) -> int:
+        """Tokens of a window that are predicted."""
+        return int(self.tokens.shape[1]) - 1
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Per scored token (windows, window - 1), float64."""
+
+    nll: NDArray[np.float64]
+    reference_nll: NDArray[np.float64]
+    divergence: NDArray[np.float64]
+    same: NDArray[np.uint8]
+    seconds: float
+    tokens: int  # that the model read
+    protocol: str
+
+    def perplexity(self) -> Perplexity:
+        return _perplexity(self.nll, self.protocol)
+
+    def log_ratio(self) -> Estimate:
+        return _estimate(Estimate, self.nll - self.reference_nll, self.protocol)
+
+    def kl(self) -> Divergence:
+        result = _estimate(Divergence, self.divergence, self.protocol)
+        levels = [*_PERCENTILES, 100.0]
+        found = np.percentile(self.divergence, levels)
+        result.percentiles = {level: float(v) for level, v in zip(levels, found, strict=True)}
+        return result
+
+    def agreement(self) -> Estimate:
+        return _estimate(Estimate, self.same.astype(np.float64), self.protocol)
+
+
+def _score(
+    model: Model,
+    reference: Model | None,
+    text: Text,
+    window: int,
+    windows: int | None,
+    progress: Progress | None,
+) -> _Scores:
+    """Score the text with the model and, unless None, with the reference."""
+    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"reference has {reference.config.vocab_size} tokens in its vocabulary, "
+            f"the model {model.config.vocab_size}"
+        )
+    cut = _cut(model, text, window, windows)
+    shape = len(cut.tokens), cut.scored
+    nll, reference_nll, divergence = np.zeros((3, *shape))
+    same = np.zeros(shape, np.uint8)
+    seconds: list[float] = []
+    for done, tokens in enumerate(cut.tokens):
+        pieces = _timed(_logits(model, tokens), seconds)
+        theirs = repeat(None) if reference is None else _logits(reference, tokens)
+        for (rows, logits), their in zip(pieces, theirs, strict=False):
+            target = tokens[1:][rows]
+            _core.cross_entropy(logits, target, nll[done, rows])
+            if their is not None:
+                _core.cross_entropy(their[1], target, reference_nll[done, rows])
+                _core.kl_divergence(their[1], logits, divergence[done, rows], same[done, rows])
+        if progress:
+            progress(done + 1, len(cut.tokens))
+    return _Scores(
+        nll, reference_nll, divergence, same, sum(seconds), cut.tokens.size, cut.protocol
+    )
+
+
+def _logits(model: Model, tokens: NDArray[np.int32]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Yield the logits of every token but the last, some rows at a time."""
+    hidden = model.hidden(tokens)
+    for start in range(0, len(tokens) - 1, _ROWS):
+        rows = slice(start, min(start + _ROWS, len(tokens) - 1))
+        yield rows, model.head_logits(hidden[rows])
+
+
+def _timed(pieces: Iterator[Item], seconds: list[float]) -> Iterator[Item]:
+    """Pass on what an iterator yields and note how long it took."""
+    while True:
+        started = time.perf_counter()
+        piece = next(pieces, None)
+        seconds.append(time.perf_counter() - started)
+        if piece is None:
+            return
+        yield piece
+
+
+def _cut(model: Model, text: Text, window: int, windows: int | None) -> _Cut:
+    """Check the arguments and cut the text."""
+    if window < 2:
+        raise ValueError(f"window is {window}, expected at least 2")
+    if windows is not None and windows < 1:
+        raise ValueError(f"windows is {windows}, expected at least 1")
+    tokens, begin = _tokens(model, text)
+    if len(tokens) < 2:
+        raise ValueError(f"the text has {len(tokens)} tokens, expected at least 2")
+    length = min(window, len(tokens))
+    if length > model.config.max_positions:
+        raise ValueError(
+            f"window is {window}, but the model has {model.config.max_positions} positions"
+        )
+    there = len(tokens) // length
+    if windows is not None and windows > there:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, {there} windows of {window}, "
+            f"fewer than windows = {windows}"
+        )
+    count = there if windows is None else windows
+    rest = len(tokens) - there * length
+    if length < window:
+        end = "the text is shorter than a window"
+    elif windows is not None and windows < there:
+        end = f"the text goes on for {there - count} more"
+    else:
+        end = f"the last {rest} tokens left out" if rest else "nothing left out"
+    protocol = (
+        f"{count} {'window' if count == 1 else 'windows'} of {length} tokens from the start of the "
+        f"text, not overlapping, {begin}, every token after a window's first scored, {end}"
+    )
+    return _Cut(tokens[: count * length].reshape(count, length), protocol)
+
+
+def _tokens(model: Model, text: Text) -> tuple[NDArray[np.int32], str]:
+    """Return the tokens of a text, and how they begin."""
+    if isinstance(text, np.ndarray):
+        if text.ndim != 1 or text.dtype.kind not in "iu":
+            raise TypeError(
+                f"text is an array of {text.dtype} of shape {text.shape}, expected integers (t,)"
+            )
+        size = model.config.vocab_size
+        if text.size and not (text.min() >= 0 and text.max() < size):
+            raise ValueError(f"tokens reach from {text.min()} to {text.max()}, of 0 to {size - 1}")
+        return np.ascontiguousarray(text, np.int32), "tokens as given"
+    if isinstance(text, os.PathLike):
+        text = Path(text).read_text(encoding="utf-8")
+    if not isinstance(text, str):
+        raise TypeError(f"text is {type(text).__name__}, expected str, Path or array of tokens")
+    if not text:
+        raise ValueError("the text is empty")
+    if model.tokenizer is None:
+        raise TypeError("text is a str, but the model has no tokenizer: give an array of tokens")
+    tokens = model.tokenizer.encode(text)
+    begins = model.tokenizer.adds_bos and tokens[0] == model.tokenizer.bos_id
+    return tokens, "BOS at the start of the text" if begins else "no BOS"
+
+
+def _estimate(
+    kind: type[Kind],
+    values: NDArray[np.float64],
+    protocol: str,
+    of_mean: Callable[[Any], Any] = lambda mean: mean,
+) -> Kind:
+    """Mean of values (windows, tokens), with the interval; `of_mean` is monotonous."""
+    per_window = values.mean(axis=1)
+    result = kind(of_mean(per_window.mean()))
+    result.interval = (math.nan, math.nan)
+    if len(per_window) > 1:
+        # The seed is fixed, so that models are compared on the same draws of windows.
+        draws = np.random.default_rng(0).integers(0, len(per_window), (_RESAMPLES, len(per_window)))
+        low, high = np.percentile(per_window[draws].mean(axis=1), [2.5, 97.5])
+        result.interval = (float(of_mean(low)), float(of_mean(high)))
+    result.tokens, result.windows = values.size, len(per_window)
+    result.per_window = of_mean(per_window)
+    result.protocol = protocol
+    return result
+
+
+def _perplexity(nll: NDArray[np.float64], protocol: str) -> Perplexity:
+    result = _estimate(Perplexity, nll, protocol, np.exp)
+    result.nll = float(nll.mean())
+    return result

@@ -13,6 +13,8 @@ from lowbitq import _core
 
 ISAS = ["portable", "avx2", "avx512"]
 
+collect_ignore_glob = ["golden/make_*.py"]  # they need torch
+
 
 @pytest.fixture(params=ISAS)
 def isa(request):

@@ -29,6 +29,7 @@ from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.quantizers import dequantize, quantize
+from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "QuantizedLinear",
     "QuantizedModel",
     "QuantizedTensor",
+    "Rotation",
     "Tokenizer",
     "agreement",
     "dequantize",
@@ -54,6 +56,7 @@ __all__ = [
     "load",
     "perplexity",
     "quantize",
+    "rotate",
     "set_num_threads",
     "show_config",
 ]

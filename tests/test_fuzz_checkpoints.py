@@ -180,7 +180,7 @@ def test_packed(tmp_path, examples):
 
     def read(path):
         folder = read_packed(path)
-        for name in folder.names:
+        for name in list(folder.tensors):
             folder.view(name)
         folder.json("plan.json")
 
@@ -194,7 +194,7 @@ def test_packed_without_verification(tmp_path, examples):
 
     def read(path):
         folder = read_packed(path, verify=False)
-        for name in folder.names:
+        for name in list(folder.tensors):
             folder.view(name)
             folder.load(name)
 

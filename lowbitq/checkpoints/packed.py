@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq._core import FormatError
-from lowbitq.checkpoints.mapping import MappedFile
+from lowbitq.checkpoints.mapping import MappedFile, TensorInfo
 from lowbitq.checkpoints.safetensors import (
     CONFIG,
     NUMPY_DTYPES,
@@ -63,9 +63,14 @@ class PackedFolder:
     _file: SafetensorsFile = field(repr=False)
 
     @property
-    def names(self) -> list[str]:
-        """Names of the arrays."""
-        return [name for name in self._file.tensors if not name.startswith(_PADDING)]
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Names of the arrays, in the order in which they were saved, and where they lie."""
+        tensors = self._file.tensors
+        return {name: tensors[name] for name in tensors if not name.startswith(_PADDING)}
+
+    def sha256(self) -> dict[str, str]:
+        """Return the name and digest in hexadecimal of the file that holds the arrays."""
+        return self._file.sha256()
 
     def view(self, name: str) -> NDArray[Any]:
         """Return an array as it was saved: read-only, mapped, 64-byte aligned.
@@ -174,7 +179,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, in ASCII, to a new file."""
+    """Write a JSON object, indented, in ASCII, to a new file; NumPy's numbers may be in it."""
     with open(path, "xb") as file:
         file.write(_json_text(value))
 
@@ -316,7 +321,14 @@ def read_packed(path: str | os.PathLike[str], *, verify: bool = True) -> PackedF
 
 
 def _json_text(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
+    return (json.dumps(value, indent=1, default=_plain) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    """Return a NumPy number as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")
 
 
 def _dtype_name(name: str, dtype: np.dtype[Any]) -> str:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
-from lowbitq.checkpoints import GGUFFile, SafetensorsFolder, open_checkpoint
+from lowbitq.checkpoints import GGUFFile, PackedFolder, SafetensorsFolder, open_checkpoint
 from lowbitq.linears import Linear
 from lowbitq.models import llama, qwen
 from lowbitq.models.config import Family, ModelConfig, config_from_gguf, config_from_hf
 from lowbitq.models.decoder import AnyLinear, Block, Cache, Model
 from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES, OUTER_NAMES
-from lowbitq.models.quantized import QuantizedModel, Report
+from lowbitq.models.quantized import (
+    HEAD,
+    RESIDUAL_ROTATION,
+    QuantizedModel,
+    Report,
+    join_linear,
+    join_rotation,
+)
 from lowbitq.models.tokenizer import Tokenizer
+from lowbitq.rotations import Rotation
 
 __all__ = [
     "Block",
@@ -29,6 +40,8 @@ __all__ = [
     "Tokenizer",
     "load",
 ]
+
+AnyModel = TypeVar("AnyModel", bound=Model)
 
 _FAMILIES = {family.name: family for family in (*llama.FAMILIES, *qwen.FAMILIES)}
 # Two families may share an architecture's name in GGUF; the first stands for both.
@@ -74,16 +87,32 @@ def load(path: str | os.PathLike[str]) -> Model:
         return _from_gguf(source)
     if isinstance(source, SafetensorsFolder):
         return _from_hf(source)
-    raise ValueError(f"{source.path}: a saved lowbitq model")
+    return _from_packed(source)
 
 
 def _from_hf(source: SafetensorsFolder) -> Model:
     config = config_from_hf(source.config, _FAMILIES, str(source.path / "config.json"))
-    has_tokenizer = (source.path / "tokenizer.json").is_file()
+    return _assemble(_Tensors(source, config, 0), _tokenizer_in(source.path), Model)
+
+
+def _from_packed(source: PackedFolder) -> QuantizedModel:
+    where = str(source.path / "config.json")
+    tensors = _PackedTensors(source, config_from_hf(source.config, _FAMILIES, where))
+    report = source.json("report.json")
     return _assemble(
-        _Tensors(source, config, 0),
-        Tokenizer.from_folder(source.path) if has_tokenizer else None,
+        tensors,
+        _tokenizer_in(source.path),
+        QuantizedModel,
+        residual_rotation=tensors.residual_rotation(),
+        provenance=source.json("provenance.json"),
+        plan=source.json("plan.json") if (source.path / "plan.json").is_file() else None,
+        records={row["layer"]: row for row in report["layers"]},
     )
+
+
+def _tokenizer_in(folder: Path) -> Tokenizer | None:
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return Tokenizer.from_folder(folder) if has_tokenizer else None
 
 
 def _from_gguf(source: GGUFFile) -> Model:
@@ -104,6 +133,7 @@ def _from_gguf(source: GGUFFile) -> Model:
     return _assemble(
         _Tensors(source, config, 1),
         Tokenizer.from_gguf(source.metadata, source=where) if has_tokenizer else None,
+        Model,
     )
 
 
@@ -111,7 +141,7 @@ class _Tensors:
     """The tensors of a checkpoint under this package's names, their shapes checked."""
 
     def __init__(
-        self, source: GGUFFile | SafetensorsFolder, config: ModelConfig, naming: int
+        self, source: GGUFFile | SafetensorsFolder | PackedFolder, config: ModelConfig, naming: int
     ) -> None:
         self.source, self.config, self.naming = source, config, naming
         self.unused = set(source.tensors)
@@ -130,10 +160,13 @@ class _Tensors:
     def outer(self, name: str, *shape: int) -> NDArray[np.float32]:
         return self.take(OUTER_NAMES[name][self.naming], *shape)
 
-    def norm(self, index: int, name: str, size: int) -> NDArray[np.float32]:
+    def head(self) -> AnyLinear:
+        return Linear(self.outer("head", self.config.vocab_size, self.config.hidden_size))
+
+    def norm(self, index: int, name: str, size: int) -> NDArray[np.float32] | None:
         return self.take(f"{self.in_block(index, NORM_NAMES[name])}.weight", size)
 
-    def linear(self, index: int, name: str, rows: int, cols: int) -> Linear:
+    def linear(self, index: int, name: str, rows: int, cols: int) -> AnyLinear:
         full = self.in_block(index, LINEAR_NAMES[name])
         weight = self.take(f"{full}.weight", rows, cols)
         needs_bias = self.config.attention_bias and name in ("q_proj", "k_proj", "v_proj")
@@ -162,20 +195,62 @@ class _Tensors:
             )
 
 
-def _assemble(tensors: _Tensors, tokenizer: Tokenizer | None) -> Model:
+class _PackedTensors(_Tensors):
+    """The same of a saved model, whose layers are described in its configuration."""
+
+    source: PackedFolder
+
+    def __init__(self, source: PackedFolder, config: ModelConfig) -> None:
+        super().__init__(source, config, 0)
+        self.entry = source.config["quantization_config"]
+
+    def head(self) -> AnyLinear:
+        return self.join(HEAD, self.config.vocab_size, self.config.hidden_size)
+
+    def norm(self, index: int, name: str, size: int) -> NDArray[np.float32] | None:
+        full = f"{self.in_block(index, NORM_NAMES[name])}.weight"
+        return super().norm(index, name, size) if full in self.source.tensors else None
+
+    def linear(self, index: int, name: str, rows: int, cols: int) -> AnyLinear:
+        return self.join(self.in_block(index, LINEAR_NAMES[name]), rows, cols)
+
+    def join(self, name: str, rows: int, cols: int) -> AnyLinear:
+        """Return the layer of this name, which must have this shape."""
+        with self.naming_errors(name):
+            linear = join_linear(self.source, name, self.entry["layers"][name])
+            if linear.shape != (rows, cols):
+                raise ValueError(f"shape is {linear.shape}, expected {(rows, cols)}")
+        self.unused -= {tensor for tensor in self.unused if tensor.startswith(f"{name}.")}
+        return linear
+
+    def residual_rotation(self) -> Rotation | None:
+        self.unused.discard(f"{RESIDUAL_ROTATION}.matrix")
+        with self.naming_errors(RESIDUAL_ROTATION):
+            return join_rotation(self.source, RESIDUAL_ROTATION, self.entry["residual_rotation"])
+
+    @contextlib.contextmanager
+    def naming_errors(self, name: str) -> Iterator[None]:
+        """Turn what a wrong configuration causes into an error that names file and layer."""
+        try:
+            yield
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            where = self.source.path / "config.json"
+            raise FormatError(f"{where}: {name}: {error}") from error
+
+
+def _assemble(
+    tensors: _Tensors, tokenizer: Tokenizer | None, kind: Callable[..., AnyModel], **more: Any
+) -> AnyModel:
     c = tensors.config
-    tensors_of_blocks = [_block(tensors, index) for index in range(c.layers)]
-    head: AnyLinear | None = None
-    if not c.tie_embeddings:
-        head = Linear(tensors.outer("head", c.vocab_size, c.hidden_size))
-    model = Model(
+    more.setdefault("provenance", {"source": str(Path(tensors.source.path).resolve())})
+    model = kind(
         config=c,
         tokenizer=tokenizer,
         embedding=tensors.outer("embedding", c.vocab_size, c.hidden_size),
-        blocks=tensors_of_blocks,
+        blocks=[_block(tensors, index) for index in range(c.layers)],
         final_norm=tensors.outer("final_norm", c.hidden_size),
-        head=head,
-        provenance={"source": str(Path(tensors.source.path).resolve())},
+        head=None if c.tie_embeddings else tensors.head(),
+        **more,
     )
     tensors.refuse_unused()
     return model

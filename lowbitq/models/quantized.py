@@ -1,11 +1,34 @@
-"""QuantizedModel: a model whose linear layers are packed, and its report."""
+"""QuantizedModel: a model whose linear layers are packed, its report, and how it is saved."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowbitq.models.decoder import Model
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq import _core
+from lowbitq.checkpoints import PackedFolder, open_checkpoint
+from lowbitq.checkpoints.packed import (
+    narrowest,
+    new_folder,
+    quantization_config,
+    write_arrays,
+    write_json,
+)
+from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.models.decoder import AnyLinear, Model
+from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
+from lowbitq.rotations import Rotation
+from lowbitq.tensors import QuantizedTensor
+
+HEAD = OUTER_NAMES["head"][0].removesuffix(".weight")
+RESIDUAL_ROTATION = "model.residual_rotation"
 
 
 @dataclass(eq=False, repr=False)
@@ -14,8 +37,8 @@ class QuantizedModel(Model):
 
     Attributes
     ----------
-    plan : Plan or None
-        What `compress` was asked to do.
+    plan : Plan, dict or None
+        What `compress` was asked to do; of a loaded model, the contents of ``plan.json``.
     records : dict of str to dict
         What `compress` noted about each linear layer: ``format``, ``bits_per_weight``,
         ``relative_error``, ``seconds`` and whatever else.
@@ -35,6 +58,139 @@ class QuantizedModel(Model):
             self.bits_per_weight,
             self.nbytes,
         )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model as a folder that `load` opens, with the same logits to the last bit.
+
+        It holds ``config.json``, ``model.safetensors``, the tokenizer's files, ``plan.json``,
+        ``report.json``, ``provenance.json`` and ``checksums.json``, and appears complete or not
+        at all; a model saved there before is replaced in one step.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Absent, an empty folder, or a model saved before with nothing added to it.
+
+        Raises
+        ------
+        FileExistsError
+            If `path` is something else, which is left alone.
+        OSError
+            If something cannot be written; names it, and leaves nothing behind.
+        """
+        arrays: dict[str, NDArray[Any]] = {}
+        for field_name, name in (("embedding", "embedding"), ("final_norm", "final_norm")):
+            arrays[OUTER_NAMES[name][0]] = narrowest(getattr(self, field_name))
+        for i, block in enumerate(self.blocks):
+            for field_name, (name, _) in NORM_NAMES.items():
+                if (gain := getattr(block, field_name)) is not None:
+                    arrays[HF_BLOCK.format(i, name) + ".weight"] = narrowest(gain)
+        layers: dict[str, Any] = {}
+        heads = [] if self.head is None else [(HEAD, self.head)]
+        for name, linear in [*self.linears(), *heads]:
+            layers[name] = split_linear(linear, name, arrays)
+        config = self.config.to_hf() | quantization_config(
+            bits_per_weight=self.bits_per_weight,
+            residual_rotation=_split_rotation(self.residual_rotation, RESIDUAL_ROTATION, arrays),
+            layers=layers,
+        )
+        report = self.report()
+        with new_folder(path) as folder:
+            write_arrays(folder / "model.safetensors", arrays)
+            write_json(folder / "config.json", config)
+            write_json(
+                folder / "report.json",
+                {
+                    "bits_per_weight": report.bits_per_weight,
+                    "nbytes": report.nbytes,
+                    "layers": report.layers,
+                },
+            )
+            write_json(folder / "provenance.json", _provenance(self.provenance))
+            if self.plan is not None:
+                plan = self.plan if isinstance(self.plan, Mapping) else self.plan.to_dict()
+                write_json(folder / "plan.json", plan)
+            if self.tokenizer is not None:
+                self.tokenizer.save(folder)
+
+
+def split_linear(linear: AnyLinear, name: str, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
+    """Put the arrays of a layer into `arrays`, under its name; return the rest, fit for JSON."""
+    if isinstance(linear, Linear):
+        own: dict[str, NDArray[Any]] = {"weight": narrowest(linear.weight)}
+        fields: dict[str, Any] = {}
+    else:
+        own, tensor = linear.tensor.to_arrays()
+        fields = {"tensor": tensor, "activation_bits": linear.activation_bits}
+    if linear.bias is not None:
+        own["bias"] = narrowest(linear.bias)
+    arrays |= {f"{name}.{part}": array for part, array in own.items()}
+    if linear.rotation is not None:
+        fields["rotation"] = _split_rotation(linear.rotation, f"{name}.rotation", arrays)
+    return fields
+
+
+def join_linear(folder: PackedFolder, name: str, fields: Mapping[str, Any]) -> AnyLinear:
+    """Make the layer that `split_linear` split; packed arrays stay mapped.
+
+    Raises
+    ------
+    AttributeError, KeyError, TypeError, ValueError
+        If arrays and fields do not fit together.
+    """
+    bias = folder.load(f"{name}.bias") if f"{name}.bias" in folder.tensors else None
+    rotation = join_rotation(folder, f"{name}.rotation", fields.get("rotation"))
+    if "tensor" not in fields:
+        return Linear(folder.load(f"{name}.weight"), bias, rotation)
+    parts = [part for part in ("panels", "levels") if f"{name}.{part}" in folder.tensors]
+    tensor = QuantizedTensor.from_arrays(
+        {part: folder.view(f"{name}.{part}") for part in parts}, fields["tensor"]
+    )
+    return QuantizedLinear(tensor, bias, rotation, fields["activation_bits"])
+
+
+def _split_rotation(
+    rotation: Rotation | None, name: str, arrays: dict[str, NDArray[Any]]
+) -> dict[str, Any] | None:
+    if rotation is None:
+        return None
+    arrays |= {f"{name}.{part}": array for part, array in rotation.to_arrays().items()}
+    return rotation.to_dict()
+
+
+def join_rotation(
+    folder: PackedFolder, name: str, fields: Mapping[str, Any] | None
+) -> Rotation | None:
+    """Make the rotation that a saved folder describes; None of None."""
+    if fields is None:
+        return None
+    matrix = f"{name}.matrix"
+    arrays = {"matrix": folder.load(matrix)} if matrix in folder.tensors else {}
+    return Rotation.from_dict(fields, arrays)
+
+
+def _provenance(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of the weights' origin, their digest, and what this process runs on."""
+    result = dict(known)
+    if "source_sha256" not in result and os.path.exists(result.get("source", "")):
+        result["source_sha256"] = open_checkpoint(result["source"]).sha256()
+    config = _core.config()
+    result["saved_by"] = {
+        "lowbitq": _version(),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "isa": config["isa"],
+        "threads": config["threads"],
+    }
+    return result
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("lowbitq")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree
+        return None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,248 @@
+"""Saved models come back with the same bits, or an error that says what is wrong with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from golden import tiny_models
+
+from lowbitq import FormatError, quantize
+from lowbitq.checkpoints import packed
+from lowbitq.linears import QuantizedLinear
+from lowbitq.models import Model, QuantizedModel, load
+from lowbitq.rotations import rotate
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+
+FORMATS = ["int4g64", "int2g32sym", "int3", "ternaryg64", "kmeans4g16", "int4g64s8", "nf4g64"]
+
+
+def compress(model, formats=FORMATS, keep=(), **options):
+    """Round every layer to one of the formats in turn; those named in `keep` stay as they are."""
+    parts = {
+        field.name: getattr(model.copy(), field.name)
+        for field in dataclasses.fields(Model)
+        if field.init
+    }
+    result = QuantizedModel(**parts, **options)
+    for i, (name, linear) in enumerate(list(model.linears())):
+        if name.split(".")[-1] not in keep:
+            tensor = quantize(linear.weight, formats[i % len(formats)], range="minmax")
+            result.replace_linear(name, QuantizedLinear(tensor, linear.bias, linear.rotation))
+    return result
+
+
+def tiny(name, folder, kind="hadamard", **options):
+    (folder / "source").mkdir()
+    model = load(tiny_models.write_folder(name, folder / "source"))
+    return compress(rotate(model, kind, seed=3), **options)
+
+
+def bits_of(array):
+    return np.asarray(array, np.float32).view(np.uint32)
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal", "none"])
+@pytest.mark.parametrize("name", list(tiny_models.MODELS))
+def test_logits_come_back_to_the_last_bit(tmp_path, name, kind):
+    model, tokens = tiny(name, tmp_path, kind, keep=["k_proj"]), tiny_models.tokens_of(name)
+
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+
+    assert isinstance(loaded, QuantizedModel)
+    assert loaded.config == model.config
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
+    assert loaded.bits_per_weight == model.bits_per_weight
+    assert repr(loaded) == repr(model)
+
+
+def test_a_packed_head_comes_back(tmp_path):
+    model, tokens = tiny("llama3", tmp_path), tiny_models.tokens_of("llama3")
+    model.head = QuantizedLinear(quantize(model.head.weight, "int8g16"))
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert isinstance(loaded.head, QuantizedLinear)
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
+
+
+def test_saving_what_was_loaded_changes_nothing(tmp_path):
+    tiny("qwen3", tmp_path, plan={"seed": 1}).save(tmp_path / "a")
+    load(tmp_path / "a").save(tmp_path / "b")
+    load(tmp_path / "b").save(tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
+def test_packed_weights_stay_mapped(tmp_path):
+    tiny("llama", tmp_path).save(tmp_path / "saved")
+    for _, linear in load(tmp_path / "saved").linears():
+        panels = linear.tensor.panels
+        assert not panels.flags.owndata
+        assert panels.ctypes.data % 64 == 0
+
+
+def test_what_is_known_of_a_model_comes_back(tmp_path):
+    name = "model.layers.0.mlp.up_proj"
+    records = {name: {"relative_error": np.float32(0.25), "seconds": 1.5, "format": "int2g32sym"}}
+    plan = {"seed": 7, "layers": {name: "int2g32sym"}}
+    model = tiny("llama", tmp_path, plan=plan, records=records)
+    model.provenance["seed"] = 7
+
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+
+    assert loaded.plan == plan
+    assert str(loaded.report()) == str(model.report())
+    assert loaded.provenance["seed"] == 7
+    assert loaded.provenance["source"] == str(tmp_path / "source")
+    digest = hashlib.sha256((tmp_path / "source" / "model.safetensors").read_bytes()).hexdigest()
+    assert loaded.provenance["source_sha256"] == {"model.safetensors": digest}
+    assert loaded.provenance["saved_by"]["numpy"] == np.__version__
+
+
+def test_the_embedding_takes_no_more_than_it_must(tmp_path):
+    model = tiny("llama", tmp_path)
+    for dtype, values in {
+        "F32": model.embedding,
+        "F16": model.embedding.astype(np.float16).astype(np.float32),
+        "BF16": (bits_of(model.embedding) & np.uint32(0xFFFF0000)).view(np.float32) * 2.0**100,
+    }.items():
+        model.embedding = values
+        model.save(tmp_path / "saved")
+        folder = packed.read_packed(tmp_path / "saved")
+        assert folder.tensors["model.embed_tokens.weight"].dtype == dtype
+        assert np.array_equal(bits_of(load(tmp_path / "saved").embedding), bits_of(values))
+
+
+def test_another_process_reads_the_same(tmp_path):
+    model, tokens = tiny("qwen2", tmp_path), tiny_models.tokens_of("qwen2")
+    model.save(tmp_path / "saved")
+    program = """
+import sys, numpy as np, lowbitq
+from lowbitq.models import load
+logits = load(sys.argv[1]).logits(np.array(sys.argv[2].split(), np.int32))
+sys.stdout.buffer.write(logits.tobytes())
+"""
+    arguments = [str(tmp_path / "saved"), " ".join(map(str, tokens))]
+    command = [sys.executable, "-c", program, *arguments]
+    result = subprocess.run(command, capture_output=True, check=True, cwd=ROOT)
+    assert result.stdout == model.logits(tokens).tobytes()
+
+
+def test_format_version_1_is_read_for_ever():
+    """A folder as the first version wrote it; made once, by golden/make_packed_v1.py."""
+    expected = np.load(GOLDEN / "packed_v1.npz")
+    model = load(GOLDEN / "packed_v1")
+    for name, linear in model.linears():
+        tensor = linear.tensor
+        assert np.array_equal(tensor.codes, expected[f"{name}.codes"])
+        assert np.array_equal(tensor.scale, expected[f"{name}.scale"])
+        assert np.array_equal(tensor.offset, expected[f"{name}.offset"])
+        if tensor.levels is not None:
+            assert np.array_equal(tensor.levels, expected[f"{name}.levels"])
+    # The same sums in float32, perhaps on another machine: 1e-4 as between two implementations.
+    difference = abs(model.logits(expected["tokens"]) - expected["logits"]).max()
+    assert difference < 1e-4 * abs(expected["logits"]).max()
+    assert model.residual_rotation is not None
+    assert model.plan == {"seed": 3}
+
+
+# Damage
+
+
+def test_every_damaged_file_is_named(tmp_path):
+    saved = tmp_path / "saved"
+    tiny("llama", tmp_path, plan={"seed": 1}).save(saved)
+    for path in sorted(saved.iterdir()):
+        intact = path.read_bytes()
+        for damaged in (intact[: len(intact) // 2], b"", b"\x89PNG" + intact[4:]):
+            path.write_bytes(damaged)
+            with pytest.raises(FormatError, match=rf"{path.name}, byte \d+: "):
+                load(saved)
+        path.unlink()
+        with pytest.raises((FormatError, FileNotFoundError), match=path.name):
+            load(saved)
+        path.write_bytes(intact)
+    load(saved)
+
+
+LAYER = "model.layers.1.mlp.down_proj"
+FORGERIES = {
+    "no layers": (lambda entry: entry.pop("layers"), "'layers'"),
+    "no layer": (lambda entry: entry["layers"].pop(LAYER), LAYER),
+    "no object": (lambda entry: entry["layers"].update({LAYER: 3}), LAYER),
+    "no fields": (lambda entry: entry["layers"][LAYER].pop("activation_bits"), "activation_bits"),
+    "other rows": (
+        lambda entry: entry["layers"][LAYER]["tensor"].update(rows=47),
+        rf"{LAYER}: shape is \(47, 88\), expected \(48, 88\)",
+    ),
+    "other size": (lambda entry: entry["layers"][LAYER]["tensor"].update(cols=9), LAYER),
+    "format": (lambda entry: entry["layers"][LAYER]["tensor"].update(format="int9"), LAYER),
+    "rotation": (lambda entry: entry["layers"][LAYER]["rotation"].update(n=7), LAYER),
+    "residual": (lambda entry: entry["residual_rotation"].pop("n"), "residual_rotation"),
+}
+
+
+@pytest.mark.parametrize("case", FORGERIES)
+def test_contradictions_are_named(tmp_path, case):
+    """Even where someone made the checksums fit."""
+    change, message = FORGERIES[case]
+    tiny("llama", tmp_path, formats=["int4g64"]).save(tmp_path / "saved")
+    saved = tmp_path / "saved"
+    config = json.loads((saved / "config.json").read_text())
+    change(config["quantization_config"])
+    (saved / "config.json").write_text(json.dumps(config))
+    (saved / "checksums.json").unlink()
+    files = {file.name: packed._sections(file) for file in sorted(saved.iterdir())}
+    packed.write_json(saved / "checksums.json", packed._listing(files))
+
+    with pytest.raises(FormatError, match=message):
+        load(saved)
+
+
+def test_a_disk_that_fails_loses_nothing(tmp_path, monkeypatch):
+    model = tiny("llama", tmp_path)
+    model.save(tmp_path / "saved")
+    monkeypatch.setattr(packed.os, "fsync", failing)
+
+    for path in (tmp_path / "saved", tmp_path / "fresh"):
+        with pytest.raises(OSError, match="No space left on device") as error:
+            model.save(path)
+        assert error.value.filename == str(path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "source"]
+    load(tmp_path / "saved")
+
+
+def failing(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.model
+def test_smollm2_comes_back_to_the_last_bit(smollm2, tmp_path):
+    model = compress(rotate(load(smollm2), seed=1), formats=["int4g64"])
+    tokens = model.tokenizer.encode("The capital of France is")
+
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
+    text = "Grüße, 世界 🙂\n  def f(x):"
+    assert np.array_equal(loaded.tokenizer.encode(text), model.tokenizer.encode(text))
+    messages = [{"role": "user", "content": "Hi"}]
+    assert loaded.tokenizer.chat(messages) == model.tokenizer.chat(messages)
+    assert loaded.tokenizer.eos_ids == model.tokenizer.eos_ids
+    # 4.5 bits for each of 106 million weights, 2 bytes for each of 28 million of the embedding
+    size = (tmp_path / "saved" / "model.safetensors").stat().st_size
+    assert size < 1.01 * (106_168_320 * 4.5 / 8 + 28_311_552 * 4)

@@ -15,6 +15,8 @@ except ImportError as error:
         "pip install -e ."
     ) from error
 from lowbitq import _core
+from lowbitq.calibration import Massive, Statistics, calibrate
+from lowbitq.compression import Step, compress
 from lowbitq.evaluation import (
     Divergence,
     Estimate,
@@ -28,6 +30,7 @@ from lowbitq.evaluation import (
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
+from lowbitq.plans import Plan
 from lowbitq.quantizers import dequantize, quantize
 from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
@@ -40,16 +43,22 @@ __all__ = [
     "Format",
     "FormatError",
     "Linear",
+    "Massive",
     "Model",
     "ModelConfig",
     "NumericalError",
     "Perplexity",
+    "Plan",
     "QuantizedLinear",
     "QuantizedModel",
     "QuantizedTensor",
     "Rotation",
+    "Statistics",
+    "Step",
     "Tokenizer",
     "agreement",
+    "calibrate",
+    "compress",
     "dequantize",
     "evaluate",
     "kl_divergence",

@@ -29,7 +29,7 @@ C_BELOW = {
 # the root ("") below everything but the command line, which uses what every program uses.
 # fmt: off
 PYTHON_ORDER = [
-    "_core", "formats", "tensors", "grids", "quantizers", "rotations", "linears",
+    "_core", "formats", "tensors", "grids", "quantizers", "gptq", "rotations", "linears",
     "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors", "checkpoints.packed",
     "checkpoints",
     "generation", "models.config", "models.chat", "models.vocabulary", "models.tokenizer",

@@ -1,0 +1,225 @@
+"""GPTQ of one matrix: rounding in which later columns absorb the error of earlier ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq import _core
+from lowbitq.formats import Format
+from lowbitq.quantizers import core_options, fit_shared
+from lowbitq.tensors import QuantizedTensor
+
+ORDERS = ("none", "act", "group")
+
+# Columns between two matrix products: their square of R stays in the first-level cache.
+_BLOCK = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """What error feedback needs to know about a layer's inputs; made by `feedback`.
+
+    Attributes
+    ----------
+    hessian : ndarray of shape (cols, cols), float64
+        As given, not copied.
+    order : ndarray of shape (cols,), int64, or None
+        The order in which columns are rounded.
+    factor : ndarray of shape (cols, cols), float64
+        R of ``H + damping I = R D R^T`` in that order, unit upper triangular.
+    keeps_groups : bool
+        Whether the order keeps the columns of a group together.
+    damping : float
+        What was added to the diagonal, in its unit.
+    retries : int
+        How often the damping was raised tenfold before the factorisation succeeded.
+    dead : ndarray of shape (cols,), bool
+        Columns whose input is always zero.
+    """
+
+    hessian: NDArray[np.float64] = field(repr=False)
+    order: NDArray[np.int64] | None = field(repr=False)
+    factor: NDArray[np.float64] = field(repr=False)
+    keeps_groups: bool
+    damping: float
+    retries: int
+    dead: NDArray[np.bool_] = field(repr=False)
+
+
+def feedback(
+    hessian: NDArray[np.float64],
+    *,
+    group: int | None = None,
+    order: str = "group",
+    damping: float = 0.01,
+    damping_by: str = "mean",
+) -> Feedback:
+    """Factor the Hessian of a layer; all layers that read the same input share the result.
+
+    Parameters
+    ----------
+    hessian : ndarray of shape (cols, cols), float64, C-contiguous
+        ``sum_t x_t x_t^T`` over inputs x_t, on and above the diagonal; the rest is not read. Its
+        scale does not matter.
+    group : int or None, default=None
+        Columns that share a scale in the format to come.
+    order : {"group", "act", "none"}, default="group"
+        ``"act"``: columns by falling diagonal, so that those that matter most are rounded while
+        most others can still absorb their error; scales are then fitted beforehand. ``"group"``:
+        groups by the sum of their diagonal, columns by diagonal within each, so that a group's
+        scale is fitted when its turn comes. ``"none"``: as they stand.
+    damping : float, default=0.01
+        What is added to the diagonal, relative to a typical entry of it. Raised tenfold until the
+        factorisation succeeds.
+    damping_by : {"mean", "median"}, default="mean"
+        The typical entry. The median is not misled by a few massive inputs.
+
+    Returns
+    -------
+    Feedback
+
+    Raises
+    ------
+    ValueError
+        If the Hessian is not square or has a NaN, an infinity or a negative diagonal entry.
+    NumericalError
+        If no damping makes it positive definite.
+
+    References
+    ----------
+    E. Frantar, S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate Post-Training Quantization
+    for Generative Pre-trained Transformers", 2023.
+
+    Examples
+    --------
+    >>> feedback(np.diag([4.0, 1.0, 9.0]), order="act").order
+    array([2, 0, 1])
+    """
+    if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
+        raise ValueError(f"hessian has shape {hessian.shape}, expected (cols, cols)")
+    if damping_by not in ("mean", "median"):
+        raise ValueError(f"damping_by is {damping_by!r}, expected 'mean' or 'median'")
+    diagonal = np.diagonal(hessian)
+    columns = _order(diagonal, group or len(diagonal), order)
+    factor = np.empty_like(hessian)
+    report = _core.gptq_factor(
+        hessian, columns, factor, damping=damping, median=damping_by == "median"
+    )
+    keeps = order != "act"
+    return Feedback(
+        hessian, columns, factor, keeps, report["damping"], report["retries"], diagonal == 0
+    )
+
+
+def _order(diagonal: NDArray[np.float64], group: int, order: str) -> NDArray[np.int64] | None:
+    if order not in ORDERS:
+        raise ValueError(f"order is {order!r}, expected one of {', '.join(map(repr, ORDERS))}")
+    if order == "none":
+        return None
+    by_column = np.argsort(-diagonal, kind="stable")
+    if order == "act" or group >= len(diagonal):
+        return by_column
+    of_group = np.arange(len(diagonal)) // group
+    mean = np.bincount(of_group, diagonal) / np.bincount(of_group)
+    rank = np.argsort(np.argsort(-mean, kind="stable"), kind="stable")
+    return by_column[np.argsort(rank[of_group[by_column]], kind="stable")]
+
+
+def gptq(
+    weight: NDArray[np.float32],
+    inputs: Feedback,
+    format: Format | str,
+    *,
+    range: str = "mse",
+    norm: float = 2.0,
+    importance: bool = True,
+    arithmetic: str = "float32",
+) -> tuple[QuantizedTensor, float]:
+    """Round a weight matrix so that the layer's outputs change least.
+
+    Minimises ``tr(E H E^T)``, E the error of the weights, column by column.
+
+    Parameters
+    ----------
+    weight : ndarray of shape (rows, cols), float32, C-contiguous
+        Left unchanged.
+    inputs : Feedback
+        Of the layer's inputs, made for the same group.
+    format : Format or str
+        For example ``"int3g64"``.
+    range : str, default="mse"
+        How scales are found; see `lowbitq.quantize`.
+    norm : float, default=2.0
+        Exponent of the errors that ``range="mse"`` sums.
+    importance : bool, default=True
+        Whether those errors are weighted by the diagonal of the Hessian.
+    arithmetic : {"float32", "float64"}, default="float32"
+        Of the feedback. The factorisation is in float64 always.
+
+    Returns
+    -------
+    tensor : QuantizedTensor
+    error : float
+        ``tr(E H E^T) / tr(W H W^T)``, the relative squared error of the outputs.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, or `weight` has a NaN or an infinity.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.standard_normal((256, 64)) @ rng.standard_normal((64, 64))
+    >>> weight = rng.standard_normal((8, 64), dtype=np.float32)
+    >>> tensor, error = gptq(weight, feedback(x.T @ x), "int3g64")
+    >>> tensor.shape, error < 0.03
+    ((8, 64), True)
+    """
+    format = Format.parse(format)
+    if arithmetic not in ("float32", "float64"):
+        raise ValueError(f"arithmetic is {arithmetic!r}, expected 'float32' or 'float64'")
+    cols = len(inputs.dead)
+    if weight.ndim != 2 or weight.shape[1] != cols:
+        raise ValueError(f"weight has shape {weight.shape}, inputs have {cols} columns")
+    live = np.where(inputs.dead, np.float32(0), weight)
+    diagonal = np.diagonal(inputs.hessian).astype(np.float32) if importance else None
+    shared = fit_shared(live, format, range=range, importance=diagonal, norm=norm)
+    codes = np.empty(live.shape, np.uint8)
+    scale = np.full((len(live), format.groups(cols)), shared.gamma, np.float32)
+    offset = -np.float32(shared.zero) * scale
+    options = core_options(format, shared, range=range, norm=norm)
+    options["group"] = format.group or cols
+    fixed = format.per_tensor
+    if not (fixed or inputs.keeps_groups):
+        _core.quantize(live, diagonal, shared.levels, codes, scale, offset, fixed=False, **options)
+        fixed = True
+    _core.gptq(
+        inputs.factor,
+        inputs.order,
+        live,
+        diagonal,
+        shared.levels,
+        codes,
+        scale,
+        offset,
+        fixed=fixed,
+        block=_BLOCK,
+        float64=arithmetic == "float64",
+        **options,
+    )
+    tensor = QuantizedTensor.pack(
+        format,
+        codes,
+        None if format.per_tensor else scale,
+        None if format.symmetric or format.per_tensor else offset,
+        levels=shared.levels,
+        gamma=shared.gamma,
+        zero=shared.zero,
+    )
+    size = _core.hessian_error(inputs.hessian, live)
+    error = _core.hessian_error(inputs.hessian, live - tensor.dequantize())
+    return tensor, error / size if size > 0 else 0.0

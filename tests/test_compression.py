@@ -1,0 +1,243 @@
+"""compress(): what comes out, and what is left after a kill."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from random_model import random_model, random_tokens
+
+from lowbitq._core import FormatError
+from lowbitq.calibration import calibrate
+from lowbitq.compression import compress, default_text
+from lowbitq.linears import QuantizedLinear
+from lowbitq.models.quantized import QuantizedModel
+from lowbitq.plans import Plan
+
+TOKENS = random_tokens(8 * 64).reshape(8, 64)
+HELD_OUT = random_tokens(64, seed=1)
+
+
+def assert_same(one, two):
+    for (name, a), (_, b) in zip(one.linears(), two.linears(), strict=True):
+        assert np.array_equal(a.tensor.panels, b.tensor.panels), name
+    assert [r["sha256"] for r in one.records.values()] == [
+        r["sha256"] for r in two.records.values()
+    ]
+
+
+def divergence(model, reference):
+    """Mean KL divergence of the predictions, in nats."""
+    log_p, log_q = (
+        x - np.log(np.exp(x).sum(1, keepdims=True))
+        for x in (m.logits(HELD_OUT).astype(np.float64) for m in (reference, model))
+    )
+    return (np.exp(log_p) * (log_p - log_q)).sum(1).mean()
+
+
+@pytest.mark.parametrize("rotation", ["none", "hadamard", "orthogonal"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_eight_bits_change_little(method, rotation):
+    model = random_model()
+    before = model.logits(HELD_OUT)
+    small = compress(
+        model, "int8g32", text=TOKENS, method=method, rotation=rotation, activation_bits=None
+    )
+    assert isinstance(small, QuantizedModel)
+    assert all(isinstance(linear, QuantizedLinear) for _, linear in small.linears())
+    assert np.array_equal(model.logits(HELD_OUT), before), "the given model has changed"
+    assert divergence(small, model) < 1e-3
+    assert small.plan.method == method
+    assert small.bits_per_weight == pytest.approx(9, abs=0.01)
+
+
+def test_feedback_beats_rounding():
+    model = random_model()
+    errors = {
+        method: divergence(compress(model, "int3g32", text=TOKENS, method=method), model)
+        for method in ("rtn", "gptq")
+    }
+    assert errors["gptq"] < errors["rtn"]
+
+
+@pytest.mark.parametrize("options", [
+    {"order": "act"}, {"order": "none"}, {"damping_by": "median"}, {"importance": False},
+    {"arithmetic": "float64"}, {"first_tokens": 0}, {"range": "minmax"}, {"norm": 2.4},
+])  # fmt: skip
+def test_options_reach_the_core(options):
+    model = random_model(layers=1)
+    base = compress(model, "int3g32", text=TOKENS)
+    other = compress(model, "int3g32", text=TOKENS, **options)
+    if options != {"arithmetic": "float64"}:
+        assert base.records != other.records
+    assert divergence(other, model) < 1
+
+
+@pytest.mark.parametrize("format", [
+    "int4", "int4tensor", "int4tensorsym", "int4g32s8", "int2g32s4", "ternaryg64", "binary",
+    "nf4g64", "log3g32", "kmeans2g64",
+])  # fmt: skip
+@pytest.mark.parametrize("order", ["group", "act"])
+def test_every_kind_of_format(format, order):
+    model = random_model(layers=1)
+    small = compress(model, format, text=TOKENS, order=order)
+    errors = [record["relative_error"] for record in small.records.values()]
+    assert min(errors) > 0
+    assert max(errors) < 0.6
+    assert np.isfinite(small.logits(HELD_OUT)).all()
+
+
+def test_formats_follow_the_plan():
+    model = random_model()
+    plan = Plan.uniform(model, "int4g32", overrides={"*.q_proj": "int2g64"})
+    small = compress(model, plan, text=TOKENS)
+    for name, linear in small.linears():
+        expected = "int2g64" if name.endswith("q_proj") else "int4g32"
+        assert str(linear.tensor.format) == expected == small.records[name]["format"]
+
+
+def test_records_hold_the_errors_of_the_outputs():
+    """Of block 0, whose inputs are those of the float model."""
+    model = random_model()
+    small = compress(model, "int3g32", text=TOKENS, rotation="none", first_tokens=0)
+    taps = {}
+    inputs = []
+    for row in TOKENS:
+        model.block_forward(0, model.embed(row), taps)
+        inputs.append(taps["down"].copy())
+    x = np.concatenate(inputs).astype(np.float64)
+    weight = model.blocks[0].linears["down_proj"].weight
+    error = weight - small.blocks[0].linears["down_proj"].tensor.dequantize()
+    expected = ((x @ error.T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
+    record = small.records["model.layers.0.mlp.down_proj"]
+    assert record["relative_error"] == pytest.approx(expected, rel=1e-3)
+    assert record["damping"] == pytest.approx(0.01 * (x**2).sum(0).mean(), rel=1e-4)
+    assert (record["retries"], record["dead"]) == (0, 0)
+
+
+def test_blocks_see_the_quantized_prefix():
+    """Block 1's error is smallest on what block 0, quantized, sends it."""
+    model = random_model(layers=2)
+    whole = compress(model, "int2g32", text=TOKENS, rotation="none")
+    alone = Plan.uniform(
+        model, "int2g32", rotation="none", overrides={"model.layers.0.*": "int8g32"}
+    )
+    other = compress(model, alone, text=TOKENS)
+    name = "model.layers.1.mlp.up_proj"
+    assert whole.records[name]["sha256"] != other.records[name]["sha256"]
+
+
+def test_statistics_bring_their_tokens():
+    model = random_model()
+    stats = calibrate(model, TOKENS)
+    assert_same(compress(model, "int4g32", stats), compress(model, "int4g32", text=TOKENS))
+    with pytest.raises(TypeError, match="text and stats"):
+        compress(model, "int4g32", stats, text=TOKENS)
+
+
+def test_progress_reports_each_layer():
+    steps = []
+    small = compress(random_model(), "int4g32", text=TOKENS, progress=steps.append)
+    assert [step.done for step in steps] == list(range(1, 22))
+    assert {step.total for step in steps} == {21}
+    assert {step.layer: step.record for step in steps} == small.records
+
+
+def test_progress_bar(capsys):
+    compress(random_model(layers=1), "int4g32", text=TOKENS, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "7/7" in shown.err
+    assert "error" in shown.err
+    compress(random_model(layers=1), "int4g32", text=TOKENS)
+    assert capsys.readouterr().err == ""
+
+
+def test_refusals():
+    model = random_model()
+    with pytest.raises(TypeError, match="'seed' belongs into the plan"):
+        compress(model, Plan.uniform(model, "int4g32"), text=TOKENS, seed=1)
+    with pytest.raises(ValueError, match="the plan is for another model"):
+        compress(model, Plan.uniform(random_model(layers=2), "int4g32"), text=TOKENS)
+    with pytest.raises(ValueError, match="unknown format"):
+        compress(model, "int9g32", text=TOKENS)
+    with pytest.raises(TypeError, match="colour"):
+        compress(model, "int4g32", text=TOKENS, colour="red")
+    with pytest.raises(ValueError, match="need at least 67"):
+        compress(model, "int4g32", text=np.arange(50), samples=4, window=64)
+    small = compress(model, "int4g32", method="rtn")
+    with pytest.raises(ValueError, match="already"):
+        compress(small, "int4g32", text=TOKENS)
+    model.blocks[1].linears["q_proj"].weight[3, 4] = np.nan
+    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj has a NaN .* at \[3, 4\]"):
+        compress(model, "int4g32", text=TOKENS)
+
+
+def test_the_default_text_is_long():
+    assert len(default_text()) > 300_000
+
+
+# --- work_dir -------------------------------------------------------------------------------------
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from test_compression import TOKENS, compress, random_model
+
+def progress(step):
+    if step.done == 16:  # in the third block, the second being on disk
+        os.kill(os.getpid(), signal.SIGKILL)
+
+compress(random_model(layers=4), "int3g32", text=TOKENS, work_dir=sys.argv[1], progress=progress)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path):
+    model = random_model(layers=4)
+    work = tmp_path / "work"
+    tests = str(Path(__file__).parent)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(work), tests], env=environment, check=False
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(p.name for p in work.glob("*.npz")) == ["block_0000.npz", "block_0001.npz"]
+
+    before = (work / "block_0001.npz").stat().st_mtime_ns
+    resumed = compress(model, "int3g32", text=TOKENS, work_dir=work)
+
+    assert (work / "block_0001.npz").stat().st_mtime_ns == before
+    whole = compress(model, "int3g32", text=TOKENS)
+    assert_same(resumed, whole)
+    assert np.array_equal(resumed.logits(HELD_OUT), whole.logits(HELD_OUT))
+    assert_same(compress(model, "int3g32", text=TOKENS, work_dir=work), whole)
+
+
+def test_work_of_something_else_is_refused(tmp_path):
+    model = random_model(layers=1)
+    compress(model, "int3g32", text=TOKENS, work_dir=tmp_path)
+    with pytest.raises(ValueError, match="made with other plan; remove it"):
+        compress(model, "int4g32", text=TOKENS, work_dir=tmp_path)
+    with pytest.raises(ValueError, match="made with other tokens"):
+        compress(model, "int3g32", text=TOKENS[:4], work_dir=tmp_path)
+    with pytest.raises(ValueError, match="made with other weights"):
+        compress(random_model(seed=1, layers=1), "int3g32", text=TOKENS, work_dir=tmp_path)
+
+
+def test_damaged_work_is_an_error(tmp_path):
+    model = random_model(layers=1)
+    compress(model, "int3g32", text=TOKENS, work_dir=tmp_path)
+    path = tmp_path / "block_0000.npz"
+    whole = path.read_bytes()
+    for damaged in (whole[:-100], whole[:2000], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(FormatError, match="block_0000"):
+            compress(model, "int3g32", text=TOKENS, work_dir=tmp_path)
+    np.savez(path, about=np.array("{}"))
+    with pytest.raises(FormatError, match="block_0000"):
+        compress(model, "int3g32", text=TOKENS, work_dir=tmp_path)

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from golden import tiny_models
 
-from lowbitq import FormatError, quantize
+import lowbitq
+from lowbitq import FormatError, Plan, quantize
 from lowbitq.checkpoints import packed
 from lowbitq.linears import QuantizedLinear
 from lowbitq.models import Model, QuantizedModel, load
@@ -109,6 +110,20 @@ def test_what_is_known_of_a_model_comes_back(tmp_path):
     digest = hashlib.sha256((tmp_path / "source" / "model.safetensors").read_bytes()).hexdigest()
     assert loaded.provenance["source_sha256"] == {"model.safetensors": digest}
     assert loaded.provenance["saved_by"]["numpy"] == np.__version__
+
+
+def test_what_compress_makes_can_be_kept(tmp_path):
+    (tmp_path / "source").mkdir()
+    source = load(tiny_models.write_folder("llama", tmp_path / "source"))
+    tokens = tiny_models.tokens_of("llama")
+    model = lowbitq.compress(source, "int4g32", method="rtn", seed=5)
+
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
+    assert Plan(**loaded.plan) == model.plan
+    assert str(loaded.report()) == str(model.report())
 
 
 def test_the_embedding_takes_no_more_than_it_must(tmp_path):

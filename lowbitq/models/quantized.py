@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,8 @@ class QuantizedModel(Model):
     Attributes
     ----------
     plan : Plan, dict or None
-        What `compress` was asked to do; of a loaded model, the contents of ``plan.json``.
+        What `compress` was asked to do; of a loaded model a dict, of which ``Plan(**plan)`` makes
+        the Plan again.
     records : dict of str to dict
         What `compress` noted about each linear layer: ``format``, ``bits_per_weight``,
         ``relative_error``, ``seconds`` and whatever else.
@@ -108,7 +109,7 @@ class QuantizedModel(Model):
             )
             write_json(folder / "provenance.json", _provenance(self.provenance))
             if self.plan is not None:
-                plan = self.plan if isinstance(self.plan, Mapping) else self.plan.to_dict()
+                plan = self.plan if isinstance(self.plan, dict) else asdict(self.plan)
                 write_json(folder / "plan.json", plan)
             if self.tokenizer is not None:
                 self.tokenizer.save(folder)

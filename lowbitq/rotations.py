@@ -326,12 +326,14 @@ def hadamard_orders(n: int) -> tuple[int, ...]:
 
 @cache
 def _bases(orders: tuple[int, ...]) -> Float32:
-    """The base matrices one after the other: shared by all rotations of these orders."""
-    bases = np.empty(sum(c * c for c in orders), np.float32)
+    """Each base matrix and its transpose: one array for all rotations of these orders."""
+    bases = np.empty(2 * sum(c * c for c in orders), np.float32)
     at = 0
     for c in orders:
-        _core.hadamard_base(bases[at : at + c * c].reshape(c, c))
-        at += c * c
+        pair = bases[at : at + 2 * c * c].reshape(2, c, c)
+        _core.hadamard_base(pair[0])
+        pair[1] = pair[0].T
+        at += pair.size
     return bases
 
 

@@ -115,15 +115,13 @@ typedef struct {
     X(hadamard_sylvester,                                                                          \
       void,                                                                                        \
       (ptrdiff_t n, ptrdiff_t count, const float *before, const float *after, float *x))           \
-    /* x (order, lanes) <- after o (B (before o x)), B[i][j] = base[i row_stride + j col_stride],  \
-     * before and after (order, lanes) or NULL for ones. Sums run over j upwards, by fma where B   \
-     * is not +-1, so that the bits are the same everywhere. scratch (order, LBQ_HADAMARD_LANES),  \
-     * 64-byte aligned. */                                                                         \
+    /* x (order, lanes) <- after o (A^T (before o x)), A (order, order) row-major, before and      \
+     * after (order, lanes) or NULL for ones. Sums run over the rows of A from 0 upwards, with an              \
+     * fma where an entry is not +-1, so that the bits are the same everywhere. scratch (order,              \
+     * LBQ_HADAMARD_LANES), 64-byte aligned. */                                                    \
     X(hadamard_base,                                                                               \
       void,                                                                                        \
-      (const float *base,                                                                          \
-       ptrdiff_t row_stride,                                                                       \
-       ptrdiff_t col_stride,                                                                       \
+      (const float *A,                                                                             \
        ptrdiff_t order,                                                                            \
        ptrdiff_t lanes,                                                                            \
        const float *before,                                                                        \

@@ -74,11 +74,11 @@ LBQ_BINDING(hadamard_rotation)
     ptrdiff_t size = 0;
     for (int j = 0; j < hadamard->factors; j++)
         hadamard->orders[j] = (ptrdiff_t)order[j];
-    const lbq_status status = lbq_hadamard_check(hadamard);
+    const lbq_status status = lbq_hadamard_prepare(hadamard);
     if (status != LBQ_OK)
         return lbq_result(module, status);
     for (int j = 0; j < hadamard->factors; j++)
-        size += hadamard->orders[j] * hadamard->orders[j];
+        size += 2 * hadamard->orders[j] * hadamard->orders[j];
     if (bases.dims[0] != size)
         return PyErr_Format(PyExc_ValueError,
                             "hadamard_rotation: bases has size %zd, expected %zd",
@@ -140,7 +140,7 @@ PyMethodDef lbq_methods_rotate[] = {
                "Fill q (n, n) with a Haar-distributed orthogonal matrix.")
     LBQ_METHOD(hadamard_rotation,
                "hadamard_rotation(orders, bases, diagonal, /)\n--\n\n"
-               "Handle of (B_1 (x) ... (x) H) diag(diagonal), diagonal = signs / sqrt(n).")
+               "Handle of (B_1 (x) ... (x) H) diag(diagonal); bases holds B_1, B_1^T, B_2, B_2^T, ...")
     LBQ_METHOD(dense_rotation,
                "dense_rotation(matrix, /)\n--\n\nHandle of an orthogonal matrix (n, n).")
     LBQ_METHOD(rotate,

@@ -8,19 +8,10 @@
 
 #include "kernels/kernels.h"
 
-static ptrdiff_t
-power_of_two(const lbq_hadamard *hadamard)
-{
-    ptrdiff_t rest = hadamard->n;
-    for (int j = 0; j < hadamard->factors; j++)
-        rest /= hadamard->orders[j];
-    return rest;
-}
-
 lbq_status
-lbq_hadamard_check(const lbq_hadamard *hadamard)
+lbq_hadamard_prepare(lbq_hadamard *hadamard)
 {
-    ptrdiff_t rest = hadamard->n;
+    ptrdiff_t rest = hadamard->n, cost = 0;
     LBQ_REQUIRE(rest >= 1, LBQ_BAD_VALUE, "n is %td, expected at least 1", rest);
     for (int j = 0; j < hadamard->factors; j++) {
         const ptrdiff_t order = hadamard->orders[j];
@@ -32,12 +23,17 @@ lbq_hadamard_check(const lbq_hadamard *hadamard)
                     rest,
                     LBQ_MAX_ORDER);
         rest /= order;
+        cost += order;
     }
     LBQ_REQUIRE((rest & (rest - 1)) == 0,
                 LBQ_BAD_VALUE,
                 "n = %td over the product of orders is %td, expected a power of two",
                 hadamard->n,
                 rest);
+    hadamard->length = rest;
+    for (; rest > 1; rest /= 2)
+        cost++;
+    hadamard->cost = cost;
     return LBQ_OK;
 }
 
@@ -50,55 +46,49 @@ lbq_hadamard_scratch(const lbq_hadamard *hadamard)
     return (size_t)largest * LBQ_HADAMARD_LANES;
 }
 
-ptrdiff_t
-lbq_hadamard_cost(const lbq_hadamard *hadamard)
-{
-    ptrdiff_t cost = 0;
-    for (int j = 0; j < hadamard->factors; j++)
-        cost += hadamard->orders[j];
-    for (ptrdiff_t rest = power_of_two(hadamard); rest > 1; rest /= 2)
-        cost++;
-    return cost;
-}
-
 void
 lbq_hadamard_forward(const lbq_hadamard *hadamard, ptrdiff_t rows, float *X, float *scratch)
 {
-    const ptrdiff_t n = hadamard->n, length = power_of_two(hadamard);
+    const ptrdiff_t n = hadamard->n;
     for (float *x = X; x < X + rows * n; x += n) {
-        const float *before = hadamard->diagonal, *B = hadamard->bases;
-        ptrdiff_t block = n;
+        const float *before = hadamard->diagonal, *B_T = hadamard->bases;
+        ptrdiff_t blocks = 1, block = n;
         for (int j = 0; j < hadamard->factors; j++) {
-            const ptrdiff_t c = hadamard->orders[j];
+            const ptrdiff_t c = hadamard->orders[j], lanes = block / c;
+            B_T += c * c;
             for (ptrdiff_t at = 0; at < n; at += block)
                 lbq_kernel.hadamard_base(
-                    B, c, 1, c, block / c, before ? before + at : NULL, NULL, x + at, scratch);
+                    B_T, c, lanes, before ? before + at : NULL, NULL, x + at, scratch);
             before = NULL;
-            block /= c;
-            B += c * c;
+            blocks *= c;
+            block = lanes;
+            B_T += c * c;
         }
-        lbq_kernel.hadamard_sylvester(length, n / length, before, NULL, x);
+        lbq_kernel.hadamard_sylvester(block, blocks, before, NULL, x);
     }
 }
 
 void
 lbq_hadamard_backward(const lbq_hadamard *hadamard, ptrdiff_t rows, float *X, float *scratch)
 {
-    const ptrdiff_t n = hadamard->n, length = power_of_two(hadamard);
+    const ptrdiff_t n = hadamard->n;
+    ptrdiff_t blocks = 1;
     const float *end = hadamard->bases;
-    for (int j = 0; j < hadamard->factors; j++)
-        end += hadamard->orders[j] * hadamard->orders[j];
+    for (int j = 0; j < hadamard->factors; j++) {
+        blocks *= hadamard->orders[j];
+        end += 2 * hadamard->orders[j] * hadamard->orders[j];
+    }
     for (float *x = X; x < X + rows * n; x += n) {
         const float *after = hadamard->factors ? NULL : hadamard->diagonal, *B = end;
-        lbq_kernel.hadamard_sylvester(length, n / length, NULL, after, x);
-        ptrdiff_t lanes = length;
+        lbq_kernel.hadamard_sylvester(hadamard->length, blocks, NULL, after, x);
+        ptrdiff_t lanes = hadamard->length;
         for (int j = hadamard->factors - 1; j >= 0; j--) {
             const ptrdiff_t c = hadamard->orders[j];
             after = j ? NULL : hadamard->diagonal;
-            B -= c * c;
+            B -= 2 * c * c;
             for (ptrdiff_t at = 0; at < n; at += c * lanes)
                 lbq_kernel.hadamard_base(
-                    B, 1, c, c, lanes, NULL, after ? after + at : NULL, x + at, scratch);
+                    B, c, lanes, NULL, after ? after + at : NULL, x + at, scratch);
             lanes *= c;
         }
     }

@@ -18,8 +18,10 @@ typedef struct {
     ptrdiff_t n;
     int factors;                       /* m */
     ptrdiff_t orders[LBQ_MAX_FACTORS]; /* c_j */
-    const float *bases;                /* B_1 (c_1, c_1), B_2, ..., one after the other */
+    const float *bases;                /* B_1 (c_1, c_1), B_1^T, B_2, B_2^T, ..., in one array */
     const float *diagonal;             /* of D (n) */
+    ptrdiff_t length;                  /* 2^k; this and the next by lbq_hadamard_prepare() */
+    ptrdiff_t cost;                    /* additions per element: c_1 + ... + c_m + k */
 } lbq_hadamard;
 
 /* The orders c_j of the cheapest transform among those that rest least on Hartley's matrices, and
@@ -29,16 +31,13 @@ lbq_status lbq_hadamard_orders(ptrdiff_t n, ptrdiff_t orders[LBQ_MAX_FACTORS]);
 /* B (order, order). LBQ_NO_MEMORY, or LBQ_BAD_VALUE if order is not 1 to LBQ_MAX_ORDER. */
 lbq_status lbq_hadamard_base(ptrdiff_t order, float *B);
 
-/* LBQ_BAD_VALUE unless n = c_1 ... c_m 2^k. */
-lbq_status lbq_hadamard_check(const lbq_hadamard *hadamard);
+/* Fills in length and cost; LBQ_BAD_VALUE unless n = c_1 ... c_m 2^k. */
+lbq_status lbq_hadamard_prepare(lbq_hadamard *hadamard);
 
 /* Rows of X (rows, n) become R x, or R^T x: one row after the other, in the caller.
  * `scratch` has lbq_hadamard_scratch() floats and is 64-byte aligned. */
 size_t lbq_hadamard_scratch(const lbq_hadamard *hadamard);
 void lbq_hadamard_forward(const lbq_hadamard *hadamard, ptrdiff_t rows, float *X, float *scratch);
 void lbq_hadamard_backward(const lbq_hadamard *hadamard, ptrdiff_t rows, float *X, float *scratch);
-
-/* Additions per element of the transform; c_1 + ... + c_m + k. */
-ptrdiff_t lbq_hadamard_cost(const lbq_hadamard *hadamard);
 
 #endif

@@ -70,7 +70,7 @@ def rotation_of(n, seed=0):
     orders = orders_of(n)
     bases = [base_of(c) for c in orders]
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], n)
-    flat = np.concatenate([b.ravel() for b in bases] or [np.empty(0, np.float32)])
+    flat = np.concatenate([m.ravel() for b in bases for m in (b, b.T)] or [np.empty(0, np.float32)])
     diagonal = (signs / math.sqrt(n)).astype(np.float32)
     handle = _core.hadamard_rotation(np.array(orders, np.int64), flat, diagonal)
     return handle, orders, bases, signs
@@ -208,8 +208,8 @@ def test_refusals():
     with pytest.raises(ValueError, match="expected a power of two"):
         _core.hadamard_rotation(np.empty(0, np.int64), none, one)
     with pytest.raises(ValueError, match="expected a divisor of 24"):
-        _core.hadamard_rotation(np.array([5]), np.empty(25, np.float32), one)
-    with pytest.raises(ValueError, match="bases has size 143, expected 144"):
-        _core.hadamard_rotation(np.array([12]), np.empty(143, np.float32), one)
+        _core.hadamard_rotation(np.array([5]), np.empty(50, np.float32), one)
+    with pytest.raises(ValueError, match="bases has size 287, expected 288"):
+        _core.hadamard_rotation(np.array([12]), np.empty(287, np.float32), one)
     with pytest.raises(ValueError, match="9 orders, expected at most 8"):
         _core.hadamard_rotation(np.ones(9, np.int64), none, one)

@@ -12,15 +12,15 @@
 
 enum { WIDTH = 16, BLOCK = 16 * WIDTH, CACHED = 4096 };
 
-/* The stages between registers v[0 .. count-1], at distances of 1, 2, ... registers. */
+/* The stages between registers of transforms over `span` of them; v holds count / span such. */
 INLINE void
-between(const int count, __m512 *v)
+between(const int count, const ptrdiff_t span, __m512 *v)
 {
 #pragma GCC unroll 4
     for (int log = 0; log < 4; log++)
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++)
-            if (1 << log < count && i < count && !(i >> log & 1)) {
+        for (int i = 0; i < count; i++)
+            if (1 << log < span && !(i >> log & 1)) {
                 const __m512 a = v[i], b = v[i + (1 << log)];
                 v[i] = _mm512_add_ps(a, b);
                 v[i + (1 << log)] = _mm512_sub_ps(a, b);
@@ -48,9 +48,9 @@ within(const ptrdiff_t n, __m512 x)
     return x;
 }
 
-/* x <- after o (H (before o x)) for a block of `count` registers. */
+/* x <- after o (H (before o x)) for the transforms of length n in `count` registers. */
 INLINE void
-block(const int count, const float *before, const float *after, float *x)
+block(const int count, const ptrdiff_t n, const float *before, const float *after, float *x)
 {
     __m512 v[16];
 #pragma GCC unroll 16
@@ -62,8 +62,8 @@ block(const int count, const float *before, const float *after, float *x)
             v[i] = _mm512_mul_ps(v[i], _mm512_loadu_ps(before + i * WIDTH));
 #pragma GCC unroll 16
     for (int i = 0; i < count; i++)
-        v[i] = within(WIDTH, v[i]);
-    between(count, v);
+        v[i] = within(n, v[i]);
+    between(count, n / WIDTH, v);
     if (after)
 #pragma GCC unroll 16
         for (int i = 0; i < count; i++)
@@ -83,7 +83,7 @@ pass(const int radix, ptrdiff_t n, ptrdiff_t distance, const float *after, float
 #pragma GCC unroll 16
             for (int i = 0; i < radix; i++)
                 v[i] = _mm512_loadu_ps(x + at + i * distance);
-            between(radix, v);
+            between(radix, radix, v);
             if (after)
 #pragma GCC unroll 16
                 for (int i = 0; i < radix; i++)
@@ -122,37 +122,6 @@ passes(ptrdiff_t n, ptrdiff_t distance, const float *after, float *x)
     }
 }
 
-/* One transform of length n = 16, 32, .... */
-static void
-transform(ptrdiff_t n, const float *before, const float *after, float *x)
-{
-    const ptrdiff_t part = n > CACHED ? CACHED : n > BLOCK ? BLOCK : n;
-    const float *const then = part == n ? after : NULL;
-    for (ptrdiff_t at = 0; at < n; at += part) {
-        const float *const first = before ? before + at : NULL;
-        switch (part / WIDTH) {
-        case 1:
-            block(1, first, then, x + at);
-            break;
-        case 2:
-            block(2, first, then, x + at);
-            break;
-        case 4:
-            block(4, first, then, x + at);
-            break;
-        case 8:
-            block(8, first, then, x + at);
-            break;
-        case 16:
-            block(16, first, then, x + at);
-            break;
-        default:
-            transform(part, first, NULL, x + at);
-        }
-    }
-    passes(n, part, after, x);
-}
-
 /* The first `count` lanes of a register, or all of them. */
 INLINE __mmask16
 first_lanes(ptrdiff_t count)
@@ -160,12 +129,18 @@ first_lanes(ptrdiff_t count)
     return count >= WIDTH ? 0xffff : (__mmask16)((1u << count) - 1);
 }
 
-/* Transforms of length n < 16, several in a register. */
+/* All transforms of length n <= BLOCK in x (total), as many at a time as fill the registers. */
 INLINE void
-short_blocks(const ptrdiff_t n, ptrdiff_t count, const float *before, const float *after, float *x)
+blocks(const ptrdiff_t n, ptrdiff_t total, const float *before, const float *after, float *x)
 {
-    for (ptrdiff_t at = 0; at < n * count; at += WIDTH) {
-        const __mmask16 mask = first_lanes(n * count - at);
+    const int least = n < WIDTH ? 1 : (int)(n / WIDTH);
+    ptrdiff_t at = 0;
+    for (; at + BLOCK <= total; at += BLOCK)
+        block(BLOCK / WIDTH, n, before ? before + at : NULL, after ? after + at : NULL, x + at);
+    for (; at + least * WIDTH <= total; at += least * WIDTH)
+        block(least, n, before ? before + at : NULL, after ? after + at : NULL, x + at);
+    if (at < total) {
+        const __mmask16 mask = first_lanes(total - at);
         __m512 v = _mm512_maskz_loadu_ps(mask, x + at);
         if (before)
             v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, before + at));
@@ -176,37 +151,65 @@ short_blocks(const ptrdiff_t n, ptrdiff_t count, const float *before, const floa
     }
 }
 
+/* One transform of length n > BLOCK. */
+static void
+transform(ptrdiff_t n, const float *before, const float *after, float *x)
+{
+    const ptrdiff_t part = n > CACHED ? CACHED : BLOCK;
+    if (part == BLOCK)
+        blocks(BLOCK, n, before, NULL, x);
+    else
+        for (ptrdiff_t at = 0; at < n; at += part)
+            transform(part, before ? before + at : NULL, NULL, x + at);
+    passes(n, part, after, x);
+}
+
 void
 lbq_hadamard_sylvester_avx512(ptrdiff_t n, ptrdiff_t count, const float *before, const float *after,
                               float *x)
 {
+    const ptrdiff_t total = n * count;
     switch (n) {
     case 1:
-        short_blocks(1, count, before, after, x);
+        blocks(1, total, before, after, x);
         break;
     case 2:
-        short_blocks(2, count, before, after, x);
+        blocks(2, total, before, after, x);
         break;
     case 4:
-        short_blocks(4, count, before, after, x);
+        blocks(4, total, before, after, x);
         break;
     case 8:
-        short_blocks(8, count, before, after, x);
+        blocks(8, total, before, after, x);
+        break;
+    case 16:
+        blocks(16, total, before, after, x);
+        break;
+    case 32:
+        blocks(32, total, before, after, x);
+        break;
+    case 64:
+        blocks(64, total, before, after, x);
+        break;
+    case 128:
+        blocks(128, total, before, after, x);
+        break;
+    case 256:
+        blocks(256, total, before, after, x);
         break;
     default:
-        for (ptrdiff_t at = 0; at < n * count; at += n)
+        for (ptrdiff_t at = 0; at < total; at += n)
             transform(n, before ? before + at : NULL, after ? after + at : NULL, x + at);
     }
 }
 
-/* `rows` rows of B times the columns in scratch (order, 16 vectors), the last register masked. */
+/* `rows` columns of A times the rows in scratch (order, 16 vectors), the last register masked. */
 INLINE void
-tile(const int rows, const int vectors, const float *base, ptrdiff_t row_stride,
-     ptrdiff_t col_stride, ptrdiff_t order, const float *scratch, __mmask16 last, ptrdiff_t lanes,
-     const float *after, float *x)
+tile(const int rows, const int vectors, const float *A, ptrdiff_t order, const float *scratch,
+     __mmask16 last, ptrdiff_t lanes, const float *after, float *x)
 {
-    __m512 sum[8][2];
-#pragma GCC unroll 8
+    __m512 sum[12][2];
+#pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++)
@@ -216,15 +219,15 @@ tile(const int rows, const int vectors, const float *base, ptrdiff_t row_stride,
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++)
             column[v] = _mm512_load_ps(scratch + (j * vectors + v) * WIDTH);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < rows; i++) {
-            const __m512 b = _mm512_set1_ps(base[i * row_stride + j * col_stride]);
+            const __m512 b = _mm512_set1_ps(A[j * order + i]);
 #pragma GCC unroll 2
             for (int v = 0; v < vectors; v++)
                 sum[i][v] = _mm512_fmadd_ps(b, column[v], sum[i][v]);
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < rows; i++)
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; v++) {
@@ -236,11 +239,10 @@ tile(const int rows, const int vectors, const float *base, ptrdiff_t row_stride,
         }
 }
 
-/* Up to `vectors` registers of lanes: their columns into scratch, then tiles of rows of B. */
+/* Up to `vectors` registers of lanes: their columns into scratch, then tiles of columns of A. */
 INLINE void
-lane_block(const int vectors, const float *base, ptrdiff_t row_stride, ptrdiff_t col_stride,
-           ptrdiff_t order, ptrdiff_t lanes, __mmask16 last, const float *before,
-           const float *after, float *x, float *scratch)
+lane_block(const int vectors, const float *A, ptrdiff_t order, ptrdiff_t lanes, __mmask16 last,
+           const float *before, const float *after, float *x, float *scratch)
 {
     for (ptrdiff_t j = 0; j < order; j++)
 #pragma GCC unroll 2
@@ -256,9 +258,7 @@ lane_block(const int vectors, const float *base, ptrdiff_t row_stride, ptrdiff_t
     for (; i + rows <= order; i += rows)                                                           \
     tile(rows,                                                                                     \
          vectors,                                                                                  \
-         base + i * row_stride,                                                                    \
-         row_stride,                                                                               \
-         col_stride,                                                                               \
+         A + i,                                                                                    \
          order,                                                                                    \
          scratch,                                                                                  \
          last,                                                                                     \
@@ -266,22 +266,19 @@ lane_block(const int vectors, const float *base, ptrdiff_t row_stride, ptrdiff_t
          after ? after + i * lanes : NULL,                                                         \
          x + i * lanes)
     ptrdiff_t i = 0;
-    TILES(8);
+    TILES(12);
     TILES(4);
     TILES(1);
 #undef TILES
 }
 
 void
-lbq_hadamard_base_avx512(const float *base, ptrdiff_t row_stride, ptrdiff_t col_stride,
-                         ptrdiff_t order, ptrdiff_t lanes, const float *before, const float *after,
-                         float *x, float *scratch)
+lbq_hadamard_base_avx512(const float *A, ptrdiff_t order, ptrdiff_t lanes, const float *before,
+                         const float *after, float *x, float *scratch)
 {
 #define LANES(vectors, last)                                                                       \
     lane_block(vectors,                                                                            \
-               base,                                                                               \
-               row_stride,                                                                         \
-               col_stride,                                                                         \
+               A,                                                                                  \
                order,                                                                              \
                lanes,                                                                              \
                last,                                                                               \

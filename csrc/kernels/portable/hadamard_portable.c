@@ -43,8 +43,7 @@ add_multiple(float b, const float *x, ptrdiff_t lanes, float *sum)
 }
 
 void
-lbq_hadamard_base_portable(const float *base, ptrdiff_t row_stride, ptrdiff_t col_stride,
-                           ptrdiff_t order, ptrdiff_t lanes, const float *before,
+lbq_hadamard_base_portable(const float *A, ptrdiff_t order, ptrdiff_t lanes, const float *before,
                            const float *after, float *x, float *scratch)
 {
     multiply(order * lanes, before, x);
@@ -57,8 +56,7 @@ lbq_hadamard_base_portable(const float *base, ptrdiff_t row_stride, ptrdiff_t co
             float *const sum = x + i * lanes + first;
             memset(sum, 0, (size_t)width * sizeof *sum);
             for (ptrdiff_t j = 0; j < order; j++)
-                add_multiple(
-                    base[i * row_stride + j * col_stride], scratch + j * width, width, sum);
+                add_multiple(A[j * order + i], scratch + j * width, width, sum);
         }
     }
     multiply(order * lanes, after, x);

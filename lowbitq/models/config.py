@@ -116,6 +116,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number")
+        if not 0 <= self.norm_eps <= 1:
+            raise ValueError(f"norm_eps is {self.norm_eps}, expected 0 to 1")
 
     def rope_frequencies(self) -> tuple[NDArray[np.float64], float]:
         """Return the angle per position of each pair, and the factor of sine and cosine.

@@ -40,6 +40,21 @@ def quantize(
     shrink: float,
     norm: float,
 ) -> None: ...
+def adaround(
+    hessian: NDArray[np.float64],
+    weight: NDArray[np.float32],
+    levels: NDArray[np.float32] | None,
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    /,
+    *,
+    count: int,
+    group: int,
+    steps: int,
+    rate: float,
+    strength: float,
+) -> float: ...
 def kmeans(
     values: NDArray[np.float64],
     weights: NDArray[np.float64] | None,

@@ -1,4 +1,5 @@
 /* Bindings of csrc/gptq. */
+#include "gptq/adaround.h"
 #include "gptq/gptq.h"
 #include "gptq/hessian.h"
 #include "python/module.h"
@@ -130,8 +131,58 @@ LBQ_BINDING(gptq)
     LBQ_RUN(lbq_gptq(&problem, W.data, codes.data, scale.data, offset.data));
 }
 
+LBQ_BINDING(adaround)
+{
+    lbq_array H, W, levels, scale, offset, codes;
+    Py_ssize_t count, group, steps;
+    double rate, strength, softness;
+    const lbq_arg spec[] = {
+        LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
+        LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
+        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
+        LBQ_IN("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_IN("offset", &offset, NPY_FLOAT32, "rg"),
+        LBQ_OUT("codes", &codes, NPY_UINT8, "rk"),
+        LBQ_INT("count", &count, 2, 256),
+        LBQ_INT("group", &group, 1, PY_SSIZE_T_MAX),
+        LBQ_INT("steps", &steps, 0, 1000000),
+        LBQ_FLOAT("rate", &rate, 0, 100),
+        LBQ_FLOAT("strength", &strength, 0, 1e6),
+    };
+    LBQ_PARSE("adaround", spec);
+    const lbq_code code = {.count = (int)count, .levels = levels.data};
+    const lbq_adaround_options options = {.steps = (int)steps, .rate = rate, .strength = strength};
+    lbq_status status = LBQ_OK;
+    const ptrdiff_t groups = (W.dims[1] - 1) / group + 1;
+    if (levels.data && levels.dims[0] != count)
+        status = lbq_fail(LBQ_BAD_SHAPE, "%td levels for %zd codes", levels.dims[0], count);
+    if (status == LBQ_OK && groups != scale.dims[1])
+        status =
+            lbq_fail(LBQ_BAD_SHAPE, "scale has %td groups, expected %td", scale.dims[1], groups);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    Py_BEGIN_ALLOW_THREADS status = lbq_adaround(&code,
+                                                 &options,
+                                                 W.dims[0],
+                                                 W.dims[1],
+                                                 group,
+                                                 W.data,
+                                                 H.data,
+                                                 scale.data,
+                                                 offset.data,
+                                                 codes.data,
+                                                 &softness);
+    Py_END_ALLOW_THREADS return status == LBQ_OK ? PyFloat_FromDouble(softness)
+                                                 : lbq_result(module, status);
+}
+
 /* clang-format off */
 PyMethodDef lbq_methods_gptq[] = {
+    LBQ_METHOD(adaround,
+               "adaround(hessian, weight, levels, scale, offset, codes, /, *, count, group, steps, "
+               "rate, strength)\n--\n\n"
+               "Choose between each weight's neighbours by the outputs; returns the largest "
+               "distance from 0 or 1 that the soft bits kept.")
     LBQ_METHOD(hessian_add,
                "hessian_add(x, weights, hessian, /)\n--\n\n"
                "Add x^T diag(weights) x of x (t, k) to the upper triangle of hessian (k, k).")

@@ -1,0 +1,303 @@
+/* AdaRound in the Gram form: rows are independent, so all share one matrix product a step. */
+#include "gptq/adaround.h"
+
+#include <math.h>
+
+#include "core/blas.h"
+#include "core/memory.h"
+#include "core/threads.h"
+
+enum { WARM_UP = 5, SWEEPS = 20 }; /* a fifth of the steps goes without the penalty */
+
+typedef struct {
+    const lbq_code *code;
+    ptrdiff_t cols, group, groups;
+    const float *W, *scale, *offset;
+    uint8_t *codes;             /* the lower neighbour, in the end the result */
+    const double *H, *diagonal; /* (cols, cols), both triangles */
+    float *rest, *gap;          /* w - lower, upper - lower */
+    float *V, *first, *second;  /* Adam's; `first` becomes the best bits */
+    float *error, *gradient;    /* w - q, and its product with H */
+    double *rows;               /* (threads, 3 cols) */
+    double *softest;            /* (rows) */
+    /* of this step */
+    double unit, strength, beta, rate, decay_first, decay_second;
+} job;
+
+static double
+clamp(double x, double low, double high)
+{
+    return x < low ? low : x > high ? high : x;
+}
+
+/* h of V; *slope its derivative. */
+static double
+soft_bit(double V, double *slope)
+{
+    const double sigmoid = 1 / (1 + exp(-V));
+    const double h = 1.2 * sigmoid - 0.1;
+    *slope = h > 0 && h < 1 ? 1.2 * sigmoid * (1 - sigmoid) : 0;
+    return clamp(h, 0, 1);
+}
+
+/* Brackets each weight between two neighbouring values and starts V at its place there. */
+static lbq_status
+bracket_row(void *context, ptrdiff_t row, int worker)
+{
+    const job *const j = context;
+    (void)worker;
+    for (ptrdiff_t k = 0; k < j->cols; k++) {
+        const ptrdiff_t at = row * j->cols + k, g = row * j->groups + k / j->group;
+        const double w = j->W[at], scale = j->scale[g], offset = j->offset[g];
+        LBQ_REQUIRE(isfinite(w),
+                    LBQ_BAD_VALUE,
+                    "weight[%td, %td] is %g, expected finite numbers",
+                    row,
+                    k,
+                    w);
+        const int nearest = lbq_code_encode(j->code, w, scale, offset);
+        const double value = lbq_code_decode(j->code, (uint8_t)nearest, scale, offset);
+        const int below = nearest - ((w - value) * scale < 0);
+        const int lower = below < 0 ? 0 : below > j->code->count - 2 ? j->code->count - 2 : below;
+        const double base = lbq_code_decode(j->code, (uint8_t)lower, scale, offset);
+        const double next = lbq_code_decode(j->code, (uint8_t)(lower + 1), scale, offset);
+        const double place = next == base ? 0.5 : clamp((w - base) / (next - base), 0, 1);
+        const double sigmoid = (place + 0.1) / 1.2;
+        j->codes[at] = (uint8_t)lower;
+        j->rest[at] = (float)(w - base);
+        j->gap[at] = (float)(next - base);
+        j->V[at] = (float)log(sigmoid / (1 - sigmoid));
+        j->first[at] = j->second[at] = 0;
+        j->error[at] = (float)(w - base - place * (next - base));
+    }
+    return LBQ_OK;
+}
+
+/* One step of Adam (D. Kingma, J. Ba, 2015) for a row. */
+static lbq_status
+step_row(void *context, ptrdiff_t row, int worker)
+{
+    const job *const j = context;
+    (void)worker;
+    double softest = 0;
+    for (ptrdiff_t at = row * j->cols; at < (row + 1) * j->cols; at++) {
+        double slope;
+        double h = soft_bit(j->V[at], &slope);
+        const double centred = 2 * h - 1, size = fabs(centred);
+        const double penalty =
+            j->strength > 0 ? -2 * j->beta * pow(size, j->beta - 1) * copysign(1, centred) : 0;
+        const double descent =
+            slope * (-2 * j->gradient[at] * j->gap[at] / j->unit + j->strength * penalty);
+        j->first[at] = (float)(0.9 * j->first[at] + 0.1 * descent);
+        j->second[at] = (float)(0.99 * j->second[at] + 0.01 * descent * descent);
+        const double mean = j->first[at] / j->decay_first;
+        const double size_of_step = sqrt(j->second[at] / j->decay_second) + 1e-8;
+        j->V[at] -= (float)(j->rate * mean / size_of_step);
+        h = soft_bit(j->V[at], &slope);
+        j->error[at] = (float)(j->rest[at] - h * j->gap[at]);
+        softest = fmax(softest, fmin(h, 1 - h));
+    }
+    j->softest[row] = softest;
+    return LBQ_OK;
+}
+
+/* A row of bits x, its error e and H e; `turn` is what flipping a bit adds to e. */
+typedef struct {
+    const double *H, *diagonal;
+    ptrdiff_t cols;
+    double *e, *He, *turn;
+} row_state;
+
+static void
+flip(const row_state *s, ptrdiff_t k)
+{
+    for (ptrdiff_t i = 0; i < s->cols; i++)
+        s->He[i] += s->turn[k] * s->H[k * s->cols + i];
+    s->e[k] += s->turn[k];
+    s->turn[k] = -s->turn[k];
+}
+
+/* What flipping bit k adds to e H e^T. */
+static double
+change(const row_state *s, ptrdiff_t k)
+{
+    return s->turn[k] * (2 * s->He[k] + s->turn[k] * s->diagonal[k]);
+}
+
+/* Flips single bits and pairs while that lowers the error; returns it. */
+static double
+descend(const row_state *s, double tolerance)
+{
+    bool moved = true;
+    for (int sweep = 0; moved && sweep < SWEEPS; sweep++) {
+        moved = false;
+        for (ptrdiff_t k = 0; k < s->cols; k++) {
+            const double alone = change(s, k);
+            double least = alone;
+            ptrdiff_t partner = k;
+            for (ptrdiff_t i = 0; i < s->cols; i++) {
+                const double joint =
+                    alone + change(s, i) + 2 * s->turn[k] * s->turn[i] * s->H[k * s->cols + i];
+                if (joint < least && i != k) {
+                    least = joint;
+                    partner = i;
+                }
+            }
+            if (!(least < -tolerance))
+                continue;
+            flip(s, k);
+            if (partner != k)
+                flip(s, partner);
+            moved = true;
+        }
+    }
+    double error = 0;
+    for (ptrdiff_t k = 0; k < s->cols; k++)
+        error += s->e[k] * s->He[k];
+    return error;
+}
+
+static void
+start(const row_state *s)
+{
+    for (ptrdiff_t k = 0; k < s->cols; k++)
+        s->He[k] = 0;
+    for (ptrdiff_t i = 0; i < s->cols; i++)
+        for (ptrdiff_t k = 0; k < s->cols; k++)
+            s->He[k] += s->e[i] * s->H[i * s->cols + k];
+}
+
+/* The better of two descents, from rounding to nearest and from Adam's bits. */
+static lbq_status
+finish_row(void *context, ptrdiff_t row, int worker)
+{
+    const job *const j = context;
+    double *const scratch = j->rows + worker * 3 * j->cols;
+    const row_state s = {
+        .H = j->H,
+        .diagonal = j->diagonal,
+        .cols = j->cols,
+        .e = scratch,
+        .He = scratch + j->cols,
+        .turn = scratch + 2 * j->cols,
+    };
+    const ptrdiff_t begin = row * j->cols;
+    double least = HUGE_VAL;
+    for (int adam = 0; adam < 2; adam++) {
+        for (ptrdiff_t k = 0; k < j->cols; k++) {
+            const double gap = j->gap[begin + k], rest = j->rest[begin + k];
+            const bool up = adam ? j->V[begin + k] > 0 : fabs(rest - gap) < fabs(rest);
+            s.e[k] = rest - up * gap;
+            s.turn[k] = up ? gap : -gap;
+        }
+        start(&s);
+        const double error = descend(&s, 1e-9 * j->unit);
+        for (ptrdiff_t k = 0; error < least && k < j->cols; k++)
+            j->first[begin + k] = s.turn[k] * j->gap[begin + k] > 0;
+        least = error < least ? error : least;
+    }
+    for (ptrdiff_t k = 0; k < j->cols; k++)
+        j->codes[begin + k] += j->first[begin + k] > 0;
+    return LBQ_OK;
+}
+
+static lbq_status
+run(job *j, const lbq_adaround_options *options, ptrdiff_t rows, const float *H)
+{
+    LBQ_TRY(lbq_parallel(rows, bracket_row, j));
+    double sum = 0;
+    for (ptrdiff_t at = 0; at < rows * j->cols; at++)
+        sum += (double)j->gap[at] * j->gap[at] * j->diagonal[at % j->cols];
+    /* An error of rounding is uniform over the gap: its square is a twelfth. */
+    j->unit = sum > 0 ? sum / 12 / (double)(rows * j->cols) : 1;
+    j->rate = options->rate;
+    const int warm_up = options->steps / WARM_UP;
+    for (int step = 0; step < options->steps; step++) {
+        const double part = (double)(step - warm_up) / fmax(options->steps - warm_up, 1);
+        j->strength = part > 0 ? options->strength : 0;
+        j->beta = 2 + 18 * (1 - clamp(part / 0.7, 0, 1));
+        j->decay_first = 1 - pow(0.9, step + 1);
+        j->decay_second = 1 - pow(0.99, step + 1);
+        BLAS(cblas_sgemm)(CblasRowMajor,
+                          CblasNoTrans,
+                          CblasNoTrans,
+                          (int)rows,
+                          (int)j->cols,
+                          (int)j->cols,
+                          1,
+                          j->error,
+                          (int)j->cols,
+                          H,
+                          (int)j->cols,
+                          0,
+                          j->gradient,
+                          (int)j->cols);
+        LBQ_TRY(lbq_parallel(rows, step_row, j));
+    }
+    return lbq_parallel(rows, finish_row, j);
+}
+
+lbq_status
+lbq_adaround(const lbq_code *code, const lbq_adaround_options *options, ptrdiff_t rows,
+             ptrdiff_t cols, ptrdiff_t group, const float *W, const double *H, const float *scale,
+             const float *offset, uint8_t *codes, double *softness)
+{
+    LBQ_TRY(lbq_code_check(code));
+    LBQ_REQUIRE(rows > 0 && cols > 0 && group > 0 && rows <= INT32_MAX && cols <= INT32_MAX,
+                LBQ_BAD_SHAPE,
+                "%td rows, %td columns in groups of %td",
+                rows,
+                cols,
+                group);
+    const size_t matrix = lbq_padded((size_t)(rows * cols) * sizeof(float));
+    const size_t gram = lbq_padded((size_t)(cols * cols) * sizeof(double));
+    const size_t scratch = lbq_padded((size_t)(3 * cols) * (size_t)lbq_threads() * sizeof(double));
+    const size_t vectors = lbq_padded((size_t)cols * sizeof(double));
+    const size_t per_row = lbq_padded((size_t)rows * sizeof(double));
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, 7 * matrix + 2 * gram + scratch + vectors + per_row));
+    double *const full = lbq_arena_take(&arena, gram);
+    float *const narrow = lbq_arena_take(&arena, gram);
+    double *const diagonal = lbq_arena_take(&arena, vectors);
+    job j = {
+        .code = code,
+        .cols = cols,
+        .group = group,
+        .groups = (cols - 1) / group + 1,
+        .W = W,
+        .scale = scale,
+        .offset = offset,
+        .codes = codes,
+        .H = full,
+        .diagonal = diagonal,
+        .rest = lbq_arena_take(&arena, matrix),
+        .gap = lbq_arena_take(&arena, matrix),
+        .V = lbq_arena_take(&arena, matrix),
+        .first = lbq_arena_take(&arena, matrix),
+        .second = lbq_arena_take(&arena, matrix),
+        .error = lbq_arena_take(&arena, matrix),
+        .gradient = lbq_arena_take(&arena, matrix),
+        .rows = lbq_arena_take(&arena, scratch),
+        .softest = lbq_arena_take(&arena, per_row),
+    };
+    bool finite = true;
+    for (ptrdiff_t i = 0; i < cols; i++) {
+        diagonal[i] = H[i * cols + i];
+        for (ptrdiff_t k = i; k < cols; k++) {
+            const double value = H[i * cols + k];
+            finite = finite && isfinite(value);
+            full[i * cols + k] = full[k * cols + i] = value;
+            narrow[i * cols + k] = narrow[k * cols + i] = (float)value;
+        }
+    }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        j.softest[r] = 0;
+    const lbq_status status = finite
+                                  ? run(&j, options, rows, narrow)
+                                  : lbq_fail(LBQ_BAD_VALUE, "the Hessian has a NaN or an infinity");
+    *softness = 0;
+    for (ptrdiff_t r = 0; r < rows; r++)
+        *softness = fmax(*softness, j.softest[r]);
+    lbq_arena_close(&arena);
+    return status;
+}

@@ -12,7 +12,7 @@ from lowbitq import _core
 from lowbitq.tensors import QuantizedTensor
 
 if TYPE_CHECKING:
-    from lowbitq.rotations import Rotation  # type: ignore[import-not-found, unused-ignore]
+    from lowbitq.rotations import Rotation
 
 
 class _Layer:

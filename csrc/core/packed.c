@@ -82,12 +82,12 @@ lbq_packed_panel(const lbq_packed *packed, const lbq_packed_geometry *geometry, 
     return (lbq_panel){
         .codes = at,
         .scale = at + geometry->scale_at,
-        .offset = packed->has_offset ? at + geometry->offset_at : NULL,
         .step = geometry->step,
         .steps = geometry->steps,
         .step_bytes = geometry->step_bytes,
         .scale_stride = geometry->scale_stride,
         .scale_bits = packed->scale_bits,
+        .has_offset = packed->has_offset,
         .gamma = packed->gamma,
         .zero = packed->zero,
     };
@@ -125,9 +125,9 @@ lbq_panel_scale(const lbq_panel *panel, ptrdiff_t step, float scale[LBQ_PANEL])
 void
 lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_PANEL])
 {
-    if (panel->offset) {
+    if (panel->has_offset) {
         for (int r = 0; r < LBQ_PANEL; r++)
-            offset[r] = half_at(panel->offset + step * panel->scale_stride, r);
+            offset[r] = half_at(panel->scale + step * panel->scale_stride, LBQ_PANEL + r);
         return;
     }
     lbq_panel_scale(panel, step, offset);

@@ -79,12 +79,12 @@ lbq_status lbq_packed_dequantize(const lbq_packed *packed, float *weight);
 /* One panel as kernels read it: pointers to what belongs to its step 0. */
 typedef struct {
     const uint8_t *codes;
-    const uint8_t *scale;   /* not read where scale_bits = 0 */
-    const uint8_t *offset;  /* NULL: -zero * scale */
+    const uint8_t *scale;   /* not read where scale_bits = 0; offsets follow at once */
     ptrdiff_t step, steps;  /* columns per step, number of steps */
     ptrdiff_t step_bytes;   /* from one step's codes to the next */
     ptrdiff_t scale_stride; /* from one step's scales, or offsets, to the next */
     int scale_bits;
+    bool has_offset; /* else they are -zero * scale */
     float gamma, zero;
 } lbq_panel;
 

@@ -19,9 +19,9 @@ enum { LBQ_TILE = 8 /* tokens that gemm_u8_i8 takes at once */ };
 /* Quantized activations of `width` tokens, interleaved: x[t,k] ~ scale[k / step][t] * q[t,k]. */
 typedef struct {
     const int8_t *values; /* q as [k / 4][width][k % 4], -127 to 127, zero beyond the last column */
-    const float *scale;   /* [step][width] */
-    const float *total;   /* scale * sum of q over the step, [step][width] */
-    const float *shift;   /* -zero * total, zero being that of the weight; 0 if it has offsets */
+    /* [step][3][width]: scale; total = scale * sum of q over the step; shift = -zero * total, zero
+     * being that of the weight, or 0 if it has offsets */
+    const float *factors;
     ptrdiff_t width;
 } lbq_activations;
 
@@ -41,15 +41,17 @@ typedef struct {
        int8_t *q,                                                                                  \
        float *scale,                                                                               \
        float *total))                                                                              \
+    /* `width` rows of q, `columns` bytes each, to lbq_activations.values; exact. */               \
+    X(interleave, void, (const int8_t *q, ptrdiff_t columns, ptrdiff_t width, int8_t *values))     \
     /* lbq_step_unpack of 1- to 4-bit codes; exact. */                                             \
     X(unpack_u1, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \
     X(unpack_u2, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \
     X(unpack_u3, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \
     X(unpack_u4, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \
-    /* A panel times x of width 1, 2 or 4: for each row r and token t, step after step,            \
-     *     y = fma(scale[r], fma(x.scale[t], sum of code * q, x.shift[t]), y)                      \
-     *     y = fma(offset[r], x.total[t], y)                         if the panel has offsets      \
-     * with y as [t][r] and the sum in integers; exact. */                                         \
+    /* A panel times x of width 1 or 4: for each row r and token t, step after step,               \
+     *     y = fma(scale[r], fma(scale of x, sum of code * q, shift of x), y)                      \
+     *     y = fma(offset[r], total of x, y)                         if the panel has offsets      \
+     * from y = 0 on, with y as [t][r] and the sum in integers; exact. */                          \
     X(gemv_u1_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
     X(gemv_u2_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
     X(gemv_u3_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
@@ -57,7 +59,8 @@ typedef struct {
     X(gemv_u8_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
     /* The same for `count` panels, 1 or 2, and width LBQ_TILE, over the steps from `first` to     \
      * `end`, whose unpacked codes of at most `bits` bits lie at codes as [panel][step - first]    \
-     * [k / 4][r][k % 4]. y as [panel][t][r]; exact. */                                            \
+     * [k / 4][r][k % 4]. y as [panel][t][r], going on from what is there unless first = 0; exact. \
+     */                                                                                            \
     X(gemm_u8_i8,                                                                                  \
       void,                                                                                        \
       (const lbq_panel *panel,                                                                     \

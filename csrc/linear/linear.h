@@ -26,7 +26,7 @@ lbq_status lbq_linear_check(const lbq_linear *layer);
 /* y (tokens, rows) for x (tokens, cols), both finite; a NaN or infinity in a token's x makes that
  * token's y NaN. Where activations are quantized y is equal bit for bit on every instruction set,
  * for every number of threads and whatever other tokens come along (kernels.h has the order of
- * operations, y starting at b). LBQ_NO_MEMORY if there is none for scratch. */
+ * operations; b is added last). LBQ_NO_MEMORY if there is none for scratch. */
 lbq_status lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y);
 
 #endif

@@ -12,9 +12,11 @@
 #include "kernels/kernels.h"
 
 enum {
+    FEW = 4,              /* tokens that gemv takes at once */
     UNPACKED_COLS = 512,  /* two panels of so many columns take half of a 32 KiB L1 */
-    BLOCK_TILES = 32,     /* tiles that one unpacking serves: their sums take 32 KiB */
-    PAIR = 2,             /* panels per gemm task */
+    PAIR = 2,             /* panels unpacked at a time */
+    BAND = 8,             /* panels of a gemm task: it writes half a kilobyte of y at once */
+    BLOCK = 32,           /* tiles of a gemm task; its sums take half of a 256 KiB L2 */
     SPLIT = 1 << 22,      /* fewer multiplications, some 50 us, stay on one thread */
     SPLIT_TASK = 1 << 20, /* and a task has at least so many */
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
@@ -28,14 +30,15 @@ typedef struct {
     ptrdiff_t tokens;
     const float *x;
     float *y;
-    ptrdiff_t width, tiles;       /* tokens per tile */
-    ptrdiff_t padded;             /* columns in whole steps */
-    ptrdiff_t scales_per_tile;    /* steps * width */
-    int8_t *values;               /* [tile][padded / 4][width][4] */
-    float *scale, *total, *shift; /* [tile][step][width] */
-    char *scratch;                /* scratch_bytes for each worker */
+    ptrdiff_t width, tiles; /* tokens per tile */
+    ptrdiff_t padded;       /* columns in whole steps */
+    ptrdiff_t tile_bytes;   /* padded * width */
+    ptrdiff_t tile_factors; /* steps * 3 * width */
+    int8_t *values;         /* per tile as in lbq_activations */
+    float *factors;         /* likewise */
+    char *scratch;          /* scratch_bytes for each worker */
     size_t scratch_bytes;
-    ptrdiff_t per_task; /* of the running loop */
+    ptrdiff_t per_task; /* pieces, in the loop that runs */
 } product;
 
 static ptrdiff_t
@@ -75,81 +78,74 @@ static lbq_activations
 tile_at(const product *job, ptrdiff_t tile)
 {
     return (lbq_activations){
-        .values = job->values + tile * job->padded * job->width,
-        .scale = job->scale + tile * job->scales_per_tile,
-        .total = job->total + tile * job->scales_per_tile,
-        .shift = job->shift + tile * job->scales_per_tile,
+        .values = job->values + tile * job->tile_bytes,
+        .factors = job->factors + tile * job->tile_factors,
         .width = job->width,
     };
 }
 
-/* Scratch of a quantizing worker: one token's values, scales and totals. */
+/* Scratch of a quantizing worker: the values of a tile's tokens, one after the other, and the
+ * scales and totals of one. */
 static size_t
 quantizing_bytes(const product *job)
 {
-    return lbq_padded((size_t)job->padded) + 2 * sizeof(float) * (size_t)job->geometry.steps;
+    const size_t scales = 2 * sizeof(float) * (size_t)job->geometry.steps;
+    return lbq_padded((size_t)job->tile_bytes) + scales;
 }
 
 static void
-quantize_token(const product *job, ptrdiff_t token, char *scratch)
+quantize_tile(const product *job, ptrdiff_t tile, char *scratch)
 {
-    const ptrdiff_t tile = token / job->width, t = token % job->width;
-    const ptrdiff_t steps = job->geometry.steps, width = job->width;
-    int8_t *const q = (int8_t *)scratch;
-    float *const scale = (float *)(scratch + lbq_padded((size_t)job->padded));
-    float *const total = scale + steps;
-    if (token < job->tokens) {
-        const float *const x = job->x + token * job->packed->cols;
-        lbq_kernel.quantize_i8(
-            x, job->packed->cols, job->geometry.step, job->limit, q, scale, total);
-    } else {
-        memset(scratch, 0, quantizing_bytes(job));
-    }
-    int8_t *const values = job->values + tile * job->padded * width + 4 * t;
-    for (ptrdiff_t k = 0; k < job->padded; k += 4)
-        memcpy(values + k * width, q + k, 4);
+    const ptrdiff_t steps = job->geometry.steps, width = job->width, cols = job->packed->cols;
     const float zero = job->packed->has_offset ? 0 : job->packed->zero;
-    const ptrdiff_t at = tile * job->scales_per_tile + t;
-    for (ptrdiff_t s = 0; s < steps; s++) {
-        job->scale[at + s * width] = scale[s];
-        job->total[at + s * width] = total[s];
-        job->shift[at + s * width] = -zero * total[s];
+    int8_t *const q = (int8_t *)scratch;
+    float *const scale = (float *)(scratch + lbq_padded((size_t)job->tile_bytes));
+    float *const total = scale + steps;
+    memset(scratch, 0, quantizing_bytes(job));
+    for (ptrdiff_t t = 0; t < width; t++) {
+        const ptrdiff_t token = tile * width + t;
+        float *factors = job->factors + tile * job->tile_factors + t;
+        if (token < job->tokens)
+            lbq_kernel.quantize_i8(job->x + token * cols,
+                                   cols,
+                                   job->geometry.step,
+                                   job->limit,
+                                   q + t * job->padded,
+                                   scale,
+                                   total);
+        else
+            memset(scale, 0, 2 * sizeof(float) * (size_t)steps);
+        for (ptrdiff_t s = 0; s < steps; s++, factors += 3 * width) {
+            factors[0] = scale[s];
+            factors[width] = total[s];
+            factors[2 * width] = -zero * total[s];
+        }
     }
+    lbq_kernel.interleave(q, job->padded, width, job->values + tile * job->tile_bytes);
 }
 
 static lbq_status
 quantize_task(void *context, ptrdiff_t index, int worker)
 {
     const product *const job = context;
-    const ptrdiff_t tokens = job->tiles * job->width;
-    const ptrdiff_t end = smaller((index + 1) * job->per_task, tokens);
-    for (ptrdiff_t token = index * job->per_task; token < end; token++)
-        quantize_token(job, token, job->scratch + (size_t)worker * job->scratch_bytes);
+    const ptrdiff_t end = smaller((index + 1) * job->per_task, job->tiles);
+    for (ptrdiff_t tile = index * job->per_task; tile < end; tile++)
+        quantize_tile(job, tile, job->scratch + (size_t)worker * job->scratch_bytes);
     return LBQ_OK;
 }
 
-/* Sums [token][row] of one panel start at the bias ... */
+/* A token's sums of one panel into y, with the bias. */
 static void
-start_sums(const product *job, ptrdiff_t panel, ptrdiff_t width, float *sums)
+store_sums(const product *job, ptrdiff_t panel, ptrdiff_t token, const float *sums)
 {
     const ptrdiff_t row = panel * LBQ_PANEL, rows = smaller(LBQ_PANEL, job->packed->rows - row);
-    memset(sums, 0, sizeof(float) * LBQ_PANEL * (size_t)width);
-    for (ptrdiff_t t = 0; job->bias && t < width; t++)
-        memcpy(sums + t * LBQ_PANEL, job->bias + row, sizeof(float) * (size_t)rows);
-}
-
-/* ... and end in y. */
-static void
-store_sums(const product *job, ptrdiff_t panel, ptrdiff_t first, ptrdiff_t width, const float *sums)
-{
-    const ptrdiff_t row = panel * LBQ_PANEL, rows = smaller(LBQ_PANEL, job->packed->rows - row);
-    for (ptrdiff_t t = 0; t < smaller(width, job->tokens - first); t++) {
-        float *const y = job->y + (first + t) * job->packed->rows + row;
-        if (rows == LBQ_PANEL)
-            memcpy(y, sums + t * LBQ_PANEL, sizeof(float) * LBQ_PANEL);
-        else
-            memcpy(y, sums + t * LBQ_PANEL, sizeof(float) * (size_t)rows);
-    }
+    float *const y = job->y + token * job->packed->rows + row;
+    if (rows == LBQ_PANEL)
+        memcpy(y, sums, sizeof(float) * LBQ_PANEL);
+    else
+        memcpy(y, sums, sizeof(float) * (size_t)rows);
+    for (ptrdiff_t r = 0; job->bias && r < rows; r++)
+        y[r] += job->bias[row + r];
 }
 
 typedef void (*gemv_kernel)(const lbq_panel *, const lbq_activations *, float *);
@@ -181,10 +177,10 @@ gemv_task(void *context, ptrdiff_t index, int worker)
     const ptrdiff_t end = smaller((index + 1) * job->per_task, job->geometry.panels);
     for (ptrdiff_t p = index * job->per_task; p < end; p++) {
         const lbq_panel panel = lbq_packed_panel(job->packed, &job->geometry, p);
-        float sums[TILE_SUMS];
-        start_sums(job, p, job->width, sums);
+        _Alignas(64) float sums[FEW * LBQ_PANEL];
         gemv(&panel, &x, sums);
-        store_sums(job, p, 0, job->width, sums);
+        for (ptrdiff_t t = 0; t < job->tokens; t++)
+            store_sums(job, p, t, sums + t * LBQ_PANEL);
     }
     return LBQ_OK;
 }
@@ -195,65 +191,70 @@ unpacked_steps(const product *job)
     return smaller(UNPACKED_COLS / job->geometry.step, job->geometry.steps);
 }
 
-/* Scratch of a gemm worker: codes of a pair of panels, sums of a block of tiles. */
+/* Scratch of a gemm worker: the codes of a pair of panels, the sums of a band times a block. */
 static size_t
 gemm_bytes(const product *job)
 {
     const size_t codes = (size_t)(PAIR * LBQ_PANEL * unpacked_steps(job) * job->geometry.step);
-    return lbq_padded(codes) + sizeof(float) * BLOCK_TILES * PAIR * TILE_SUMS;
+    return lbq_padded(codes) + sizeof(float) * BAND * BLOCK * TILE_SUMS;
 }
 
-/* A pair of panels times a block of tiles. */
+/* `count` panels, one or two, times `tiles` tiles: sums as [tile][panel][token][row]. */
 static void
-gemm_block(const product *job, ptrdiff_t first_panel, ptrdiff_t first_tile, char *scratch)
+multiply_pair(const product *job, const lbq_panel panel[PAIR], ptrdiff_t count,
+              ptrdiff_t first_tile, ptrdiff_t tiles, uint8_t *codes, float *sums)
 {
-    const lbq_packed_geometry *const g = &job->geometry;
-    const ptrdiff_t count = smaller(PAIR, g->panels - first_panel);
-    const ptrdiff_t tiles = smaller(BLOCK_TILES, job->tiles - first_tile);
-    const ptrdiff_t steps = unpacked_steps(job), step_codes = g->step * LBQ_PANEL;
-    uint8_t *const codes = (uint8_t *)scratch;
-    float *const sums = (float *)(scratch + lbq_padded((size_t)(PAIR * steps * step_codes)));
-    lbq_panel panel[PAIR];
-    for (ptrdiff_t p = 0; p < count; p++) {
-        panel[p] = lbq_packed_panel(job->packed, g, first_panel + p);
-        for (ptrdiff_t i = 0; i < tiles; i++)
-            start_sums(job, first_panel + p, LBQ_TILE, sums + (i * PAIR + p) * TILE_SUMS);
-    }
-    for (ptrdiff_t s = 0; s < g->steps; s += steps) {
-        const ptrdiff_t end = smaller(s + steps, g->steps);
+    const int bits = job->packed->bits;
+    const ptrdiff_t step = job->geometry.step, steps = unpacked_steps(job);
+    for (ptrdiff_t s = 0; s < panel->steps; s += steps) {
+        const ptrdiff_t end = smaller(s + steps, panel->steps);
+        uint8_t *to = codes;
         for (ptrdiff_t p = 0; p < count; p++)
-            for (ptrdiff_t i = s; i < end; i++)
-                lbq_step_unpack_fast(job->packed->bits,
-                                     panel[p].codes + i * g->step_bytes,
-                                     g->step,
-                                     codes + (p * (end - s) + i - s) * step_codes);
+            for (ptrdiff_t i = s; i < end; i++, to += step * LBQ_PANEL)
+                lbq_step_unpack_fast(bits, panel[p].codes + i * panel->step_bytes, step, to);
         for (ptrdiff_t i = 0; i < tiles; i++) {
             const lbq_activations x = tile_at(job, first_tile + i);
-            lbq_kernel.gemm_u8_i8(
-                panel, count, job->packed->bits, codes, s, end, &x, sums + i * PAIR * TILE_SUMS);
+            float *const y = sums + i * PAIR * TILE_SUMS;
+            lbq_kernel.gemm_u8_i8(panel, count, bits, codes, s, end, &x, y);
         }
     }
-    for (ptrdiff_t p = 0; p < count; p++)
-        for (ptrdiff_t i = 0; i < tiles; i++)
-            store_sums(job,
-                       first_panel + p,
-                       (first_tile + i) * LBQ_TILE,
-                       LBQ_TILE,
-                       sums + (i * PAIR + p) * TILE_SUMS);
+}
+
+/* A band of panels times a block of tiles. */
+static void
+multiply_band(const product *job, ptrdiff_t first, ptrdiff_t first_tile, char *scratch)
+{
+    const ptrdiff_t panels = smaller(BAND, job->geometry.panels - first);
+    const ptrdiff_t tiles = smaller(BLOCK, job->tiles - first_tile);
+    float *const sums = (float *)scratch;
+    uint8_t *const codes = (uint8_t *)(sums + BAND * BLOCK * TILE_SUMS);
+    for (ptrdiff_t at = 0; at < panels; at += PAIR) {
+        const ptrdiff_t count = smaller(PAIR, panels - at);
+        lbq_panel panel[PAIR];
+        for (ptrdiff_t p = 0; p < count; p++)
+            panel[p] = lbq_packed_panel(job->packed, &job->geometry, first + at + p);
+        multiply_pair(job, panel, count, first_tile, tiles, codes, sums + at * BLOCK * TILE_SUMS);
+    }
+    const ptrdiff_t first_token = first_tile * LBQ_TILE;
+    for (ptrdiff_t t = 0; t < smaller(tiles * LBQ_TILE, job->tokens - first_token); t++)
+        for (ptrdiff_t p = 0; p < panels; p++) {
+            const ptrdiff_t pair = p / PAIR * BLOCK + t / LBQ_TILE;
+            const float *const of_panel = sums + (pair * PAIR + p % PAIR) * TILE_SUMS;
+            store_sums(job, first + p, first_token + t, of_panel + t % LBQ_TILE * LBQ_PANEL);
+        }
 }
 
 static lbq_status
 gemm_task(void *context, ptrdiff_t index, int worker)
 {
     const product *const job = context;
-    const ptrdiff_t pairs = pieces(job->geometry.panels, PAIR);
-    const ptrdiff_t blocks = pieces(job->tiles, BLOCK_TILES);
-    const ptrdiff_t end = smaller((index + 1) * job->per_task, pairs * blocks);
+    const ptrdiff_t bands = pieces(job->geometry.panels, BAND);
+    const ptrdiff_t end = smaller((index + 1) * job->per_task, bands * pieces(job->tiles, BLOCK));
     for (ptrdiff_t i = index * job->per_task; i < end; i++)
-        gemm_block(job,
-                   i % pairs * PAIR,
-                   i / pairs * BLOCK_TILES,
-                   job->scratch + (size_t)worker * job->scratch_bytes);
+        multiply_band(job,
+                      i % bands * BAND,
+                      i / bands * BLOCK,
+                      job->scratch + (size_t)worker * job->scratch_bytes);
     return LBQ_OK;
 }
 
@@ -267,6 +268,21 @@ split(product *job, lbq_task task, ptrdiff_t count, double work)
     return lbq_parallel(pieces(count, job->per_task), task, job);
 }
 
+static lbq_status
+run(product *job)
+{
+    const ptrdiff_t panels = job->geometry.panels;
+    const double row = (double)job->padded; /* multiplications of one row and token */
+    const double width = (double)job->width;
+    /* Quantizing a number takes about as long as sixteen multiplications. */
+    LBQ_TRY(split(job, quantize_task, job->tiles, 16 * row * width));
+    if (job->width < LBQ_TILE)
+        return split(job, gemv_task, panels, LBQ_PANEL * row * width);
+    const ptrdiff_t tasks = pieces(panels, BAND) * pieces(job->tiles, BLOCK);
+    const double tiles = (double)smaller(job->tiles, BLOCK);
+    return split(job, gemm_task, tasks, BAND * LBQ_PANEL * row * width * tiles);
+}
+
 lbq_status
 lbq_multiply_quantized(const lbq_packed *packed, int activation_bits, const float *bias,
                        ptrdiff_t tokens, const float *x, float *y)
@@ -278,41 +294,28 @@ lbq_multiply_quantized(const lbq_packed *packed, int activation_bits, const floa
         .tokens = tokens,
         .x = x,
         .y = y,
-        .width = tokens <= 2   ? tokens
-                 : tokens <= 4 ? 4
-                               : LBQ_TILE,
+        .width = tokens == 1     ? 1
+                 : tokens <= FEW ? FEW
+                                 : LBQ_TILE,
     };
     LBQ_TRY(lbq_packed_geometry_of(packed, &job.geometry));
-    const lbq_packed_geometry *const g = &job.geometry;
     job.tiles = pieces(tokens, job.width);
-    job.padded = g->steps * g->step;
-    job.scales_per_tile = g->steps * job.width;
-    const size_t scales = sizeof(float) * (size_t)(job.tiles * job.scales_per_tile);
-    const size_t values = (size_t)(job.tiles * job.width * job.padded);
-    const size_t gemm = job.width < LBQ_TILE ? 0 : gemm_bytes(&job);
+    job.padded = job.geometry.steps * job.geometry.step;
+    job.tile_bytes = job.padded * job.width;
+    job.tile_factors = job.geometry.steps * 3 * job.width;
+    const size_t values = (size_t)(job.tiles * job.tile_bytes);
+    const size_t factors = sizeof(float) * (size_t)(job.tiles * job.tile_factors);
     const size_t quantizing = quantizing_bytes(&job);
+    const size_t gemm = job.width < LBQ_TILE ? 0 : gemm_bytes(&job);
     job.scratch_bytes = lbq_padded(gemm > quantizing ? gemm : quantizing);
+    const size_t scratch = (size_t)lbq_threads() * job.scratch_bytes;
 
     lbq_arena arena;
-    const size_t workers = (size_t)lbq_threads() * job.scratch_bytes;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(values) + 3 * lbq_padded(scales) + workers));
+    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(values) + lbq_padded(factors) + scratch));
     job.values = lbq_arena_take(&arena, values);
-    job.scale = lbq_arena_take(&arena, scales);
-    job.total = lbq_arena_take(&arena, scales);
-    job.shift = lbq_arena_take(&arena, scales);
-    job.scratch = lbq_arena_take(&arena, workers);
-
-    /* Quantizing a number takes about as long as sixteen multiplications. */
-    lbq_status status = split(&job, quantize_task, job.tiles * job.width, 16 * (double)job.padded);
-    if (status == LBQ_OK && job.width < LBQ_TILE)
-        status =
-            split(&job, gemv_task, g->panels, (double)LBQ_PANEL * (double)(job.padded * job.width));
-    else if (status == LBQ_OK)
-        status = split(&job,
-                       gemm_task,
-                       pieces(g->panels, PAIR) * pieces(job.tiles, BLOCK_TILES),
-                       (double)(PAIR * LBQ_PANEL * LBQ_TILE) * (double)job.padded *
-                           (double)smaller(job.tiles, BLOCK_TILES));
+    job.factors = lbq_arena_take(&arena, factors);
+    job.scratch = lbq_arena_take(&arena, scratch);
+    const lbq_status status = run(&job);
     lbq_arena_close(&arena);
     return status;
 }

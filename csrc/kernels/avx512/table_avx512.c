@@ -14,4 +14,16 @@ lbq_table_avx512(lbq_kernels *table)
     table->exp_gap_f32 = lbq_exp_gap_f32_avx512;
     table->hadamard_sylvester = lbq_hadamard_sylvester_avx512;
     table->hadamard_base = lbq_hadamard_base_avx512;
+    table->quantize_i8 = lbq_quantize_i8_avx512;
+    table->unpack_u1 = lbq_unpack_u1_avx512;
+    table->unpack_u2 = lbq_unpack_u2_avx512;
+    table->unpack_u3 = lbq_unpack_u3_avx512;
+    table->unpack_u4 = lbq_unpack_u4_avx512;
+    table->gemv_u1_i8 = lbq_gemv_u1_i8_avx512;
+    table->gemv_u2_i8 = lbq_gemv_u2_i8_avx512;
+    table->gemv_u3_i8 = lbq_gemv_u3_i8_avx512;
+    table->gemv_u4_i8 = lbq_gemv_u4_i8_avx512;
+    table->gemv_u8_i8 = lbq_gemv_u8_i8_avx512;
+    table->gemm_u8_i8 = lbq_gemm_u8_i8_avx512;
+    table->decode_f32 = lbq_decode_f32_avx512;
 }

@@ -52,3 +52,11 @@ lbq_quantize_i8_portable(const float *x, ptrdiff_t cols, ptrdiff_t step, int lim
         total[s] = scale[s] * (float)sum;
     }
 }
+
+void
+lbq_interleave_portable(const int8_t *q, ptrdiff_t columns, ptrdiff_t width, int8_t *values)
+{
+    for (ptrdiff_t k = 0; k < columns; k += 4)
+        for (ptrdiff_t t = 0; t < width; t++, values += 4)
+            memcpy(values, q + t * columns + k, 4);
+}

@@ -1,5 +1,6 @@
 /* Packed panels times int8 activations of a few tokens: the order of every operation. */
 #include <math.h>
+#include <string.h>
 
 #include "kernels/portable/portable.h"
 
@@ -10,7 +11,7 @@ add_step(const lbq_panel *panel, ptrdiff_t step, const uint8_t *codes, const lbq
 {
     float scale[LBQ_PANEL], offset[LBQ_PANEL];
     lbq_panel_scale(panel, step, scale);
-    if (panel->offset)
+    if (panel->has_offset)
         lbq_panel_offset(panel, step, offset);
     const int8_t *const values = x->values + step * panel->step * x->width;
     for (ptrdiff_t t = 0; t < x->width; t++) {
@@ -22,12 +23,13 @@ add_step(const lbq_panel *panel, ptrdiff_t step, const uint8_t *codes, const lbq
                 for (int i = 0; i < 4; i++)
                     dot[r] += code[4 * r + i] * q[i];
         }
-        const ptrdiff_t at = step * x->width + t;
+        const float *const factors = x->factors + 3 * step * x->width + t;
+        const float x_scale = factors[0], total = factors[x->width], shift = factors[2 * x->width];
         for (int r = 0; r < LBQ_PANEL; r++) {
             float *const sum = &y[t * LBQ_PANEL + r];
-            *sum = fmaf(scale[r], fmaf(x->scale[at], (float)dot[r], x->shift[at]), *sum);
-            if (panel->offset)
-                *sum = fmaf(offset[r], x->total[at], *sum);
+            *sum = fmaf(scale[r], fmaf(x_scale, (float)dot[r], shift), *sum);
+            if (panel->has_offset)
+                *sum = fmaf(offset[r], total, *sum);
         }
     }
 }
@@ -36,6 +38,7 @@ static void
 gemv(int bits, const lbq_panel *panel, const lbq_activations *x, float *y)
 {
     uint8_t codes[LBQ_MAX_STEP * LBQ_PANEL];
+    memset(y, 0, sizeof(float) * (size_t)(LBQ_PANEL * x->width));
     for (ptrdiff_t s = 0; s < panel->steps; s++) {
         lbq_step_unpack(bits, panel->codes + s * panel->step_bytes, panel->step, codes);
         add_step(panel, s, codes, x, y);
@@ -77,6 +80,8 @@ lbq_gemm_u8_i8_portable(const lbq_panel *panel, ptrdiff_t count, int bits, const
                         ptrdiff_t first, ptrdiff_t end, const lbq_activations *x, float *y)
 {
     (void)bits;
+    if (first == 0)
+        memset(y, 0, sizeof(float) * (size_t)(LBQ_PANEL * LBQ_TILE * count));
     for (ptrdiff_t p = 0; p < count; p++, y += LBQ_TILE * LBQ_PANEL)
         for (ptrdiff_t s = first; s < end; s++, codes += panel->step * LBQ_PANEL)
             add_step(&panel[p], s, codes, x, y);

@@ -1,0 +1,213 @@
+/* Packed panels times int8 activations of one token or four, straight from the codes.
+ *
+ * A 64-byte block is one register with a row per lane. Planes are masked where they lie, at most
+ * one shift per two planes: the sums of planes that lie 2 or 4 bits up come out 4 or 16 times too
+ * large and are shifted back once per step. vpdpbusd takes activations broadcast by the load. */
+#include "kernels/avx512/avx512.h"
+#include "kernels/avx512/panel_avx512.h"
+
+enum { AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */ };
+
+#define MASK(bits) _mm512_set1_epi8((char)(bits))
+
+/* Integer sums of a step: of planes that lay in place, and of those that lay some bits up. One
+ * token has two chains of each, so that the next vpdpbusd need not wait for the last. */
+typedef struct {
+    __m512i low[4], high[4];
+} sums;
+
+/* sum += plane * activations of columns k to k + 3, for each token. */
+LBQ_INLINE void
+accumulate(__m512i *sum, __m512i plane, const int8_t *q, ptrdiff_t k, const int width)
+{
+    const int chain = width == 1 ? k / 8 % 2 : 0;
+#pragma GCC unroll 4
+    for (int t = 0; t < width; t++)
+        sum[chain + t] =
+            _mm512_dpbusd_epi32(sum[chain + t], plane, broadcast_word(q + k * width + 4 * t));
+}
+
+LBQ_INLINE __m512i
+block_at(const uint8_t *codes, ptrdiff_t block)
+{
+    _mm_prefetch((const char *)codes + 64 * block + AHEAD, _MM_HINT_T0);
+    __m512i planes = _mm512_loadu_si512(codes + 64 * block);
+    __asm__("" : "+v"(planes)); /* or gcc loads it anew for every plane */
+    return planes;
+}
+
+LBQ_INLINE void
+sum_u1(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width, sums *sum)
+{
+#pragma GCC unroll 2
+    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 64) {
+        __m512i planes = block_at(codes, 0);
+#pragma GCC unroll 4
+        for (int p = 0; p < 8; p += 2) {
+            accumulate(sum->low, _mm512_and_si512(planes, MASK(1)), q, k + 4 * p, width);
+            accumulate(sum->high, _mm512_and_si512(planes, MASK(2)), q, k + 4 * p + 4, width);
+            planes = _mm512_srli_epi16(planes, 2);
+        }
+    }
+}
+
+LBQ_INLINE void
+sum_u2(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width, sums *sum)
+{
+#pragma GCC unroll 4
+    for (ptrdiff_t k = 0; k < columns; k += 16, codes += 64) {
+        const __m512i planes = block_at(codes, 0), upper = _mm512_srli_epi16(planes, 4);
+        accumulate(sum->low, _mm512_and_si512(planes, MASK(3)), q, k, width);
+        accumulate(sum->high, _mm512_and_si512(planes, MASK(12)), q, k + 4, width);
+        accumulate(sum->low, _mm512_and_si512(upper, MASK(3)), q, k + 8, width);
+        accumulate(sum->high, _mm512_and_si512(upper, MASK(12)), q, k + 12, width);
+    }
+}
+
+/* Two low bits of `two` under `mask`, and the high bit that `one` holds above them. */
+LBQ_INLINE __m512i
+join(__m512i two, int mask, __m512i one, int bit)
+{
+    return _mm512_ternarylogic_epi64(_mm512_and_si512(two, MASK(mask)), one, MASK(bit), 0xf8);
+}
+
+LBQ_INLINE void
+sum_u3(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width, sums *sum)
+{
+#pragma GCC unroll 2
+    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 192) {
+        const __m512i a = block_at(codes, 0), b = block_at(codes, 1), h = block_at(codes, 2);
+        const __m512i a4 = _mm512_srli_epi16(a, 4), b4 = _mm512_srli_epi16(b, 4);
+        accumulate(sum->low, join(a, 3, _mm512_slli_epi16(h, 2), 4), q, k, width);
+        accumulate(sum->high, join(a, 12, _mm512_slli_epi16(h, 3), 16), q, k + 4, width);
+        accumulate(sum->low, join(a4, 3, h, 4), q, k + 8, width);
+        accumulate(sum->high, join(a4, 12, _mm512_slli_epi16(h, 1), 16), q, k + 12, width);
+        accumulate(sum->low, join(b, 3, _mm512_srli_epi16(h, 2), 4), q, k + 16, width);
+        accumulate(sum->high, join(b, 12, _mm512_srli_epi16(h, 1), 16), q, k + 20, width);
+        accumulate(sum->low, join(b4, 3, _mm512_srli_epi16(h, 4), 4), q, k + 24, width);
+        accumulate(sum->high, join(b4, 12, _mm512_srli_epi16(h, 3), 16), q, k + 28, width);
+    }
+}
+
+LBQ_INLINE void
+sum_u4(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width, sums *sum)
+{
+#pragma GCC unroll 8
+    for (ptrdiff_t k = 0; k < columns; k += 8, codes += 64) {
+        const __m512i planes = block_at(codes, 0);
+        accumulate(sum->low, _mm512_and_si512(planes, MASK(15)), q, k, width);
+        accumulate(sum->high, _mm512_and_si512(planes, MASK(240)), q, k + 4, width);
+    }
+}
+
+LBQ_INLINE void
+sum_u8(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width, sums *sum)
+{
+#pragma GCC unroll 8
+    for (ptrdiff_t k = 0; k < columns; k += 8, codes += 128) {
+        accumulate(sum->low, block_at(codes, 0), q, k, width);
+        accumulate(sum->high, block_at(codes, 1), q, k + 4, width);
+    }
+}
+
+/* `columns` of a step at a time, which divides the step. */
+LBQ_INLINE void
+gemv(const int bits, const ptrdiff_t columns, const int width, const lbq_panel *panel,
+     const lbq_activations *x, float *y)
+{
+    /* How far up the planes lay whose sums are `high`. */
+    const int up = bits == 1 ? 1 : bits == 4 ? 4 : bits == 8 ? 0 : 2;
+    const ptrdiff_t bytes = columns * bits * LBQ_PANEL / 8;
+    const uint8_t *step_codes = panel->codes, *scale_at = panel->scale;
+    const int8_t *q = x->values;
+    const float *factors = x->factors;
+    __m512 total[4];
+    for (int t = 0; t < width; t++)
+        total[t] = _mm512_setzero_ps();
+    for (ptrdiff_t left_steps = panel->steps; left_steps > 0; left_steps--) {
+        const uint8_t *codes = step_codes;
+        sums sum;
+        for (int t = 0; t < 4; t++)
+            sum.low[t] = sum.high[t] = _mm512_setzero_si512();
+        ptrdiff_t left = panel->step;
+        do {
+            if (bits == 1)
+                sum_u1(codes, columns, q, width, &sum);
+            else if (bits == 2)
+                sum_u2(codes, columns, q, width, &sum);
+            else if (bits == 3)
+                sum_u3(codes, columns, q, width, &sum);
+            else if (bits == 4)
+                sum_u4(codes, columns, q, width, &sum);
+            else
+                sum_u8(codes, columns, q, width, &sum);
+            codes += bytes;
+            q += columns * width;
+            left -= columns;
+        } while (left > 0);
+        if (width == 1) {
+            sum.low[0] = _mm512_add_epi32(sum.low[0], sum.low[1]);
+            sum.high[0] = _mm512_add_epi32(sum.high[0], sum.high[1]);
+        }
+        const __m512 scale = load_scale(panel, scale_at);
+        for (int t = 0; t < width; t++) {
+            const __m512i high = _mm512_srai_epi32(sum.high[t], up);
+            const __m512i dot = _mm512_add_epi32(sum.low[t], high);
+            total[t] = add_step(factors + t, width, scale, dot, total[t]);
+        }
+        if (panel->has_offset) {
+            const __m512 offset = load_half(scale_at + 2 * LBQ_PANEL);
+            for (int t = 0; t < width; t++)
+                total[t] = add_offset(factors + t, width, offset, total[t]);
+        }
+        step_codes += panel->step_bytes;
+        scale_at += panel->scale_stride;
+        factors += 3 * width;
+    }
+    for (int t = 0; t < width; t++)
+        _mm512_storeu_ps(y + t * LBQ_PANEL, total[t]);
+}
+
+LBQ_INLINE void
+gemv_any(const int bits, const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    const ptrdiff_t least = bits == 1 || bits == 3 ? 32 : 16;
+    if (x->width == 1 && panel->step >= 64)
+        gemv(bits, 64, 1, panel, x, y);
+    else if (x->width == 1)
+        gemv(bits, least, 1, panel, x, y);
+    else if (panel->step >= 64)
+        gemv(bits, 64, 4, panel, x, y);
+    else
+        gemv(bits, least, 4, panel, x, y);
+}
+
+void
+lbq_gemv_u1_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(1, panel, x, y);
+}
+
+void
+lbq_gemv_u2_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(2, panel, x, y);
+}
+
+void
+lbq_gemv_u3_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(3, panel, x, y);
+}
+
+void
+lbq_gemv_u4_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(4, panel, x, y);
+}
+
+void
+lbq_gemv_u8_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(8, panel, x, y);
+}

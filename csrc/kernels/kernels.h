@@ -119,8 +119,8 @@ typedef struct {
       void,                                                                                        \
       (ptrdiff_t n, ptrdiff_t count, const float *before, const float *after, float *x))           \
     /* x (order, lanes) <- after o (A^T (before o x)), A (order, order) row-major, before and      \
-     * after (order, lanes) or NULL for ones. Sums run over the rows of A from 0 upwards, with an              \
-     * fma where an entry is not +-1, so that the bits are the same everywhere. scratch (order,              \
+     * after (order, lanes) or NULL for ones. Sums run over the rows of A from 0 upwards, with an  \
+     * fma where an entry is not +-1, so that the bits are the same everywhere. scratch (order,    \
      * LBQ_HADAMARD_LANES), 64-byte aligned. */                                                    \
     X(hadamard_base,                                                                               \
       void,                                                                                        \

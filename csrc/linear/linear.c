@@ -48,14 +48,14 @@ lbq_linear_check(const lbq_linear *layer)
     return lbq_packed_geometry_of(&layer->packed, &geometry);
 }
 
-/* y = x W^T for W (rows, cols). */
+/* y = x W^T + beta y for W (rows, cols). */
 static void
-multiply_dense(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+multiply_dense(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float beta, float *y)
 {
     const int rows = (int)layer->rows, cols = (int)layer->cols;
     if (tokens == 1)
         BLAS(cblas_sgemv)(
-            CblasRowMajor, CblasNoTrans, rows, cols, 1, layer->dense, cols, x, 1, 1, y, 1);
+            CblasRowMajor, CblasNoTrans, rows, cols, 1, layer->dense, cols, x, 1, beta, y, 1);
     else
         BLAS(cblas_sgemm)(CblasRowMajor,
                           CblasNoTrans,
@@ -68,7 +68,7 @@ multiply_dense(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float 
                           cols,
                           layer->dense,
                           cols,
-                          1,
+                          beta,
                           y,
                           rows);
 }
@@ -150,6 +150,10 @@ multiply(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
     if (layer->activation_bits)
         return lbq_multiply_quantized(
             &layer->packed, layer->activation_bits, layer->bias, tokens, x, y);
+    if (layer->dense && !layer->bias) {
+        multiply_dense(layer, tokens, x, 0, y);
+        return LBQ_OK;
+    }
     const size_t row_bytes = sizeof(float) * (size_t)layer->rows;
     for (ptrdiff_t t = 0; t < tokens; t++) {
         if (layer->bias)
@@ -159,7 +163,7 @@ multiply(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
     }
     if (!layer->dense)
         return multiply_decoded(layer, tokens, x, y);
-    multiply_dense(layer, tokens, x, y);
+    multiply_dense(layer, tokens, x, 1, y);
     return LBQ_OK;
 }
 

@@ -6,11 +6,11 @@
 
 #include "kernels/exp.h"
 
+/* For arguments that LBQ_EXP_HIGH bounds already. */
 static inline __m512
-lbq_exp_avx512(__m512 x)
+lbq_exp_bounded_avx512(__m512 x)
 {
     x = _mm512_max_ps(_mm512_set1_ps(LBQ_EXP_LOW), x); /* a NaN in x stays */
-    x = _mm512_min_ps(_mm512_set1_ps(LBQ_EXP_HIGH), x);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(LBQ_EXP_LOG2E)),
                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(LBQ_EXP_LN2_HIGH), x);
@@ -22,6 +22,12 @@ lbq_exp_avx512(__m512 x)
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(LBQ_EXP_C2));
     p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r);
     return _mm512_scalef_ps(_mm512_add_ps(p, _mm512_set1_ps(1.0f)), n);
+}
+
+static inline __m512
+lbq_exp_avx512(__m512 x)
+{
+    return lbq_exp_bounded_avx512(_mm512_min_ps(_mm512_set1_ps(LBQ_EXP_HIGH), x));
 }
 
 #endif

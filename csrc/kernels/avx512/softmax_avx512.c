@@ -18,12 +18,19 @@ double_sum(__m512 x)
 float
 lbq_max_f32_avx512(const float *x, ptrdiff_t count)
 {
-    __m512 max = _mm512_set1_ps(x[0]);
-    for (ptrdiff_t i = 0; i < count; i += 16) {
+    __m512 max[4]; /* four chains, for a maximum takes four cycles */
+    for (int j = 0; j < 4; j++)
+        max[j] = _mm512_set1_ps(x[0]);
+    ptrdiff_t i = 0;
+    for (; i + 64 <= count; i += 64)
+        for (int j = 0; j < 4; j++)
+            max[j] = _mm512_max_ps(max[j], _mm512_loadu_ps(x + i + 16 * j));
+    for (; i < count; i += 16) {
         const __mmask16 mask = lanes(count - i);
-        max = _mm512_mask_max_ps(max, mask, max, _mm512_maskz_loadu_ps(mask, x + i));
+        max[0] = _mm512_mask_max_ps(max[0], mask, max[0], _mm512_maskz_loadu_ps(mask, x + i));
     }
-    return _mm512_reduce_max_ps(max);
+    max[0] = _mm512_max_ps(max[0], max[1]);
+    return _mm512_reduce_max_ps(_mm512_max_ps(max[0], _mm512_max_ps(max[2], max[3])));
 }
 
 float
@@ -33,15 +40,23 @@ lbq_softmax_f32_avx512(float *x, ptrdiff_t count, float *max, float *sum)
     const float shift = found > *max ? found : *max;
     const __m512 shifts = _mm512_set1_ps(shift);
     __m512 total = _mm512_setzero_ps();
-    for (ptrdiff_t i = 0; i < count; i += 16) {
+    ptrdiff_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const __m512 gap = _mm512_sub_ps(_mm512_loadu_ps(x + i), shifts);
+        const __m512 exp = lbq_exp_bounded_avx512(gap);
+        _mm512_storeu_ps(x + i, exp);
+        total = _mm512_add_ps(total, exp);
+    }
+    if (i < count) {
         const __mmask16 mask = lanes(count - i);
         const __m512 gap = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), shifts);
-        const __m512 exp = lbq_exp_avx512(gap);
+        const __m512 exp = lbq_exp_bounded_avx512(gap);
         _mm512_mask_storeu_ps(x + i, mask, exp);
         total = _mm512_mask_add_ps(total, mask, total, exp);
     }
-    const float factor =
-        *max == shift ? 1.0f : _mm512_cvtss_f32(lbq_exp_avx512(_mm512_set1_ps(*max - shift)));
+    float factor = 1.0f;
+    if (*max != shift)
+        factor = _mm512_cvtss_f32(lbq_exp_bounded_avx512(_mm512_set1_ps(*max - shift)));
     *max = shift;
     *sum = *sum * factor + _mm512_reduce_add_ps(total);
     return factor;
@@ -54,7 +69,7 @@ lbq_exp_sum_f32_avx512(const float *x, ptrdiff_t count, float shift)
     __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
     ptrdiff_t i = 0;
     for (; i + 16 <= count; i += 16) {
-        const __m512 exp = lbq_exp_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), shifts));
+        const __m512 exp = lbq_exp_bounded_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), shifts));
         low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(exp)));
         high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(exp, 1)));
     }
@@ -62,7 +77,7 @@ lbq_exp_sum_f32_avx512(const float *x, ptrdiff_t count, float shift)
     if (i < count) {
         const __mmask16 mask = lanes(count - i);
         const __m512 gap = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), shifts);
-        sum += double_sum(_mm512_maskz_mov_ps(mask, lbq_exp_avx512(gap)));
+        sum += double_sum(_mm512_maskz_mov_ps(mask, lbq_exp_bounded_avx512(gap)));
     }
     return sum;
 }
@@ -77,7 +92,7 @@ lbq_exp_gap_f32_avx512(const float *p, const float *q, ptrdiff_t count, float p_
         const __mmask16 mask = lanes(count - i);
         const __m512 a = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, p + i), p_shifts);
         const __m512 b = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, q + i), q_shifts);
-        const __m512 exp = _mm512_maskz_mov_ps(mask, lbq_exp_avx512(a));
+        const __m512 exp = _mm512_maskz_mov_ps(mask, lbq_exp_bounded_avx512(a));
         const __m512 gap = _mm512_sub_ps(a, b);
         low = _mm512_fmadd_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(exp)),
                               _mm512_cvtps_pd(_mm512_castps512_ps256(gap)),

@@ -295,3 +295,34 @@ def kronecker(bases, power, x):
     for matrix in matrices:
         y = matrix @ y.reshape(-1, len(matrix), y.shape[-1] // len(matrix))
     return y.reshape(len(x), -1)
+
+
+def decoder(network, tokens):
+    """Logits of a network in float64, one token after the other as the formulas stand.
+
+    `network` has embedding, final_norm, head, frequency, heads, kv_heads, epsilon and blocks, each
+    a dict of norms (arrays or None) and of linear layers, (weight, bias or None).
+    """
+    heads, kv_heads, epsilon = network["heads"], network["kv_heads"], network["epsilon"]
+
+    def linear(layer, x):
+        weight, bias = layer
+        return x @ weight.astype(float).T + (0 if bias is None else bias)
+
+    def normed(x, gain):
+        return rmsnorm(x, gain, epsilon)[0]
+
+    x = network["embedding"].astype(float)[tokens]
+    for block in network["blocks"]:
+        n = normed(x, block["attention_norm"])
+        q, k, v = (linear(block[p], n) for p in ("q_proj", "k_proj", "v_proj"))
+        q, k, v = (a.reshape(len(x), h, -1) for a, h in ((q, heads), (k, kv_heads), (v, kv_heads)))
+        if block["query_norm"] is not None:
+            q, k = normed(q, block["query_norm"]), normed(k, block["key_norm"])
+        q, k = (rope(a, network["frequency"], 0)[0] for a in (q, k))
+        x = x + linear(block["o_proj"], attention(q, k, v)[0].reshape(len(x), -1))
+        n = normed(x, block["mlp_norm"])
+        inner = swiglu(linear(block["gate_proj"], n), linear(block["up_proj"], n))[0]
+        x = x + linear(block["down_proj"], inner)
+    head = network["embedding"] if network["head"] is None else network["head"]
+    return normed(x, network["final_norm"]) @ head.astype(float).T

@@ -119,6 +119,15 @@ def test_a_replaced_layer_runs_at_once(tmp_path):
         copy.replace_linear("lm_head", linear)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+def test_a_rotated_model_has_the_same_logits(name, kind, tmp_path):
+    model = tiny(name, tmp_path)
+    tokens = tiny_models.tokens_of(name)
+    rotated = lowbitq.rotate(model, kind, seed=1)
+    assert largest_difference(rotated.logits(tokens), model.logits(tokens)) < LIMIT
+
+
 def test_generation_is_greedy_by_default(tmp_path):
     model = tiny("mistral", tmp_path)
     tokens = list(tiny_models.tokens_of("mistral")[:5])

@@ -213,8 +213,14 @@ lbq_decoder_check(const lbq_decoder *decoder)
         LBQ_TRY(check_layer(b->up, "up_proj", i, b->up->rows, hidden));
         LBQ_TRY(check_layer(b->down, "down_proj", i, hidden, b->up->rows));
     }
-    if (decoder->head)
-        LBQ_TRY(check_layer(decoder->head, "lm_head", -1, decoder->vocab, hidden));
+    LBQ_REQUIRE(!decoder->head ||
+                    (decoder->head->rows == decoder->vocab && decoder->head->cols == hidden),
+                LBQ_BAD_SHAPE,
+                "the head is (%td, %td), expected (%td, %td)",
+                decoder->head->rows,
+                decoder->head->cols,
+                decoder->vocab,
+                hidden);
     LBQ_REQUIRE(!decoder->rotation || decoder->rotation->n == hidden,
                 LBQ_BAD_SHAPE,
                 "the residual rotation has order %td, expected %td",

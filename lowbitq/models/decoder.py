@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,9 +13,7 @@ from lowbitq import _core, generation
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from lowbitq.rotations import Rotation
+from lowbitq.rotations import Rotation
 
 AnyLinear = Linear | QuantizedLinear
 

@@ -1,0 +1,227 @@
+"""The decoder against a float64 network, and what it refuses."""
+
+from __future__ import annotations
+
+import gc
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import oracle
+import pytest
+
+from lowbitq import _core
+from lowbitq.rotations import Rotation
+
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NORMS = ("attention_norm", "mlp_norm", "query_norm", "key_norm")
+VOCAB, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 50, 24, 40, 6, 2, 10
+LIMIT = 1e-4  # of the largest logit of a row; what the library promises
+
+
+def network_of(seed, *, biases=False, head_norms=False, norms=True, head=False, blocks=2):
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape):
+        return rng.standard_normal(shape, dtype=np.float32)
+
+    q, kv = HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM
+    shapes = [(q, HIDDEN), (kv, HIDDEN), (kv, HIDDEN), (HIDDEN, q)]
+    shapes += [(INNER, HIDDEN), (INNER, HIDDEN), (HIDDEN, INNER)]
+    sizes = [HIDDEN, HIDDEN, HEAD_DIM, HEAD_DIM]
+    present = [norms, norms, head_norms, head_norms]
+    return {
+        "embedding": normal(VOCAB, HIDDEN),
+        "final_norm": 1 + normal(HIDDEN) / 5,
+        "head": normal(VOCAB, HIDDEN) if head else None,
+        "frequency": 1000.0 ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM),
+        "heads": HEADS,
+        "kv_heads": KV_HEADS,
+        "epsilon": 1e-5,
+        "blocks": [
+            {
+                n: 1 + normal(size) / 5 if there else None
+                for n, size, there in zip(NORMS, sizes, present, strict=True)
+            }
+            | {
+                n: (
+                    normal(*shape) / np.float32(shape[1] ** 0.5),
+                    normal(shape[0]) if biases else None,
+                )
+                for n, shape in zip(LAYERS, shapes, strict=True)
+            }
+            for _ in range(blocks)
+        ],
+    }
+
+
+def block_handle(block):
+    layers = [_core.linear_dense(*block[name], None) for name in LAYERS]
+    return _core.block(*(block[name] for name in NORMS), *layers)
+
+
+def decoder_of(network, rotation=None, **changes):
+    network = network | changes
+    head = network["head"]
+    return _core.decoder(
+        network["embedding"],
+        network["final_norm"],
+        network["frequency"],
+        None if head is None else _core.linear_dense(head, None, None),
+        rotation,
+        tuple(block_handle(block) for block in network["blocks"]),
+        heads=network["heads"],
+        kv_heads=network["kv_heads"],
+        epsilon=network["epsilon"],
+        rope_factor=1.0,
+    )
+
+
+def tokens_of(count):
+    return np.random.default_rng(count).integers(0, VOCAB, count).astype(np.int32)
+
+
+def forward(decoder, tokens, rows=None, cache=(None, None), past=0):
+    logits = np.full(((rows or len(tokens)) + 2, VOCAB), np.nan, np.float32)
+    _core.decoder_forward(decoder, tokens, *cache, None, logits[1:-1], past=past)
+    assert np.isnan(logits[[0, -1]]).all(), "wrote outside logits"
+    return logits[1:-1]
+
+
+def new_cache(blocks=2, positions=128, width=16):
+    shape = (blocks, KV_HEADS, positions)
+    return tuple(np.full((*shape, n), np.nan, np.float32) for n in (HEAD_DIM, width))
+
+
+def close(found, expected):
+    return (abs(found - expected).max(-1) <= LIMIT * abs(expected).max(-1)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 65])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"biases": True, "head": True}, {"head_norms": True, "blocks": 3}, {"norms": False}],
+)
+def test_decoder_matches_oracle(isa, tokens, options):
+    network = network_of(tokens, **options)
+    logits = forward(decoder_of(network), tokens_of(tokens))
+    assert close(logits, oracle.decoder(network, tokens_of(tokens)))
+
+
+def test_the_last_rows_are_the_same_rows():
+    decoder, tokens = decoder_of(network_of(0)), tokens_of(20)
+    whole = forward(decoder, tokens)
+    assert close(forward(decoder, tokens, rows=3), whole[-3:])
+    hidden, logits = np.empty((3, HIDDEN), np.float32), np.empty((3, VOCAB), np.float32)
+    _core.decoder_forward(decoder, tokens, None, None, hidden, None, past=0)
+    _core.decoder_head(decoder, hidden, logits)
+    assert close(logits, whole[-3:])
+
+
+def test_a_cache_of_garbage_stands_for_the_tokens_before(isa):
+    network = network_of(1, head_norms=True)
+    decoder, tokens, cache = decoder_of(network), tokens_of(100), new_cache()
+    found = [forward(decoder, tokens[:63], 1, cache)]
+    found.append(forward(decoder, tokens[63:65], 2, cache, past=63))
+    found += [forward(decoder, tokens[i : i + 1], 1, cache, past=i) for i in range(65, 100)]
+    assert close(np.concatenate(found), oracle.decoder(network, tokens)[62:])
+
+
+def test_a_residual_rotation_is_undone():
+    """Rotated layers of a rotated stream: the rotation must go in and out where it should."""
+    network, rotation = network_of(2, norms=False), Rotation(HIDDEN, seed=3)
+    R = rotation.matrix().astype(np.float32)
+    turned = network | {"blocks": []}
+    for block in network["blocks"]:
+        new = dict(block)
+        for name in LAYERS:
+            weight = block[name][0]
+            reads = name not in ("o_proj", "down_proj")
+            new[name] = (np.ascontiguousarray(weight @ R.T if reads else R @ weight), None)
+        turned["blocks"].append(new)
+    tokens = tokens_of(30)
+    logits = forward(decoder_of(turned, rotation.handle), tokens)
+    assert close(logits, oracle.decoder(network, tokens))
+
+
+def test_two_threads_may_run_one_decoder():
+    decoder = decoder_of(network_of(3))
+    inputs = [tokens_of(n) for n in (40, 41, 42, 43)]
+    expected = [forward(decoder, tokens) for tokens in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            found = list(pool.map(lambda tokens: forward(decoder, tokens), inputs))
+            assert all(close(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_handle_keeps_its_parts_alive():
+    decoder, tokens = decoder_of(network_of(4)), tokens_of(9)  # nothing else holds the network
+    gc.collect()
+    ballast = [np.full((VOCAB, HIDDEN), np.nan, np.float32) for _ in range(50)]
+    assert close(forward(decoder, tokens), oracle.decoder(network_of(4), tokens))
+    del ballast
+
+
+def test_layers_that_do_not_fit_are_refused():
+    network = network_of(5)
+    wrong = network["blocks"][1] | {"up_proj": network["blocks"][1]["q_proj"]}
+    with pytest.raises(ValueError, match=r"gate_proj of block 1 is \(40, 24\), expected \(60"):
+        decoder_of(network, blocks=[network["blocks"][0], wrong])
+    wrong = network["blocks"][0] | {"attention_norm": np.ones(9, np.float32)}
+    with pytest.raises(ValueError, match=r"axis 0 .* of mlp_norm has size 24, expected 9"):
+        block_handle(wrong)
+    wrong["mlp_norm"] = None
+    with pytest.raises(ValueError, match="norms of block 0 have 9 and 0 gains, expected 24 and 10"):
+        decoder_of(network, blocks=[wrong])
+    with pytest.raises(ValueError, match="6 heads do not share 4 key heads evenly"):
+        decoder_of(network, kv_heads=4)
+    with pytest.raises(ValueError, match=r"q_proj of block 0 is \(60, 24\), expected \(36, 24\)"):
+        decoder_of(network, frequency=np.ones(3))
+    with pytest.raises(ValueError, match="the residual rotation has order 8, expected 24"):
+        decoder_of(network, Rotation(8).handle)
+    with pytest.raises(ValueError, match=r"the head is \(50, 23\), expected \(50, 24\)"):
+        decoder_of(network, head=np.zeros((VOCAB, HIDDEN - 1), np.float32))
+
+
+def test_handles_of_another_kind_are_refused():
+    network = network_of(6)
+    decoder = decoder_of(network)
+    with pytest.raises(TypeError, match=r"decoder is not a lowbitq\.decoder"):
+        _core.decoder_head(Rotation(8).handle, np.zeros((1, 1), np.float32), None)
+    args = [network["embedding"], network["final_norm"], network["frequency"], None, None]
+    options = {"heads": 6, "kv_heads": 2, "epsilon": 0.0, "rope_factor": 1.0}
+    with pytest.raises(TypeError, match=r"blocks\[0\] is not a lowbitq.block"):
+        _core.decoder(*args, (decoder,), **options)
+    with pytest.raises(TypeError, match="blocks is not a tuple"):
+        _core.decoder(*args, [], **options)
+
+
+def test_bad_calls_are_refused():
+    decoder, cache = decoder_of(network_of(7)), new_cache()
+    logits = np.empty((2, VOCAB), np.float32)
+    two = tokens_of(2)
+
+    def call(tokens=two, keys=None, values=None, hidden=None, logits=logits, past=0):
+        _core.decoder_forward(decoder, tokens, keys, values, hidden, logits, past=past)
+
+    with pytest.raises(ValueError, match=r"tokens\[1\] is 50, expected 0 to 49"):
+        call(np.array([0, 50], np.int32))
+    with pytest.raises(ValueError, match=r"tokens\[0\] is -1, expected 0 to 49"):
+        call(np.array([-1, 0], np.int32))
+    with pytest.raises(ValueError, match="2 rows of only 1 tokens"):
+        call(two[:1])
+    with pytest.raises(ValueError, match="there are no tokens"):
+        call(two[:0], logits=logits[:0])
+    with pytest.raises(ValueError, match="axis 1 of logits has size 49, expected 50"):
+        call(logits=np.empty((2, VOCAB - 1), np.float32))
+    with pytest.raises(ValueError, match="axis 1 of hidden has size 9, expected 24"):
+        call(hidden=np.empty((2, 9), np.float32))
+    with pytest.raises(ValueError, match="holds 127 of at most 128 tokens, no room for 2"):
+        call(keys=cache[0], values=cache[1], past=127)
+    with pytest.raises(ValueError, match="keys and values go together"):
+        call(keys=cache[0])
+    with pytest.raises(ValueError, match="the cache has 100 positions, expected a multiple of 64"):
+        call(**dict(zip(("keys", "values"), new_cache(positions=100), strict=True)))
+    with pytest.raises(ValueError, match="axis 0 of keys has size 3, expected 2"):
+        call(**dict(zip(("keys", "values"), new_cache(blocks=3), strict=True)))
+    with pytest.raises(ValueError, match="axis 3 of values has size 10, expected 16"):
+        call(**dict(zip(("keys", "values"), new_cache(width=10), strict=True)))

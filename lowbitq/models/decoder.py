@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -386,18 +386,17 @@ class Model:
         on_token: Callable[[Any], object] | None = None,
     ) -> str | NDArray[np.int32]:
         """Continue a text or a list of tokens; `lowbitq.generation.generate` says how."""
-        result: str | NDArray[np.int32] = generation.generate(
+        return generation.generate(
             self,
-            cast(Any, prompt),
+            prompt,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            stop=cast(Any, stop),
+            stop=stop,
             on_token=on_token,
         )
-        return result
 
     def _tokens(self, tokens: ArrayLike, past: int = 0) -> NDArray[np.int32]:
         """Return tokens as the C decoder wants them."""

@@ -3,12 +3,7 @@
 #include <math.h>
 
 #include "kernels/avx512/avx512.h"
-
-static inline __mmask16
-lanes(ptrdiff_t left)
-{
-    return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-}
+#include "kernels/avx512/lanes_avx512.h"
 
 void
 lbq_rmsnorm_f32_avx512(const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y)
@@ -23,7 +18,7 @@ lbq_rmsnorm_f32_avx512(const float *x, const float *gain, ptrdiff_t count, float
             sum[j] = _mm512_fmadd_ps(v, v, sum[j]);
         }
     for (; i < count; i += 16) {
-        const __m512 v = _mm512_maskz_loadu_ps(lanes(count - i), x + i);
+        const __m512 v = _mm512_maskz_loadu_ps(lbq_lanes_avx512(count - i), x + i);
         sum[0] = _mm512_fmadd_ps(v, v, sum[0]);
     }
     const __m512 total =
@@ -31,7 +26,7 @@ lbq_rmsnorm_f32_avx512(const float *x, const float *gain, ptrdiff_t count, float
     const float mean = _mm512_reduce_add_ps(total) / (float)count;
     const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(mean + epsilon));
     for (i = 0; i < count; i += 16) {
-        const __mmask16 mask = lanes(count - i);
+        const __mmask16 mask = lbq_lanes_avx512(count - i);
         __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
         if (gain)
             v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, gain + i));

@@ -1,12 +1,7 @@
 /* Whatever needs exp: softmax, its sums, SwiGLU; tails by mask. */
 #include "kernels/avx512/avx512.h"
 #include "kernels/avx512/exp_avx512.h"
-
-static inline __mmask16
-lanes(ptrdiff_t left)
-{
-    return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-}
+#include "kernels/avx512/lanes_avx512.h"
 
 static inline double
 double_sum(__m512 x)
@@ -26,7 +21,7 @@ lbq_max_f32_avx512(const float *x, ptrdiff_t count)
         for (int j = 0; j < 4; j++)
             max[j] = _mm512_max_ps(max[j], _mm512_loadu_ps(x + i + 16 * j));
     for (; i < count; i += 16) {
-        const __mmask16 mask = lanes(count - i);
+        const __mmask16 mask = lbq_lanes_avx512(count - i);
         max[0] = _mm512_mask_max_ps(max[0], mask, max[0], _mm512_maskz_loadu_ps(mask, x + i));
     }
     max[0] = _mm512_max_ps(max[0], max[1]);
@@ -48,7 +43,7 @@ lbq_softmax_f32_avx512(float *x, ptrdiff_t count, float *max, float *sum)
         total = _mm512_add_ps(total, exp);
     }
     if (i < count) {
-        const __mmask16 mask = lanes(count - i);
+        const __mmask16 mask = lbq_lanes_avx512(count - i);
         const __m512 gap = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), shifts);
         const __m512 exp = lbq_exp_bounded_avx512(gap);
         _mm512_mask_storeu_ps(x + i, mask, exp);
@@ -75,7 +70,7 @@ lbq_exp_sum_f32_avx512(const float *x, ptrdiff_t count, float shift)
     }
     double sum = _mm512_reduce_add_pd(_mm512_add_pd(low, high));
     if (i < count) {
-        const __mmask16 mask = lanes(count - i);
+        const __mmask16 mask = lbq_lanes_avx512(count - i);
         const __m512 gap = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), shifts);
         sum += double_sum(_mm512_maskz_mov_ps(mask, lbq_exp_bounded_avx512(gap)));
     }
@@ -89,7 +84,7 @@ lbq_exp_gap_f32_avx512(const float *p, const float *q, ptrdiff_t count, float p_
     const __m512 p_shifts = _mm512_set1_ps(p_shift), q_shifts = _mm512_set1_ps(q_shift);
     __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
     for (ptrdiff_t i = 0; i < count; i += 16) {
-        const __mmask16 mask = lanes(count - i);
+        const __mmask16 mask = lbq_lanes_avx512(count - i);
         const __m512 a = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, p + i), p_shifts);
         const __m512 b = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, q + i), q_shifts);
         const __m512 exp = _mm512_maskz_mov_ps(mask, lbq_exp_bounded_avx512(a));
@@ -109,7 +104,7 @@ lbq_swiglu_f32_avx512(const float *gate, const float *up, ptrdiff_t count, float
 {
     const __m512 one = _mm512_set1_ps(1.0f);
     for (ptrdiff_t i = 0; i < count; i += 16) {
-        const __mmask16 mask = lanes(count - i);
+        const __mmask16 mask = lbq_lanes_avx512(count - i);
         const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
         const __m512 exp = lbq_exp_avx512(_mm512_sub_ps(_mm512_setzero_ps(), g));
         const __m512 silu = _mm512_div_ps(g, _mm512_add_ps(one, exp));

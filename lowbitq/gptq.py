@@ -55,7 +55,7 @@ def feedback(
     group: int | None = None,
     order: str = "group",
     damping: float = 0.01,
-    damping_by: str = "mean",
+    damping_by: str = "median",
 ) -> Feedback:
     """Factor the Hessian of a layer; all layers that read the same input share the result.
 
@@ -74,7 +74,7 @@ def feedback(
     damping : float, default=0.01
         What is added to the diagonal, relative to a typical entry of it. Raised tenfold until the
         factorisation succeeds.
-    damping_by : {"mean", "median"}, default="mean"
+    damping_by : {"median", "mean"}, default="median"
         The typical entry. The median is not misled by a few massive inputs.
 
     Returns

@@ -48,8 +48,9 @@ class Plan:
         Whether the diagonal of the Hessian weighs these errors (``"gptq"`` only).
     damping : float, default=0.01
         Relative addition to the diagonal of the Hessian.
-    damping_by : {"mean", "median"}, default="mean"
-        What it is relative to.
+    damping_by : {"median", "mean"}, default="median"
+        What it is relative to. SmolLM2 at 2 bits, 8 windows of calibration: perplexity 70.2 by the
+        median, 73.2 by the mean, which one massive channel can lift above all others.
     order : {"group", "act", "none"}, default="group"
         Of the columns; see `lowbitq.gptq.feedback`.
     first_tokens : int, default=4
@@ -82,7 +83,7 @@ class Plan:
     norm: float = 2.0
     importance: bool = True
     damping: float = 0.01
-    damping_by: str = "mean"
+    damping_by: str = "median"
     order: str = "group"
     first_tokens: int = 4
     first_weight: float = 16.0

@@ -21,6 +21,7 @@ from lowbitq.plans import Plan
 
 TOKENS = random_tokens(8 * 64).reshape(8, 64)
 HELD_OUT = random_tokens(64, seed=1)
+MUCH = random_tokens(64 * 64, seed=2).reshape(64, 64)  # enough for feedback not to overfit
 
 
 def assert_same(one, two):
@@ -57,16 +58,16 @@ def test_eight_bits_change_little(method, rotation):
 
 
 def test_feedback_beats_rounding():
-    model = random_model()
+    model = random_model(seed=1)
     errors = {
-        method: divergence(compress(model, "int3g32", text=TOKENS, method=method), model)
+        method: divergence(compress(model, "int3g32", text=MUCH, method=method), model)
         for method in ("rtn", "gptq")
     }
     assert errors["gptq"] < errors["rtn"]
 
 
 @pytest.mark.parametrize("options", [
-    {"order": "act"}, {"order": "none"}, {"damping_by": "median"}, {"importance": False},
+    {"order": "act"}, {"order": "none"}, {"damping_by": "mean"}, {"importance": False},
     {"arithmetic": "float64"}, {"first_tokens": 0}, {"range": "minmax"}, {"norm": 2.4},
 ])  # fmt: skip
 def test_options_reach_the_core(options):
@@ -116,7 +117,7 @@ def test_records_hold_the_errors_of_the_outputs():
     expected = ((x @ error.T) ** 2).sum() / ((x @ weight.T) ** 2).sum()
     record = small.records["model.layers.0.mlp.down_proj"]
     assert record["relative_error"] == pytest.approx(expected, rel=1e-3)
-    assert record["damping"] == pytest.approx(0.01 * (x**2).sum(0).mean(), rel=1e-4)
+    assert record["damping"] == pytest.approx(0.01 * np.median((x**2).sum(0)), rel=1e-4)
     assert (record["retries"], record["dead"]) == (0, 0)
 
 

@@ -269,7 +269,7 @@ def calibrate(
     hessians: bool = False,
     first_tokens: int = 4,
     first_weight: float = 16.0,
-    progress: Progress | None = None,
+    progress: bool | Progress = False,
 ) -> Statistics:
     """Run a model on text and note what each linear layer reads.
 
@@ -284,8 +284,9 @@ def calibrate(
         Also keep ``sum x x^T`` of every layer: 8 in^2 bytes each.
     first_tokens, first_weight : int, float
         In these sums the first tokens of a window count this often.
-    progress : callable, default=None
-        Called with the number of blocks done and of all blocks.
+    progress : bool or callable, default=False
+        True: a bar with the time that is left. A function is called with the number of blocks done
+        and of all blocks.
 
     Returns
     -------
@@ -304,6 +305,7 @@ def calibrate(
     tokens = windows(model.tokenizer, text, samples=samples, window=window, seed=seed)
     residual = np.stack([model.embed(row) for row in tokens])
     stats = Statistics(tokens, {}, {}, [])
+    report = _reporter(progress, len(model.blocks))
     for index in range(len(model.blocks)):
         prefix = f"model.layers.{index}."
         taps: dict[str, Array] = {}
@@ -323,9 +325,25 @@ def calibrate(
                 if found.hessian:
                     stats.hessians[prefix + reader] = found.hessian.complete()
             stats.massive.extend(found.massive)
-        if progress:
-            progress(index + 1, len(model.blocks))
+        report(index + 1, len(model.blocks))
     return stats
+
+
+def _reporter(progress: bool | Progress, blocks: int) -> Progress:
+    if callable(progress):
+        return progress
+    if not progress:
+        return lambda done, total: None
+    from tqdm import tqdm  # only now: it costs a tenth of the import of the package
+
+    bar = tqdm(total=blocks, unit="block", desc="calibrate")
+
+    def report(done: int, total: int) -> None:
+        bar.update()
+        if done == total:
+            bar.close()
+
+    return report
 
 
 class _Seen:

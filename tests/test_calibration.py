@@ -124,6 +124,14 @@ def test_calibrate_sees_the_inputs_of_every_layer():
             assert np.array_equal(stats.hessians[name], stats.hessians[name].T)
 
 
+def test_calibrate_shows_a_bar_if_asked(capsys):
+    tokens = random_tokens(40).reshape(2, 20)
+    calibrate(random_model(), tokens, progress=True)
+    assert "3/3" in capsys.readouterr().err
+    calibrate(random_model(), tokens)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_massive_activation_is_found():
     model = random_model(layers=1)
     model.blocks[0].attention_norm[7] = 1e5

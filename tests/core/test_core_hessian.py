@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -68,6 +70,16 @@ def test_hessian_does_not_depend_on_threads(one_and_two_threads, weighted):
     weights = rng.uniform(0, 16, len(x)).astype(np.float32) if weighted else None
     one, two = one_and_two_threads(lambda: accumulate(x, weights))
     assert np.array_equal(one, two, equal_nan=True)
+
+
+def test_hessians_of_two_callers_at_once():
+    """They share the pool and OpenBLAS, whose threads each call turns off and on again."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal((3000, 300), dtype=np.float32) for _ in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(accumulate, inputs))
+    for x, hessian in zip(inputs, together, strict=True):
+        assert np.array_equal(accumulate(x), hessian, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])

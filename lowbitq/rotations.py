@@ -97,7 +97,8 @@ class Rotation:
         orders: tuple[int, ...] = (),
         matrix: Float32 | None = None,
     ) -> None:
-        self.n, self.kind, self.seed, self.stream, self.orders = n, kind, seed, stream, orders
+        self.n, self.seed, self.stream = int(n), int(seed), int(stream)
+        self.kind, self.orders = kind, orders
         self._dense = matrix
         if matrix is not None:
             self.handle = _core.dense_rotation(matrix)
@@ -408,7 +409,13 @@ def rotate(
 
     Examples
     --------
-    >>> rotate(model, seed=1).residual_rotation  # doctest: +SKIP
+    A model without blocks, for brevity.
+
+    >>> from types import SimpleNamespace
+    >>> sizes = SimpleNamespace(hidden_size=576, head_dim=64, intermediate_size=1536)
+    >>> model = SimpleNamespace(config=sizes, blocks=[], residual_rotation=None)
+    >>> model.copy = lambda: SimpleNamespace(**vars(model))
+    >>> rotate(model, seed=1).residual_rotation
     Rotation(576, 'hadamard', seed=1, stream=0)
     """
     if kind not in ("hadamard", "orthogonal", "none"):

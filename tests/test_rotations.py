@@ -90,6 +90,11 @@ def test_round_trip_through_json_and_arrays(kind):
         assert repr(again) == repr(rotation)
 
 
+def test_numpys_integers_fit_json_too():
+    rotation = Rotation(np.int64(24), seed=np.int32(5))
+    assert json.dumps(rotation.to_dict()) == json.dumps(Rotation(24, seed=5).to_dict())
+
+
 def test_a_saved_rotation_keeps_its_orders():
     """Even if the search for the cheapest ones should choose others one day."""
     fields = {"kind": "hadamard", "n": 576, "seed": 0, "stream": 0, "orders": [12, 12]}

@@ -241,8 +241,8 @@ cost_of(const plan *candidate, ptrdiff_t length)
     return cost;
 }
 
-/* Tries every product of orders, none larger than the one before it, that leaves 2^k of `rest`.
- * At most one is Hartley's: it then takes a whole odd part, of which no divisor has any other. */
+/* Tries every product of orders, none larger than the one before it, that leaves 2^k of `rest`;
+ * at most one of them is Hartley's, and odd. */
 static void
 search(plan *candidate, ptrdiff_t rest, ptrdiff_t largest, plan *best)
 {

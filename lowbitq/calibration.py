@@ -227,7 +227,12 @@ def tokenize(tokenizer: Tokenizer | None, text: Text) -> NDArray[np.integer[Any]
     if isinstance(text, os.PathLike) or (isinstance(text, str) and text.endswith(".txt")):
         text = Path(text).read_text(encoding="utf-8")
     if not isinstance(text, str):
-        text = "\n\n".join(text)
+        parts = list(text) if isinstance(text, Sequence) else [text]
+        if not all(isinstance(part, str) for part in parts):
+            raise TypeError(
+                f"text is {type(text).__name__}, expected str, path, sequence of str or ndarray"
+            )
+        text = "\n\n".join(parts)
     if not text.strip():
         raise ValueError("text is empty")
     if tokenizer is None:

@@ -8,21 +8,19 @@ as it runs, packed weights and quantized activations included.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
-from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
+from lowbitq.calibration import Text, tokenize
 from lowbitq.models.decoder import Model
 
-Text: TypeAlias = str | os.PathLike[str] | NDArray[np.integer[Any]]
 Progress: TypeAlias = Callable[[int, int], object]
 
 # Rows of logits at a time: 256 rows of the largest vocabularies (152,000) are 150 MB.
@@ -193,9 +191,9 @@ def perplexity(
     Parameters
     ----------
     model : Model
-    text : str, path or array of int of shape (t,)
-        A text, a file of UTF-8 text given as a `pathlib.Path`, or tokens. A tokenizer that begins
-        texts with a BOS token puts one at the start of the text; none is added to windows.
+    text : str, path, sequence of str or ndarray of int of shape (t,)
+        As for `lowbitq.calibration.windows`. A tokenizer that begins texts with a BOS token puts
+        one at the start of the text; none is added to windows.
     window : int, default=2048
         Tokens per window. What is left at the end is not scored, unless it is all there is.
     windows : int, default=None
@@ -211,10 +209,11 @@ def perplexity(
     Raises
     ------
     ValueError
-        If the text has fewer than two tokens or fewer than `windows` windows, `window` is beyond
-        the model's positions, or a token outside its vocabulary.
+        If the text is empty, has fewer than two tokens or fewer than `windows` windows, `window` is
+        beyond the model's positions, a token outside its vocabulary, or the model has no tokenizer
+        for a text.
     TypeError
-        If `text` is none of the above, or is a text and the model has no tokenizer.
+        If `text` is none of the above.
 
     Examples
     --------
@@ -492,7 +491,7 @@ def _cut(model: Model, text: Text, window: int, windows: int | None) -> _Cut:
         raise ValueError(f"window is {window}, expected at least 2")
     if windows is not None and windows < 1:
         raise ValueError(f"windows is {windows}, expected at least 1")
-    tokens, begin = _tokens(model, text)
+    tokens = tokenize(model.tokenizer, text)
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} tokens, expected at least 2")
     length = min(window, len(tokens))
@@ -507,6 +506,11 @@ def _cut(model: Model, text: Text, window: int, windows: int | None) -> _Cut:
             f"fewer than windows = {windows}"
         )
     count = there if windows is None else windows
+    if isinstance(text, np.ndarray) or model.tokenizer is None:
+        begin = "tokens as given"
+    else:
+        begins = model.tokenizer.adds_bos and tokens[0] == model.tokenizer.bos_id
+        begin = "BOS at the start of the text" if begins else "no BOS"
     rest = len(tokens) - there * length
     if length < window:
         end = "the text is shorter than a window"
@@ -518,31 +522,8 @@ def _cut(model: Model, text: Text, window: int, windows: int | None) -> _Cut:
         f"{count} {'window' if count == 1 else 'windows'} of {length} tokens from the start of the "
         f"text, not overlapping, {begin}, every token after a window's first scored, {end}"
     )
-    return _Cut(tokens[: count * length].reshape(count, length), protocol)
-
-
-def _tokens(model: Model, text: Text) -> tuple[NDArray[np.int32], str]:
-    """Return the tokens of a text, and how they begin."""
-    if isinstance(text, np.ndarray):
-        if text.ndim != 1 or text.dtype.kind not in "iu":
-            raise TypeError(
-                f"text is an array of {text.dtype} of shape {text.shape}, expected integers (t,)"
-            )
-        size = model.config.vocab_size
-        if text.size and not (text.min() >= 0 and text.max() < size):
-            raise ValueError(f"tokens reach from {text.min()} to {text.max()}, of 0 to {size - 1}")
-        return np.ascontiguousarray(text, np.int32), "tokens as given"
-    if isinstance(text, os.PathLike):
-        text = Path(text).read_text(encoding="utf-8")
-    if not isinstance(text, str):
-        raise TypeError(f"text is {type(text).__name__}, expected str, Path or array of tokens")
-    if not text:
-        raise ValueError("the text is empty")
-    if model.tokenizer is None:
-        raise TypeError("text is a str, but the model has no tokenizer: give an array of tokens")
-    tokens = model.tokenizer.encode(text)
-    begins = model.tokenizer.adds_bos and tokens[0] == model.tokenizer.bos_id
-    return tokens, "BOS at the start of the text" if begins else "no BOS"
+    cut = np.ascontiguousarray(tokens[: count * length], np.int32)
+    return _Cut(cut.reshape(count, length), protocol)
 
 
 def _estimate(

@@ -217,18 +217,17 @@ def test_progress_counts_windows(model, tokens):
 @pytest.mark.parametrize(
     ("text", "options", "error", "match"),
     [
-        ("", {}, ValueError, "the text is empty"),
+        ("", {}, ValueError, "text is empty"),
         ("a", {}, ValueError, "the text has 1 tokens, expected at least 2"),
         (np.zeros(0, int), {}, ValueError, "the text has 0 tokens"),
         ("abcd", {"window": 1}, ValueError, "window is 1, expected at least 2"),
         ("abcd", {"windows": 0}, ValueError, "windows is 0, expected at least 1"),
         ("abcd" * 9, {"window": 16, "windows": 3}, ValueError, "36 tokens, 2 windows of 16"),
         ("abcd" * 2000, {"window": 5000}, ValueError, "the model has 4096 positions"),
-        (np.zeros(9), {}, TypeError, "array of float64"),
-        (np.zeros((3, 3), int), {}, TypeError, "shape"),
-        (np.array([0, VOCAB]), {}, ValueError, f"tokens reach from 0 to {VOCAB}, of 0 to"),
-        (np.array([-1, 2]), {}, ValueError, "tokens reach from -1"),
-        (17, {}, TypeError, "text is int, expected str, Path or array"),
+        (np.zeros(9), {}, ValueError, "dtype float64"),
+        (np.zeros((3, 3), int), {}, ValueError, r"shape \(3, 3\)"),
+        (17, {}, TypeError, "text is int, expected str, path"),
+        (["a", 2], {}, TypeError, "text is list, expected str, path"),
         (b"abc", {}, TypeError, "text is bytes"),
     ],
 )
@@ -240,7 +239,7 @@ def test_bad_arguments_are_named(model, function, text, options, error, match):
 def test_models_without_a_tokenizer_read_tokens_only(model):
     model.tokenizer = None
     lq.perplexity(model, np.zeros(9, int), window=4)
-    with pytest.raises(TypeError, match="the model has no tokenizer"):
+    with pytest.raises(ValueError, match="the model has no tokenizer"):
         lq.perplexity(model, "text")
 
 

@@ -213,7 +213,9 @@ class Report:
     nbytes: int
 
     def __str__(self) -> str:
-        columns = list(dict.fromkeys(key for layer in self.layers for key in layer))
+        columns = list(
+            dict.fromkeys(key for layer in self.layers for key in layer if key != "sha256")
+        )
         rows = [columns] + [[_cell(layer.get(c)) for c in columns] for layer in self.layers]
         widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
         lines = [

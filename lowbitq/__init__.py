@@ -15,8 +15,8 @@ except ImportError as error:
         "pip install -e ."
     ) from error
 from lowbitq import _core
-from lowbitq.calibration import Massive, Statistics, calibrate
-from lowbitq.compression import Step, compress
+from lowbitq.calibration import Statistics, calibrate
+from lowbitq.compression import compress
 from lowbitq.evaluation import (
     Divergence,
     Estimate,
@@ -43,7 +43,6 @@ __all__ = [
     "Format",
     "FormatError",
     "Linear",
-    "Massive",
     "Model",
     "ModelConfig",
     "NumericalError",
@@ -54,7 +53,6 @@ __all__ = [
     "QuantizedTensor",
     "Rotation",
     "Statistics",
-    "Step",
     "Tokenizer",
     "agreement",
     "calibrate",

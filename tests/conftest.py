@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
 import pytest
 import scipy_openblas32  # noqa: F401  (loads the library that _core links to)
+import tokenizers
+from golden import tiny_models
 
 from lowbitq import _core
 
@@ -55,4 +58,17 @@ def wikitext() -> Path:
     folder = Path(os.environ.get("LOWBITQ_DATA", default))
     if not (folder / "wikitext2-test.txt").exists():
         pytest.skip(f"no WikiText-2 in {folder}: set LOWBITQ_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A Hugging Face folder of a random model that reads printable ASCII, a token per character."""
+    folder = tiny_models.write_folder("llama", tmp_path_factory.mktemp("tiny"))
+    config = tiny_models.config_of("llama") | {"max_position_embeddings": 4096}
+    (folder / "config.json").write_text(json.dumps(config))
+    characters = "\n" + "".join(map(chr, range(32, 127)))
+    vocabulary = {character: token for token, character in enumerate(characters)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.save(str(folder / "tokenizer.json"))
     return folder

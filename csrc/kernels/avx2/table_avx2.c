@@ -14,4 +14,17 @@ lbq_table_avx2(lbq_kernels *table)
     table->exp_gap_f32 = lbq_exp_gap_f32_avx2;
     table->hadamard_sylvester = lbq_hadamard_sylvester_avx2;
     table->hadamard_base = lbq_hadamard_base_avx2;
+    table->quantize_i8 = lbq_quantize_i8_avx2;
+    table->interleave = lbq_interleave_avx2;
+    table->unpack_u1 = lbq_unpack_u1_avx2;
+    table->unpack_u2 = lbq_unpack_u2_avx2;
+    table->unpack_u3 = lbq_unpack_u3_avx2;
+    table->unpack_u4 = lbq_unpack_u4_avx2;
+    table->gemv_u1_i8 = lbq_gemv_u1_i8_avx2;
+    table->gemv_u2_i8 = lbq_gemv_u2_i8_avx2;
+    table->gemv_u3_i8 = lbq_gemv_u3_i8_avx2;
+    table->gemv_u4_i8 = lbq_gemv_u4_i8_avx2;
+    table->gemv_u8_i8 = lbq_gemv_u8_i8_avx2;
+    table->gemm_u8_i8 = lbq_gemm_u8_i8_avx2;
+    table->decode_f32 = lbq_decode_f32_avx2;
 }

@@ -1,0 +1,270 @@
+/* Packed panels times int8 activations of one token or four, straight from the codes.
+ *
+ * maddubs sums pairs of products in 16 bits, where up to 64 columns fit without overflow: eight
+ * of the largest pairs 15 * 127 * 2, or sixteen of 7 * 127 * 2. 1- and 2-bit planes that lie one
+ * or two bits up are multiplied where they are and the sums shifted back. 8-bit codes are two
+ * 4-bit ones. */
+#include "kernels/avx2/avx2.h"
+#include "kernels/avx2/panel_avx2.h"
+
+enum { AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */ };
+
+/* A block's upper eight rows and its lower eight. One token takes both at once, four tokens one
+ * after the other: either way the sums fit into the registers. */
+typedef struct {
+    __m256i half[2];
+} block;
+
+LBQ_INLINE block
+load_block(const uint8_t *codes, const int halves)
+{
+    _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
+    block b;
+    for (int h = 0; h < halves; h++) {
+        b.half[h] = _mm256_loadu_si256((const __m256i *)(codes + 32 * h));
+        __asm__("" : "+x"(b.half[h])); /* or gcc loads it anew for every plane */
+    }
+    return b;
+}
+
+LBQ_INLINE block
+masked(block b, int mask, const int halves)
+{
+    for (int h = 0; h < halves; h++)
+        b.half[h] = _mm256_and_si256(b.half[h], _mm256_set1_epi8((char)mask));
+    return b;
+}
+
+LBQ_INLINE block
+shifted(block b, int right, const int halves)
+{
+    for (int h = 0; h < halves; h++)
+        b.half[h] =
+            right < 0 ? _mm256_slli_epi16(b.half[h], -right) : _mm256_srli_epi16(b.half[h], right);
+    return b;
+}
+
+LBQ_INLINE block
+joined(block a, block b, const int halves)
+{
+    for (int h = 0; h < halves; h++)
+        a.half[h] = _mm256_or_si256(a.half[h], b.half[h]);
+    return a;
+}
+
+/* 16-bit sums, [half][token]: of planes in place, and of the others. */
+typedef struct {
+    __m256i low[4], high[4];
+} sums;
+
+/* sum += plane * activations of columns k to k + 3. */
+LBQ_INLINE void
+accumulate(__m256i *sum, block plane, const int8_t *q, ptrdiff_t k, const int width,
+           const int halves)
+{
+#pragma GCC unroll 4
+    for (int t = 0; t < width; t++) {
+        const __m256i word = broadcast_word(q + k * width + 4 * t);
+        for (int h = 0; h < halves; h++)
+            add_products(&sum[h * width + t], plane.half[h], word);
+    }
+}
+
+LBQ_INLINE void
+sum_u1(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width,
+       const int halves, sums *sum)
+{
+#pragma GCC unroll 2
+    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 64) {
+        block planes = load_block(codes, halves);
+#pragma GCC unroll 4
+        for (int p = 0; p < 8; p += 2) {
+            accumulate(sum->low, masked(planes, 1, halves), q, k + 4 * p, width, halves);
+            accumulate(sum->high, masked(planes, 2, halves), q, k + 4 * p + 4, width, halves);
+            planes = shifted(planes, 2, halves);
+        }
+    }
+}
+
+LBQ_INLINE void
+sum_u2(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width,
+       const int halves, sums *sum)
+{
+#pragma GCC unroll 4
+    for (ptrdiff_t k = 0; k < columns; k += 16, codes += 64) {
+        const block planes = load_block(codes, halves), upper = shifted(planes, 4, halves);
+        accumulate(sum->low, masked(planes, 3, halves), q, k, width, halves);
+        accumulate(sum->high, masked(planes, 12, halves), q, k + 4, width, halves);
+        accumulate(sum->low, masked(upper, 3, halves), q, k + 8, width, halves);
+        accumulate(sum->high, masked(upper, 12, halves), q, k + 12, width, halves);
+    }
+}
+
+LBQ_INLINE void
+sum_u3(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width,
+       const int halves, sums *sum)
+{
+#pragma GCC unroll 2
+    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 192) {
+        const block ones = load_block(codes + 128, halves);
+        block twos[2] = {load_block(codes, halves), load_block(codes + 64, halves)};
+#pragma GCC unroll 8
+        for (int p = 0; p < 8; p++) {
+            const block low = masked(twos[p / 4], 3, halves);
+            const block high = masked(shifted(ones, p - 2, halves), 4, halves);
+            accumulate(sum->low, joined(low, high, halves), q, k + 4 * p, width, halves);
+            twos[p / 4] = shifted(twos[p / 4], 2, halves);
+        }
+    }
+}
+
+LBQ_INLINE void
+sum_u4(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width,
+       const int halves, sums *sum)
+{
+#pragma GCC unroll 8
+    for (ptrdiff_t k = 0; k < columns; k += 8, codes += 64) {
+        const block planes = load_block(codes, halves), upper = shifted(planes, 4, halves);
+        accumulate(sum->low, masked(planes, 15, halves), q, k, width, halves);
+        accumulate(sum->high, masked(upper, 15, halves), q, k + 4, width, halves);
+    }
+}
+
+LBQ_INLINE void
+sum_u8(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width,
+       const int halves, sums *sum)
+{
+#pragma GCC unroll 8
+    for (ptrdiff_t k = 0; k < columns; k += 4, codes += 64) {
+        const block planes = load_block(codes, halves), upper = shifted(planes, 4, halves);
+        accumulate(sum->low, masked(planes, 15, halves), q, k, width, halves);
+        accumulate(sum->high, masked(upper, 15, halves), q, k, width, halves);
+    }
+}
+
+/* dot += the 32-bit sums of `columns` columns, as [half][token]. */
+LBQ_INLINE void
+sum_columns(const int bits, const uint8_t *codes, const ptrdiff_t columns, const int8_t *q,
+            const int width, const int halves, __m256i *dot)
+{
+    sums sum;
+    for (int i = 0; i < width * halves; i++)
+        sum.low[i] = sum.high[i] = _mm256_setzero_si256();
+    if (bits == 1)
+        sum_u1(codes, columns, q, width, halves, &sum);
+    else if (bits == 2)
+        sum_u2(codes, columns, q, width, halves, &sum);
+    else if (bits == 3)
+        sum_u3(codes, columns, q, width, halves, &sum);
+    else if (bits == 4)
+        sum_u4(codes, columns, q, width, halves, &sum);
+    else
+        sum_u8(codes, columns, q, width, halves, &sum);
+    for (int i = 0; i < width * halves; i++) {
+        __m256i part;
+        if (bits <= 2)
+            part = widen(_mm256_add_epi16(sum.low[i], _mm256_srai_epi16(sum.high[i], bits)), 1);
+        else if (bits == 3)
+            part = widen(sum.low[i], 1);
+        else
+            part = _mm256_add_epi32(widen(sum.low[i], 1), widen(sum.high[i], bits == 8 ? 16 : 1));
+        dot[i] = _mm256_add_epi32(dot[i], part);
+    }
+}
+
+/* `columns` of a step at a time, which divides the step. */
+LBQ_INLINE void
+gemv(const int bits, const ptrdiff_t columns, const int width, const lbq_panel *panel,
+     const lbq_activations *x, float *y)
+{
+    const int halves = width == 1 ? 2 : 1;
+    const ptrdiff_t bytes = columns * bits * LBQ_PANEL / 8;
+    const uint8_t *step_codes = panel->codes, *scale_at = panel->scale;
+    const int8_t *step_q = x->values;
+    const float *factors = x->factors;
+    __m256 total[2][4];
+    for (int t = 0; t < width; t++)
+        total[0][t] = total[1][t] = _mm256_setzero_ps();
+    for (ptrdiff_t left = panel->steps; left > 0; left--) {
+#pragma GCC unroll 2
+        for (int first = 0; first < 2; first += halves) {
+            const uint8_t *codes = step_codes + 32 * first;
+            const int8_t *q = step_q;
+            __m256i dot[4];
+            for (int i = 0; i < width * halves; i++)
+                dot[i] = _mm256_setzero_si256();
+            ptrdiff_t columns_left = panel->step;
+            do {
+                sum_columns(bits, codes, columns, q, width, halves, dot);
+                codes += bytes;
+                q += columns * width;
+                columns_left -= columns;
+            } while (columns_left > 0);
+#pragma GCC unroll 2
+            for (int h = 0; h < halves; h++) {
+                __m256 *const sum = total[first + h];
+                const __m256 scale = load_scale(panel, scale_at, first + h);
+                for (int t = 0; t < width; t++)
+                    sum[t] = add_step(factors + t, width, scale, dot[h * width + t], sum[t]);
+                if (!panel->has_offset)
+                    continue;
+                const uint8_t *const offset_at = scale_at + 2 * LBQ_PANEL;
+                const __m256 offset = load_half(offset_at + 2 * HALF * (first + h));
+                for (int t = 0; t < width; t++)
+                    sum[t] = add_offset(factors + t, width, offset, sum[t]);
+            }
+        }
+        step_codes += panel->step_bytes;
+        step_q += panel->step * width;
+        scale_at += panel->scale_stride;
+        factors += 3 * width;
+    }
+    for (int t = 0; t < width; t++)
+        for (int h = 0; h < 2; h++)
+            _mm256_storeu_ps(y + t * LBQ_PANEL + h * HALF, total[h][t]);
+}
+
+/* 8-bit codes fill 16 bits after 32 columns, the others not before 64. */
+LBQ_INLINE void
+gemv_any(const int bits, const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    const ptrdiff_t most = bits == 8 ? 32 : 64, least = bits == 1 || bits == 3 ? 32 : 16;
+    if (x->width == 1 && panel->step >= most)
+        gemv(bits, most, 1, panel, x, y);
+    else if (x->width == 1)
+        gemv(bits, least, 1, panel, x, y);
+    else if (panel->step >= most)
+        gemv(bits, most, 4, panel, x, y);
+    else
+        gemv(bits, least, 4, panel, x, y);
+}
+
+void
+lbq_gemv_u1_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(1, panel, x, y);
+}
+
+void
+lbq_gemv_u2_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(2, panel, x, y);
+}
+
+void
+lbq_gemv_u3_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(3, panel, x, y);
+}
+
+void
+lbq_gemv_u4_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(4, panel, x, y);
+}
+
+void
+lbq_gemv_u8_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(8, panel, x, y);
+}

@@ -1,0 +1,87 @@
+/* Codes to bytes, half a block at a time, and bytes to float32 values. */
+#include <immintrin.h>
+
+#include "kernels/avx2/avx2.h"
+
+#define MASK(bits) _mm256_set1_epi8(bits)
+
+static inline __m256i
+load(const uint8_t *at)
+{
+    return _mm256_loadu_si256((const __m256i *)at);
+}
+
+static inline void
+store(uint8_t *out, __m256i plane)
+{
+    _mm256_storeu_si256((__m256i *)out, plane);
+}
+
+void
+lbq_unpack_u1_avx2(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
+{
+    for (ptrdiff_t i = 0; i < 2 * columns; i += 32) {
+        __m256i planes = load(codes + i);
+        for (int p = 0; p < 8; p++) {
+            store(out + i / 64 * 512 + i % 64 + 64 * p, _mm256_and_si256(planes, MASK(1)));
+            planes = _mm256_srli_epi16(planes, 1);
+        }
+    }
+}
+
+void
+lbq_unpack_u2_avx2(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
+{
+    for (ptrdiff_t i = 0; i < 4 * columns; i += 32) {
+        __m256i planes = load(codes + i);
+        for (int p = 0; p < 4; p++) {
+            store(out + i / 64 * 256 + i % 64 + 64 * p, _mm256_and_si256(planes, MASK(3)));
+            planes = _mm256_srli_epi16(planes, 2);
+        }
+    }
+}
+
+void
+lbq_unpack_u3_avx2(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
+{
+    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 192, out += 512)
+        for (int i = 0; i < 64; i += 32) {
+            const __m256i high = load(codes + 128 + i);
+            for (int p = 0; p < 8; p++) {
+                const __m256i twos = load(codes + p / 4 * 64 + i);
+                const __m256i low = _mm256_and_si256(_mm256_srli_epi16(twos, p % 4 * 2), MASK(3));
+                const __m256i one =
+                    p < 2 ? _mm256_slli_epi16(high, 2 - p) : _mm256_srli_epi16(high, p - 2);
+                store(out + 64 * p + i, _mm256_or_si256(low, _mm256_and_si256(one, MASK(4))));
+            }
+        }
+}
+
+void
+lbq_unpack_u4_avx2(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
+{
+    for (ptrdiff_t i = 0; i < 8 * columns; i += 32) {
+        const __m256i planes = load(codes + i);
+        uint8_t *const to = out + i / 64 * 128 + i % 64;
+        store(to, _mm256_and_si256(planes, MASK(15)));
+        store(to + 64, _mm256_and_si256(_mm256_srli_epi16(planes, 4), MASK(15)));
+    }
+}
+
+void
+lbq_decode_f32_avx2(const uint8_t *codes, ptrdiff_t columns, const float *levels,
+                    const float *scale, const float *offset, ptrdiff_t stride, float *w)
+{
+    for (int r = 0; r < LBQ_PANEL; r += 8) {
+        const __m256 scales = _mm256_loadu_ps(scale + r), offsets = _mm256_loadu_ps(offset + r);
+        for (ptrdiff_t k = 0; k < columns; k++) {
+            const __m256i word = load(codes + k / 4 * 64 + 4 * r);
+            const __m256i code =
+                _mm256_and_si256(_mm256_srl_epi32(word, _mm_cvtsi32_si128((int)(k % 4 * 8))),
+                                 _mm256_set1_epi32(255));
+            const __m256 level =
+                levels ? _mm256_i32gather_ps(levels, code, 4) : _mm256_cvtepi32_ps(code);
+            _mm256_storeu_ps(w + k * stride + r, _mm256_fmadd_ps(scales, level, offsets));
+        }
+    }
+}

@@ -55,6 +55,20 @@ def adaround(
     rate: float,
     strength: float,
 ) -> float: ...
+def refine(
+    hessian: NDArray[np.float64],
+    weight: NDArray[np.float32],
+    levels: NDArray[np.float32] | None,
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    /,
+    *,
+    count: int,
+    group: int,
+    damping: float,
+    sweeps: int,
+) -> int: ...
 def kmeans(
     values: NDArray[np.float64],
     weights: NDArray[np.float64] | None,

@@ -137,6 +137,7 @@ def gptq(
     norm: float = 2.0,
     importance: bool = True,
     arithmetic: str = "float32",
+    sweeps: int = 0,
 ) -> tuple[QuantizedTensor, float]:
     """Round a weight matrix so that the layer's outputs change least.
 
@@ -158,6 +159,10 @@ def gptq(
         Whether those errors are weighted by the diagonal of the Hessian.
     arithmetic : {"float32", "float64"}, default="float32"
         Of the feedback. The factorisation is in float64 always.
+    sweeps : int, default=0
+        Passes of coordinate descent over the finished codes. Three take 6 to 28 % off the error on
+        synthetic inputs whose variances fall as a power; what that does to the perplexity of a
+        model has not been measured.
 
     Returns
     -------
@@ -169,6 +174,11 @@ def gptq(
     ------
     ValueError
         If shapes do not fit, or `weight` has a NaN or an infinity.
+
+    References
+    ----------
+    P. Nair, A. Suggala, "CDQuant: Greedy Coordinate Descent for Accurate LLM Quantization", 2024
+    (the sweeps).
 
     Examples
     --------
@@ -211,6 +221,19 @@ def gptq(
         float64=arithmetic == "float64",
         **options,
     )
+    if sweeps:
+        _core.refine(
+            inputs.hessian,
+            live,
+            shared.levels,
+            scale,
+            offset,
+            codes,
+            count=format.levels,
+            group=options["group"],
+            damping=inputs.damping,
+            sweeps=sweeps,
+        )
     tensor = QuantizedTensor.pack(
         format,
         codes,

@@ -326,3 +326,18 @@ def decoder(network, tokens):
         x = x + linear(block["down_proj"], inner)
     head = network["embedding"] if network["head"] is None else network["head"]
     return normed(x, network["final_norm"]) @ head.astype(float).T
+
+
+def gram(cols, seed, decay=1.0):
+    """X^T X / n of correlated inputs, whose variances fall as a power."""
+    rng = np.random.default_rng([seed, cols])
+    basis = np.linalg.qr(rng.standard_normal((cols, cols)))[0]
+    spread = np.arange(1, cols + 1) ** (-decay / 2)
+    x = rng.standard_normal((4 * cols + 50, cols)) * spread @ basis.T
+    return x.T @ x / len(x)
+
+
+def output_loss(weight, values, hessian):
+    """e H e^T for the error e of each row."""
+    error = weight.astype(float) - values
+    return np.einsum("rk,kl,rl->r", error, hessian, error)

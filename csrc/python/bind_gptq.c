@@ -2,6 +2,7 @@
 #include "gptq/adaround.h"
 #include "gptq/gptq.h"
 #include "gptq/hessian.h"
+#include "gptq/refine.h"
 #include "python/module.h"
 
 LBQ_BINDING(hessian_add)
@@ -131,6 +132,24 @@ LBQ_BINDING(gptq)
     LBQ_RUN(lbq_gptq(&problem, W.data, codes.data, scale.data, offset.data));
 }
 
+static lbq_status
+check_groups(const lbq_array *levels, const lbq_array *scale, ptrdiff_t cols, Py_ssize_t count,
+             Py_ssize_t group)
+{
+    const ptrdiff_t groups = (cols - 1) / group + 1;
+    LBQ_REQUIRE(!levels->data || levels->dims[0] == count,
+                LBQ_BAD_SHAPE,
+                "%td levels for %zd codes",
+                levels->dims[0],
+                count);
+    LBQ_REQUIRE(groups == scale->dims[1],
+                LBQ_BAD_SHAPE,
+                "scale has %td groups, expected %td",
+                scale->dims[1],
+                groups);
+    return LBQ_OK;
+}
+
 LBQ_BINDING(adaround)
 {
     lbq_array H, W, levels, scale, offset, codes;
@@ -152,13 +171,7 @@ LBQ_BINDING(adaround)
     LBQ_PARSE("adaround", spec);
     const lbq_code code = {.count = (int)count, .levels = levels.data};
     const lbq_adaround_options options = {.steps = (int)steps, .rate = rate, .strength = strength};
-    lbq_status status = LBQ_OK;
-    const ptrdiff_t groups = (W.dims[1] - 1) / group + 1;
-    if (levels.data && levels.dims[0] != count)
-        status = lbq_fail(LBQ_BAD_SHAPE, "%td levels for %zd codes", levels.dims[0], count);
-    if (status == LBQ_OK && groups != scale.dims[1])
-        status =
-            lbq_fail(LBQ_BAD_SHAPE, "scale has %td groups, expected %td", scale.dims[1], groups);
+    lbq_status status = check_groups(&levels, &scale, W.dims[1], count, group);
     if (status != LBQ_OK)
         return lbq_result(module, status);
     Py_BEGIN_ALLOW_THREADS status = lbq_adaround(&code,
@@ -176,8 +189,52 @@ LBQ_BINDING(adaround)
                                                  : lbq_result(module, status);
 }
 
+LBQ_BINDING(refine)
+{
+    lbq_array H, W, levels, scale, offset, codes;
+    Py_ssize_t count, group, sweeps;
+    double damping;
+    const lbq_arg spec[] = {
+        LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
+        LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
+        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
+        LBQ_IN("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_IN("offset", &offset, NPY_FLOAT32, "rg"),
+        LBQ_INOUT("codes", &codes, NPY_UINT8, "rk"),
+        LBQ_INT("count", &count, 2, 256),
+        LBQ_INT("group", &group, 1, PY_SSIZE_T_MAX),
+        LBQ_FLOAT("damping", &damping, 0, 1e300),
+        LBQ_INT("sweeps", &sweeps, 0, 1000000),
+    };
+    LBQ_PARSE("refine", spec);
+    const lbq_code code = {.count = (int)count, .levels = levels.data};
+    lbq_status status = check_groups(&levels, &scale, W.dims[1], count, group);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    ptrdiff_t moved;
+    Py_BEGIN_ALLOW_THREADS status = lbq_refine(&code,
+                                               W.dims[0],
+                                               W.dims[1],
+                                               group,
+                                               W.data,
+                                               H.data,
+                                               damping,
+                                               (int)sweeps,
+                                               scale.data,
+                                               offset.data,
+                                               codes.data,
+                                               &moved);
+    Py_END_ALLOW_THREADS return status == LBQ_OK ? PyLong_FromSsize_t(moved)
+                                                 : lbq_result(module, status);
+}
+
 /* clang-format off */
 PyMethodDef lbq_methods_gptq[] = {
+    LBQ_METHOD(refine,
+               "refine(hessian, weight, levels, scale, offset, codes, /, *, count, group, damping, "
+               "sweeps)\n--\n\n"
+               "Move codes (r, k) to neighbouring levels while that lowers the outputs' error; "
+               "returns how many moves it made.")
     LBQ_METHOD(adaround,
                "adaround(hessian, weight, levels, scale, offset, codes, /, *, count, group, steps, "
                "rate, strength)\n--\n\n"

@@ -5,24 +5,11 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import oracle
 import pytest
 
 from lowbitq import _core
 from lowbitq.quantizers import adaround, quantize
-
-
-def gram(cols, seed, decay=1.0):
-    """X^T X / n of correlated inputs, whose variances fall as a power."""
-    rng = np.random.default_rng([seed, cols])
-    basis = np.linalg.qr(rng.standard_normal((cols, cols)))[0]
-    spread = np.arange(1, cols + 1) ** (-decay / 2)
-    x = rng.standard_normal((4 * cols + 50, cols)) * spread @ basis.T
-    return x.T @ x / len(x)
-
-
-def loss(weight, values, hessian):
-    error = weight.astype(float) - values
-    return np.einsum("rk,kl,rl->r", error, hessian, error)
 
 
 def rounded(weight, hessian, scale, offset, count, group=None, **options):
@@ -44,13 +31,13 @@ def test_small_problems_reach_the_optimum():
     reached = []
     for seed in range(200):
         cols = 4 + seed % 9
-        hessian = gram(cols, seed)
+        hessian = oracle.gram(cols, seed)
         weight = rng.standard_normal((1, cols), np.float32)
         codes, softness = rounded(weight, hessian, scale, offset, 4)
         lower = np.clip(np.floor((weight - offset) / scale), 0, 2)
         every = lower + np.array(list(itertools.product([0, 1], repeat=cols)))
-        best = loss(weight, every * scale + offset, hessian).min()
-        found = loss(weight, codes * scale + offset, hessian)[0]
+        best = oracle.output_loss(weight, every * scale + offset, hessian).min()
+        found = oracle.output_loss(weight, codes * scale + offset, hessian)[0]
         assert ((codes == lower) | (codes == lower + 1)).all()
         assert found >= best * (1 - 1e-6)
         assert softness <= 1e-3
@@ -63,12 +50,14 @@ def test_small_problems_reach_the_optimum():
 )
 def test_no_row_is_worse_than_rounding_to_nearest(text, options):
     weight = np.random.default_rng(1).standard_normal((9, 70), np.float32)
-    hessian = gram(70, 1)
+    hessian = oracle.gram(70, 1)
     diagonal = np.diag(hessian).astype(np.float32)
     nearest = quantize(weight, text, importance=diagonal)
     for steps in (0, 60):
         tensor = adaround(weight, hessian, text, steps=steps, **options)
-        before, after = (loss(weight, t.dequantize(), hessian) for t in (nearest, tensor))
+        before, after = (
+            oracle.output_loss(weight, t.dequantize(), hessian) for t in (nearest, tensor)
+        )
         assert (tensor.scale == nearest.scale).all()
         assert (after <= before * (1 + 1e-6)).all()
         assert after.sum() <= 0.7 * before.sum()
@@ -84,9 +73,11 @@ def test_without_correlations_it_is_rounding_to_nearest():
 
 def test_relaxation_beats_flips_alone():
     weight = np.random.default_rng(4).standard_normal((16, 128), np.float32)
-    hessian = gram(128, 4)
+    hessian = oracle.gram(128, 4)
     sums = [
-        loss(weight, adaround(weight, hessian, "int3g64", steps=s).dequantize(), hessian).sum()
+        oracle.output_loss(
+            weight, adaround(weight, hessian, "int3g64", steps=s).dequantize(), hessian
+        ).sum()
         for s in (0, 300)
     ]
     assert sums[1] <= 0.97 * sums[0]
@@ -94,7 +85,7 @@ def test_relaxation_beats_flips_alone():
 
 def test_scale_of_the_hessian_does_not_matter():
     weight = np.random.default_rng(5).standard_normal((4, 32), np.float32)
-    hessian = gram(32, 5)
+    hessian = oracle.gram(32, 5)
     codes = [adaround(weight, hessian * f, "int2sym", steps=40).codes for f in (1.0, 2.0**40)]
     assert (codes[0] == codes[1]).all()
 

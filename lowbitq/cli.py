@@ -291,34 +291,41 @@ def _show(options: argparse.Namespace, piece: str) -> None:
 
 
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Quantize SmolLM2-135M three times and compare the results."""
+    """Quantize SmolLM2-135M three times and compare the results, each as it comes."""
     path = demo_model()
     texts = read_texts(options.text, halves=True)
     calibration = f"{options.samples} windows of {options.window} tokens of {texts.calibrated_on}"
-    header = [
+    head = [
         f"{path.name}: {DEMO_NOTE}",
         f"Hadamard rotation and GPTQ on {calibration}. Prediction of {texts.predicted}.",
+        "",
+        f"{'format':8} {'bits/weight':>11} {'size MB':>8} {'perplexity':>10} {'95 % interval':>15} "
+        f"{'KL':>7} {'agreement':>9} {'seconds':>7}",
     ]
-    print("\n".join(header), file=sys.stderr)
+    _show(options, "\n".join([*head, ""]))
     model = _load(path)
-    rows = [_demo_row("float32", model, model, texts, options, seconds=None)]
-    for name in ("int4g64", "int3g64", "int2g64"):
-        started = time.perf_counter()
-        small = lq.compress(
-            model,
-            name,
-            text=texts.calibration,
-            samples=options.samples,
-            window=options.window,
-            progress=sys.stderr.isatty(),
-            seed=options.seed,
-        )
-        seconds = time.perf_counter() - started
-        if options.save:
-            small.save(options.save / name)
-        rows.append(_demo_row(name, small, model, texts, options, seconds))
+    rows = []
+    for name in ("float32", "int4g64", "int3g64", "int2g64"):
+        tested, seconds = model, None
+        if name != "float32":
+            started = time.perf_counter()
+            tested = small = lq.compress(
+                model,
+                name,
+                text=texts.calibration,
+                samples=options.samples,
+                window=options.window,
+                progress=sys.stderr.isatty(),
+                seed=options.seed,
+            )
+            seconds = time.perf_counter() - started
+            if options.save:
+                small.save(options.save / name)
+        rows.append(_demo_row(name, tested, model, texts, options, seconds))
+        _show(options, _demo_line(rows[-1]))
     result = {"model": str(path), "note": DEMO_NOTE, "text": texts.predicted, "rows": rows}
-    return result, "\n".join([*header, "", *_demo_table(rows)])
+    sentences = [f"{row['format']:8} {DEMO_PROMPT}{row['text']}" for row in rows]
+    return result, "\n".join(["", *sentences])
 
 
 def _demo_row(
@@ -343,23 +350,15 @@ def _demo_row(
     return {"format": name, "quantized_in_seconds": seconds, "text": sentence, **found.to_dict()}
 
 
-def _demo_table(rows: list[dict[str, Any]]) -> list[str]:
-    lines = [
-        f"{'format':8} {'bits/weight':>11} {'size MB':>8} {'perplexity':>10} {'95 % interval':>15} "
-        f"{'KL':>7} {'agreement':>9} {'seconds':>7}"
-    ]
-    for row in rows:
-        low, high = (math.nan if end is None else end for end in row["perplexity"]["interval"])
-        seconds = row["quantized_in_seconds"]
-        lines.append(
-            f"{row['format']:8} {row['bits_per_weight']:11.3f} {row['size_bytes'] / 1e6:8.1f} "
-            f"{row['perplexity']['value']:10.2f} {f'{low:.1f} to {high:.1f}':>15} "
-            f"{row['kl']['value']:7.4f} {row['agreement']['value']:9.1%} "
-            f"{'-' if seconds is None else format(seconds, '.0f'):>7}"
-        )
-    lines.append("")
-    lines += [f"{row['format']:8} {DEMO_PROMPT}{row['text']}" for row in rows]
-    return lines
+def _demo_line(row: dict[str, Any]) -> str:
+    low, high = (math.nan if end is None else end for end in row["perplexity"]["interval"])
+    seconds = row["quantized_in_seconds"]
+    return (
+        f"{row['format']:8} {row['bits_per_weight']:11.3f} {row['size_bytes'] / 1e6:8.1f} "
+        f"{row['perplexity']['value']:10.2f} {f'{low:.1f} to {high:.1f}':>15} "
+        f"{row['kl']['value']:7.4f} {row['agreement']['value']:9.1%} "
+        f"{'-' if seconds is None else format(seconds, '.0f'):>7}\n"
+    )
 
 
 @dataclass(frozen=True)

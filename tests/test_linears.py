@@ -8,6 +8,7 @@ import pytest
 from test_tensors import random_tensor
 
 from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.rotations import Rotation
 
 
 def test_dense_layer_is_a_product():
@@ -77,3 +78,24 @@ def test_parts_that_do_not_fit_are_refused():
         Linear(weight).forward(np.zeros((1, 4), np.float32))
     with pytest.raises(TypeError, match="x has dtype float64"):
         Linear(weight).forward(np.zeros((1, 5)))
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_a_rotation_is_applied_first(kind, tokens):
+    tensor, _ = random_tensor("int4g64", 33, 192)
+    rotation = Rotation(192, kind=kind, seed=3)
+    x = np.random.default_rng(1).normal(size=(tokens, 192)).astype(np.float32)
+    kept = x.copy()
+    layer = QuantizedLinear(tensor, rotation=rotation)
+    turned = layer.rotate_input(x)
+    assert (turned == rotation.apply(x)).all()
+    assert (layer.forward(x) == layer.replace(rotation=None).forward(turned)).all()
+    dense = Linear(tensor.dequantize(), rotation=rotation)
+    assert (dense.forward(x) == dense.replace(rotation=None).forward(turned)).all()
+    assert (x == kept).all()
+
+
+def test_a_rotation_of_another_order_is_refused():
+    with pytest.raises(ValueError, match="rotation has order 64, but the layer has 5 columns"):
+        Linear(np.zeros((3, 5), np.float32), rotation=Rotation(64))

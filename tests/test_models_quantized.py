@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import random_model
 from golden import tiny_models
 
 import lowbitq
@@ -74,6 +75,15 @@ def test_a_packed_head_comes_back(tmp_path):
     model.save(tmp_path / "saved")
     loaded = load(tmp_path / "saved")
     assert isinstance(loaded.head, QuantizedLinear)
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
+
+
+def test_what_the_head_is_decides_whether_it_is_tied(tmp_path):
+    """A model put together by hand: its configuration says untied, but it has no head."""
+    model, tokens = compress(random_model.random_model()), random_model.random_tokens(9)
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert loaded.config.tie_embeddings
     assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
 
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -90,7 +90,8 @@ class QuantizedModel(Model):
         heads = [] if self.head is None else [(HEAD, self.head)]
         for name, linear in [*self.linears(), *heads]:
             layers[name] = split_linear(linear, name, arrays)
-        config = self.config.to_hf() | quantization_config(
+        tied = replace(self.config, tie_embeddings=self.head is None)
+        config = tied.to_hf() | quantization_config(
             bits_per_weight=self.bits_per_weight,
             residual_rotation=_split_rotation(self.residual_rotation, RESIDUAL_ROTATION, arrays),
             layers=layers,

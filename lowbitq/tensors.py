@@ -297,8 +297,9 @@ class QuantizedTensor:
 
 
 def _float32(value: float) -> float:
-    """The nearest float32: what C computes with is what a file records."""
-    return float(np.float32(value))
+    """The nearest float32, beyond its range an infinity: what C computes with is what is kept."""
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))
 
 
 def _has_levels(format: Format) -> bool:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lowbitq import FormatError
@@ -120,6 +120,7 @@ JUNK = st.one_of(
 
 
 @given(st.dictionaries(st.sampled_from(["format", "rows", "cols", "gamma", "zero", "x"]), JUNK))
+@example({"gamma": 3.4028235677973366e38})  # the first number that is no float32
 def test_damaged_metadata_is_a_format_error(changes):
     arrays, metadata = random_tensor("kmeans2g32", 5, 40)[0].to_arrays()
     try:

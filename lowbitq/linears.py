@@ -129,8 +129,8 @@ class QuantizedLinear(_Layer):
     rotation : Rotation or None, default=None
         R, of order ``cols``; None: the identity.
     activation_bits : {8, 4, None}, default=8
-        None: float32 activations, a slow path that decodes the weights. Formats with a table of
-        levels (nf4, log, kmeans) have no other and are given None whatever is asked.
+        None: float32 activations, a slow path that decodes the weights exactly. With 8 or 4 a table
+        of more than two levels (nf4, log, kmeans) is rounded to multiples of 1/127 of its largest.
 
     Raises
     ------
@@ -155,8 +155,6 @@ class QuantizedLinear(_Layer):
     def __post_init__(self) -> None:
         if self.activation_bits not in (8, 4, None):
             raise ValueError(f"activation_bits is {self.activation_bits}, expected 8, 4 or None")
-        if self.tensor.levels is not None:
-            object.__setattr__(self, "activation_bits", None)
         handle = self.tensor.linear(
             self.bias, self._rotation_handle, activation_bits=self.activation_bits
         )

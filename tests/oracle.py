@@ -111,26 +111,39 @@ def quantize_activations(x, step, limit):
     return q, np.hstack(scales)
 
 
-def quantized_linear(codes, scale, offset, group, x, bias, limit):
-    """y (t, rows) for rounded activations, and a bound on its error in float32.
+def byte_levels(levels):
+    """Base, step and integers with level ~ base + step * integer; 1 to 255, or 0 and 1 exactly."""
+    levels = levels.astype(float)
+    if len(levels) == 2:
+        return levels[0], levels[1] - levels[0], np.arange(2)
+    step = abs(levels).max() / 127
+    return -128 * step, step, 128 + np.rint(levels / step)
 
-    A step adds at most two rounded terms; each was itself rounded at most four times.
+
+def quantized_linear(codes, scale, offset, group, x, bias, limit, levels=None):
+    """y (t, rows) for rounded activations and levels, and a bound on its error in float32.
+
+    A step adds at most two rounded terms; each was itself rounded at most six times.
     """
+    base, unit = 0.0, 1.0
+    if levels is not None:
+        base, unit, integers = byte_levels(levels)
+        codes = integers[codes]
     cols = codes.shape[1]
     step = group if group < cols else 64
     steps = -(-cols // step)
     q, x_scale = quantize_activations(x, step, limit)
     values = q * per_column(x_scale.astype(np.float64), step, cols)
-    y = values @ decode(codes, scale, offset, group).T
+    scale, offset = scale.astype(np.float64), offset.astype(np.float64)
+    y = values @ decode(codes, unit * scale, offset + base * scale, group).T
     sums = np.zeros(y.shape)
     for begin in range(0, cols, step):
         part = slice(begin, begin + step)
-        column = begin // group
-        gain = abs(scale[:, column].astype(np.float64))
-        sums += abs(values[:, part] @ codes[:, part].T) * gain
-        sums += abs(values[:, part].sum(axis=1, keepdims=True) * offset[:, column])
+        gain, apart = (abs(a[:, begin // group]) for a in (scale, offset))
+        sums += abs(values[:, part] @ codes[:, part].T) * unit * gain
+        sums += abs(values[:, part].sum(axis=1, keepdims=True)) * (apart + abs(base) * gain)
     bias = np.zeros(codes.shape[0]) if bias is None else bias
-    return y + bias, (2 * steps + 6) * U * 1.01 * (sums + abs(bias))
+    return y + bias, (2 * steps + 8) * U * 1.01 * (sums + abs(bias))
 
 
 def float_linear(weight, x, bias):

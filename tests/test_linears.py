@@ -42,13 +42,22 @@ def test_int8_activations_cost_half_a_step_per_column(text):
 
 
 @pytest.mark.parametrize("text", ["nf4g64", "kmeans2", "log4g32"])
-def test_codes_with_a_table_take_float_activations(text):
+def test_rounded_levels_cost_half_a_step_per_column(text):
+    """On top of what rounded activations cost: a 254th of the largest level, times sum |x|."""
     tensor, _ = random_tensor(text, 40, 200)
-    x = np.random.default_rng(1).normal(size=(2, 200)).astype(np.float32)
+    x = np.random.default_rng(1).normal(size=(6, 200)).astype(np.float32)
+    group = tensor.format.group or 200
+    q, scale = oracle.quantize_activations(x, tensor.format.group or 64, 127)
+    rounded = q * oracle.per_column(scale, tensor.format.group or 64, 200)
+    exact, rounding = oracle.float_linear(tensor.dequantize(), rounded.astype(np.float32), None)
+    half_steps = oracle.per_column(tensor.scale, group, 200) * abs(tensor.levels).max() / 254
+    slack = abs(rounded) @ half_steps.T * 1.0001
     layer = QuantizedLinear(tensor)
-    assert layer.activation_bits is None
-    expected, bound = oracle.float_linear(tensor.dequantize(), x, None)
-    assert (abs(layer.forward(x) - expected) <= bound).all()
+    assert layer.activation_bits == 8
+    assert (abs(layer.forward(x) - exact) <= slack + 8 * rounding).all()
+    plain = QuantizedLinear(tensor, activation_bits=None)
+    exact, rounding = oracle.float_linear(tensor.dequantize(), x, None)
+    assert (abs(plain.forward(x) - exact) <= rounding).all()
 
 
 def test_replace_makes_a_new_layer():

@@ -86,6 +86,8 @@ typedef struct {
     int scale_bits;
     bool has_offset; /* else they are -zero * scale */
     float gamma, zero;
+    const uint8_t
+        *bytes; /* 16: what a code stands for, to kernels that multiply a table; or NULL */
 } lbq_panel;
 
 lbq_panel lbq_packed_panel(const lbq_packed *packed, const lbq_packed_geometry *geometry,

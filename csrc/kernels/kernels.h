@@ -20,7 +20,8 @@ enum { LBQ_TILE = 8 /* tokens that gemm_u8_i8 takes at once */ };
 typedef struct {
     const int8_t *values; /* q as [k / 4][width][k % 4], -127 to 127, zero beyond the last column */
     /* [step][3][width]: scale; total = scale * sum of q over the step; shift = -zero * total, zero
-     * being that of the weight, or 0 if it has offsets */
+     * being that of the weight, or 0 if it has offsets. With a table of levels, step * scale and
+     * (base - zero) * total instead of scale and shift (linear/levels.h) */
     const float *factors;
     ptrdiff_t width;
 } lbq_activations;
@@ -57,6 +58,12 @@ typedef struct {
     X(gemv_u3_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
     X(gemv_u4_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
     X(gemv_u8_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
+    /* The same with bytes[code] of the panel in place of the code. */                             \
+    X(gemv_t2_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
+    X(gemv_t3_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
+    X(gemv_t4_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))              \
+    /* codes[i] = bytes[codes[i]] for codes below 16; count is a multiple of 64; exact. */         \
+    X(lookup_u8, void, (const uint8_t bytes[16], ptrdiff_t count, uint8_t *codes))                 \
     /* The same for `count` panels, 1 or 2, and width LBQ_TILE, over the steps from `first` to     \
      * `end`, whose unpacked codes of at most `bits` bits lie at codes as [panel][step - first]    \
      * [k / 4][r][k % 4]. y as [panel][t][r], going on from what is there unless first = 0; exact. \

@@ -6,6 +6,7 @@
 #include "linear/linear.h"
 
 #include <assert.h>
+#include <math.h>
 #include <string.h>
 
 #include "core/blas.h"
@@ -38,14 +39,17 @@ lbq_linear_check(const lbq_linear *layer)
                 LBQ_BAD_VALUE,
                 "activation_bits is %d, but a dense layer takes float32 activations",
                 activation_bits);
-    LBQ_REQUIRE(!activation_bits || !layer->packed.levels,
-                LBQ_BAD_VALUE,
-                "activation_bits is %d, but codes with a level table take float32 activations",
-                activation_bits);
     if (layer->dense)
         return LBQ_OK;
+    const lbq_packed *const packed = &layer->packed;
     lbq_packed_geometry geometry;
-    return lbq_packed_geometry_of(&layer->packed, &geometry);
+    LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
+    for (int i = 0; packed->levels && i < 1 << packed->bits; i++)
+        LBQ_REQUIRE(isfinite(packed->levels[i]),
+                    LBQ_BAD_VALUE,
+                    "levels has %g, expected finite numbers",
+                    (double)packed->levels[i]);
+    return LBQ_OK;
 }
 
 /* y = x W^T + beta y for W (rows, cols). */

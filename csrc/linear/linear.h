@@ -1,7 +1,8 @@
 /* A linear layer: y = W act(R x) + b, with W dense or packed.
  *
  * R is an optional input rotation, act the activation quantizer: none (float32), or int8 with a
- * scale and a sum per step of the packed weight (activation_bits = 8; 4 uses the range -7..7). */
+ * scale and a sum per step of the packed weight (activation_bits = 8; 4 uses the range -7..7). A
+ * table of levels is then rounded to 8 bits too (linear/levels.h). */
 #ifndef LBQ_LINEAR_H
 #define LBQ_LINEAR_H
 
@@ -17,7 +18,7 @@ typedef struct {
     lbq_packed packed;            /* the packed W */
     const float *bias;            /* (rows) or NULL */
     const lbq_rotation *rotation; /* of the input, or NULL */
-    int activation_bits;          /* 0: float32; 8 or 4, packed and without level table only */
+    int activation_bits;          /* 0: float32; 8 or 4, packed only */
 } lbq_linear;
 
 /* LBQ_OK if the parts fit together; else LBQ_BAD_VALUE or LBQ_BAD_SHAPE. Call it once per layer. */

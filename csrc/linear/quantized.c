@@ -10,6 +10,7 @@
 #include "core/memory.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
+#include "linear/levels.h"
 
 enum {
     FEW = 4,              /* tokens that gemv takes at once */
@@ -25,6 +26,7 @@ enum {
 typedef struct {
     const lbq_packed *packed;
     lbq_packed_geometry geometry;
+    lbq_byte_levels levels;
     int limit; /* of the quantized activations */
     const float *bias;
     ptrdiff_t tokens;
@@ -97,7 +99,8 @@ static void
 quantize_tile(const product *job, ptrdiff_t tile, char *scratch)
 {
     const ptrdiff_t steps = job->geometry.steps, width = job->width, cols = job->packed->cols;
-    const float zero = job->packed->has_offset ? 0 : job->packed->zero;
+    const lbq_byte_levels *const levels = &job->levels;
+    const float base = levels->base - (job->packed->has_offset ? 0 : job->packed->zero);
     int8_t *const q = (int8_t *)scratch;
     float *const scale = (float *)(scratch + lbq_padded((size_t)job->tile_bytes));
     float *const total = scale + steps;
@@ -116,9 +119,9 @@ quantize_tile(const product *job, ptrdiff_t tile, char *scratch)
         else
             memset(scale, 0, 2 * sizeof(float) * (size_t)steps);
         for (ptrdiff_t s = 0; s < steps; s++, factors += 3 * width) {
-            factors[0] = scale[s];
+            factors[0] = levels->step * scale[s];
             factors[width] = total[s];
-            factors[2 * width] = -zero * total[s];
+            factors[2 * width] = base * total[s];
         }
     }
     lbq_kernel.interleave(q, job->padded, width, job->values + tile * job->tile_bytes);
@@ -151,8 +154,12 @@ store_sums(const product *job, ptrdiff_t panel, ptrdiff_t token, const float *su
 typedef void (*gemv_kernel)(const lbq_panel *, const lbq_activations *, float *);
 
 static gemv_kernel
-gemv_for(int bits)
+gemv_for(int bits, bool lookup)
 {
+    if (lookup)
+        return bits == 2   ? lbq_kernel.gemv_t2_i8
+               : bits == 3 ? lbq_kernel.gemv_t3_i8
+                           : lbq_kernel.gemv_t4_i8;
     switch (bits) {
     case 1:
         return lbq_kernel.gemv_u1_i8;
@@ -172,11 +179,12 @@ gemv_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
     const product *const job = context;
-    const gemv_kernel gemv = gemv_for(job->packed->bits);
+    const gemv_kernel gemv = gemv_for(job->packed->bits, job->levels.lookup);
     const lbq_activations x = tile_at(job, 0);
     const ptrdiff_t end = smaller((index + 1) * job->per_task, job->geometry.panels);
     for (ptrdiff_t p = index * job->per_task; p < end; p++) {
-        const lbq_panel panel = lbq_packed_panel(job->packed, &job->geometry, p);
+        lbq_panel panel = lbq_packed_panel(job->packed, &job->geometry, p);
+        panel.bytes = job->levels.bytes;
         _Alignas(64) float sums[FEW * LBQ_PANEL];
         gemv(&panel, &x, sums);
         for (ptrdiff_t t = 0; t < job->tokens; t++)
@@ -204,14 +212,16 @@ static void
 multiply_pair(const product *job, const lbq_panel panel[PAIR], ptrdiff_t count,
               ptrdiff_t first_tile, ptrdiff_t tiles, uint8_t *codes, float *sums)
 {
-    const int bits = job->packed->bits;
+    const int stored_bits = job->packed->bits, bits = job->levels.lookup ? 8 : stored_bits;
     const ptrdiff_t step = job->geometry.step, steps = unpacked_steps(job);
     for (ptrdiff_t s = 0; s < panel->steps; s += steps) {
         const ptrdiff_t end = smaller(s + steps, panel->steps);
         uint8_t *to = codes;
         for (ptrdiff_t p = 0; p < count; p++)
             for (ptrdiff_t i = s; i < end; i++, to += step * LBQ_PANEL)
-                lbq_step_unpack_fast(bits, panel[p].codes + i * panel->step_bytes, step, to);
+                lbq_step_unpack_fast(stored_bits, panel[p].codes + i * panel->step_bytes, step, to);
+        if (job->levels.lookup)
+            lbq_kernel.lookup_u8(job->levels.bytes, to - codes, codes);
         for (ptrdiff_t i = 0; i < tiles; i++) {
             const lbq_activations x = tile_at(job, first_tile + i);
             float *const y = sums + i * PAIR * TILE_SUMS;
@@ -289,6 +299,7 @@ lbq_multiply_quantized(const lbq_packed *packed, int activation_bits, const floa
 {
     product job = {
         .packed = packed,
+        .levels = lbq_byte_levels_of(packed),
         .limit = (1 << (activation_bits - 1)) - 1,
         .bias = bias,
         .tokens = tokens,

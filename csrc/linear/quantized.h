@@ -9,7 +9,8 @@
 #include "core/status.h"
 
 /* y (tokens, rows) = W act(x) + bias for x (tokens, cols), act rounding each step of a token to
- * integers of activation_bits, 8 or 4. W has no level table; bias (rows) may be NULL. */
+ * integers of activation_bits, 8 or 4, and a table of levels to bytes (linear/levels.h); bias
+ * (rows) may be NULL. */
 lbq_status lbq_multiply_quantized(const lbq_packed *packed, int activation_bits, const float *bias,
                                   ptrdiff_t tokens, const float *x, float *y);
 

@@ -42,6 +42,7 @@ class Layer:
         self.spec = description(rows, cols, bits, group, scale_bits, has_offset, 2.0**-7, zero)
         self.codes, self.scale, offset = random_parts(self.spec)
         self.offset = offset if has_offset else np.float32(-zero) * self.scale
+        self.levels = levels
         self.bias = np.random.default_rng(1).normal(size=rows).astype(np.float32)
         self.panels = pack(self.spec, self.codes, self.scale, offset)
         self.limit = (1 << (activation_bits - 1)) - 1 if activation_bits else None
@@ -58,7 +59,14 @@ class Layer:
 
     def expected(self, x):
         parts = self.codes, self.scale, self.offset, self.spec["group"]
-        return oracle.quantized_linear(*parts, x, self.bias, self.limit)
+        return oracle.quantized_linear(*parts, x, self.bias, self.limit, self.levels)
+
+
+def random_levels(bits):
+    """Levels of very different size, one of them zero."""
+    levels = np.random.default_rng(bits).normal(size=1 << bits).astype(np.float32) ** 3
+    levels[1] = 0
+    return levels
 
 
 def activations(tokens, cols, seed=0):
@@ -80,10 +88,24 @@ def test_quantized_product_is_within_rounding(isa, rows, cols, group, code):
         assert (abs(layer.forward(x) - expected) <= bound).all()
 
 
+@pytest.mark.parametrize("code", [code for code in CODES if code[0] <= 4])
+@pytest.mark.parametrize(("rows", "cols", "group"), SIZES)
+def test_levels_are_multiplied_as_bytes(isa, rows, cols, group, code):
+    layer = Layer(rows, cols, group, code, levels=random_levels(code[0]))
+    for tokens in (1, 2, 3, 9):
+        x = activations(tokens, cols)
+        expected, bound = layer.expected(x)
+        assert (abs(layer.forward(x) - expected) <= bound).all()
+
+
+@pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("group", [None, 32, 64, 128])
-def test_bits_are_equal_on_every_isa_and_thread_count(threads, code, group):
-    layer = Layer(333, 1100, group, code)
+def test_bits_are_equal_on_every_isa_and_thread_count(threads, code, group, table):
+    if code[0] == 8 and table:
+        pytest.skip("no table of 256 levels")
+    levels = random_levels(code[0]) if table else None
+    layer = Layer(333, 1100, group, code, levels=levels)
     x = activations(300, 1100)
     isas = ["portable", "avx2", "avx512"]
     best = _core.config()["cpu_isa"]
@@ -149,6 +171,27 @@ def test_integer_sums_are_exact_at_extreme_codes(isa, bits, group):
         y = np.empty((tokens, rows), np.float32)
         _core.linear_forward(layer, x, y)
         assert (y == (x.astype(np.int64) @ codes.T.astype(np.int64))).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group", [None, 64, 128])
+def test_integer_sums_are_exact_at_extreme_levels(isa, bits, group):
+    """Levels of +-127 are bytes of 1 and 255; 64 columns of them with 127 fill 22 bits."""
+    rows, cols = 17, 4096
+    spec = description(rows, cols, bits, group)
+    levels = np.linspace(-127, 127, 1 << bits).astype(np.float32)
+    codes = np.full((rows, cols), (1 << bits) - 1, np.uint8)
+    codes[3] = 0
+    scale = np.ones((rows, -(-cols // spec["group"])), np.float32)
+    panels = pack(spec, codes, scale, None)
+    layer = _core.linear_packed(panels, levels, None, None, activation_bits=8, **spec)
+    for tokens in (1, 2, 4, 8):
+        x = np.full((tokens, cols), 127, np.float32)
+        x[-1] = -127
+        y = np.empty((tokens, rows), np.float32)
+        _core.linear_forward(layer, x, y)
+        integers = np.where(codes == 0, -127, 127)
+        assert (y == (x.astype(np.int64) @ integers.T)).all()
 
 
 def test_activations_that_quantize_oddly(isa):
@@ -231,8 +274,8 @@ def test_parts_that_do_not_fit_are_refused():
     x, y = np.zeros((1, 100), np.float32), np.zeros((1, 20), np.float32)
     with pytest.raises(ValueError, match="activation_bits is 5, expected 0, 4 or 8"):
         make(layer.panels, None, None, None, activation_bits=5, **layer.spec)
-    with pytest.raises(ValueError, match="codes with a level table take float32 activations"):
-        make(layer.panels, y[0, :16], None, None, activation_bits=8, **layer.spec)
+    with pytest.raises(ValueError, match="levels has nan, expected finite numbers"):
+        make(layer.panels, y[0, :16] * np.nan, None, None, activation_bits=8, **layer.spec)
     with pytest.raises(ValueError, match="axis 0 of bias has size 19, expected rows = 20"):
         make(layer.panels, None, y[0, :19], None, activation_bits=8, **layer.spec)
     with pytest.raises(ValueError, match="axis 1 of x has size 20, expected cols = 100"):

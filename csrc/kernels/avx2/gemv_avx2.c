@@ -3,9 +3,18 @@
  * maddubs sums pairs of products in 16 bits, where up to 64 columns fit without overflow: eight
  * of the largest pairs 15 * 127 * 2, or sixteen of 7 * 127 * 2. 1- and 2-bit planes that lie one
  * or two bits up are multiplied where they are and the sums shifted back. 8-bit codes are two
- * 4-bit ones. */
+ * 4-bit ones, and so are the bytes of a table, which vpshufb looks up. */
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/panel_avx2.h"
+
+/* What is stored: codes of so many bits, or such codes of a table's bytes. */
+typedef enum { U1, U2, U3, U4, U8, T2, T3, T4 } code_kind;
+
+LBQ_INLINE int
+bits_of(const code_kind kind)
+{
+    return kind == U8 ? 8 : kind >= T2 ? kind - T2 + 2 : kind - U1 + 1;
+}
 
 enum { AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */ };
 
@@ -142,43 +151,149 @@ sum_u8(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int
     }
 }
 
+/* Halves of the bytes that a nibble stands for. */
+typedef struct {
+    __m256i low, high;
+} lookup;
+
+/* That of a nibble's code, or of one and the other of its two 2-bit codes. */
+typedef struct {
+    lookup first, second;
+} lookups;
+
+LBQ_INLINE lookup
+lookup_of(__m128i bytes)
+{
+    const __m256i table = _mm256_broadcastsi128_si256(bytes), low = _mm256_set1_epi8(15);
+    return (lookup){
+        _mm256_and_si256(table, low),
+        _mm256_and_si256(_mm256_srli_epi16(table, 4), low),
+    };
+}
+
+LBQ_INLINE lookups
+lookups_of(const code_kind kind, const lbq_panel *panel)
+{
+    const __m128i bytes =
+        kind < T2 ? _mm_setzero_si128() : _mm_loadu_si128((const __m128i *)panel->bytes);
+    const __m128i upper_two = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return (lookups){lookup_of(bytes), lookup_of(_mm_shuffle_epi8(bytes, upper_two))};
+}
+
+LBQ_INLINE void
+accumulate_lookup(sums *sum, const lookup *table, block codes, const int8_t *q, ptrdiff_t k,
+                  const int width, const int halves)
+{
+    block low, high;
+    for (int h = 0; h < halves; h++) {
+        low.half[h] = _mm256_shuffle_epi8(table->low, codes.half[h]);
+        high.half[h] = _mm256_shuffle_epi8(table->high, codes.half[h]);
+    }
+    accumulate(sum->low, low, q, k, width, halves);
+    accumulate(sum->high, high, q, k, width, halves);
+}
+
+LBQ_INLINE void
+sum_t2(const lookups *table, const uint8_t *codes, const ptrdiff_t columns, const int8_t *q,
+       const int width, const int halves, sums *sum)
+{
+#pragma GCC unroll 2
+    for (ptrdiff_t k = 0; k < columns; k += 16, codes += 64) {
+        const block planes = load_block(codes, halves), lower = masked(planes, 15, halves);
+        accumulate_lookup(sum, &table->first, lower, q, k, width, halves);
+        accumulate_lookup(sum, &table->second, lower, q, k + 4, width, halves);
+        const block upper = masked(shifted(planes, 4, halves), 15, halves);
+        accumulate_lookup(sum, &table->first, upper, q, k + 8, width, halves);
+        accumulate_lookup(sum, &table->second, upper, q, k + 12, width, halves);
+    }
+}
+
+LBQ_INLINE void
+sum_t3(const lookups *table, const uint8_t *codes, const ptrdiff_t columns, const int8_t *q,
+       const int width, const int halves, sums *sum)
+{
+    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 192) {
+        const block ones = load_block(codes + 128, halves);
+        block twos[2] = {load_block(codes, halves), load_block(codes + 64, halves)};
+#pragma GCC unroll 8
+        for (int p = 0; p < 8; p++) {
+            const block low = masked(twos[p / 4], 3, halves);
+            const block high = masked(shifted(ones, p - 2, halves), 4, halves);
+            const block joint = joined(low, high, halves);
+            accumulate_lookup(sum, &table->first, joint, q, k + 4 * p, width, halves);
+            twos[p / 4] = shifted(twos[p / 4], 2, halves);
+        }
+    }
+}
+
+LBQ_INLINE void
+sum_t4(const lookups *table, const uint8_t *codes, const ptrdiff_t columns, const int8_t *q,
+       const int width, const int halves, sums *sum)
+{
+#pragma GCC unroll 4
+    for (ptrdiff_t k = 0; k < columns; k += 8, codes += 64) {
+        const block planes = load_block(codes, halves);
+        const block upper = masked(shifted(planes, 4, halves), 15, halves);
+        accumulate_lookup(sum, &table->first, masked(planes, 15, halves), q, k, width, halves);
+        accumulate_lookup(sum, &table->first, upper, q, k + 4, width, halves);
+    }
+}
+
 /* dot += the 32-bit sums of `columns` columns, as [half][token]. */
 LBQ_INLINE void
-sum_columns(const int bits, const uint8_t *codes, const ptrdiff_t columns, const int8_t *q,
-            const int width, const int halves, __m256i *dot)
+sum_columns(const code_kind kind, const lookups *table, const uint8_t *codes,
+            const ptrdiff_t columns, const int8_t *q, const int width, const int halves,
+            __m256i *dot)
 {
     sums sum;
     for (int i = 0; i < width * halves; i++)
         sum.low[i] = sum.high[i] = _mm256_setzero_si256();
-    if (bits == 1)
+    switch (kind) {
+    case U1:
         sum_u1(codes, columns, q, width, halves, &sum);
-    else if (bits == 2)
+        break;
+    case U2:
         sum_u2(codes, columns, q, width, halves, &sum);
-    else if (bits == 3)
+        break;
+    case U3:
         sum_u3(codes, columns, q, width, halves, &sum);
-    else if (bits == 4)
+        break;
+    case U4:
         sum_u4(codes, columns, q, width, halves, &sum);
-    else
+        break;
+    case U8:
         sum_u8(codes, columns, q, width, halves, &sum);
+        break;
+    case T2:
+        sum_t2(table, codes, columns, q, width, halves, &sum);
+        break;
+    case T3:
+        sum_t3(table, codes, columns, q, width, halves, &sum);
+        break;
+    case T4:
+        sum_t4(table, codes, columns, q, width, halves, &sum);
+    }
     for (int i = 0; i < width * halves; i++) {
         __m256i part;
-        if (bits <= 2)
-            part = widen(_mm256_add_epi16(sum.low[i], _mm256_srai_epi16(sum.high[i], bits)), 1);
-        else if (bits == 3)
+        if (kind == U1 || kind == U2)
+            part = widen(
+                _mm256_add_epi16(sum.low[i], _mm256_srai_epi16(sum.high[i], bits_of(kind))), 1);
+        else if (kind == U3)
             part = widen(sum.low[i], 1);
         else
-            part = _mm256_add_epi32(widen(sum.low[i], 1), widen(sum.high[i], bits == 8 ? 16 : 1));
+            part = _mm256_add_epi32(widen(sum.low[i], 1), widen(sum.high[i], kind == U4 ? 1 : 16));
         dot[i] = _mm256_add_epi32(dot[i], part);
     }
 }
 
 /* `columns` of a step at a time, which divides the step. */
 LBQ_INLINE void
-gemv(const int bits, const ptrdiff_t columns, const int width, const lbq_panel *panel,
+gemv(const code_kind kind, const ptrdiff_t columns, const int width, const lbq_panel *panel,
      const lbq_activations *x, float *y)
 {
     const int halves = width == 1 ? 2 : 1;
-    const ptrdiff_t bytes = columns * bits * LBQ_PANEL / 8;
+    const ptrdiff_t bytes = columns * bits_of(kind) * LBQ_PANEL / 8;
+    const lookups table = lookups_of(kind, panel);
     const uint8_t *step_codes = panel->codes, *scale_at = panel->scale;
     const int8_t *step_q = x->values;
     const float *factors = x->factors;
@@ -195,7 +310,7 @@ gemv(const int bits, const ptrdiff_t columns, const int width, const lbq_panel *
                 dot[i] = _mm256_setzero_si256();
             ptrdiff_t columns_left = panel->step;
             do {
-                sum_columns(bits, codes, columns, q, width, halves, dot);
+                sum_columns(kind, &table, codes, columns, q, width, halves, dot);
                 codes += bytes;
                 q += columns * width;
                 columns_left -= columns;
@@ -226,45 +341,64 @@ gemv(const int bits, const ptrdiff_t columns, const int width, const lbq_panel *
 
 /* 8-bit codes fill 16 bits after 32 columns, the others not before 64. */
 LBQ_INLINE void
-gemv_any(const int bits, const lbq_panel *panel, const lbq_activations *x, float *y)
+gemv_any(const code_kind kind, const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    const ptrdiff_t most = bits == 8 ? 32 : 64, least = bits == 1 || bits == 3 ? 32 : 16;
+    const ptrdiff_t most = kind >= U8 ? 32 : 64;
+    const ptrdiff_t least = kind == U1 || kind == U3 || kind == T3 ? 32 : 16;
     if (x->width == 1 && panel->step >= most)
-        gemv(bits, most, 1, panel, x, y);
+        gemv(kind, most, 1, panel, x, y);
     else if (x->width == 1)
-        gemv(bits, least, 1, panel, x, y);
+        gemv(kind, least, 1, panel, x, y);
     else if (panel->step >= most)
-        gemv(bits, most, 4, panel, x, y);
+        gemv(kind, most, 4, panel, x, y);
     else
-        gemv(bits, least, 4, panel, x, y);
+        gemv(kind, least, 4, panel, x, y);
 }
 
 void
 lbq_gemv_u1_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(1, panel, x, y);
+    gemv_any(U1, panel, x, y);
 }
 
 void
 lbq_gemv_u2_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(2, panel, x, y);
+    gemv_any(U2, panel, x, y);
 }
 
 void
 lbq_gemv_u3_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(3, panel, x, y);
+    gemv_any(U3, panel, x, y);
 }
 
 void
 lbq_gemv_u4_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(4, panel, x, y);
+    gemv_any(U4, panel, x, y);
 }
 
 void
 lbq_gemv_u8_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(8, panel, x, y);
+    gemv_any(U8, panel, x, y);
+}
+
+void
+lbq_gemv_t2_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(T2, panel, x, y);
+}
+
+void
+lbq_gemv_t3_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(T3, panel, x, y);
+}
+
+void
+lbq_gemv_t4_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(T4, panel, x, y);
 }

@@ -1,4 +1,4 @@
-/* Codes to bytes, half a block at a time, and bytes to float32 values. */
+/* Codes to bytes, half a block at a time; bytes to those they stand for, and to float32 values. */
 #include <immintrin.h>
 
 #include "kernels/avx2/avx2.h"
@@ -66,6 +66,14 @@ lbq_unpack_u4_avx2(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
         store(to, _mm256_and_si256(planes, MASK(15)));
         store(to + 64, _mm256_and_si256(_mm256_srli_epi16(planes, 4), MASK(15)));
     }
+}
+
+void
+lbq_lookup_u8_avx2(const uint8_t bytes[16], ptrdiff_t count, uint8_t *codes)
+{
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes));
+    for (ptrdiff_t i = 0; i < count; i += 32)
+        store(codes + i, _mm256_shuffle_epi8(table, load(codes + i)));
 }
 
 void

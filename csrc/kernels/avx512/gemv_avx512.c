@@ -2,13 +2,23 @@
  *
  * A 64-byte block is one register with a row per lane. Planes are masked where they lie, at most
  * one shift per two planes: the sums of planes that lie 2 or 4 bits up come out 4 or 16 times too
- * large and are shifted back once per step. vpdpbusd takes activations broadcast by the load. */
+ * large and are shifted back once per step. vpdpbusd takes activations broadcast by the load. Codes
+ * of a table of levels become bytes by vpshufb. */
 #include "kernels/avx512/avx512.h"
 #include "kernels/avx512/panel_avx512.h"
 
 enum { AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */ };
 
 #define MASK(bits) _mm512_set1_epi8((char)(bits))
+
+/* What is stored: codes of so many bits, or such codes of a table's bytes. */
+typedef enum { U1, U2, U3, U4, U8, T2, T3, T4 } code_kind;
+
+LBQ_INLINE int
+bits_of(const code_kind kind)
+{
+    return kind == U8 ? 8 : kind >= T2 ? kind - T2 + 2 : kind - U1 + 1;
+}
 
 /* Integer sums of a step: of planes that lay in place, and of those that lay some bits up. One
  * token has two chains of each, so that the next vpdpbusd need not wait for the last. */
@@ -110,14 +120,113 @@ sum_u8(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int
     }
 }
 
+/* Bytes that a nibble stands for: of its code, or of one or the other of its two 2-bit codes. */
+typedef struct {
+    __m512i first, second;
+} lookup;
+
+LBQ_INLINE lookup
+lookup_of(const code_kind kind, const lbq_panel *panel)
+{
+    if (kind < T2)
+        return (lookup){_mm512_setzero_si512(), _mm512_setzero_si512()};
+    const __m128i table = _mm_loadu_si128((const __m128i *)panel->bytes);
+    const __m128i upper_two = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return (lookup){
+        _mm512_broadcast_i32x4(table),
+        _mm512_broadcast_i32x4(_mm_shuffle_epi8(table, upper_two)),
+    };
+}
+
+LBQ_INLINE void
+sum_t2(const lookup *table, const uint8_t *codes, const ptrdiff_t columns, const int8_t *q,
+       const int width, sums *sum)
+{
+#pragma GCC unroll 4
+    for (ptrdiff_t k = 0; k < columns; k += 16, codes += 64) {
+        const __m512i planes = block_at(codes, 0);
+        const __m512i lower = _mm512_and_si512(planes, MASK(15));
+        const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(planes, 4), MASK(15));
+        accumulate(sum->low, _mm512_shuffle_epi8(table->first, lower), q, k, width);
+        accumulate(sum->high, _mm512_shuffle_epi8(table->second, lower), q, k + 4, width);
+        accumulate(sum->low, _mm512_shuffle_epi8(table->first, upper), q, k + 8, width);
+        accumulate(sum->high, _mm512_shuffle_epi8(table->second, upper), q, k + 12, width);
+    }
+}
+
+LBQ_INLINE void
+sum_t3(const lookup *table, const uint8_t *codes, const ptrdiff_t columns, const int8_t *q,
+       const int width, sums *sum)
+{
+#pragma GCC unroll 2
+    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 192) {
+        const __m512i ones = block_at(codes, 2);
+        const __m512i twos[2] = {block_at(codes, 0), block_at(codes, 1)};
+#pragma GCC unroll 8
+        for (int p = 0; p < 8; p++) {
+            const __m512i low = _mm512_srli_epi16(twos[p / 4], (unsigned)(p % 4 * 2));
+            const __m512i high = p < 2 ? _mm512_slli_epi16(ones, (unsigned)(2 - p))
+                                       : _mm512_srli_epi16(ones, (unsigned)(p - 2));
+            const __m512i plane = _mm512_shuffle_epi8(table->first, join(low, 3, high, 4));
+            accumulate(p % 2 ? sum->high : sum->low, plane, q, k + 4 * p, width);
+        }
+    }
+}
+
+LBQ_INLINE void
+sum_t4(const lookup *table, const uint8_t *codes, const ptrdiff_t columns, const int8_t *q,
+       const int width, sums *sum)
+{
+#pragma GCC unroll 8
+    for (ptrdiff_t k = 0; k < columns; k += 8, codes += 64) {
+        const __m512i planes = block_at(codes, 0);
+        const __m512i lower = _mm512_and_si512(planes, MASK(15));
+        const __m512i upper = _mm512_and_si512(_mm512_srli_epi16(planes, 4), MASK(15));
+        accumulate(sum->low, _mm512_shuffle_epi8(table->first, lower), q, k, width);
+        accumulate(sum->high, _mm512_shuffle_epi8(table->first, upper), q, k + 4, width);
+    }
+}
+
+LBQ_INLINE void
+sum_columns(const code_kind kind, const lookup *table, const uint8_t *codes,
+            const ptrdiff_t columns, const int8_t *q, const int width, sums *sum)
+{
+    switch (kind) {
+    case U1:
+        sum_u1(codes, columns, q, width, sum);
+        break;
+    case U2:
+        sum_u2(codes, columns, q, width, sum);
+        break;
+    case U3:
+        sum_u3(codes, columns, q, width, sum);
+        break;
+    case U4:
+        sum_u4(codes, columns, q, width, sum);
+        break;
+    case U8:
+        sum_u8(codes, columns, q, width, sum);
+        break;
+    case T2:
+        sum_t2(table, codes, columns, q, width, sum);
+        break;
+    case T3:
+        sum_t3(table, codes, columns, q, width, sum);
+        break;
+    case T4:
+        sum_t4(table, codes, columns, q, width, sum);
+    }
+}
+
 /* `columns` of a step at a time, which divides the step. */
 LBQ_INLINE void
-gemv(const int bits, const ptrdiff_t columns, const int width, const lbq_panel *panel,
+gemv(const code_kind kind, const ptrdiff_t columns, const int width, const lbq_panel *panel,
      const lbq_activations *x, float *y)
 {
     /* How far up the planes lay whose sums are `high`. */
-    const int up = bits == 1 ? 1 : bits == 4 ? 4 : bits == 8 ? 0 : 2;
-    const ptrdiff_t bytes = columns * bits * LBQ_PANEL / 8;
+    const int up = kind == U1 ? 1 : kind == U4 ? 4 : kind == U2 || kind == U3 ? 2 : 0;
+    const ptrdiff_t bytes = columns * bits_of(kind) * LBQ_PANEL / 8;
+    const lookup table = lookup_of(kind, panel);
     const uint8_t *step_codes = panel->codes, *scale_at = panel->scale;
     const int8_t *q = x->values;
     const float *factors = x->factors;
@@ -131,16 +240,7 @@ gemv(const int bits, const ptrdiff_t columns, const int width, const lbq_panel *
             sum.low[t] = sum.high[t] = _mm512_setzero_si512();
         ptrdiff_t left = panel->step;
         do {
-            if (bits == 1)
-                sum_u1(codes, columns, q, width, &sum);
-            else if (bits == 2)
-                sum_u2(codes, columns, q, width, &sum);
-            else if (bits == 3)
-                sum_u3(codes, columns, q, width, &sum);
-            else if (bits == 4)
-                sum_u4(codes, columns, q, width, &sum);
-            else
-                sum_u8(codes, columns, q, width, &sum);
+            sum_columns(kind, &table, codes, columns, q, width, &sum);
             codes += bytes;
             q += columns * width;
             left -= columns;
@@ -169,45 +269,63 @@ gemv(const int bits, const ptrdiff_t columns, const int width, const lbq_panel *
 }
 
 LBQ_INLINE void
-gemv_any(const int bits, const lbq_panel *panel, const lbq_activations *x, float *y)
+gemv_any(const code_kind kind, const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    const ptrdiff_t least = bits == 1 || bits == 3 ? 32 : 16;
+    const ptrdiff_t least = kind == U1 || kind == U3 || kind == T3 ? 32 : 16;
     if (x->width == 1 && panel->step >= 64)
-        gemv(bits, 64, 1, panel, x, y);
+        gemv(kind, 64, 1, panel, x, y);
     else if (x->width == 1)
-        gemv(bits, least, 1, panel, x, y);
+        gemv(kind, least, 1, panel, x, y);
     else if (panel->step >= 64)
-        gemv(bits, 64, 4, panel, x, y);
+        gemv(kind, 64, 4, panel, x, y);
     else
-        gemv(bits, least, 4, panel, x, y);
+        gemv(kind, least, 4, panel, x, y);
 }
 
 void
 lbq_gemv_u1_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(1, panel, x, y);
+    gemv_any(U1, panel, x, y);
 }
 
 void
 lbq_gemv_u2_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(2, panel, x, y);
+    gemv_any(U2, panel, x, y);
 }
 
 void
 lbq_gemv_u3_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(3, panel, x, y);
+    gemv_any(U3, panel, x, y);
 }
 
 void
 lbq_gemv_u4_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(4, panel, x, y);
+    gemv_any(U4, panel, x, y);
 }
 
 void
 lbq_gemv_u8_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv_any(8, panel, x, y);
+    gemv_any(U8, panel, x, y);
+}
+
+void
+lbq_gemv_t2_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(T2, panel, x, y);
+}
+
+void
+lbq_gemv_t3_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(T3, panel, x, y);
+}
+
+void
+lbq_gemv_t4_i8_avx512(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv_any(T4, panel, x, y);
 }

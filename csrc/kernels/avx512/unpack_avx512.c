@@ -1,4 +1,4 @@
-/* Codes to bytes, a block at a time, and bytes to float32 values. */
+/* Codes to bytes, a block at a time; bytes to those they stand for, and to float32 values. */
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"
@@ -58,6 +58,14 @@ lbq_unpack_u4_avx512(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
         store(out, _mm512_and_si512(planes, MASK(15)));
         store(out + 64, _mm512_and_si512(_mm512_srli_epi16(planes, 4), MASK(15)));
     }
+}
+
+void
+lbq_lookup_u8_avx512(const uint8_t bytes[16], ptrdiff_t count, uint8_t *codes)
+{
+    const __m512i table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)bytes));
+    for (ptrdiff_t i = 0; i < count; i += 64)
+        store(codes + i, _mm512_shuffle_epi8(table, _mm512_loadu_si512(codes + i)));
 }
 
 void

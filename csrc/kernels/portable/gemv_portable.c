@@ -35,12 +35,14 @@ add_step(const lbq_panel *panel, ptrdiff_t step, const uint8_t *codes, const lbq
 }
 
 static void
-gemv(int bits, const lbq_panel *panel, const lbq_activations *x, float *y)
+gemv(int bits, const uint8_t *bytes, const lbq_panel *panel, const lbq_activations *x, float *y)
 {
     uint8_t codes[LBQ_MAX_STEP * LBQ_PANEL];
     memset(y, 0, sizeof(float) * (size_t)(LBQ_PANEL * x->width));
     for (ptrdiff_t s = 0; s < panel->steps; s++) {
         lbq_step_unpack(bits, panel->codes + s * panel->step_bytes, panel->step, codes);
+        if (bytes)
+            lbq_lookup_u8_portable(bytes, panel->step * LBQ_PANEL, codes);
         add_step(panel, s, codes, x, y);
     }
 }
@@ -48,31 +50,49 @@ gemv(int bits, const lbq_panel *panel, const lbq_activations *x, float *y)
 void
 lbq_gemv_u1_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv(1, panel, x, y);
+    gemv(1, NULL, panel, x, y);
 }
 
 void
 lbq_gemv_u2_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv(2, panel, x, y);
+    gemv(2, NULL, panel, x, y);
 }
 
 void
 lbq_gemv_u3_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv(3, panel, x, y);
+    gemv(3, NULL, panel, x, y);
 }
 
 void
 lbq_gemv_u4_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv(4, panel, x, y);
+    gemv(4, NULL, panel, x, y);
 }
 
 void
 lbq_gemv_u8_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    gemv(8, panel, x, y);
+    gemv(8, NULL, panel, x, y);
+}
+
+void
+lbq_gemv_t2_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv(2, panel->bytes, panel, x, y);
+}
+
+void
+lbq_gemv_t3_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv(3, panel->bytes, panel, x, y);
+}
+
+void
+lbq_gemv_t4_i8_portable(const lbq_panel *panel, const lbq_activations *x, float *y)
+{
+    gemv(4, panel->bytes, panel, x, y);
 }
 
 void

@@ -1,4 +1,4 @@
-/* Codes to bytes, and bytes to float32 values. */
+/* Codes to bytes, bytes to those they stand for, and to float32 values. */
 #include <math.h>
 
 #include "kernels/portable/portable.h"
@@ -25,6 +25,13 @@ void
 lbq_unpack_u4_portable(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
 {
     lbq_step_unpack(4, codes, columns, out);
+}
+
+void
+lbq_lookup_u8_portable(const uint8_t bytes[16], ptrdiff_t count, uint8_t *codes)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        codes[i] = bytes[codes[i]];
 }
 
 void

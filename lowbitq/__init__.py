@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+import textwrap
+from functools import cache
 from typing import Any
 
 with contextlib.suppress(ModuleNotFoundError):  # a build with LOWBITQ_BLAS=system does without
@@ -98,7 +101,7 @@ def set_num_threads(threads: int) -> None:
 
 
 class _Configuration(dict[str, Any]):
-    """A dict that shows itself as one line per entry."""
+    """A dict that shows itself as one entry per line, long ones wrapped."""
 
     def __repr__(self) -> str:
         lines = []
@@ -108,23 +111,48 @@ class _Configuration(dict[str, Any]):
                 value = "; ".join(
                     f"{i}: {', '.join(k for k in value if value[k] == i)}" for i in isas
                 )
-            lines.append(f"{name:9} {value}")
+            lines.append(textwrap.fill(f"{name:9} {value}", 80, subsequent_indent=" " * 10))
         return "\n".join(lines)
 
 
 def show_config() -> dict[str, Any]:
-    """Version, instruction set, threads, BLAS and kernels in use.
+    """Version, CPU, instruction set, threads, BLAS and kernels in use.
 
     Returns
     -------
     dict
-        ``version``; ``isa`` in use and ``cpu_isa``, the best that this machine has; ``threads``
-        and ``cpus``; ``blas`` and ``blas_core``; ``kernels``, from each name to the instruction
-        set of the version in use. It shows itself as one line per entry.
+        ``version``; ``cpu``, its model name; ``isa`` in use and ``cpu_isa``, the best that this
+        machine has; ``threads``, which are BLAS's too, and ``cpus`` that the process may use;
+        ``blas``, its name, version and build, and ``blas_core``, the CPU that its kernels are for;
+        ``kernels``, from each name to the instruction set of the version in use. It shows itself
+        as one entry per line.
 
     Examples
     --------
-    >>> show_config()["isa"] in ("portable", "avx2", "avx512")
+    >>> config = show_config()
+    >>> config["isa"] in ("portable", "avx2", "avx512")
     True
+    >>> config["kernels"]["gemv_u2_i8"] == config["isa"]
+    True
+    >>> print(config)  # doctest: +ELLIPSIS
+    version   ...
+    cpu       ...
+    isa       ...
+    cpu_isa   ...
+    threads   ...
+    cpus      ...
+    blas      ...
+    blas_core ...
+    kernels   ...
     """
-    return _Configuration({"version": __version__, **_core.config()})
+    return _Configuration({"version": __version__, "cpu": _cpu(), **_core.config()})
+
+
+@cache
+def _cpu() -> str:
+    """Model name of the first CPU."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

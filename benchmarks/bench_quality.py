@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import lowbitq as lq
-from benchmarks import RESULTS, machine
+from benchmarks.harness import RESULTS, machine
 from lowbitq.calibration import windows
 from lowbitq.cli import demo_model
 

@@ -1,0 +1,159 @@
+"""What the benchmarks share: options, the machine, taking turns, tables and the results files.
+
+    run = Run("subject", options_parser(__doc__).parse_args())
+    times = run.take_turns({"ours": ours, "BLAS": blas})
+    run.row("a table", {"us": times["ours"].least * 1e6, "x BLAS": ...})
+    run.finish()
+
+Candidate and reference take turns in one process, so that a change of the machine's speed meets
+both. The time is the thread's processor time on one thread, which what else runs hardly changes,
+and wall time on more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lowbitq as lq
+from lowbitq import _core
+
+RESULTS = Path(__file__).parent / "results"
+SHORTEST = 2e-4  # seconds that one sample takes at least: a thousand readings of the clock
+REPETITIONS = 20
+WIDTH = 10  # of a column
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: the least and the median of all samples."""
+
+    least: float
+    median: float
+
+
+def options_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has; `description` is the file's docstring."""
+    # Not abbreviated: benchmarks/__init__.py reads some of them as well.
+    parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--isa", choices=["portable", "avx2", "avx512"], help="default: the best")
+    parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="samples of each call")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--save", action="store_true", help=f"also into {RESULTS.name}/")
+    return parser
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on besides the code, the commit of the code, and the day."""
+    config = lq.show_config()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False)
+    return {
+        "cpu": config["cpu"],
+        "isa": config["isa"],
+        "blas": config["blas_core"],
+        "threads": config["threads"],
+        "load": round(os.getloadavg()[0], 1),
+        "commit": commit.stdout.strip() or "unknown",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+class Run:
+    """One run of a benchmark: its options, its machine and the tables that it fills.
+
+    Parameters
+    ----------
+    subject : str
+        Of the file bench_SUBJECT; names the section of the results file.
+    options : argparse.Namespace
+        Of `options_parser`; its threads and instruction set come into force.
+    """
+
+    def __init__(self, subject: str, options: argparse.Namespace) -> None:
+        self.subject, self.options = subject, options
+        lq.set_num_threads(options.threads)
+        if options.isa:
+            _core.use_isa(isa=options.isa)
+        self.machine = machine()
+        self.tables: dict[str, list[dict[str, Any]]] = {}
+        if not options.json:
+            print(lq.show_config())
+            now = {name: self.machine[name] for name in ("load", "commit", "date")}
+            print(", ".join(f"{name} {value}" for name, value in now.items()))
+
+    def take_turns(
+        self, calls: Mapping[str, Callable[[], object]], repetitions: int | None = None
+    ) -> dict[str, Timing]:
+        """Time all `calls`, one after the other, so many times over, after one round to warm up."""
+        clock = time.thread_time if self.options.threads == 1 else time.perf_counter
+        loops = {}
+        for name, call in calls.items():
+            call()
+            begin = clock()
+            call()
+            loops[name] = max(1, math.ceil(SHORTEST / max(clock() - begin, 1e-9)))
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(repetitions or self.options.repetitions):
+            for name, call in calls.items():
+                begin = clock()
+                for _ in range(loops[name]):
+                    call()
+                samples[name].append((clock() - begin) / loops[name])
+        return {name: Timing(min(s), statistics.median(s)) for name, s in samples.items()}
+
+    def row(self, table: str, columns: Mapping[str, Any]) -> None:
+        """Add a row to a table, and show it; each row of a table has the same columns."""
+        rows = self.tables.setdefault(table, [])
+        rows.append(dict(columns))
+        if self.options.json:
+            return
+        widths = [max(WIDTH, len(title)) for title in columns]
+        if len(rows) == 1:
+            print(f"\n{table}")
+            print(" ".join(f"{t:>{w}}" for t, w in zip(columns, widths, strict=True)))
+        cells = zip(columns.values(), widths, strict=True)
+        print(" ".join(f"{_cell(value):>{width}}" for value, width in cells), flush=True)
+
+    def goal(self, ours: str, reference: str, ratio: float, goal: float) -> None:
+        """Add a row to the table of goals: how many times better than the reference we are."""
+        met = "yes" if ratio >= goal else "no"
+        columns = {"ratio": ratio, "goal": goal, "met": met, "of": f"{ours} against {reference}"}
+        self.row("goals", columns)
+
+    def finish(self) -> None:
+        """Print the JSON object, and save it, if asked for."""
+        result = {**self.machine, "kernels": dict(lq.show_config()["kernels"]), **self.tables}
+        if self.options.json:
+            print(json.dumps(result, indent=1))
+        if self.options.save:
+            self._save(result)
+
+    def _save(self, result: dict[str, Any]) -> None:
+        """Into the file of this machine and day; a section of the same name is replaced."""
+        cpu = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@", " ", self.machine["cpu"])
+        cpu = "-".join(re.findall(r"[a-z0-9.]+", cpu.lower()))
+        path = RESULTS / f"{self.machine['date']}-{cpu}.json"
+        sections = json.loads(path.read_text()) if path.exists() else {}
+        threads = self.machine["threads"]
+        name = f"{self.subject}, {self.machine['isa']}, {threads} thread{'s'[: threads > 1]}"
+        sections[name] = result
+        path.write_text(json.dumps(dict(sorted(sections.items())), indent=1) + "\n")
+
+
+def _cell(value: object) -> str:
+    """Numbers with three or more significant digits."""
+    if not isinstance(value, float):
+        return str(value)
+    if not math.isfinite(value) or value == 0:
+        return "-" if math.isnan(value) else str(value)
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

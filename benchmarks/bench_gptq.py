@@ -65,14 +65,14 @@ def gptq_row(run: Run, rows: int, cols: int) -> None:
     dense = x.T @ x
     hessian = dense.astype(np.float64)
     weight = rng.standard_normal((rows, cols), dtype=np.float32)
-    factor = np.empty_like(hessian)
+    factor = np.empty(hessian.shape, np.float32)
     codes = np.empty(weight.shape, np.uint8)
     scale, offset = np.empty((2, rows, -(-cols // GROUP)), np.float32)
 
     def solve(method: str) -> None:
         _core.gptq(
             factor, None, weight, None, None, codes, scale, offset, group=GROUP, fixed=False,
-            method=method, block=128, float64=False, **CODE, **RANGE,
+            method=method, block=128, **CODE, **RANGE,
         )  # fmt: skip
 
     times = run.take_turns(

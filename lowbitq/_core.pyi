@@ -165,14 +165,14 @@ def hessian_error(hessian: NDArray[np.float64], error: NDArray[np.float32], /) -
 def gptq_factor(
     hessian: NDArray[np.float64],
     order: NDArray[np.int64] | None,
-    factor: NDArray[np.float64],
+    factor: NDArray[np.float32] | NDArray[np.float64],
     /,
     *,
     damping: float,
     median: bool,
 ) -> dict[str, Any]: ...
 def gptq(
-    factor: NDArray[np.float64],
+    factor: NDArray[np.float32] | NDArray[np.float64],
     order: NDArray[np.int64] | None,
     weight: NDArray[np.float32],
     importance: NDArray[np.float32] | None,
@@ -196,7 +196,6 @@ def gptq(
     shrink: float,
     norm: float,
     block: int,
-    float64: bool,
 ) -> None: ...
 def rmsnorm(
     x: NDArray[np.float32],

@@ -291,6 +291,7 @@ def _quantize_block(
                         order=plan.order,
                         damping=plan.damping,
                         damping_by=plan.damping_by,
+                        arithmetic=plan.arithmetic,
                     )
                 known = inputs[format.group]
                 tensor, error = gptq(
@@ -300,7 +301,6 @@ def _quantize_block(
                     range=plan.range,
                     norm=plan.norm,
                     importance=plan.importance,
-                    arithmetic=plan.arithmetic,
                 )
                 record |= {"damping": known.damping, "retries": known.retries}
                 record["dead"] = int(known.dead.sum())

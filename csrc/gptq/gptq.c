@@ -10,8 +10,18 @@
 #include "core/blas.h"
 #include "core/memory.h"
 #include "core/threads.h"
+#include "kernels/kernels.h"
 
-enum { LANES = 16, MAX_TILE = 256 };
+enum {
+    LANES = LBQ_PANEL,
+    /* Rows of a task: products pack R anew for each. */
+    MAX_TILE = 1024,
+};
+
+/* Of float32's pivots, relative to the diagonal of H. Those above were right to 0.06 %, and the
+ * entries of R as well, on Hessians of 512 and 1536 columns whose spectra fall as powers up to 3,
+ * damped by 1e-1 to 1e-5. */
+#define LEAST_PIVOT 0x1p-14
 
 static inline ptrdiff_t
 smaller(ptrdiff_t a, ptrdiff_t b)
@@ -86,47 +96,123 @@ typedef struct {
     const double *H;
     const int64_t *order;
     double damping;
-    double *R;
-    int info; /* LAPACK's: 0 is success */
+    void *R;         /* (cols, cols), of floats or doubles */
+    double *scratch; /* (cols) */
+    bool failed;
 } factoring;
+
+/* Row i of the damped matrix in reversed order, up to its diagonal. */
+static void
+reversed_row(const factoring *job, ptrdiff_t i, double *to)
+{
+    const ptrdiff_t n = job->cols, row = job->order[n - 1 - i];
+    for (ptrdiff_t j = 0; j < i; j++) {
+        const ptrdiff_t col = job->order[n - 1 - j];
+        to[j] = row < col ? job->H[row * n + col] : job->H[col * n + row];
+    }
+    const double diagonal = job->H[row * n + row];
+    to[i] = (diagonal > 0 ? diagonal : 1) + job->damping;
+}
 
 /* The lower factor C of the matrix in reversed order: then R[i, j] = C[n-1-i, n-1-j] / C[n-1-j,
  * n-1-j], since reversing rows and columns turns lower triangles into upper ones. */
 static lbq_status
-factor(void *context, ptrdiff_t index, int worker)
+factor_f64(void *context, ptrdiff_t index, int worker)
+{
+    (void)index, (void)worker;
+    factoring *const job = context;
+    double *const R = job->R;
+    for (ptrdiff_t i = 0; i < job->cols; i++)
+        reversed_row(job, i, R + i * job->cols);
+    const int order = (int)job->cols;
+    int info;
+    BLAS(dpotrf_)("U", &order, R, &order, &info, 1);
+    job->failed = info != 0;
+    return LBQ_OK;
+}
+
+/* The same in float32, which fails as well where a pivot has lost its digits. What rounding does
+ * amounts to changing each entry of H by some 2^-24 times the diagonals of its row and its column
+ * (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, theorem 10.5). Next to a
+ * damping of 1 % that is nothing, but a pivot far below the diagonal would be noise. */
+static lbq_status
+factor_f32(void *context, ptrdiff_t index, int worker)
 {
     (void)index, (void)worker;
     factoring *const job = context;
     const ptrdiff_t n = job->cols;
+    float *const R = job->R;
     for (ptrdiff_t i = 0; i < n; i++) {
-        const ptrdiff_t row = job->order[n - 1 - i];
-        for (ptrdiff_t j = 0; j < i; j++) {
-            const ptrdiff_t col = job->order[n - 1 - j];
-            job->R[i * n + j] = row < col ? job->H[row * n + col] : job->H[col * n + row];
-        }
-        const double diagonal = job->H[row * n + row];
-        job->R[i * n + i] = (diagonal > 0 ? diagonal : 1) + job->damping;
+        reversed_row(job, i, job->scratch);
+        for (ptrdiff_t j = 0; j <= i; j++)
+            R[i * n + j] = (float)job->scratch[j];
     }
     const int order = (int)n;
-    BLAS(dpotrf_)("U", &order, job->R, &order, &job->info, 1);
+    int info;
+    BLAS(spotrf_)("U", &order, R, &order, &info, 1);
+    job->failed = info != 0;
+    for (ptrdiff_t j = 0; j < n && !job->failed; j++) {
+        const ptrdiff_t k = job->order[n - 1 - j];
+        const double pivot = (double)R[j * n + j], diagonal = job->H[k * n + k];
+        job->failed = pivot * pivot < LEAST_PIVOT * ((diagonal > 0 ? diagonal : 1) + job->damping);
+    }
     return LBQ_OK;
 }
 
 /* C, lower, to R, upper: entry (i, j) moves to (n-1-i, n-1-j), in place since the two triangles
- * meet only in the diagonal. */
-static void
-turn_over(ptrdiff_t n, double *R)
+ * meet only in the diagonal. `diagonal` (n) is scratch. */
+#define TURN_OVER(name, real)                                                                      \
+    static void name(ptrdiff_t n, real *R, real *diagonal)                                         \
+    {                                                                                              \
+        for (ptrdiff_t i = 0; i < n; i++)                                                          \
+            diagonal[i] = R[i * n + i];                                                            \
+        for (ptrdiff_t i = 0; i < n; i++) {                                                        \
+            real *const to = R + (n - 1 - i) * n;                                                  \
+            for (ptrdiff_t j = 0; j < i; j++)                                                      \
+                to[n - 1 - j] = R[i * n + j] / diagonal[j];                                        \
+            to[n - 1 - i] = 1;                                                                     \
+        }                                                                                          \
+    }
+TURN_OVER(turn_over_f32, float)
+TURN_OVER(turn_over_f64, double)
+#undef TURN_OVER
+
+/* In float64; the result, in float32, in R. */
+static lbq_status
+factor_narrowed(factoring *job)
 {
-    for (ptrdiff_t i = 0; i < n; i++)
-        for (ptrdiff_t j = 0; j < i; j++)
-            R[(n - 1 - i) * n + n - 1 - j] = R[i * n + j] / R[j * n + j];
-    for (ptrdiff_t i = 0; i < n; i++)
-        R[i * n + i] = 1;
+    const size_t entries = (size_t)job->cols * (size_t)job->cols;
+    float *const R = job->R;
+    double *wide;
+    LBQ_TRY(lbq_allocate(entries * sizeof *wide, &wide));
+    job->R = wide;
+    const lbq_status status = lbq_parallel_blas(1, factor_f64, job);
+    job->R = R;
+    for (ptrdiff_t i = 0; i < job->cols; i++)
+        for (ptrdiff_t j = 0; j <= i; j++)
+            R[i * job->cols + j] = (float)wide[i * job->cols + j];
+    lbq_free(wide);
+    return status;
+}
+
+/* As tasks, so that OpenBLAS runs each in one thread: cut among threads it would round differently
+ * for each number of them. */
+static lbq_status
+try_to_factor(factoring *job, bool float64, lbq_gptq_report *report)
+{
+    report->float64 = float64;
+    if (float64)
+        return lbq_parallel_blas(1, factor_f64, job);
+    LBQ_TRY(lbq_parallel_blas(1, factor_f32, job));
+    if (!job->failed)
+        return LBQ_OK;
+    report->float64 = true;
+    return factor_narrowed(job);
 }
 
 lbq_status
 lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double damping, bool median,
-                double *R, lbq_gptq_report *report)
+                bool float64, void *R, lbq_gptq_report *report)
 {
     LBQ_REQUIRE(cols > 0, LBQ_BAD_SHAPE, "H has no columns");
     LBQ_REQUIRE(damping >= 0 && isfinite(damping),
@@ -135,25 +221,29 @@ lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double da
                 damping);
     LBQ_TRY(check_hessian(cols, H));
     const size_t order_bytes = (size_t)cols * sizeof(int64_t);
-    const size_t sorted_bytes = (size_t)cols * sizeof(double);
+    const size_t scratch_bytes = (size_t)cols * sizeof(double);
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(order_bytes) + lbq_padded(sorted_bytes)));
+    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(order_bytes) + lbq_padded(scratch_bytes)));
     int64_t *const permutation = lbq_arena_take(&arena, order_bytes);
     lbq_status status = copy_order(cols, order, permutation);
-    double *const sorted = lbq_arena_take(&arena, sorted_bytes);
-    const double mean = typical_diagonal(cols, H, false, sorted);
-    const double typical = median ? typical_diagonal(cols, H, true, sorted) : mean;
+    double *const scratch = lbq_arena_take(&arena, scratch_bytes);
+    const double mean = typical_diagonal(cols, H, false, scratch);
+    const double typical = median ? typical_diagonal(cols, H, true, scratch) : mean;
     factoring job = {
-        .cols = cols, .H = H, .order = permutation, .damping = damping * typical, .R = R};
+        .cols = cols,
+        .H = H,
+        .order = permutation,
+        .damping = damping * typical,
+        .R = R,
+        .scratch = scratch,
+    };
     *report = (lbq_gptq_report){0};
     for (ptrdiff_t j = 0; j < cols; j++)
         report->dead += H[j * cols + j] == 0;
     while (status == LBQ_OK) {
         report->damping = job.damping;
-        /* As a task, so that OpenBLAS runs it in one thread: cut among threads it would round
-         * differently for each number of them. */
-        status = lbq_parallel_blas(1, factor, &job);
-        if (status != LBQ_OK || job.info == 0)
+        status = try_to_factor(&job, float64, report);
+        if (status != LBQ_OK || !job.failed)
             break;
         report->retries++;
         job.damping = job.damping > 0 ? 10 * job.damping : 1e-8 * typical;
@@ -162,9 +252,11 @@ lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double da
                               "H is not positive definite, not even with %g added to its diagonal",
                               report->damping);
     }
+    if (status == LBQ_OK && float64)
+        turn_over_f64(cols, R, scratch);
+    else if (status == LBQ_OK)
+        turn_over_f32(cols, R, (float *)scratch);
     lbq_arena_close(&arena);
-    if (status == LBQ_OK)
-        turn_over(cols, R);
     return status;
 }
 
@@ -172,11 +264,13 @@ lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double da
 
 typedef struct {
     const lbq_gptq_problem *problem;
-    ptrdiff_t groups, tile, width; /* rows of a task; columns of the widest block */
+    ptrdiff_t groups;
+    ptrdiff_t tile, pitch; /* rows of a task; an odd number of cache lines that holds them */
+    ptrdiff_t blocks;
+    const ptrdiff_t *block_begin; /* (blocks + 1) */
+    ptrdiff_t width;              /* columns of the widest block */
     bool refit;
     const int64_t *order;
-    const ptrdiff_t *block_end; /* (cols), at the first column of each block */
-    const void *R;              /* (cols, cols) in the arithmetic's type */
     const float *W;
     uint8_t *codes;
     float *scale, *offset;
@@ -189,29 +283,59 @@ typedef struct {
     ptrdiff_t row, rows, column;
 } lanes;
 
+/* lbq_kernels.feedback_f32 and round_f32 in float64. */
+static void
+feedback_f64(ptrdiff_t count, ptrdiff_t width, const double *R, ptrdiff_t stride, const double *e,
+             ptrdiff_t pitch, double *sum)
+{
+    for (ptrdiff_t j = 0; j < width; j++)
+        for (ptrdiff_t i = 0; i < count; i++)
+            for (int l = 0; l < LANES; l++)
+                sum[j * pitch + l] += R[i * stride + j] * e[i * pitch + l];
+}
+
+static void
+round_f64(const double *grid, int top, const double *w, const double *shift, uint8_t *codes,
+          double *e)
+{
+    for (int l = 0; l < LANES; l++) {
+        const double x = (w[l] + shift[l] - grid[LANES + l]) * grid[2 * LANES + l];
+        codes[l] = (uint8_t)(x > 0 ? x < top ? rint(x) : top : 0);
+        e[l] = w[l] - (grid[l] * codes[l] + grid[LANES + l]);
+    }
+}
+
 #define REAL float
 #define NAME(name) name##_f32
 #define GEMM BLAS(cblas_sgemm)
+#define FEEDBACK lbq_kernel.feedback_f32
+#define ROUND lbq_kernel.round_f32
 #include "gptq/gptq_rows.h"
 #undef REAL
 #undef NAME
 #undef GEMM
+#undef FEEDBACK
+#undef ROUND
 
 #define REAL double
 #define NAME(name) name##_f64
 #define GEMM BLAS(cblas_dgemm)
+#define FEEDBACK feedback_f64
+#define ROUND round_f64
 #include "gptq/gptq_rows.h"
 #undef REAL
 #undef NAME
 #undef GEMM
+#undef FEEDBACK
+#undef ROUND
 
 /* Cuts the order into blocks of about p->block columns, of whole groups if groups are to be
- * fitted; returns the width of the widest, or 0 if the order scatters a group. */
+ * fitted; returns their number, or 0 if the order scatters a group. */
 static ptrdiff_t
-cut_blocks(const lbq_gptq_problem *p, bool refit, const int64_t *order, ptrdiff_t *block_end,
+cut_blocks(const lbq_gptq_problem *p, bool refit, const int64_t *order, ptrdiff_t *block_begin,
            uint8_t *seen)
 {
-    ptrdiff_t widest = 0;
+    ptrdiff_t blocks = 0;
     for (ptrdiff_t begin = 0, end; begin < p->cols; begin = end) {
         end = smaller(begin + p->block, p->cols);
         for (ptrdiff_t run = begin, next; refit && run < p->cols; run = next) {
@@ -225,10 +349,9 @@ cut_blocks(const lbq_gptq_problem *p, bool refit, const int64_t *order, ptrdiff_
                 return 0;
             end = next;
         }
-        block_end[begin] = end;
-        widest = end - begin > widest ? end - begin : widest;
+        block_begin[++blocks] = end;
     }
-    return widest;
+    return blocks;
 }
 
 static lbq_status
@@ -264,16 +387,9 @@ fit_row(void *context, ptrdiff_t row, int worker)
 }
 
 static lbq_status
-run_tiles(run_state *state, float *narrowed)
+run_tiles(run_state *state)
 {
     const lbq_gptq_problem *const p = state->problem;
-    state->R = p->R;
-    if (narrowed) {
-        for (ptrdiff_t i = 0; i < p->cols; i++)
-            for (ptrdiff_t j = i; j < p->cols; j++)
-                narrowed[i * p->cols + j] = (float)p->R[i * p->cols + j];
-        state->R = narrowed;
-    }
     if (!p->fixed && !state->refit)
         LBQ_TRY(lbq_parallel(p->rows, fit_row, state));
     const ptrdiff_t tiles = (p->rows + state->tile - 1) / state->tile;
@@ -303,39 +419,42 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
         .codes = codes,
         .scale = scale,
         .offset = offset,
-        /* Eight tasks or more, so that threads end together; whole lanes; no wider than what keeps
-         * the tile's errors in the second-level cache. A function of the rows alone. */
-        .tile = smaller((p->rows / 8 + LANES) / LANES * LANES, MAX_TILE),
+        /* Four tasks or more, so that threads end together; whole lanes. A function of the rows
+         * alone. */
+        .tile = smaller(((p->rows + 3) / 4 + LANES - 1) / LANES * LANES, MAX_TILE),
     };
+    state.pitch = state.tile + (state.tile % (2 * LANES) == 0 ? LANES : 0);
 
     const size_t order_bytes = lbq_padded((size_t)cols * sizeof(int64_t));
-    const size_t end_bytes = lbq_padded((size_t)cols * sizeof(ptrdiff_t));
+    const size_t begin_bytes = lbq_padded((size_t)(cols + 1) * sizeof(ptrdiff_t));
     const size_t seen_bytes = lbq_padded((size_t)groups);
     lbq_arena plan, work;
-    LBQ_TRY(lbq_arena_open(&plan, order_bytes + end_bytes + seen_bytes));
+    LBQ_TRY(lbq_arena_open(&plan, order_bytes + begin_bytes + seen_bytes));
     int64_t *const order = lbq_arena_take(&plan, order_bytes);
-    ptrdiff_t *const block_end = lbq_arena_take(&plan, end_bytes);
+    ptrdiff_t *const block_begin = lbq_arena_take(&plan, begin_bytes);
     uint8_t *const seen = lbq_arena_take(&plan, seen_bytes);
     memset(seen, 0, seen_bytes);
+    block_begin[0] = 0;
     lbq_status status = copy_order(cols, p->order, order);
     if (status == LBQ_OK) {
         state.order = order;
-        state.block_end = block_end;
-        state.width = cut_blocks(p, state.refit, order, block_end, seen);
-        if (state.width == 0)
+        state.block_begin = block_begin;
+        state.blocks = cut_blocks(p, state.refit, order, block_begin, seen);
+        if (state.blocks == 0)
             status = lbq_fail(LBQ_BAD_VALUE,
                               "order scatters the columns of a group: fit the scales beforehand");
+        for (ptrdiff_t i = 0; i < state.blocks; i++)
+            if (block_begin[i + 1] - block_begin[i] > state.width)
+                state.width = block_begin[i + 1] - block_begin[i];
     }
     if (status == LBQ_OK) {
         state.scratch_bytes =
             p->float64 ? scratch_of_f64(&state, NULL, NULL) : scratch_of_f32(&state, NULL, NULL);
         const size_t total = state.scratch_bytes * (size_t)lbq_threads();
-        const size_t narrow =
-            p->float64 ? 0 : lbq_padded((size_t)cols * (size_t)cols * sizeof(float));
-        status = lbq_arena_open(&work, total + narrow);
+        status = lbq_arena_open(&work, total);
         if (status == LBQ_OK) {
             state.scratch = lbq_arena_take(&work, total);
-            status = run_tiles(&state, p->float64 ? NULL : lbq_arena_take(&work, narrow));
+            status = run_tiles(&state);
             lbq_arena_close(&work);
         }
     }

@@ -24,16 +24,18 @@ typedef struct {
     double damping; /* what was added to the diagonal */
     int retries;    /* times it was raised tenfold */
     ptrdiff_t dead; /* columns with H_jj = 0: their input is always zero */
+    bool float64;   /* the factorisation was in float64 */
 } lbq_gptq_report;
 
 /* R (cols, cols) with R D R^T = P (H + damping I) P^T, P the permutation; R has ones on its
- * diagonal and is undefined below it. H (cols, cols) is read on and above the diagonal. The first
- * damping tried is `damping` times the mean, or the median, of the positive diagonal entries; a
- * dead column gets H_jj = 1. LBQ_BAD_VALUE for a NaN or infinity in H, a negative diagonal or an
- * order that is no permutation; LBQ_NOT_POSITIVE_DEFINITE if damping by ten times that mean does
- * not help. */
+ * diagonal and is undefined below it. Its entries are double if `float64`, else float; these are
+ * computed in float32 if that is accurate enough, else in float64. H (cols, cols) is read on and
+ * above the diagonal. The first damping tried is `damping` times the mean, or the median, of the
+ * positive diagonal entries; a dead column gets H_jj = 1. LBQ_BAD_VALUE for a NaN or infinity in H,
+ * a negative diagonal or an order that is no permutation; LBQ_NOT_POSITIVE_DEFINITE if damping by
+ * ten times that mean does not help. */
 lbq_status lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double damping,
-                           bool median, double *R, lbq_gptq_report *report);
+                           bool median, bool float64, void *R, lbq_gptq_report *report);
 
 typedef struct {
     const lbq_code *code;
@@ -41,7 +43,7 @@ typedef struct {
     ptrdiff_t rows, cols;
     ptrdiff_t group;         /* columns k with the same k / group share scale and offset */
     const int64_t *order;    /* as given to lbq_gptq_factor */
-    const double *R;         /* from there */
+    const void *R;           /* from there, double if `float64`, else float */
     const float *importance; /* (cols) of squared errors when scales are fitted, or NULL */
     bool fixed;              /* scale and offset are given, not fitted */
     bool float64;            /* arithmetic; else float32 */

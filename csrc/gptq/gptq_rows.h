@@ -1,20 +1,40 @@
 /* The rounding of one tile of rows, in the arithmetic REAL; included once for each by gptq.c.
  *
- * Before a block of columns one matrix product adds the errors of all columns before it. Inside
- * the block LANES rows go together, transposed: a column's errors are LANES neighbours, and the
- * sum over earlier columns of the block is a loop that vectorises and stays in the first-level
- * cache. */
+ * Everything is transposed, a column's rows being neighbours, so that sums run over whole vectors
+ * of rows. The blocks of columns are halved: the left half is rounded, one matrix product adds its
+ * errors to what the right half is fed, and the right half is rounded; so most products are large.
+ * In a block LANES rows go together and what is summed stays in the first-level cache. */
 
-/* sum[l] += sum_i r[i] e[i, l]. */
-static inline void
-NAME(fold)(ptrdiff_t count, const REAL *r, const REAL *e, REAL *sum)
+/* Scratch of one thread, in bytes; and its parts. */
+typedef struct {
+    REAL *errors;   /* (cols, pitch): w - q, and before that the feedback, errors times R */
+    REAL *square;   /* (width, width): the block's own part of R */
+    REAL *w, *x;    /* (width, LANES) */
+    double *values; /* (2, width) */
+    uint8_t *codes; /* (width, LANES) */
+} NAME(scratch);
+
+static size_t
+NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
 {
-    REAL total[LANES];
-    memcpy(total, sum, sizeof total);
-    for (ptrdiff_t i = 0; i < count; i++)
-        for (int l = 0; l < LANES; l++)
-            total[l] += r[i] * e[i * LANES + l];
-    memcpy(sum, total, sizeof total);
+    const size_t width = (size_t)state->width, real = sizeof(REAL);
+    const size_t tile = (size_t)state->problem->cols * (size_t)state->pitch * real;
+    const size_t strip = width * LANES * real;
+    const size_t sizes[] = {
+        tile, width * width * real, strip, strip, 2 * width * sizeof(double), width * LANES};
+    size_t at[7] = {0};
+    for (int i = 0; i < 6; i++)
+        at[i + 1] = at[i] + lbq_padded(sizes[i]);
+    if (scratch)
+        *scratch = (NAME(scratch)){
+            .errors = (REAL *)(base + at[0]),
+            .square = (REAL *)(base + at[1]),
+            .w = (REAL *)(base + at[2]),
+            .x = (REAL *)(base + at[3]),
+            .values = (double *)(base + at[4]),
+            .codes = (uint8_t *)(base + at[5]),
+        };
+    return at[6];
 }
 
 /* Scale and offset of the columns [begin, end) of the block, for each row of the lanes, from the
@@ -22,166 +42,179 @@ NAME(fold)(ptrdiff_t count, const REAL *r, const REAL *e, REAL *sum)
  * the group's own square of R. */
 static void
 NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdiff_t end,
-                const REAL *transposed, const REAL *w, const REAL *feedback, REAL *x,
-                double *values)
+                const REAL *e, const NAME(scratch) * s)
 {
     const lbq_gptq_problem *const p = state->problem;
     const int64_t *const order = state->order + at->column;
     const ptrdiff_t group = order[begin] / p->group, count = end - begin;
-    for (ptrdiff_t j = begin; j < end; j++) {
-        REAL *const xj = x + (j - begin) * LANES;
-        REAL sum[LANES] = {0};
-        NAME(fold)(j - begin, transposed + j * state->width + begin, x, sum);
+    for (ptrdiff_t j = 0; j < count; j++)
+        memcpy(s->x + j * LANES, e + (begin + j) * state->pitch, LANES * sizeof(REAL));
+    for (ptrdiff_t j = 0; j < count; j++) {
+        REAL minus[LANES];
         for (int l = 0; l < LANES; l++)
-            xj[l] = feedback[j * LANES + l] - sum[l];
+            minus[l] = -s->x[j * LANES + l];
+        const REAL *const R = s->square + (begin + j) * state->width + begin + j + 1;
+        FEEDBACK(1, count - j - 1, R, state->width, minus, LANES, s->x + (j + 1) * LANES);
     }
-    double *const importance = p->importance ? values + count : NULL;
+    double *const importance = p->importance ? s->values + count : NULL;
     for (ptrdiff_t j = 0; importance && j < count; j++)
         importance[j] = (double)p->importance[order[begin + j]];
     for (ptrdiff_t l = 0; l < at->rows; l++) {
         for (ptrdiff_t j = 0; j < count; j++)
-            values[j] = (double)(w[(begin + j) * LANES + l] + x[j * LANES + l]);
+            s->values[j] = (double)(s->w[(begin + j) * LANES + l] + s->x[j * LANES + l]);
         double scale, offset;
-        lbq_code_fit(p->code, p->range, count, values, importance, &scale, &offset);
+        lbq_code_fit(p->code, p->range, count, s->values, importance, &scale, &offset);
         state->scale[(at->row + l) * state->groups + group] = (float)scale;
         state->offset[(at->row + l) * state->groups + group] = (float)offset;
     }
 }
 
-/* Rounds column j of the block for each row of the lanes, and leaves the errors in e. */
+/* The grids of one group, for lbq_kernels.round_f32. */
 static void
-NAME(round_column)(const run_state *state, const lanes *at, ptrdiff_t j, const REAL *w,
-                   const REAL *target, REAL *e)
+NAME(load_grid)(const run_state *state, const lanes *at, ptrdiff_t group, REAL *grid)
 {
-    const lbq_gptq_problem *const p = state->problem;
-    const ptrdiff_t column = state->order[at->column + j], group = column / p->group;
-    for (ptrdiff_t l = 0; l < at->rows; l++) {
-        const ptrdiff_t row = at->row + l;
-        const double scale = state->scale[row * state->groups + group];
-        const double offset = state->offset[row * state->groups + group];
-        const uint8_t code = lbq_code_encode(p->code, (double)target[l], scale, offset);
-        state->codes[row * p->cols + column] = code;
-        e[l] = w[l] - (REAL)lbq_code_decode(p->code, code, scale, offset);
+    for (int l = 0; l < LANES; l++) {
+        const ptrdiff_t from = (at->row + l) * state->groups + group;
+        grid[l] = l < at->rows ? (REAL)state->scale[from] : 1;
+        grid[LANES + l] = l < at->rows ? (REAL)state->offset[from] : 0;
+        grid[2 * LANES + l] = 1 / grid[l];
     }
 }
 
-/* One block for the rows of the lanes: `feedback` (width, LANES) comes with the errors of the
- * columns before the block. */
+/* Like lbq_kernels.round_f32, to the levels of a table. */
 static void
-NAME(round_block)(const run_state *state, const lanes *at, ptrdiff_t width, const REAL *transposed,
-                  const REAL *w, REAL *feedback, REAL *e, REAL *x, double *values)
+NAME(round_to_levels)(const lbq_code *code, const REAL *grid, const REAL *w, const REAL *shift,
+                      uint8_t *codes, REAL *e)
+{
+    for (int l = 0; l < LANES; l++) {
+        const double scale = (double)grid[l], offset = (double)grid[LANES + l];
+        codes[l] = lbq_code_encode(code, (double)(w[l] + shift[l]), scale, offset);
+        e[l] = w[l] - (REAL)lbq_code_decode(code, codes[l], scale, offset);
+    }
+}
+
+/* Rounds the columns [begin, end) of the block, a few at a time: sums over all columns before
+ * those few stay in registers. */
+static void
+NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdiff_t end,
+                    REAL *e, const NAME(scratch) * s)
+{
+    enum { FEW = 16 };
+    const lbq_gptq_problem *const p = state->problem;
+    const int64_t *const order = state->order + at->column;
+    const ptrdiff_t width = state->width, pitch = state->pitch;
+    ptrdiff_t group = -1;
+    REAL grid[3 * LANES];
+    for (ptrdiff_t first = begin, last; first < end; first = last) {
+        last = smaller(first + FEW, end);
+        FEEDBACK(first - begin,
+                 last - first,
+                 s->square + begin * width + first,
+                 width,
+                 e + begin * pitch,
+                 pitch,
+                 e + first * pitch);
+        for (ptrdiff_t j = first; j < last; j++) {
+            if (group != order[j] / p->group) {
+                group = order[j] / p->group;
+                NAME(load_grid)(state, at, group, grid);
+            }
+            const REAL *const w = s->w + j * LANES, *const shift = e + j * pitch;
+            uint8_t *const codes = s->codes + j * LANES;
+            if (p->code->levels)
+                NAME(round_to_levels)(p->code, grid, w, shift, codes, e + j * pitch);
+            else
+                ROUND(grid, p->code->count - 1, w, shift, codes, e + j * pitch);
+            FEEDBACK(1,
+                     last - j - 1,
+                     s->square + j * width + j + 1,
+                     width,
+                     e + j * pitch,
+                     pitch,
+                     e + (j + 1) * pitch);
+        }
+    }
+}
+
+/* One block for the rows of the lanes. */
+static void
+NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL *e,
+                  const NAME(scratch) * s)
 {
     const lbq_gptq_problem *const p = state->problem;
     const int64_t *const order = state->order + at->column;
+    for (ptrdiff_t l = 0; l < LANES; l++)
+        for (ptrdiff_t j = 0; j < width; j++)
+            s->w[j * LANES + l] =
+                l < at->rows ? (REAL)state->W[(at->row + l) * p->cols + order[j]] : 0;
     for (ptrdiff_t begin = 0, end; begin < width; begin = end) {
         end = width;
         if (state->refit) {
             for (end = begin + 1; end < width && order[end] / p->group == order[begin] / p->group;)
                 end++;
-            for (ptrdiff_t j = begin; j < end; j++)
-                NAME(fold)(begin, transposed + j * state->width, e, feedback + j * LANES);
-            NAME(fit_group)(state, at, begin, end, transposed, w, feedback, x, values);
+            FEEDBACK(begin,
+                     end - begin,
+                     s->square + begin,
+                     state->width,
+                     e,
+                     state->pitch,
+                     e + begin * state->pitch);
+            NAME(fit_group)(state, at, begin, end, e, s);
         }
-        for (ptrdiff_t j = begin; j < end; j++) {
-            REAL target[LANES];
-            memcpy(target, feedback + j * LANES, sizeof target);
-            NAME(fold)(j - begin, transposed + j * state->width + begin, e + begin * LANES, target);
-            for (int l = 0; l < LANES; l++)
-                target[l] += w[j * LANES + l];
-            NAME(round_column)(state, at, j, w + j * LANES, target, e + j * LANES);
-        }
+        NAME(round_columns)(state, at, begin, end, e, s);
     }
+    for (ptrdiff_t l = 0; l < at->rows; l++)
+        for (ptrdiff_t j = 0; j < width; j++)
+            state->codes[(at->row + l) * p->cols + order[j]] = s->codes[j * LANES + l];
 }
 
-/* Scratch of one thread, in bytes; and its parts. */
-typedef struct {
-    REAL *errors;               /* (tile, cols) */
-    REAL *products;             /* (tile, width) */
-    REAL *transposed;           /* (width, width): row j is column j of the block's square of R */
-    REAL *w, *feedback, *e, *x; /* (width, LANES) */
-    double *values;             /* (2, width) */
-} NAME(scratch);
-
-static size_t
-NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
+/* The columns from the block `first` up to the block `last`, for `rows` rows from `row` on. */
+static void
+NAME(round_blocks)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t first,
+                   ptrdiff_t last, const NAME(scratch) * s)
 {
-    const size_t width = (size_t)state->width, tile = (size_t)state->tile, real = sizeof(REAL);
-    const size_t sizes[] = {
-        tile * (size_t)state->problem->cols * real,
-        tile * width * real,
-        width * width * real,
-        width * LANES * real,
-        width * LANES * real,
-        width * LANES * real,
-        width * LANES * real,
-        2 * width * sizeof(double),
-    };
-    size_t at[9] = {0};
-    for (int i = 0; i < 8; i++)
-        at[i + 1] = at[i] + lbq_padded(sizes[i]);
-    if (scratch)
-        *scratch = (NAME(scratch)){
-            .errors = (REAL *)(base + at[0]),
-            .products = (REAL *)(base + at[1]),
-            .transposed = (REAL *)(base + at[2]),
-            .w = (REAL *)(base + at[3]),
-            .feedback = (REAL *)(base + at[4]),
-            .e = (REAL *)(base + at[5]),
-            .x = (REAL *)(base + at[6]),
-            .values = (double *)(base + at[7]),
-        };
-    return at[8];
+    const ptrdiff_t cols = state->problem->cols, pitch = state->pitch;
+    const REAL *const R = state->problem->R;
+    const ptrdiff_t begin = state->block_begin[first], end = state->block_begin[last];
+    if (last - first > 1) {
+        const ptrdiff_t half = first + (last - first) / 2, middle = state->block_begin[half];
+        NAME(round_blocks)(state, row, rows, first, half, s);
+        GEMM(CblasRowMajor,
+             CblasTrans,
+             CblasNoTrans,
+             (int)(end - middle),
+             (int)rows,
+             (int)(middle - begin),
+             1,
+             R + begin * cols + middle,
+             (int)cols,
+             s->errors + begin * pitch,
+             (int)pitch,
+             1,
+             s->errors + middle * pitch,
+             (int)pitch);
+        NAME(round_blocks)(state, row, rows, half, last, s);
+        return;
+    }
+    for (ptrdiff_t i = begin; i < end; i++)
+        memcpy(s->square + (i - begin) * state->width,
+               R + i * cols + begin,
+               (size_t)(end - begin) * sizeof(REAL));
+    for (ptrdiff_t l = 0; l < rows; l += LANES) {
+        const lanes at = {row + l, smaller(LANES, rows - l), begin};
+        NAME(round_lanes)(state, &at, end - begin, s->errors + begin * pitch + l, s);
+    }
 }
 
 static lbq_status
 NAME(round_rows)(void *context, ptrdiff_t index, int worker)
 {
     const run_state *const state = context;
-    const ptrdiff_t cols = state->problem->cols, first = index * state->tile;
+    const ptrdiff_t first = index * state->tile;
     const ptrdiff_t rows = smaller(state->tile, state->problem->rows - first);
-    const REAL *const R = state->R;
     NAME(scratch) s;
     NAME(scratch_of)(state, state->scratch + (size_t)worker * state->scratch_bytes, &s);
-    for (ptrdiff_t block = 0, end; block < cols; block = end) {
-        end = state->block_end[block];
-        const ptrdiff_t width = end - block;
-        if (block > 0)
-            GEMM(CblasRowMajor,
-                 CblasNoTrans,
-                 CblasNoTrans,
-                 (int)rows,
-                 (int)width,
-                 (int)block,
-                 1,
-                 s.errors,
-                 (int)cols,
-                 R + block,
-                 (int)cols,
-                 0,
-                 s.products,
-                 (int)state->width);
-        for (ptrdiff_t i = 0; i < width; i++)
-            for (ptrdiff_t j = i + 1; j < width; j++)
-                s.transposed[j * state->width + i] = R[(block + i) * cols + block + j];
-        for (ptrdiff_t row = 0; row < rows; row += LANES) {
-            const lanes at = {first + row, smaller(LANES, rows - row), block};
-            memset(s.w, 0, (size_t)width * LANES * sizeof(REAL));
-            memset(s.e, 0, (size_t)width * LANES * sizeof(REAL));
-            memset(s.feedback, 0, (size_t)width * LANES * sizeof(REAL));
-            for (ptrdiff_t l = 0; l < at.rows; l++) {
-                const float *const W = state->W + (at.row + l) * cols;
-                const REAL *const product = s.products + (row + l) * state->width;
-                for (ptrdiff_t j = 0; j < width; j++) {
-                    s.w[j * LANES + l] = (REAL)W[state->order[block + j]];
-                    if (block > 0)
-                        s.feedback[j * LANES + l] = product[j];
-                }
-            }
-            NAME(round_block)(state, &at, width, s.transposed, s.w, s.feedback, s.e, s.x, s.values);
-            for (ptrdiff_t l = 0; l < at.rows; l++)
-                for (ptrdiff_t j = 0; j < width; j++)
-                    s.errors[(row + l) * cols + block + j] = s.e[j * LANES + l];
-        }
-    }
+    memset(s.errors, 0, (size_t)(state->problem->cols * state->pitch) * sizeof(REAL));
+    NAME(round_blocks)(state, first, rows, 0, state->blocks, &s);
     return LBQ_OK;
 }

@@ -102,6 +102,23 @@ typedef struct {
        int add,                                                                                    \
        float *C,                                                                                   \
        ptrdiff_t ldc))                                                                             \
+    /* sum[j][l] += R[i * stride + j] * e[i][l] for i = 0, 1, ..., count - 1 in turn, j < width    \
+     * and LBQ_PANEL rows l; sum and e are `pitch` floats from one j or i to the next; exact. */   \
+    X(feedback_f32,                                                                                \
+      void,                                                                                        \
+      (ptrdiff_t count,                                                                            \
+       ptrdiff_t width,                                                                            \
+       const float *R,                                                                             \
+       ptrdiff_t stride,                                                                           \
+       const float *e,                                                                             \
+       ptrdiff_t pitch,                                                                            \
+       float *sum))                                                                                \
+    /* One column of LBQ_PANEL rows, each with its grid: the code is (w + shift - offset) *        \
+     * inverse, clipped to 0 and top <= 255, ties to even, and e = w - (scale * code + offset);    \
+     * exact. grid as [3][row]: scale, offset, inverse; e may be shift. */                         \
+    X(round_f32,                                                                                   \
+      void,                                                                                        \
+      (const float *grid, int top, const float *w, const float *shift, uint8_t *codes, float *e))  \
     /* y[i] = gain[i] x[i] / sqrt(mean of x^2 + epsilon); gain may be NULL, y may be x. */         \
     X(rmsnorm_f32,                                                                                 \
       void,                                                                                        \

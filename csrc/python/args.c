@@ -35,9 +35,18 @@ dtype_name(int type)
         return "int64";
     case NPY_UINT64:
         return "uint64";
+    case LBQ_FLOAT32_OR_64:
+        return "float32 or float64";
     default:
         return "another dtype";
     }
+}
+
+static int
+fits_dtype(int found, int expected)
+{
+    return expected == LBQ_FLOAT32_OR_64 ? found == NPY_FLOAT32 || found == NPY_FLOAT64
+                                         : found == expected;
 }
 
 static int
@@ -52,7 +61,7 @@ parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *
         return -1;
     }
     PyArrayObject *const array = (PyArrayObject *)value;
-    if (PyArray_TYPE(array) != arg->dtype || !PyArray_ISNOTSWAPPED(array)) {
+    if (!fits_dtype(PyArray_TYPE(array), arg->dtype) || !PyArray_ISNOTSWAPPED(array)) {
         PyErr_Format(PyExc_TypeError,
                      "%s: %s has dtype %s, expected %s",
                      function,
@@ -101,6 +110,7 @@ parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *
         to->dims[axis] = size;
     }
     to->data = PyArray_DATA(array);
+    to->dtype = PyArray_TYPE(array);
     return 0;
 }
 

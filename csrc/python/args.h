@@ -39,9 +39,12 @@
 
 enum { LBQ_MAX_DIMS = 4, LBQ_MAX_ARGS = 32 };
 
+enum { LBQ_FLOAT32_OR_64 = -1 /* a dtype: either; lbq_array.dtype says which was given */ };
+
 typedef struct {
     void *data; /* NULL: None was given */
     ptrdiff_t dims[LBQ_MAX_DIMS];
+    int dtype;
 } lbq_array;
 
 /* A tuple of handles of one type. */

@@ -40,22 +40,25 @@ LBQ_BINDING(gptq_factor)
     const lbq_arg spec[] = {
         LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
         LBQ_IN_OR_NONE("order", &order, NPY_INT64, "k"),
-        LBQ_OUT("factor", &R, NPY_FLOAT64, "kk"),
+        LBQ_OUT("factor", &R, LBQ_FLOAT32_OR_64, "kk"),
         LBQ_FLOAT("damping", &damping, 0, 1e30),
         LBQ_BOOL("median", &median),
     };
     LBQ_PARSE("gptq_factor", spec);
+    const bool float64 = R.dtype == NPY_FLOAT64;
     lbq_gptq_report report;
     lbq_status status;
     Py_BEGIN_ALLOW_THREADS status =
-        lbq_gptq_factor(H.dims[0], H.data, order.data, damping, median, R.data, &report);
-    Py_END_ALLOW_THREADS return status == LBQ_OK ? Py_BuildValue("{s:d,s:i,s:n}",
+        lbq_gptq_factor(H.dims[0], H.data, order.data, damping, median, float64, R.data, &report);
+    Py_END_ALLOW_THREADS return status == LBQ_OK ? Py_BuildValue("{s:d,s:i,s:n,s:N}",
                                                                  "damping",
                                                                  report.damping,
                                                                  "retries",
                                                                  report.retries,
                                                                  "dead",
-                                                                 (Py_ssize_t)report.dead)
+                                                                 (Py_ssize_t)report.dead,
+                                                                 "float64",
+                                                                 PyBool_FromLong(report.float64))
                                                  : lbq_result(module, status);
 }
 
@@ -64,10 +67,10 @@ LBQ_BINDING(gptq)
     lbq_array R, order, W, importance, levels, codes, scale, offset;
     Py_ssize_t count, scale_bits, group, candidates, block;
     double zero, gamma, clip, percentile, shrink, norm;
-    int symmetric, fixed, float64;
+    int symmetric, fixed;
     const char *method;
     const lbq_arg spec[] = {
-        LBQ_IN("factor", &R, NPY_FLOAT64, "kk"),
+        LBQ_IN("factor", &R, LBQ_FLOAT32_OR_64, "kk"),
         LBQ_IN_OR_NONE("order", &order, NPY_INT64, "k"),
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
         LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
@@ -89,7 +92,6 @@ LBQ_BINDING(gptq)
         LBQ_FLOAT("shrink", &shrink, 0, 1),
         LBQ_FLOAT("norm", &norm, 0.1, 10),
         LBQ_INT("block", &block, 1, 1 << 20),
-        LBQ_BOOL("float64", &float64),
     };
     LBQ_PARSE("gptq", spec);
     const lbq_code code = {
@@ -117,7 +119,7 @@ LBQ_BINDING(gptq)
         .R = R.data,
         .importance = importance.data,
         .fixed = fixed,
-        .float64 = float64,
+        .float64 = R.dtype == NPY_FLOAT64,
         .block = block,
     };
     lbq_status status = lbq_range_method_find(method, &range.method);
@@ -248,12 +250,14 @@ PyMethodDef lbq_methods_gptq[] = {
                "tr(E H E^T) for error E (r, k) and the upper triangle of hessian (k, k).")
     LBQ_METHOD(gptq_factor,
                "gptq_factor(hessian, order, factor, /, *, damping, median)\n--\n\n"
-               "Fill factor (k, k) for gptq; returns damping, retries and dead columns as a dict.")
+               "Fill factor (k, k), of float32 or float64, for gptq; returns damping, retries, dead "
+               "columns and whether it took float64 as a dict.")
     LBQ_METHOD(gptq,
                "gptq(factor, order, weight, importance, levels, codes, scale, offset, /, *, count, "
                "symmetric, zero, scale_bits, gamma, group, fixed, method, clip, percentile, "
-               "candidates, shrink, norm, block, float64)\n--\n\n"
-               "Round weight (r, k) with error feedback: codes (r, k), scale and offset (r, g).")
+               "candidates, shrink, norm, block)\n--\n\n"
+               "Round weight (r, k) with error feedback, in the arithmetic of factor: codes (r, k), "
+               "scale and offset (r, g).")
     LBQ_METHODS_END,
 };
 /* clang-format on */

@@ -6,6 +6,8 @@ lbq_table_avx2(lbq_kernels *table)
 {
     table->widen_f16 = lbq_widen_f16_avx2;
     table->product_f32 = lbq_product_f32_avx2;
+    table->feedback_f32 = lbq_feedback_f32_avx2;
+    table->round_f32 = lbq_round_f32_avx2;
     table->rmsnorm_f32 = lbq_rmsnorm_f32_avx2;
     table->swiglu_f32 = lbq_swiglu_f32_avx2;
     table->softmax_f32 = lbq_softmax_f32_avx2;

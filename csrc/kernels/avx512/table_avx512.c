@@ -6,6 +6,8 @@ lbq_table_avx512(lbq_kernels *table)
 {
     table->widen_f16 = lbq_widen_f16_avx512;
     table->product_f32 = lbq_product_f32_avx512;
+    table->feedback_f32 = lbq_feedback_f32_avx512;
+    table->round_f32 = lbq_round_f32_avx512;
     table->rmsnorm_f32 = lbq_rmsnorm_f32_avx512;
     table->swiglu_f32 = lbq_swiglu_f32_avx512;
     table->softmax_f32 = lbq_softmax_f32_avx512;

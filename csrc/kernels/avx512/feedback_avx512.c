@@ -1,0 +1,53 @@
+/* GPTQ's error feedback and rounding, sixteen rows in a vector. */
+#include <immintrin.h>
+
+#include "kernels/avx512/avx512.h"
+
+/* `columns` sums of sixteen rows, all in registers; without fma, as portable C rounds. */
+static inline __attribute__((always_inline)) void
+add_columns(const int columns, ptrdiff_t count, const float *R, ptrdiff_t stride, const float *e,
+            ptrdiff_t pitch, float *sum)
+{
+    __m512 total[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < columns; j++)
+        total[j] = _mm512_loadu_ps(sum + j * pitch);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const __m512 error = _mm512_loadu_ps(e + i * pitch);
+#pragma GCC unroll 8
+        for (int j = 0; j < columns; j++) {
+            const __m512 r = _mm512_set1_ps(R[i * stride + j]);
+            total[j] = _mm512_add_ps(total[j], _mm512_mul_ps(r, error));
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < columns; j++)
+        _mm512_storeu_ps(sum + j * pitch, total[j]);
+}
+
+void
+lbq_feedback_f32_avx512(ptrdiff_t count, ptrdiff_t width, const float *R, ptrdiff_t stride,
+                        const float *e, ptrdiff_t pitch, float *sum)
+{
+    ptrdiff_t j = 0;
+    for (; j + 8 <= width; j += 8)
+        add_columns(8, count, R + j, stride, e, pitch, sum + j * pitch);
+    for (; j + 2 <= width; j += 2)
+        add_columns(2, count, R + j, stride, e, pitch, sum + j * pitch);
+    if (j < width)
+        add_columns(1, count, R + j, stride, e, pitch, sum + j * pitch);
+}
+
+void
+lbq_round_f32_avx512(const float *grid, int top, const float *w, const float *shift, uint8_t *codes,
+                     float *e)
+{
+    const __m512 weight = _mm512_loadu_ps(w), offset = _mm512_loadu_ps(grid + 16);
+    __m512 x = _mm512_sub_ps(_mm512_add_ps(weight, _mm512_loadu_ps(shift)), offset);
+    x = _mm512_mul_ps(x, _mm512_loadu_ps(grid + 32));
+    x = _mm512_min_ps(_mm512_max_ps(x, _mm512_setzero_ps()), _mm512_set1_ps((float)top));
+    const __m512i code = _mm512_cvtps_epi32(x);
+    _mm_storeu_si128((__m128i *)codes, _mm512_cvtepi32_epi8(code));
+    const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(grid), _mm512_cvtepi32_ps(code));
+    _mm512_storeu_ps(e, _mm512_sub_ps(weight, _mm512_add_ps(value, offset)));
+}

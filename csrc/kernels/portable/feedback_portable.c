@@ -1,0 +1,38 @@
+/* GPTQ's error feedback and rounding of sixteen rows at a time. */
+#include <string.h>
+
+#include "kernels/portable/portable.h"
+
+void
+lbq_feedback_f32_portable(ptrdiff_t count, ptrdiff_t width, const float *R, ptrdiff_t stride,
+                          const float *e, ptrdiff_t pitch, float *sum)
+{
+    for (ptrdiff_t j = 0; j < width; j++, sum += pitch) {
+        float total[LBQ_PANEL];
+        memcpy(total, sum, sizeof total);
+        for (ptrdiff_t i = 0; i < count; i++)
+            for (int l = 0; l < LBQ_PANEL; l++)
+                total[l] += R[i * stride + j] * e[i * pitch + l];
+        memcpy(sum, total, sizeof total);
+    }
+}
+
+void
+lbq_round_f32_portable(const float *grid, int top, const float *w, const float *shift,
+                       uint8_t *codes, float *e)
+{
+    const float *const scale = grid, *const offset = grid + LBQ_PANEL;
+    const float *const inverse = offset + LBQ_PANEL;
+    const float limit = (float)top;
+    float level[LBQ_PANEL];
+    for (int l = 0; l < LBQ_PANEL; l++) {
+        float x = ((w[l] + shift[l]) - offset[l]) * inverse[l];
+        x = x > 0 ? x : 0;
+        x = x < limit ? x : limit;
+        level[l] = (x + 0x1.8p23f) - 0x1.8p23f; /* whole, ties to even, without a call */
+    }
+    for (int l = 0; l < LBQ_PANEL; l++) {
+        codes[l] = (uint8_t)level[l];
+        e[l] = w[l] - (scale[l] * level[l] + offset[l]);
+    }
+}

@@ -1,8 +1,10 @@
 /* One pool: the caller and threads - 1 workers take indices from an atomic counter.
  *
- * A worker that runs out of work spins for a few microseconds, since the next call of a decoder
- * comes soon, and then sleeps on a condition variable. After fork the child has none of the
- * parent's threads, so it forgets them and starts its own at the next call. */
+ * A parallel region is one word that workers join and leave, so that nothing is locked while they
+ * spin. Whoever takes the last index closes the region to those who have not joined, and the
+ * caller waits for those who have: a worker that the system does not run holds up nobody. Who
+ * waits spins for a few microseconds, since the next call of a decoder comes soon, and then sleeps.
+ * After fork the child has none of the parent's threads: it starts its own at the next call. */
 #include "core/threads.h"
 
 #include <assert.h>
@@ -15,12 +17,20 @@
 #include <string.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
 
 #include "core/blas.h"
 
 enum {
     MAX_THREADS = 256,
-    SPINS = 400 /* 20 us where a pause takes 140 cycles, as since Skylake */
+    /* A wait begins with pauses and goes on by offering the processor to others, among them the
+     * very thread that is waited for where there are more threads than free cores. All of it is
+     * longer than what a decoder does between two regions, and shorter than a time slice. */
+    PAUSE_NANOSECONDS = 3000,
+    SPIN_NANOSECONDS = 30000,
 };
 
 typedef struct {
@@ -28,24 +38,61 @@ typedef struct {
     void *context;
     ptrdiff_t count;
     atomic_ptrdiff_t next;
-    pthread_mutex_t failure; /* guards the three below */
-    ptrdiff_t failed_index;
+    ptrdiff_t failed_index; /* this and what follows: under `failures` */
     lbq_status status;
     char message[512];
 } job;
 
-static pthread_mutex_t callers = PTHREAD_MUTEX_INITIALIZER; /* one parallel call at a time */
-static pthread_mutex_t state = PTHREAD_MUTEX_INITIALIZER;   /* guards what follows */
-static pthread_cond_t work_came = PTHREAD_COND_INITIALIZER;
-static pthread_cond_t work_done = PTHREAD_COND_INITIALIZER;
-static job *current;
-static _Atomic uint64_t generation; /* of `current`: raised under `state`, read by spinners */
-static int started;                 /* workers that run */
-static atomic_int busy;             /* workers that have not finished `current` */
-static bool stopping;
+/* The region: how many workers are in it; whether more may join; whether all are to end. */
+enum { WORKERS = 0xff, OPEN = 0x100, STOP = 0x200 };
+
+static pthread_mutex_t callers = PTHREAD_MUTEX_INITIALIZER; /* one region at a time */
+static pthread_mutex_t failures = PTHREAD_MUTEX_INITIALIZER;
+static atomic_uint region;
+static job *current;        /* of the region; for those in it */
+static atomic_uint asleep;  /* workers that wait for `region` to change and no longer spin */
+static atomic_uint awaited; /* 1: the caller sleeps until the last worker has left */
+static int started;         /* workers that run */
 static pthread_t workers[MAX_THREADS];
 static atomic_int wanted; /* threads asked for; 0: not yet set */
 static _Thread_local bool inside;
+
+/* sleep_while: until wake() is called on the word, unless that is no longer `value`; may also
+ * return for no reason. wake: at least `count` sleepers. */
+#ifdef __linux__
+static void
+sleep_while(atomic_uint *word, unsigned value)
+{
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+static void
+wake(atomic_uint *word, int count)
+{
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
+}
+#else
+static pthread_mutex_t bedroom = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
+
+static void
+sleep_while(atomic_uint *word, unsigned value)
+{
+    pthread_mutex_lock(&bedroom);
+    if (atomic_load(word) == value)
+        pthread_cond_wait(&bell, &bedroom);
+    pthread_mutex_unlock(&bedroom);
+}
+
+static void
+wake(atomic_uint *word, int count)
+{
+    (void)word, (void)count;
+    pthread_mutex_lock(&bedroom);
+    pthread_cond_broadcast(&bell);
+    pthread_mutex_unlock(&bedroom);
+}
+#endif
 
 static inline void
 relax(void)
@@ -57,21 +104,59 @@ relax(void)
 #endif
 }
 
+static inline int64_t
+nanoseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+static inline bool
+is_quiet(unsigned word)
+{
+    return !(word & (OPEN | STOP));
+}
+
+static inline bool
+is_populated(unsigned word)
+{
+    return word & WORKERS;
+}
+
+/* Spins while the region is such, but not for long: by the clock, for a pause takes 40 to 140
+ * cycles. */
+static inline void
+spin_while(bool (*such)(unsigned))
+{
+    if (!such(atomic_load(&region)))
+        return;
+    const int64_t start = nanoseconds();
+    int64_t now = start;
+    for (; such(atomic_load(&region)) && now - start < SPIN_NANOSECONDS; now = nanoseconds())
+        if (now - start < PAUSE_NANOSECONDS)
+            relax();
+        else
+            sched_yield();
+}
+
 static void
 run(job *work, int worker)
 {
     inside = true;
     for (ptrdiff_t index; (index = atomic_fetch_add(&work->next, 1)) < work->count;) {
+        if (index == work->count - 1)
+            atomic_fetch_and(&region, ~(unsigned)OPEN);
         const lbq_status status = work->task(work->context, index, worker);
         if (status == LBQ_OK)
             continue;
-        pthread_mutex_lock(&work->failure);
+        pthread_mutex_lock(&failures);
         if (work->status == LBQ_OK || index < work->failed_index) {
             work->status = status;
             work->failed_index = index;
             snprintf(work->message, sizeof work->message, "%s", lbq_message());
         }
-        pthread_mutex_unlock(&work->failure);
+        pthread_mutex_unlock(&failures);
     }
     inside = false;
 }
@@ -80,28 +165,24 @@ static void *
 worker_main(void *argument)
 {
     const int worker = (int)(intptr_t)argument;
-    uint64_t seen = 0;
     for (;;) {
-        for (int spin = 0; spin < SPINS && atomic_load(&generation) == seen; spin++)
-            relax();
-        pthread_mutex_lock(&state);
-        while (atomic_load(&generation) == seen && !stopping)
-            pthread_cond_wait(&work_came, &state);
-        if (stopping) {
-            pthread_mutex_unlock(&state);
+        spin_while(is_quiet);
+        unsigned now = atomic_load(&region);
+        if (is_quiet(now)) {
+            /* First `asleep`, then a look at the region; a caller does the reverse. */
+            atomic_fetch_add(&asleep, 1);
+            while (is_quiet(now = atomic_load(&region)))
+                sleep_while(&region, now);
+            atomic_fetch_sub(&asleep, 1);
+        }
+        if (now & STOP)
             return NULL;
-        }
-        seen = atomic_load(&generation);
-        job *const work = current;
-        pthread_mutex_unlock(&state);
-        if (!work)
+        if (!atomic_compare_exchange_weak(&region, &now, now + 1))
             continue;
-        run(work, worker);
-        if (atomic_fetch_sub(&busy, 1) == 1) {
-            pthread_mutex_lock(&state);
-            pthread_cond_signal(&work_done);
-            pthread_mutex_unlock(&state);
-        }
+        run(current, worker);
+        now = atomic_fetch_sub(&region, 1) - 1;
+        if (!is_populated(now) && atomic_exchange(&awaited, 0))
+            wake(&awaited, 1);
     }
 }
 
@@ -109,28 +190,23 @@ worker_main(void *argument)
 static void
 stop_workers(void)
 {
-    pthread_mutex_lock(&state);
-    stopping = true;
-    pthread_cond_broadcast(&work_came);
-    pthread_mutex_unlock(&state);
+    atomic_store(&region, STOP);
+    wake(&region, MAX_THREADS);
     for (int i = 1; i <= started; i++)
         pthread_join(workers[i], NULL);
     started = 0;
-    stopping = false;
-    atomic_store(&generation, 0);
+    atomic_store(&region, 0);
 }
 
 static void
 before_fork(void)
 {
     pthread_mutex_lock(&callers);
-    pthread_mutex_lock(&state);
 }
 
 static void
 after_fork_in_parent(void)
 {
-    pthread_mutex_unlock(&state);
     pthread_mutex_unlock(&callers);
 }
 
@@ -138,13 +214,14 @@ static void
 after_fork_in_child(void)
 {
     pthread_mutex_init(&callers, NULL);
-    pthread_mutex_init(&state, NULL);
-    pthread_cond_init(&work_came, NULL);
-    pthread_cond_init(&work_done, NULL);
+#ifndef __linux__
+    pthread_mutex_init(&bedroom, NULL);
+    pthread_cond_init(&bell, NULL);
+#endif
     started = 0;
-    current = NULL;
-    atomic_store(&generation, 0);
-    atomic_store(&busy, 0);
+    atomic_store(&region, 0);
+    atomic_store(&asleep, 0);
+    atomic_store(&awaited, 0);
 }
 
 /* Brings the number of workers to threads - 1; the caller holds `callers`. */
@@ -167,26 +244,25 @@ start_workers(int threads)
     return started + 1;
 }
 
+/* The caller holds `callers`. */
 static lbq_status
 run_on_pool(job *work)
 {
+    assert(work->count >= 1);
     start_workers(lbq_threads());
-    pthread_mutex_lock(&state);
     current = work;
-    atomic_store(&busy, started);
-    atomic_fetch_add(&generation, 1);
-    pthread_cond_broadcast(&work_came);
-    pthread_mutex_unlock(&state);
+    atomic_fetch_or(&region, OPEN);
+    if (atomic_load(&asleep) > 0)
+        wake(&region, work->count <= MAX_THREADS ? (int)work->count - 1 : MAX_THREADS);
 
     run(work, 0);
 
-    for (int spin = 0; spin < SPINS && atomic_load(&busy) > 0; spin++)
-        relax();
-    pthread_mutex_lock(&state);
-    while (atomic_load(&busy) > 0)
-        pthread_cond_wait(&work_done, &state);
-    current = NULL;
-    pthread_mutex_unlock(&state);
+    spin_while(is_populated);
+    while (is_populated(atomic_load(&region))) {
+        atomic_store(&awaited, 1);
+        if (is_populated(atomic_load(&region)))
+            sleep_while(&awaited, 1);
+    }
     return work->status == LBQ_OK ? LBQ_OK : lbq_fail(work->status, "%s", work->message);
 }
 
@@ -204,9 +280,7 @@ lbq_parallel(ptrdiff_t count, lbq_task task, void *context)
     if (count <= 1 || inside || lbq_threads() == 1 || pthread_mutex_trylock(&callers) != 0)
         return run_in_caller(count, task, context);
     job work = {.task = task, .context = context, .count = count};
-    pthread_mutex_init(&work.failure, NULL);
     const lbq_status status = run_on_pool(&work);
-    pthread_mutex_destroy(&work.failure);
     pthread_mutex_unlock(&callers);
     return status;
 }
@@ -218,13 +292,11 @@ lbq_parallel_blas(ptrdiff_t count, lbq_task task, void *context)
 {
     assert(!inside);
     job work = {.task = task, .context = context, .count = count};
-    pthread_mutex_init(&work.failure, NULL);
     pthread_mutex_lock(&callers);
     BLAS(openblas_set_num_threads)(1);
     const lbq_status status = count <= 1 ? run_in_caller(count, task, context) : run_on_pool(&work);
     BLAS(openblas_set_num_threads)(lbq_threads());
     pthread_mutex_unlock(&callers);
-    pthread_mutex_destroy(&work.failure);
     return status;
 }
 
@@ -252,11 +324,9 @@ blas_callback(int sync, lbq_blas_job blas_job, int jobs, size_t size, void *data
     (void)sync;
     blas_jobs context = {.job = blas_job, .data = data, .size = size, .extra = extra};
     job work = {.task = blas_task, .context = &context, .count = jobs};
-    pthread_mutex_init(&work.failure, NULL);
     pthread_mutex_lock(&callers);
     run_on_pool(&work);
     pthread_mutex_unlock(&callers);
-    pthread_mutex_destroy(&work.failure);
 }
 
 int

@@ -59,6 +59,23 @@ def test_workers_take_part(core):
     core.lbq_set_threads(1)
 
 
+@pytest.mark.parametrize("pause", [0, 2e-5, 1e-3])
+def test_tasks_may_wait_for_one_another(core, pause):
+    """As OpenBLAS's do: every worker has to come, from its spin or from its sleep."""
+    core.lbq_set_threads(3)
+    barrier = threading.Barrier(3, timeout=30)
+
+    def task(*_):
+        barrier.wait()
+        return 0
+
+    for _ in range(30):
+        time.sleep(pause)
+        assert parallel(core, 3, task) == 0
+    assert not barrier.broken
+    core.lbq_set_threads(1)
+
+
 def test_failure_of_the_lowest_index_is_the_result(pool):
     def task(_, index, worker):
         if index in (3, 17, 40):

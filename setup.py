@@ -61,7 +61,7 @@ class BuildExt(build_ext):
         headers = max(p.stat().st_mtime for p in [*CSRC.rglob("*.h"), Path(__file__)])
         x86 = os.uname().machine in ("x86_64", "AMD64")
         macros = DEFINES + ext.define_macros + [("LBQ_X86", "1")] * x86
-        macros += [] if sanitize else [("NDEBUG", "1")]
+        macros += [("LBQ_SANITIZE" if sanitize else "NDEBUG", "1")]
         temp = Path(self.build_temp) / (sanitize or "plain").replace(",", "-")
 
         def compile_one(source):

@@ -83,9 +83,16 @@ def test_c_includes_point_down(path):
             continue
         assert not re.match(r"cblas|lapack|f77blas", system) or path.name == "blas.h", line
         assert folder == "python" or not re.match(r"Python\.h|numpy/|structmember", system), line
-        assert path == CSRC / "core/threads.c" or system != "pthread.h", f"{line}: core/threads.c"
+        if system == "pthread.h":
+            assert path.relative_to(CSRC).as_posix() in {"core/threads.c", "core/memory.c"}, line
         if re.match(r"\w+intrin\.h", system):
             assert re.search(r"csrc/kernels/avx\w+/", path.as_posix()), f"{line}: kernels/<isa>"
+
+
+@pytest.mark.parametrize("path", C_FILES, ids=named)
+def test_only_the_pool_starts_threads(path):
+    source = without_comments(path.read_text())
+    assert path == CSRC / "core/threads.c" or not re.search(r"\b(pthread|thrd)_create\b", source)
 
 
 @pytest.mark.parametrize("path", C_FILES, ids=named)

@@ -13,10 +13,6 @@
  * gives. */
 enum { CHUNK_WORK = 1 << 20 };
 
-/* Floats of scratch on the stack, enough for orders up to 96: taking them from the heap would be a
- * fifth of the time for one row of 576. */
-enum { SMALL_SCRATCH = 96 * LBQ_HADAMARD_LANES };
-
 /* Rows that a dense rotation copies at a time. */
 enum { DENSE_ROWS = 128 };
 
@@ -34,15 +30,12 @@ rotate_chunk(void *context, ptrdiff_t index, int worker)
     const hadamard_rows *const task = context;
     const ptrdiff_t first = index * task->chunk, left = task->rows - first;
     const ptrdiff_t rows = left < task->chunk ? left : task->chunk;
-    _Alignas(LBQ_ALIGNMENT) float small[SMALL_SCRATCH];
-    const size_t floats = lbq_hadamard_scratch(task->hadamard);
-    float *scratch = small;
-    if (floats > SMALL_SCRATCH)
-        LBQ_TRY(lbq_allocate(floats * sizeof(float), &scratch));
+    const size_t bytes = lbq_hadamard_scratch(task->hadamard) * sizeof(float);
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, bytes));
     (task->back ? lbq_hadamard_backward : lbq_hadamard_forward)(
-        task->hadamard, rows, task->X + first * task->hadamard->n, scratch);
-    if (scratch != small)
-        lbq_free(scratch);
+        task->hadamard, rows, task->X + first * task->hadamard->n, lbq_arena_take(&arena, bytes));
+    lbq_arena_close(&arena);
     return LBQ_OK;
 }
 
@@ -60,8 +53,10 @@ static lbq_status
 rotate_dense(const lbq_rotation *rotation, bool back, ptrdiff_t rows, float *X)
 {
     const ptrdiff_t n = rotation->n, most = rows < DENSE_ROWS ? rows : DENSE_ROWS;
-    float *copy;
-    LBQ_TRY(lbq_allocate((size_t)most * (size_t)n * sizeof(float), &copy));
+    const size_t bytes = (size_t)most * (size_t)n * sizeof(float);
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, bytes));
+    float *const copy = lbq_arena_take(&arena, bytes);
     for (ptrdiff_t first = 0; first < rows; first += DENSE_ROWS) {
         const ptrdiff_t left = rows - first, count = left < DENSE_ROWS ? left : DENSE_ROWS;
         float *const to = X + first * n;
@@ -81,7 +76,7 @@ rotate_dense(const lbq_rotation *rotation, bool back, ptrdiff_t rows, float *X)
                           to,
                           (int)n);
     }
-    lbq_free(copy);
+    lbq_arena_close(&arena);
     return LBQ_OK;
 }
 

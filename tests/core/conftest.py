@@ -31,7 +31,7 @@ def core(tmp_path_factory) -> ctypes.CDLL:
     subprocess.run(
         [
             *(compiler, "-std=gnu11", "-D_GNU_SOURCE", "-O1", "-shared", "-fPIC", "-pthread"),
-            *([f"-fsanitize={sanitize}"] if sanitize else []),
+            *([f"-fsanitize={sanitize}", "-DLBQ_SANITIZE"] if sanitize else []),
             *("-DLBQ_BLAS_PREFIX=test_", f"-I{CSRC}", "-o", folder / "core.so"),
             *(CSRC / "core" / name for name in ["status.c", "threads.c", "memory.c"]),
             folder / "no_blas.c",

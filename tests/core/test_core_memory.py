@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
+import os
 import resource
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +17,30 @@ from lowbitq import _core
 
 
 class Arena(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("size", ctypes.c_size_t), ("used", ctypes.c_size_t))
+    _fields_ = (
+        ("base", ctypes.c_void_p),
+        ("size", ctypes.c_size_t),
+        ("used", ctypes.c_size_t),
+        ("stack", ctypes.c_void_p),
+    )
+
+
+def opened(core, size):
+    arena = Arena()
+    assert core.lbq_arena_open(ctypes.byref(arena), ctypes.c_size_t(size)) == 0
+    return arena
+
+
+def close(core, arena):
+    core.lbq_arena_close(ctypes.byref(arena))
+
+
+def span(arena):
+    return arena.base, arena.base + arena.size
+
+
+# Under sanitizers every arena is a block of its own.
+kept = pytest.mark.skipif("LOWBITQ_SANITIZE" in os.environ, reason="sanitizers: no stack is kept")
 
 
 @pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 4097, 10_000_000])
@@ -46,14 +73,77 @@ def test_blocks_are_freed():
 
 def test_arena_gives_disjoint_aligned_blocks(core):
     sizes = [1, 64, 65, 200]
-    arena = Arena()
-    assert core.lbq_arena_open(ctypes.byref(arena), ctypes.c_size_t(64 + 64 + 128 + 256)) == 0
+    arena = opened(core, 64 + 64 + 128 + 256)
     blocks = [core.lbq_arena_take(ctypes.byref(arena), ctypes.c_size_t(size)) for size in sizes]
     assert all(block % 64 == 0 for block in blocks)
     assert np.diff(blocks).tolist() == [64, 64, 128]
     assert arena.used == arena.size
-    core.lbq_arena_close(ctypes.byref(arena))
+    close(core, arena)
     assert arena.base is None
+
+
+def test_arenas_open_at_once_do_not_overlap(core):
+    """Some on the stack, some beyond it, one that ends where the stack does."""
+    sizes = [100, 3, 1 << 19, 0, (1 << 20) - (1 << 19) - 256, 64, 2 << 20, 1]
+    for _ in range(2):
+        arenas = [opened(core, size) for size in sizes]
+        spans = sorted(span(arena) for arena in arenas if arena.size)
+        assert all(base % 64 == 0 for base, _ in spans)
+        assert all(end <= base for (_, end), (base, _) in itertools.pairwise(spans))
+        for arena in arenas:
+            ctypes.memset(arena.base, 255, arena.size)
+        for arena in reversed(arenas):
+            close(core, arena)
+
+
+@kept
+def test_a_thread_gets_the_same_scratch_again(core):
+    outer = opened(core, 1000)
+    inner = opened(core, 1000)
+    first = inner.base
+    close(core, inner)
+    again = opened(core, 5000)
+    assert again.base == first
+    assert outer.base < first
+    close(core, again)
+    close(core, outer)
+    large = opened(core, 2 << 20)
+    assert large.stack is None, "a large arena would stay allocated"
+    close(core, large)
+
+
+def test_threads_have_scratch_of_their_own(core):
+    """Each holds an arena while the others hold theirs; afterwards the memory is free again."""
+    barrier = threading.Barrier(4)
+
+    def hold(_):
+        arena = opened(core, 1000)
+        barrier.wait()
+        found = span(arena)
+        barrier.wait()
+        close(core, arena)
+        return found
+
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            spans = sorted(pool.map(hold, range(4)))
+        assert all(end <= base for (_, end), (base, _) in itertools.pairwise(spans))
+
+
+@kept
+def test_threads_that_end_free_their_scratch(core):
+    def touch():
+        arena = opened(core, 1 << 20)
+        ctypes.memset(arena.base, 1, arena.size)
+        close(core, arena)
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(200):
+        thread = threading.Thread(target=touch)
+        thread.start()
+        thread.join()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert after - before < 50 << 10, "200 stacks of 1 MiB grew the process by 50 MiB"
 
 
 @pytest.mark.parametrize("size", [2**64 - 1, 2**64 - 64, 2**62])

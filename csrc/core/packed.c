@@ -59,7 +59,7 @@ lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
                 (double)packed->zero);
 
     const bool per_step = group < cols;
-    lbq_packed_geometry g = {.step = per_step ? group : LBQ_ROW_STEP};
+    lbq_packed_geometry g = {.step = lbq_packed_step(packed)};
     g.steps = (cols + g.step - 1) / g.step;
     g.panels = (rows + LBQ_PANEL - 1) / LBQ_PANEL;
     g.code_bytes = g.step * bits * LBQ_PANEL / 8;

@@ -45,7 +45,7 @@ typedef struct {
 
 /* Where things lie; all sizes in bytes but step and steps. */
 typedef struct {
-    ptrdiff_t step;         /* columns per step: group, or LBQ_ROW_STEP if group >= cols */
+    ptrdiff_t step;         /* columns per step, lbq_packed_step() */
     ptrdiff_t steps;        /* per panel */
     ptrdiff_t panels;       /* rows / 16, rounded up */
     ptrdiff_t code_bytes;   /* of one step */
@@ -56,6 +56,13 @@ typedef struct {
     ptrdiff_t panel_bytes;
     ptrdiff_t bytes; /* of all panels */
 } lbq_packed_geometry;
+
+/* Columns per step: group, or LBQ_ROW_STEP if group >= cols. */
+static inline ptrdiff_t
+lbq_packed_step(const lbq_packed *packed)
+{
+    return packed->group < packed->cols ? packed->group : LBQ_ROW_STEP;
+}
 
 /* LBQ_BAD_VALUE unless bits, group, scale_bits, has_offset and levels fit together as above (1
  * and 3 bits need steps of whole 32 columns) and gamma and zero are finite; LBQ_BAD_SHAPE for

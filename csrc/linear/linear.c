@@ -1,8 +1,8 @@
-/* Forward pass of a linear layer: rotate the input, then one of three products.
+/* Forward pass of linear layers: rotate their input, then one of three products.
  *
  * Dense weights go to BLAS. Packed ones with float32 activations are decoded a few panels at a
  * time and go to BLAS too: the reference. Packed ones with integer activations (quantized.c) are
- * the fast path. */
+ * the fast path, which rotates token by token as it quantizes. */
 #include "linear/linear.h"
 
 #include <assert.h>
@@ -149,11 +149,8 @@ multiply_decoded(const lbq_linear *layer, ptrdiff_t tokens, const float *x, floa
 }
 
 static lbq_status
-multiply(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+multiply_float(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
 {
-    if (layer->activation_bits)
-        return lbq_multiply_quantized(
-            &layer->packed, layer->activation_bits, layer->bias, tokens, x, y);
     if (layer->dense && !layer->bias) {
         multiply_dense(layer, tokens, x, 0, y);
         return LBQ_OK;
@@ -171,22 +168,60 @@ multiply(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
     return LBQ_OK;
 }
 
-lbq_status
-lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+/* Layers that see the same activations: x after `hadamard`, where that is not NULL. */
+static lbq_status
+multiply(ptrdiff_t count, const lbq_linear *const *layers, const lbq_hadamard *hadamard,
+         ptrdiff_t tokens, const float *x, float *const *y)
 {
-    assert(lbq_linear_check(layer) == LBQ_OK);
+    if (layers[0]->activation_bits)
+        return lbq_multiply_quantized(count, layers, hadamard, tokens, x, y);
+    assert(!hadamard);
+    for (ptrdiff_t i = 0; i < count; i++)
+        LBQ_TRY(multiply_float(layers[i], tokens, x, y[i]));
+    return LBQ_OK;
+}
+
+static lbq_status
+rotate_and_multiply(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t tokens,
+                    const float *x, float *const *y)
+{
+    const lbq_rotation *const rotation = layers[0]->rotation;
+    if (!rotation)
+        return multiply(count, layers, NULL, tokens, x, y);
+    if (layers[0]->activation_bits && !rotation->dense)
+        return multiply(count, layers, &rotation->hadamard, tokens, x, y);
+    const size_t bytes = sizeof(float) * (size_t)tokens * (size_t)rotation->n;
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, bytes));
+    float *const rotated = lbq_arena_take(&arena, bytes);
+    memcpy(rotated, x, bytes);
+    lbq_status status = lbq_rotate(rotation, tokens, rotated);
+    if (status == LBQ_OK)
+        status = multiply(count, layers, NULL, tokens, rotated, y);
+    lbq_arena_close(&arena);
+    return status;
+}
+
+lbq_status
+lbq_linears_forward(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t tokens,
+                    const float *x, float *const *y)
+{
     LBQ_REQUIRE(tokens <= INT32_MAX, LBQ_BAD_SHAPE, "%td tokens are too many", tokens);
     if (tokens == 0)
         return LBQ_OK;
-    if (!layer->rotation)
-        return multiply(layer, tokens, x, y);
-    float *rotated;
-    const size_t bytes = sizeof(float) * (size_t)tokens * (size_t)layer->cols;
-    LBQ_TRY(lbq_allocate(bytes, &rotated));
-    memcpy(rotated, x, bytes);
-    lbq_status status = lbq_rotate(layer->rotation, tokens, rotated);
-    if (status == LBQ_OK)
-        status = multiply(layer, tokens, rotated, y);
-    lbq_free(rotated);
-    return status;
+    for (ptrdiff_t first = 0, end; first < count; first = end) {
+        assert(lbq_linear_check(layers[first]) == LBQ_OK);
+        assert(layers[first]->cols == layers[0]->cols);
+        for (end = first + 1; end < count && end < first + LBQ_SHARED; end++)
+            if (!lbq_same_activations(layers[first], layers[end]))
+                break;
+        LBQ_TRY(rotate_and_multiply(end - first, layers + first, tokens, x, y + first));
+    }
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+{
+    return lbq_linears_forward(1, &layer, tokens, x, &y);
 }

@@ -30,4 +30,10 @@ lbq_status lbq_linear_check(const lbq_linear *layer);
  * operations; b is added last). LBQ_NO_MEMORY if there is none for scratch. */
 lbq_status lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y);
 
+/* The same for `count` layers of one x: y[i] is the output of layers[i]. Neighbours of equal
+ * rotation, activation_bits and step quantize x once and split their panels over the threads
+ * together. The bits are those of one call per layer. */
+lbq_status lbq_linears_forward(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t tokens,
+                               const float *x, float *const *y);
+
 #endif

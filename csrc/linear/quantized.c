@@ -1,10 +1,13 @@
 /* Packed weights times int8 activations: quantize all tokens, then panels in parallel.
  *
- * Up to four tokens a panel is read once, straight from its codes (gemv). More come in tiles of
- * LBQ_TILE tokens: a pair of panels is unpacked a few hundred columns at a time into the L1 cache,
- * where it meets tile after tile (gemm). The order of the float operations is the same. */
+ * A token is rotated and quantized while it is in the L1 cache, once for all layers that read it;
+ * what depends on a weight's grid is kept once per grid. Up to four tokens a panel is read once,
+ * straight from its codes (gemv). More come in tiles of LBQ_TILE tokens: a pair of panels is
+ * unpacked a few hundred columns at a time into the L1 cache, where it meets tile after tile
+ * (gemm). The order of the float operations is the same. */
 #include "linear/quantized.h"
 
+#include <assert.h>
 #include <string.h>
 
 #include "core/memory.h"
@@ -23,24 +26,42 @@ enum {
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
 };
 
+typedef void (*gemv_kernel)(const lbq_panel *, const lbq_activations *, float *);
+
+/* One of the layers. A unit is what is not split among threads: a panel for gemv, a band for
+ * gemm. Units of all layers are counted together. */
 typedef struct {
     const lbq_packed *packed;
     lbq_packed_geometry geometry;
     lbq_byte_levels levels;
-    int limit; /* of the quantized activations */
+    gemv_kernel gemv;
     const float *bias;
-    ptrdiff_t tokens;
-    const float *x;
     float *y;
+    ptrdiff_t factors; /* where those with its levels begin */
+    ptrdiff_t units, first_unit;
+} part;
+
+/* Levels of a weight before its scales: base + step * integer. */
+typedef struct {
+    float base, step;
+} grid;
+
+typedef struct {
+    const lbq_hadamard *hadamard; /* before quantizing, or NULL */
+    int limit;                    /* of the quantized activations */
+    ptrdiff_t tokens, cols, step, steps;
+    const float *x;
+    part parts[LBQ_SHARED];
+    ptrdiff_t units;        /* of all parts */
+    grid grids[LBQ_SHARED]; /* of the parts, equal ones once */
+    ptrdiff_t grid_count;   /* sets of factors */
     ptrdiff_t width, tiles; /* tokens per tile */
     ptrdiff_t padded;       /* columns in whole steps */
     ptrdiff_t tile_bytes;   /* padded * width */
     ptrdiff_t tile_factors; /* steps * 3 * width */
     int8_t *values;         /* per tile as in lbq_activations */
-    float *factors;         /* likewise */
-    char *scratch;          /* scratch_bytes for each worker */
-    size_t scratch_bytes;
-    ptrdiff_t per_task; /* pieces, in the loop that runs */
+    float *factors;         /* likewise, [grid][tile] */
+    ptrdiff_t per_task;     /* tiles, units or blocks of units, in the loop that runs */
 } product;
 
 static ptrdiff_t
@@ -77,81 +98,125 @@ lbq_step_unpack_fast(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t 
 }
 
 static lbq_activations
-tile_at(const product *job, ptrdiff_t tile)
+tile_at(const product *job, const part *of, ptrdiff_t tile)
 {
     return (lbq_activations){
         .values = job->values + tile * job->tile_bytes,
-        .factors = job->factors + tile * job->tile_factors,
+        .factors = job->factors + of->factors + tile * job->tile_factors,
         .width = job->width,
     };
 }
 
-/* Scratch of a quantizing worker: the values of a tile's tokens, one after the other, and the
- * scales and totals of one. */
-static size_t
-quantizing_bytes(const product *job)
+/* Scratch of a task that quantizes. */
+typedef struct {
+    int8_t *values;       /* of a tile's tokens, one after the other */
+    float *scale, *total; /* of one token */
+    float *row;           /* a token, rotated in place */
+    float *rotating;
+} workspace;
+
+static lbq_status
+open_workspace(const product *job, lbq_arena *arena, workspace *w)
 {
-    const size_t scales = 2 * sizeof(float) * (size_t)job->geometry.steps;
-    return lbq_padded((size_t)job->tile_bytes) + scales;
+    const lbq_hadamard *const hadamard = job->hadamard;
+    const size_t values = (size_t)job->tile_bytes, steps = sizeof(float) * (size_t)job->steps;
+    const size_t row = hadamard ? sizeof(float) * (size_t)job->cols : 0;
+    const size_t rotating = hadamard ? sizeof(float) * lbq_hadamard_scratch(hadamard) : 0;
+    const size_t bytes = lbq_padded(values) + 2 * lbq_padded(steps) + lbq_padded(row);
+    LBQ_TRY(lbq_arena_open(arena, bytes + lbq_padded(rotating)));
+    w->values = lbq_arena_take(arena, values);
+    w->scale = lbq_arena_take(arena, steps);
+    w->total = lbq_arena_take(arena, steps);
+    w->row = lbq_arena_take(arena, row);
+    w->rotating = lbq_arena_take(arena, rotating);
+    return LBQ_OK;
 }
 
 static void
-quantize_tile(const product *job, ptrdiff_t tile, char *scratch)
+quantize_token(const product *job, ptrdiff_t token, const workspace *w, int8_t *q)
 {
-    const ptrdiff_t steps = job->geometry.steps, width = job->width, cols = job->packed->cols;
-    const lbq_byte_levels *const levels = &job->levels;
-    const float base = levels->base - (job->packed->has_offset ? 0 : job->packed->zero);
-    int8_t *const q = (int8_t *)scratch;
-    float *const scale = (float *)(scratch + lbq_padded((size_t)job->tile_bytes));
-    float *const total = scale + steps;
-    memset(scratch, 0, quantizing_bytes(job));
+    const float *x = job->x + token * job->cols;
+    if (job->hadamard) {
+        memcpy(w->row, x, sizeof(float) * (size_t)job->cols);
+        lbq_hadamard_forward(job->hadamard, 1, w->row, w->rotating);
+        x = w->row;
+    }
+    lbq_kernel.quantize_i8(x, job->cols, job->step, job->limit, q, w->scale, w->total);
+}
+
+/* A token's factors for weights of a grid, as in lbq_activations. */
+static void
+store_factors(const product *job, const grid *of, const workspace *w, float *factors)
+{
+    const ptrdiff_t width = job->width;
+    for (ptrdiff_t s = 0; s < job->steps; s++, factors += 3 * width) {
+        factors[0] = of->step * w->scale[s];
+        factors[width] = w->total[s];
+        factors[2 * width] = of->base * w->total[s];
+    }
+}
+
+static void
+quantize_tile(const product *job, ptrdiff_t tile, const workspace *w)
+{
+    const ptrdiff_t width = job->width, set = job->tiles * job->tile_factors;
+    int8_t *const values = job->values + tile * job->tile_bytes;
+    int8_t *const rows = width == 1 ? values : w->values;
     for (ptrdiff_t t = 0; t < width; t++) {
         const ptrdiff_t token = tile * width + t;
-        float *factors = job->factors + tile * job->tile_factors + t;
-        if (token < job->tokens)
-            lbq_kernel.quantize_i8(job->x + token * cols,
-                                   cols,
-                                   job->geometry.step,
-                                   job->limit,
-                                   q + t * job->padded,
-                                   scale,
-                                   total);
-        else
-            memset(scale, 0, 2 * sizeof(float) * (size_t)steps);
-        for (ptrdiff_t s = 0; s < steps; s++, factors += 3 * width) {
-            factors[0] = levels->step * scale[s];
-            factors[width] = total[s];
-            factors[2 * width] = base * total[s];
+        int8_t *const q = rows + t * job->padded;
+        if (token < job->tokens) {
+            quantize_token(job, token, w, q);
+        } else {
+            memset(q, 0, (size_t)job->padded);
+            memset(w->scale, 0, sizeof(float) * (size_t)job->steps);
+            memset(w->total, 0, sizeof(float) * (size_t)job->steps);
         }
+        float *const factors = job->factors + tile * job->tile_factors + t;
+        for (ptrdiff_t g = 0; g < job->grid_count; g++)
+            store_factors(job, &job->grids[g], w, factors + g * set);
     }
-    lbq_kernel.interleave(q, job->padded, width, job->values + tile * job->tile_bytes);
+    if (width > 1)
+        lbq_kernel.interleave(rows, job->padded, width, values);
 }
 
 static lbq_status
 quantize_task(void *context, ptrdiff_t index, int worker)
 {
+    (void)worker;
     const product *const job = context;
     const ptrdiff_t end = smaller((index + 1) * job->per_task, job->tiles);
+    lbq_arena arena;
+    workspace w;
+    LBQ_TRY(open_workspace(job, &arena, &w));
     for (ptrdiff_t tile = index * job->per_task; tile < end; tile++)
-        quantize_tile(job, tile, job->scratch + (size_t)worker * job->scratch_bytes);
+        quantize_tile(job, tile, &w);
+    lbq_arena_close(&arena);
     return LBQ_OK;
+}
+
+static const part *
+part_of(const product *job, ptrdiff_t unit)
+{
+    const part *of = job->parts;
+    while (unit >= of->first_unit + of->units)
+        of++;
+    return of;
 }
 
 /* A token's sums of one panel into y, with the bias. */
 static void
-store_sums(const product *job, ptrdiff_t panel, ptrdiff_t token, const float *sums)
+store_sums(const part *of, ptrdiff_t panel, ptrdiff_t token, const float *sums)
 {
-    const ptrdiff_t row = panel * LBQ_PANEL, rows = smaller(LBQ_PANEL, job->packed->rows - row);
-    float *const y = job->y + token * job->packed->rows + row;
+    const ptrdiff_t row = panel * LBQ_PANEL, rows = smaller(LBQ_PANEL, of->packed->rows - row);
+    float *const y = of->y + token * of->packed->rows + row;
     if (rows == LBQ_PANEL)
         memcpy(y, sums, sizeof(float) * LBQ_PANEL);
     else
         memcpy(y, sums, sizeof(float) * (size_t)rows);
-    for (ptrdiff_t r = 0; job->bias && r < rows; r++)
-        y[r] += job->bias[row + r];
+    for (ptrdiff_t r = 0; of->bias && r < rows; r++)
+        y[r] += of->bias[row + r];
 }
-
-typedef void (*gemv_kernel)(const lbq_panel *, const lbq_activations *, float *);
 
 static gemv_kernel
 gemv_for(int bits, bool lookup)
@@ -174,56 +239,50 @@ gemv_for(int bits, bool lookup)
     }
 }
 
+static lbq_panel
+panel_at(const part *of, ptrdiff_t index)
+{
+    lbq_panel panel = lbq_packed_panel(of->packed, &of->geometry, index);
+    panel.bytes = of->levels.bytes;
+    return panel;
+}
+
 static lbq_status
 gemv_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
     const product *const job = context;
-    const gemv_kernel gemv = gemv_for(job->packed->bits, job->levels.lookup);
-    const lbq_activations x = tile_at(job, 0);
-    const ptrdiff_t end = smaller((index + 1) * job->per_task, job->geometry.panels);
-    for (ptrdiff_t p = index * job->per_task; p < end; p++) {
-        lbq_panel panel = lbq_packed_panel(job->packed, &job->geometry, p);
-        panel.bytes = job->levels.bytes;
+    const ptrdiff_t end = smaller((index + 1) * job->per_task, job->units);
+    for (ptrdiff_t unit = index * job->per_task; unit < end; unit++) {
+        const part *const of = part_of(job, unit);
+        const ptrdiff_t p = unit - of->first_unit;
+        const lbq_panel panel = panel_at(of, p);
+        const lbq_activations x = tile_at(job, of, 0);
         _Alignas(64) float sums[FEW * LBQ_PANEL];
-        gemv(&panel, &x, sums);
+        of->gemv(&panel, &x, sums);
         for (ptrdiff_t t = 0; t < job->tokens; t++)
-            store_sums(job, p, t, sums + t * LBQ_PANEL);
+            store_sums(of, p, t, sums + t * LBQ_PANEL);
     }
     return LBQ_OK;
 }
 
-static ptrdiff_t
-unpacked_steps(const product *job)
-{
-    return smaller(UNPACKED_COLS / job->geometry.step, job->geometry.steps);
-}
-
-/* Scratch of a gemm worker: the codes of a pair of panels, the sums of a band times a block. */
-static size_t
-gemm_bytes(const product *job)
-{
-    const size_t codes = (size_t)(PAIR * LBQ_PANEL * unpacked_steps(job) * job->geometry.step);
-    return lbq_padded(codes) + sizeof(float) * BAND * BLOCK * TILE_SUMS;
-}
-
 /* `count` panels, one or two, times `tiles` tiles: sums as [tile][panel][token][row]. */
 static void
-multiply_pair(const product *job, const lbq_panel panel[PAIR], ptrdiff_t count,
+multiply_pair(const product *job, const part *of, const lbq_panel panel[PAIR], ptrdiff_t count,
               ptrdiff_t first_tile, ptrdiff_t tiles, uint8_t *codes, float *sums)
 {
-    const int stored_bits = job->packed->bits, bits = job->levels.lookup ? 8 : stored_bits;
-    const ptrdiff_t step = job->geometry.step, steps = unpacked_steps(job);
-    for (ptrdiff_t s = 0; s < panel->steps; s += steps) {
-        const ptrdiff_t end = smaller(s + steps, panel->steps);
+    const int stored_bits = of->packed->bits, bits = of->levels.lookup ? 8 : stored_bits;
+    const ptrdiff_t step = job->step, steps = UNPACKED_COLS / step;
+    for (ptrdiff_t s = 0; s < job->steps; s += steps) {
+        const ptrdiff_t end = smaller(s + steps, job->steps);
         uint8_t *to = codes;
         for (ptrdiff_t p = 0; p < count; p++)
             for (ptrdiff_t i = s; i < end; i++, to += step * LBQ_PANEL)
                 lbq_step_unpack_fast(stored_bits, panel[p].codes + i * panel->step_bytes, step, to);
-        if (job->levels.lookup)
-            lbq_kernel.lookup_u8(job->levels.bytes, to - codes, codes);
+        if (of->levels.lookup)
+            lbq_kernel.lookup_u8(of->levels.bytes, to - codes, codes);
         for (ptrdiff_t i = 0; i < tiles; i++) {
-            const lbq_activations x = tile_at(job, first_tile + i);
+            const lbq_activations x = tile_at(job, of, first_tile + i);
             float *const y = sums + i * PAIR * TILE_SUMS;
             lbq_kernel.gemm_u8_i8(panel, count, bits, codes, s, end, &x, y);
         }
@@ -232,39 +291,47 @@ multiply_pair(const product *job, const lbq_panel panel[PAIR], ptrdiff_t count,
 
 /* A band of panels times a block of tiles. */
 static void
-multiply_band(const product *job, ptrdiff_t first, ptrdiff_t first_tile, char *scratch)
+multiply_band(const product *job, const part *of, ptrdiff_t first, ptrdiff_t first_tile,
+              uint8_t *codes, float *sums)
 {
-    const ptrdiff_t panels = smaller(BAND, job->geometry.panels - first);
+    const ptrdiff_t panels = smaller(BAND, of->geometry.panels - first);
     const ptrdiff_t tiles = smaller(BLOCK, job->tiles - first_tile);
-    float *const sums = (float *)scratch;
-    uint8_t *const codes = (uint8_t *)(sums + BAND * BLOCK * TILE_SUMS);
     for (ptrdiff_t at = 0; at < panels; at += PAIR) {
         const ptrdiff_t count = smaller(PAIR, panels - at);
         lbq_panel panel[PAIR];
         for (ptrdiff_t p = 0; p < count; p++)
-            panel[p] = lbq_packed_panel(job->packed, &job->geometry, first + at + p);
-        multiply_pair(job, panel, count, first_tile, tiles, codes, sums + at * BLOCK * TILE_SUMS);
+            panel[p] = panel_at(of, first + at + p);
+        multiply_pair(
+            job, of, panel, count, first_tile, tiles, codes, sums + at * BLOCK * TILE_SUMS);
     }
     const ptrdiff_t first_token = first_tile * LBQ_TILE;
     for (ptrdiff_t t = 0; t < smaller(tiles * LBQ_TILE, job->tokens - first_token); t++)
         for (ptrdiff_t p = 0; p < panels; p++) {
             const ptrdiff_t pair = p / PAIR * BLOCK + t / LBQ_TILE;
             const float *const of_panel = sums + (pair * PAIR + p % PAIR) * TILE_SUMS;
-            store_sums(job, first + p, first_token + t, of_panel + t % LBQ_TILE * LBQ_PANEL);
+            store_sums(of, first + p, first_token + t, of_panel + t % LBQ_TILE * LBQ_PANEL);
         }
 }
 
 static lbq_status
 gemm_task(void *context, ptrdiff_t index, int worker)
 {
+    (void)worker;
     const product *const job = context;
-    const ptrdiff_t bands = pieces(job->geometry.panels, BAND);
-    const ptrdiff_t end = smaller((index + 1) * job->per_task, bands * pieces(job->tiles, BLOCK));
-    for (ptrdiff_t i = index * job->per_task; i < end; i++)
-        multiply_band(job,
-                      i % bands * BAND,
-                      i / bands * BLOCK,
-                      job->scratch + (size_t)worker * job->scratch_bytes);
+    const ptrdiff_t count = job->units * pieces(job->tiles, BLOCK);
+    const ptrdiff_t end = smaller((index + 1) * job->per_task, count);
+    const size_t sum_bytes = sizeof(float) * BAND * BLOCK * TILE_SUMS;
+    const size_t code_bytes = PAIR * LBQ_PANEL * UNPACKED_COLS;
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, sum_bytes + code_bytes));
+    float *const sums = lbq_arena_take(&arena, sum_bytes);
+    uint8_t *const codes = lbq_arena_take(&arena, code_bytes);
+    for (ptrdiff_t i = index * job->per_task; i < end; i++) {
+        const part *const of = part_of(job, i % job->units);
+        const ptrdiff_t first = (i % job->units - of->first_unit) * BAND;
+        multiply_band(job, of, first, i / job->units * BLOCK, codes, sums);
+    }
+    lbq_arena_close(&arena);
     return LBQ_OK;
 }
 
@@ -281,51 +348,86 @@ split(product *job, lbq_task task, ptrdiff_t count, double work)
 static lbq_status
 run(product *job)
 {
-    const ptrdiff_t panels = job->geometry.panels;
     const double row = (double)job->padded; /* multiplications of one row and token */
     const double width = (double)job->width;
-    /* Quantizing a number takes about as long as sixteen multiplications. */
-    LBQ_TRY(split(job, quantize_task, job->tiles, 16 * row * width));
+    /* Quantizing a number takes about as long as sixteen multiplications, an addition of its
+     * rotation as three. */
+    const double rotating = job->hadamard ? 3 * (double)job->hadamard->cost : 0;
+    LBQ_TRY(split(job, quantize_task, job->tiles, (16 + rotating) * row * width));
     if (job->width < LBQ_TILE)
-        return split(job, gemv_task, panels, LBQ_PANEL * row * width);
-    const ptrdiff_t tasks = pieces(panels, BAND) * pieces(job->tiles, BLOCK);
+        return split(job, gemv_task, job->units, LBQ_PANEL * row * width);
+    const ptrdiff_t tasks = job->units * pieces(job->tiles, BLOCK);
     const double tiles = (double)smaller(job->tiles, BLOCK);
     return split(job, gemm_task, tasks, BAND * LBQ_PANEL * row * width * tiles);
 }
 
-lbq_status
-lbq_multiply_quantized(const lbq_packed *packed, int activation_bits, const float *bias,
-                       ptrdiff_t tokens, const float *x, float *y)
+/* Puts the layer behind the `index` parts that are there. */
+static lbq_status
+add_part(product *job, ptrdiff_t index, const lbq_linear *layer, float *y)
 {
-    product job = {
+    const lbq_packed *const packed = &layer->packed;
+    part *const to = &job->parts[index];
+    *to = (part){
         .packed = packed,
         .levels = lbq_byte_levels_of(packed),
-        .limit = (1 << (activation_bits - 1)) - 1,
-        .bias = bias,
-        .tokens = tokens,
-        .x = x,
+        .bias = layer->bias,
         .y = y,
+        .first_unit = job->units,
+    };
+    LBQ_TRY(lbq_packed_geometry_of(packed, &to->geometry));
+    to->gemv = gemv_for(packed->bits, to->levels.lookup);
+    to->units = job->width < LBQ_TILE ? to->geometry.panels : pieces(to->geometry.panels, BAND);
+    job->units += to->units;
+
+    const float base = to->levels.base - (packed->has_offset ? 0 : packed->zero);
+    const float step = to->levels.step;
+    ptrdiff_t g = 0;
+    while (g < job->grid_count && (job->grids[g].base != base || job->grids[g].step != step))
+        g++;
+    if (g == job->grid_count)
+        job->grids[job->grid_count++] = (grid){.base = base, .step = step};
+    to->factors = g * job->tiles * job->tile_factors;
+    return LBQ_OK;
+}
+
+bool
+lbq_same_activations(const lbq_linear *a, const lbq_linear *b)
+{
+    return a->rotation == b->rotation && a->activation_bits == b->activation_bits &&
+           (!a->activation_bits || lbq_packed_step(&a->packed) == lbq_packed_step(&b->packed));
+}
+
+lbq_status
+lbq_multiply_quantized(ptrdiff_t count, const lbq_linear *const *layers,
+                       const lbq_hadamard *hadamard, ptrdiff_t tokens, const float *x,
+                       float *const *y)
+{
+    assert(count <= LBQ_SHARED);
+    product job = {
+        .hadamard = hadamard,
+        .limit = (1 << (layers[0]->activation_bits - 1)) - 1,
+        .tokens = tokens,
+        .cols = layers[0]->cols,
+        .step = lbq_packed_step(&layers[0]->packed),
+        .x = x,
         .width = tokens == 1     ? 1
                  : tokens <= FEW ? FEW
                                  : LBQ_TILE,
     };
-    LBQ_TRY(lbq_packed_geometry_of(packed, &job.geometry));
+    job.steps = pieces(job.cols, job.step);
     job.tiles = pieces(tokens, job.width);
-    job.padded = job.geometry.steps * job.geometry.step;
+    job.padded = job.steps * job.step;
     job.tile_bytes = job.padded * job.width;
-    job.tile_factors = job.geometry.steps * 3 * job.width;
+    job.tile_factors = job.steps * 3 * job.width;
+    for (ptrdiff_t i = 0; i < count; i++)
+        LBQ_TRY(add_part(&job, i, layers[i], y[i]));
     const size_t values = (size_t)(job.tiles * job.tile_bytes);
-    const size_t factors = sizeof(float) * (size_t)(job.tiles * job.tile_factors);
-    const size_t quantizing = quantizing_bytes(&job);
-    const size_t gemm = job.width < LBQ_TILE ? 0 : gemm_bytes(&job);
-    job.scratch_bytes = lbq_padded(gemm > quantizing ? gemm : quantizing);
-    const size_t scratch = (size_t)lbq_threads() * job.scratch_bytes;
+    const size_t factors = sizeof(float) * (size_t)(job.grid_count * job.tiles * job.tile_factors);
 
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(values) + lbq_padded(factors) + scratch));
+    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(values) + lbq_padded(factors)));
     job.values = lbq_arena_take(&arena, values);
     job.factors = lbq_arena_take(&arena, factors);
-    job.scratch = lbq_arena_take(&arena, scratch);
     const lbq_status status = run(&job);
     lbq_arena_close(&arena);
     return status;

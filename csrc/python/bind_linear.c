@@ -270,6 +270,39 @@ LBQ_BINDING(linear_forward)
     LBQ_RUN(forward(layer, &x, &y));
 }
 
+/* Outputs (tokens, rows) lie in y one after the other. */
+static lbq_status
+forward_all(const lbq_handles *handles, const lbq_array *x, const lbq_array *y)
+{
+    enum { MOST = 8 };
+    const lbq_linear *layers[MOST];
+    float *outputs[MOST];
+    const ptrdiff_t count = handles->count, tokens = x->dims[0];
+    LBQ_REQUIRE(count <= MOST, LBQ_BAD_VALUE, "%td layers, expected at most %d", count, MOST);
+    ptrdiff_t floats = 0;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        layers[i] = lbq_handle_at(handles, i);
+        LBQ_TRY(check_axis("x", 1, x->dims[1], "cols", layers[i]->cols));
+        outputs[i] = (float *)y->data + floats;
+        floats += tokens * layers[i]->rows;
+    }
+    LBQ_TRY(check_axis("y", 0, y->dims[0], "tokens times all rows", floats));
+    return lbq_linears_forward(count, layers, tokens, x->data, outputs);
+}
+
+LBQ_BINDING(linears_forward)
+{
+    lbq_handles layers;
+    lbq_array x, y;
+    const lbq_arg spec[] = {
+        LBQ_HANDLES("layers", &layers, "lowbitq.linear"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "tk"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "e"),
+    };
+    LBQ_PARSE("linears_forward", spec);
+    LBQ_RUN(forward_all(&layers, &x, &y));
+}
+
 #define SCALARS_TEXT "*, rows, cols, bits, group, scale_bits, has_offset, gamma, zero"
 
 /* clang-format off */
@@ -295,6 +328,9 @@ PyMethodDef lbq_methods_linear[] = {
     LBQ_METHOD(linear_forward,
         "linear_forward(layer, x, y, /)\n--\n\n"
         "y (tokens, rows) of a layer for x (tokens, cols).")
+    LBQ_METHOD(linears_forward,
+        "linears_forward(layers, x, y, /)\n--\n\n"
+        "Outputs (tokens, rows) of a tuple of layers for one x, one after the other in y.")
     LBQ_METHODS_END,
 };
 /* clang-format on */

@@ -122,9 +122,9 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
     float *const n = taps->qkv ? taps->qkv : s->norm;
     float *const o = taps->output ? taps->output : s->q;
     LBQ_TRY(lbq_rmsnorm(tokens, decoder->hidden, x, block->attention_norm, decoder->epsilon, n));
-    LBQ_TRY(lbq_linear_forward(block->query, tokens, n, s->q));
-    LBQ_TRY(lbq_linear_forward(block->key, tokens, n, s->k));
-    LBQ_TRY(lbq_linear_forward(block->value, tokens, n, s->v));
+    const lbq_linear *const layers[] = {block->query, block->key, block->value};
+    float *const outputs[] = {s->q, s->k, s->v};
+    LBQ_TRY(lbq_linears_forward(3, layers, tokens, n, outputs));
     LBQ_TRY(lbq_rope(
         tokens, heads->heads, half, s->cosine, s->sine, block->query_norm, decoder->epsilon, s->q));
     LBQ_TRY(lbq_rope(tokens,
@@ -148,8 +148,9 @@ feed_forward(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t token
     float *const n = taps->mlp ? taps->mlp : s->norm;
     float *const y = taps->down ? taps->down : s->gate;
     LBQ_TRY(lbq_rmsnorm(tokens, decoder->hidden, x, block->mlp_norm, decoder->epsilon, n));
-    LBQ_TRY(lbq_linear_forward(block->gate, tokens, n, s->gate));
-    LBQ_TRY(lbq_linear_forward(block->up, tokens, n, s->up));
+    const lbq_linear *const layers[] = {block->gate, block->up};
+    float *const outputs[] = {s->gate, s->up};
+    LBQ_TRY(lbq_linears_forward(2, layers, tokens, n, outputs));
     LBQ_TRY(lbq_swiglu(tokens * block->gate->rows, s->gate, s->up, y));
     LBQ_TRY(lbq_linear_forward(block->down, tokens, y, s->sum));
     return add(x, s->sum, tokens * decoder->hidden);

@@ -8,6 +8,7 @@ import pytest
 from packed_parts import description, pack, random_parts
 
 from lowbitq import _core
+from lowbitq.rotations import Rotation
 
 # rows, cols, group: one panel and less, ragged tails of each, real layer sizes
 SIZES = [
@@ -37,7 +38,7 @@ CODES = [
 class Layer:
     """A packed layer with random parts, and what the oracle needs to know of them."""
 
-    def __init__(self, rows, cols, group, code, activation_bits=8, levels=None):
+    def __init__(self, rows, cols, group, code, activation_bits=8, levels=None, rotation=None):
         bits, scale_bits, has_offset, zero = code
         self.spec = description(rows, cols, bits, group, scale_bits, has_offset, 2.0**-7, zero)
         self.codes, self.scale, offset = random_parts(self.spec)
@@ -47,7 +48,12 @@ class Layer:
         self.panels = pack(self.spec, self.codes, self.scale, offset)
         self.limit = (1 << (activation_bits - 1)) - 1 if activation_bits else None
         self.handle = _core.linear_packed(
-            self.panels, levels, self.bias, None, activation_bits=activation_bits, **self.spec
+            self.panels,
+            levels,
+            self.bias,
+            rotation and rotation.handle,
+            activation_bits=activation_bits,
+            **self.spec,
         )
 
     def forward(self, x):
@@ -235,6 +241,101 @@ def test_float_activations_agree_with_dequantized_weights(isa, rows, cols, group
         assert (abs(layer.forward(x) - expected) <= bound).all()
 
 
+def dense(rows, cols, rotation=None):
+    rng = np.random.default_rng([rows, cols])
+    weight = rng.normal(size=(rows, cols)).astype(np.float32)
+    bias = rng.normal(size=rows).astype(np.float32)
+    return _core.linear_dense(weight, bias, rotation and rotation.handle)
+
+
+def check_shared(handles, rows, x):
+    """Layers together give the bits that each gives alone, and write nothing else."""
+    tokens = len(x)
+    y = np.full(tokens * sum(rows) + 2, np.nan, np.float32)
+    _core.linears_forward(tuple(handles), x, y[1:-1])
+    assert np.isnan(y[[0, -1]]).all(), "wrote outside y"
+    at = 1
+    for handle, size in zip(handles, rows, strict=True):
+        alone = np.empty((tokens, size), np.float32)
+        _core.linear_forward(handle, x, alone)
+        together = y[at : at + tokens * size].reshape(alone.shape)
+        assert (together.view(np.uint32) == alone.view(np.uint32)).all()
+        at += tokens * size
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 21])
+@pytest.mark.parametrize(("cols", "group"), [(1, 32), (200, 64), (576, 64), (1100, None)])
+def test_layers_of_one_input_share_its_activations(isa, cols, group, tokens):
+    """Of one step, but of other widths, levels and numbers of rows: four and two at a time."""
+    rows = [1, 16, 40, 17, 300, 15]
+    table = np.linspace(-2, 1, 16, dtype=np.float32)
+    layers = [Layer(r, cols, group, code) for r, code in zip(rows[:5], CODES[:5], strict=True)]
+    layers.insert(2, Layer(15, cols, group, CODES[5], levels=table))
+    rows.insert(2, rows.pop())
+    check_shared([layer.handle for layer in layers], rows, activations(tokens, cols))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_layers_of_one_input_that_cannot_share(isa, tokens):
+    """Another group, activation width, kind of layer or rotation between layers that could."""
+    code, turn, other = CODES[4], Rotation(96, seed=1), Rotation(96, seed=2)
+    layers = [
+        Layer(20, 96, 32, code),
+        Layer(20, 96, 64, code),
+        Layer(20, 96, 64, code, activation_bits=4),
+        Layer(20, 96, 64, code, activation_bits=0),
+        Layer(20, 96, 64, code, rotation=turn),
+        Layer(20, 96, 64, CODES[0], rotation=turn),
+        Layer(20, 96, 64, code, rotation=other),
+    ]
+    handles = [layer.handle for layer in layers]
+    x = activations(tokens, 96)
+    check_shared(handles, [20] * len(handles), x)
+    check_shared([dense(5, 96), *handles[:2]], [5, 20, 20], x)
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+def test_dense_layers_share_one_rotation(kind):
+    rotation = Rotation(96, kind, seed=1)
+    x = activations(5, 96)
+    check_shared([dense(30, 96, rotation), dense(7, 96, rotation)], [30, 7], x)
+
+
+@pytest.mark.parametrize("activation_bits", [0, 4, 8])
+@pytest.mark.parametrize("cols", [1, 64, 96, 576, 1536])
+def test_a_rotated_input_is_quantized_as_if_rotated_before(isa, cols, activation_bits):
+    rotation = Rotation(cols, seed=3)
+    layer = Layer(33, cols, 32, CODES[2], activation_bits, rotation=rotation)
+    plain = Layer(33, cols, 32, CODES[2], activation_bits)
+    for tokens in (1, 4, 19):
+        x = activations(tokens, cols)
+        before = x.copy()
+        y = layer.forward(x)
+        assert (x == before).all()
+        assert (y == plain.forward(rotation.apply(x))).all()
+
+
+def test_shared_layers_repeat_on_two_threads(threads):
+    """Work enough for the pool, split across the boundary between the layers."""
+    rotation = Rotation(1024, seed=1)
+    rows = [2100, 70, 1990]
+    layers = [
+        Layer(r, 1024, 64, code, rotation=rotation)
+        for r, code in zip(rows, CODES[2:5], strict=True)
+    ]
+    handles = tuple(layer.handle for layer in layers)
+    for tokens in (1, 4, 200):
+        x = activations(tokens, 1024)
+        results = []
+        for count in (1, 2, 3):
+            _core.set_num_threads(threads=count)
+            y = np.empty(tokens * sum(rows), np.float32)
+            _core.linears_forward(handles, x, y)
+            results.append(y)
+        assert (results[0] == results[1]).all()
+        assert (results[0] == results[2]).all()
+
+
 def test_panels_need_no_alignment(isa):
     layer = Layer(40, 200, 64, (3, 16, True, 0))
     shifted = np.zeros(len(layer.panels) + 1, np.uint8)[1:]
@@ -284,3 +385,11 @@ def test_parts_that_do_not_fit_are_refused():
         _core.linear_forward(layer.handle, x, x)
     with pytest.raises(TypeError, match=r"layer is not a lowbitq\.linear"):
         _core.linear_forward(object(), x, y)
+    with pytest.raises(ValueError, match="axis 0 of y has size 20, expected tokens times all rows"):
+        _core.linears_forward((layer.handle, layer.handle), x, y[0])
+    with pytest.raises(ValueError, match="axis 1 of x has size 20, expected cols = 100"):
+        _core.linears_forward((layer.handle,), y, y[0])
+    with pytest.raises(ValueError, match="9 layers, expected at most 8"):
+        _core.linears_forward((layer.handle,) * 9, x, y[0])
+    with pytest.raises(TypeError, match=r"layers\[1\] is not a lowbitq\.linear"):
+        _core.linears_forward((layer.handle, None), x, y[0])

@@ -12,16 +12,48 @@ enum { TOKENS = 4 };
 /* Which bits of a code are multiplied. */
 typedef enum { WHOLE, LOW, HIGH } code_part;
 
-LBQ_INLINE __m256i
-load_codes(const uint8_t *at, const code_part part)
-{
-    __m256i codes = _mm256_loadu_si256((const __m256i *)at);
-    if (part == HIGH)
-        codes = _mm256_srli_epi16(codes, 4);
-    return part == WHOLE ? codes : _mm256_and_si256(codes, _mm256_set1_epi8(15));
-}
+/* Leaves only those, once both halves of the panel are loaded. */
+#define TAKE_WHOLE ""
+#define TAKE_LOW "vpand %[mask], %[upper], %[upper]\n\tvpand %[mask], %[lower], %[lower]\n\t"
+#define TAKE_HIGH "vpsrlw $4, %[upper], %[upper]\n\tvpsrlw $4, %[lower], %[lower]\n\t" TAKE_LOW
 
-/* 16-bit sums of `columns` columns, as [half][token]. */
+/* Word t of the tile times both halves; `k` counts words of k since the top of the loop. */
+#define TOKEN(k, t)                                                                                \
+    "vpbroadcastd 32*" #k "+4*" #t "(%[q]), %[word]\n\t"                                           \
+    "vpmaddubsw %[word], %[upper], %[product]\n\t"                                                 \
+    "vpmaddubsw %[word], %[lower], %[word]\n\t"                                                    \
+    "vpaddw %[product], %[upper" #t "], %[upper" #t "]\n\t"                                        \
+    "vpaddw %[word], %[lower" #t "], %[lower" #t "]\n\t"
+#define COLUMNS(k, TAKE)                                                                           \
+    "vmovdqu 64*" #k "(%[codes]), %[upper]\n\t"                                                    \
+    "vmovdqu 64*" #k "+32(%[codes]), %[lower]\n\t" TAKE                                            \
+    TOKEN(k, 0) TOKEN(k, 1) TOKEN(k, 2) TOKEN(k, 3)
+#define SUM_COLUMNS(TAKE)                                                                          \
+    __asm__("1:\n\t" COLUMNS(0, TAKE) COLUMNS(1, TAKE) COLUMNS(2, TAKE)                            \
+                COLUMNS(3, TAKE) "add $256, %[codes]\n\t"                                          \
+                                 "add $128, %[q]\n\t"                                              \
+                                 "sub $16, %[columns]\n\t"                                         \
+                                 "jnz 1b\n\t"                                                      \
+            : [codes] "+r"(codes),                                                                 \
+              [q] "+r"(q),                                                                         \
+              [columns] "+r"(columns),                                                             \
+              [upper0] "+x"(sum[0][0]),                                                            \
+              [upper1] "+x"(sum[0][1]),                                                            \
+              [upper2] "+x"(sum[0][2]),                                                            \
+              [upper3] "+x"(sum[0][3]),                                                            \
+              [lower0] "+x"(sum[1][0]),                                                            \
+              [lower1] "+x"(sum[1][1]),                                                            \
+              [lower2] "+x"(sum[1][2]),                                                            \
+              [lower3] "+x"(sum[1][3]),                                                            \
+              [upper] "=&x"(upper),                                                                \
+              [lower] "=&x"(lower),                                                                \
+              [word] "=&x"(word),                                                                  \
+              [product] "=&x"(product)                                                             \
+            : [mask] "x"(_mm256_set1_epi8(15))                                                     \
+            : "memory", "cc")
+
+/* 16-bit sums of `columns` columns, as [half][token]. In assembly, because gcc 12 spills one of
+ * them and moves others from register to register. */
 LBQ_INLINE void
 sum_columns(const code_part part, const uint8_t *codes, const int8_t *q, ptrdiff_t columns,
             __m256i sum[2][TOKENS])
@@ -29,22 +61,13 @@ sum_columns(const code_part part, const uint8_t *codes, const int8_t *q, ptrdiff
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++)
         sum[0][t] = sum[1][t] = _mm256_setzero_si256();
-    do {
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) {
-            const __m256i upper = load_codes(codes + 64 * i, part);
-            const __m256i lower = load_codes(codes + 64 * i + 32, part);
-#pragma GCC unroll 4
-            for (int t = 0; t < TOKENS; t++) {
-                const __m256i word = broadcast_word(q + 4 * (LBQ_TILE * i + t));
-                add_products(&sum[0][t], upper, word);
-                add_products(&sum[1][t], lower, word);
-            }
-        }
-        codes += 16 * LBQ_PANEL;
-        q += 16 * LBQ_TILE;
-        columns -= 16;
-    } while (columns > 0);
+    __m256i upper, lower, word, product;
+    if (part == WHOLE)
+        SUM_COLUMNS(TAKE_WHOLE);
+    else if (part == LOW)
+        SUM_COLUMNS(TAKE_LOW);
+    else
+        SUM_COLUMNS(TAKE_HIGH);
 }
 
 /* dot = factor * the 32-bit sums, or that much more. */
@@ -60,16 +83,16 @@ widen_sums(__m256i sum[2][TOKENS], int factor, const int more, __m256i dot[2][TO
         }
 }
 
-/* The integer sums of a step of four tokens, `exact` columns at a time. */
+/* The integer sums of a step of four tokens: at `once`, or `exact` columns at a time. */
 LBQ_INLINE void
-sum_step(const int nibbles, ptrdiff_t exact, ptrdiff_t step, const uint8_t *codes, const int8_t *q,
-         __m256i dot[2][TOKENS])
+sum_step(const int nibbles, const int once, ptrdiff_t exact, ptrdiff_t step, const uint8_t *codes,
+         const int8_t *q, __m256i dot[2][TOKENS])
 {
-    const ptrdiff_t columns = step < exact ? step : exact;
+    const ptrdiff_t columns = once || step < exact ? step : exact;
     __m256i sum[2][TOKENS];
     sum_columns(nibbles ? LOW : WHOLE, codes, q, columns, sum);
     widen_sums(sum, 1, 0, dot);
-    if (!nibbles && step <= exact)
+    if (once)
         return;
     for (ptrdiff_t k = 0; k < step; k += columns) {
         const uint8_t *const from = codes + k * LBQ_PANEL;
@@ -84,47 +107,48 @@ sum_step(const int nibbles, ptrdiff_t exact, ptrdiff_t step, const uint8_t *code
     }
 }
 
-/* One step of a panel times four tokens of a tile; y and the factors are those of the first. */
+/* y of four tokens plus their sums of a step; y and the factors are those of the first. */
 LBQ_INLINE void
-multiply_step(const int nibbles, ptrdiff_t exact, const lbq_panel *panel, const uint8_t *codes,
-              ptrdiff_t s, const int8_t *q, const float *factors, float *y)
+add_sums(__m256i dot[2][TOKENS], const __m256 scale[2], const __m256 offset[2],
+         const int has_offset, const float *factors, float *y)
 {
-    __m256i dot[2][TOKENS];
-    sum_step(nibbles, exact, panel->step, codes, q, dot);
-    const uint8_t *const scale_at = panel->scale + s * panel->scale_stride;
+#pragma GCC unroll 4
+    for (int t = 0; t < TOKENS; t++, y += LBQ_PANEL)
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; half++) {
-        const __m256 scale = load_scale(panel, scale_at, half);
-        float *const to = y + half * HALF;
-#pragma GCC unroll 4
-        for (int t = 0; t < TOKENS; t++) {
-            const __m256 before = _mm256_loadu_ps(to + t * LBQ_PANEL);
-            const __m256 sum = add_step(factors + t, LBQ_TILE, scale, dot[half][t], before);
-            _mm256_storeu_ps(to + t * LBQ_PANEL, sum);
+        for (int half = 0; half < 2; half++) {
+            __m256 sum = _mm256_loadu_ps(y + half * HALF);
+            sum = add_step(factors + t, LBQ_TILE, scale[half], dot[half][t], sum);
+            if (has_offset)
+                sum = add_offset(factors + t, LBQ_TILE, offset[half], sum);
+            _mm256_storeu_ps(y + half * HALF, sum);
         }
-        if (!panel->has_offset)
-            continue;
-        const __m256 offset = load_half(scale_at + 2 * LBQ_PANEL + 2 * HALF * half);
-#pragma GCC unroll 4
-        for (int t = 0; t < TOKENS; t++) {
-            const __m256 before = _mm256_loadu_ps(to + t * LBQ_PANEL);
-            _mm256_storeu_ps(to + t * LBQ_PANEL, add_offset(factors + t, LBQ_TILE, offset, before));
-        }
-    }
 }
 
 LBQ_INLINE void
-gemm(const int nibbles, ptrdiff_t exact, const lbq_panel *panel, ptrdiff_t count,
+gemm(const int nibbles, const int once, ptrdiff_t exact, const lbq_panel *panel, ptrdiff_t count,
      const uint8_t *codes, ptrdiff_t first, ptrdiff_t end, const lbq_activations *x, float *y)
 {
     const ptrdiff_t step = panel->step;
-    for (ptrdiff_t p = 0; p < count; p++, y += LBQ_TILE * LBQ_PANEL)
+    for (ptrdiff_t p = 0; p < count; p++, panel++, y += LBQ_TILE * LBQ_PANEL)
         for (ptrdiff_t s = first; s < end; s++, codes += step * LBQ_PANEL) {
             const int8_t *const q = x->values + s * step * LBQ_TILE;
             const float *const factors = x->factors + 3 * s * LBQ_TILE;
-            for (int t = 0; t < LBQ_TILE; t += TOKENS)
-                multiply_step(
-                    nibbles, exact, &panel[p], codes, s, q + 4 * t, factors + t, y + t * LBQ_PANEL);
+            const uint8_t *const scale_at = panel->scale + s * panel->scale_stride;
+            /* Before the sums, which its branches would drive from their registers. */
+            const __m256 scale[2] = {load_scale(panel, scale_at, 0),
+                                     load_scale(panel, scale_at, 1)};
+            __m256 offset[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+            for (int half = 0; panel->has_offset && half < 2; half++)
+                offset[half] = load_half(scale_at + 2 * LBQ_PANEL + 2 * HALF * half);
+#pragma GCC unroll 2
+            for (int t = 0; t < LBQ_TILE; t += TOKENS) {
+                __m256i dot[2][TOKENS];
+                sum_step(nibbles, once, exact, step, codes, q + 4 * t, dot);
+                if (panel->has_offset)
+                    add_sums(dot, scale, offset, 1, factors + t, y + t * LBQ_PANEL);
+                else
+                    add_sums(dot, scale, offset, 0, factors + t, y + t * LBQ_PANEL);
+            }
         }
 }
 
@@ -136,7 +160,9 @@ lbq_gemm_u8_i8_avx2(const lbq_panel *panel, ptrdiff_t count, int bits, const uin
         memset(y, 0, sizeof(float) * (size_t)(count * LBQ_TILE * LBQ_PANEL));
     const ptrdiff_t exact = bits <= 2 ? 128 : bits == 3 ? 64 : 32; /* columns in 16 bits */
     if (bits == 8)
-        gemm(1, exact, panel, count, codes, first, end, x, y);
+        gemm(1, 0, exact, panel, count, codes, first, end, x, y);
+    else if (panel->step <= exact)
+        gemm(0, 1, exact, panel, count, codes, first, end, x, y);
     else
-        gemm(0, exact, panel, count, codes, first, end, x, y);
+        gemm(0, 0, exact, panel, count, codes, first, end, x, y);
 }

@@ -24,7 +24,7 @@ def products(model, tokens):
     """The matrix products of so many tokens: of the blocks, and of the head."""
     rng = np.random.default_rng(0)
     weights = [linear.weight for _, linear in model.linears()]
-    head = model.embedding if model.head is None else model.head.weight
+    head = (model.head or model.embedding).weight
     inputs = {
         cols: rng.standard_normal((tokens, cols), dtype=np.float32)
         for cols in {w.shape[1] for w in [*weights, head]}

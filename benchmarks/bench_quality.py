@@ -3,9 +3,9 @@
     LOWBITQ_DATA=../shared/data python -m benchmarks.bench_quality
 
 Calibrates on 32 windows of 2048 tokens of wikitext2-valid.txt and predicts the first 16 windows of
-wikitext2-test.txt. Rows that the JSON file has already are not measured again; delete it to start
-anew. The file that the weights come from was 4-bit (Q4_1) when it was published: all is compared
-with its weights in float32.
+wikitext2-test.txt. The embedding, which is the head too, stays in float32. Rows that the JSON file
+has already are not measured again; delete it to start anew. The file that the weights come from was
+4-bit (Q4_1) when it was published: all is compared with its weights in float32.
 """
 
 from __future__ import annotations
@@ -137,6 +137,7 @@ class Bench:
             method=row.method,
             rotation=row.rotation,
             seed=seed,
+            embedding=None,
             progress=True,
         )
 

@@ -253,7 +253,7 @@ def block(
     /,
 ) -> Any: ...
 def decoder(
-    embedding: NDArray[np.float32],
+    embedding: Any,
     final_norm: NDArray[np.float32],
     frequency: NDArray[np.float64],
     head: Any,

@@ -126,6 +126,13 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("out", type=Path, metavar="FOLDER", help="where to save it")
     one.add_argument("--format", type=_format, default="int4g64", help="of the linear layers")
+    embedding = lq.Plan({}).embedding
+    one.add_argument(
+        "--embedding",
+        type=_embedding,
+        default=embedding,
+        help="format of it and of the head, or none",
+    )
     one.add_argument("--method", choices=["gptq", "rtn"], default="gptq", help="how to round")
     rotations = ["hadamard", "orthogonal", "none"]
     one.add_argument("--rotation", choices=rotations, default="hadamard", help="of all layers")
@@ -184,6 +191,10 @@ def _format(text: str) -> lq.Format:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _embedding(text: str) -> lq.Format | None:
+    return None if text == "none" else _format(text)
+
+
 # What a command does: its result for --json, and the text for people.
 Command = Callable[[argparse.Namespace], tuple[dict[str, Any], str]]
 
@@ -230,6 +241,7 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         progress=sys.stderr.isatty(),
         method=options.method,
         rotation=options.rotation,
+        embedding=options.embedding,
         seed=options.seed,
     )
     small.save(out)
@@ -240,6 +252,7 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     result = {
         "saved": str(out),
         "format": str(options.format),
+        "embedding": None if options.embedding is None else str(options.embedding),
         "bits_per_weight": small.bits_per_weight,
         "size_bytes": small.nbytes,
         "seconds": time.perf_counter() - started,

@@ -61,7 +61,11 @@ class Plan:
     arithmetic : {"float32", "float64"}, default="float32"
         Of the error feedback.
     activation_bits : {8, 4, None}, default=8
-        Of the layers' inputs as the model runs; None: float32.
+        Of the layers' inputs as the model runs; None: float32. The head's have 8 where these
+        have 4.
+    embedding : str or None, default="int8g64"
+        Format of the embedding and of the head, tied or not: both are rounded to nearest. None:
+        they stay as they are. The default leaves SmolLM2's a relative error of 4e-5, at 8.5 bits.
 
     Raises
     ------
@@ -89,6 +93,7 @@ class Plan:
     first_weight: float = 16.0
     arithmetic: str = "float32"
     activation_bits: int | None = 8
+    embedding: str | None = "int8g64"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -102,6 +107,8 @@ class Plan:
             raise ValueError(f"norm is {self.norm}, expected a positive number")
         layers = {name: str(Format.parse(format)) for name, format in self.layers.items()}
         object.__setattr__(self, "layers", layers)
+        if self.embedding is not None:
+            object.__setattr__(self, "embedding", str(Format.parse(self.embedding)))
 
     @classmethod
     def uniform(
@@ -191,7 +198,7 @@ class Plan:
         for name, value in values.items():
             default = known[name].default
             kinds = (int, float) if isinstance(default, float) else (type(default),)
-            optional = name == "activation_bits" and value is None
+            optional = name in ("activation_bits", "embedding") and value is None
             if name != "layers" and not optional and type(value) not in kinds:
                 raise ValueError(f"{name} is {value!r}, expected {kinds[-1].__name__}")
         for layer, format in values["layers"].items():

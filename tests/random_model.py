@@ -35,7 +35,7 @@ def random_model(seed=0, layers=3):
         Block(gain(), gain(), {name: Linear(matrix(*shape)) for name, shape in shapes.items()})
         for _ in range(layers)
     ]
-    return Model(config, None, 8 * matrix(100, 64), blocks, gain())
+    return Model(config, None, Linear(8 * matrix(100, 64)), blocks, gain())
 
 
 def random_tokens(count, seed=0):

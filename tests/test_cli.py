@@ -51,6 +51,7 @@ def test_help_shows_every_default(capsys, command):
         (["inspect"], "required"),
         (["evaluate", "m", "--windows", "0"], "0 is not positive"),
         (["quantize", "m", "o", "--format", "int9g64"], "unknown format 'int9g64'"),
+        (["quantize", "m", "o", "--embedding", "no"], "unknown format 'no'"),
         (["generate", "m", "p", "--top-k", "two"], "invalid"),
     ],
 )
@@ -177,8 +178,17 @@ def test_quantize_saves_what_was_verified(capsys, quantize):
     assert result["bits_per_weight"] == saved.bits_per_weight
     assert not out.with_name("small.work").exists()
     layers = json.loads(run(capsys, "inspect", out, "--json")[1])["layers"]
-    assert len(layers) == 14
-    assert {layer["format"] for layer in layers} == {"int3g32"}
+    assert len(layers) == 15
+    assert {layer["format"] for layer in layers[1:]} == {"int3g32"}
+    assert layers[0]["layer"] == "model.embed_tokens"
+    assert layers[0]["format"] == result["embedding"]
+
+
+@pytest.mark.parametrize(("asked", "bits"), [("none", 32), ("int4g32", 5)])
+def test_quantize_treats_the_embedding_as_asked(quantize, asked, bits):
+    command, out = quantize
+    assert command("--embedding", asked)[0] == 0
+    assert abs(lq.load(out).embedding.bits_per_weight - bits) < 2  # 48 columns fill 64
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])

@@ -15,9 +15,10 @@ from random_model import random_model, random_tokens
 from lowbitq._core import FormatError
 from lowbitq.calibration import calibrate
 from lowbitq.compression import compress, default_text
-from lowbitq.linears import QuantizedLinear
+from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.plans import Plan
+from lowbitq.quantizers import relative_error
 
 TOKENS = random_tokens(8 * 64).reshape(8, 64)
 HELD_OUT = random_tokens(64, seed=1)
@@ -25,7 +26,7 @@ MUCH = random_tokens(64 * 64, seed=2).reshape(64, 64)  # enough for feedback not
 
 
 def assert_same(one, two):
-    for (name, a), (_, b) in zip(one.linears(), two.linears(), strict=True):
+    for (name, a), (_, b) in zip(one.matrices(), two.matrices(), strict=True):
         assert np.array_equal(a.tensor.panels, b.tensor.panels), name
     assert [r["sha256"] for r in one.records.values()] == [
         r["sha256"] for r in two.records.values()
@@ -58,12 +59,16 @@ def test_eight_bits_change_little(method, rotation):
 
 
 def test_feedback_beats_rounding():
+    """In the median: of one rotation the divergence on so few tokens is a matter of luck."""
     model = random_model(seed=1)
     errors = {
-        method: divergence(compress(model, "int3g32", text=MUCH, method=method), model)
+        method: [
+            divergence(compress(model, "int3g32", text=MUCH, method=method, seed=seed), model)
+            for seed in range(7)
+        ]
         for method in ("rtn", "gptq")
     }
-    assert errors["gptq"] < errors["rtn"]
+    assert np.median(errors["gptq"]) < np.median(errors["rtn"])
 
 
 @pytest.mark.parametrize("options", [
@@ -93,6 +98,60 @@ def test_every_kind_of_format(format, order):
     assert np.isfinite(small.logits(HELD_OUT)).all()
 
 
+def untied_model(**options):
+    model = random_model(**options)
+    model.head = Linear(random_model(seed=7).embedding.weight)
+    return model
+
+
+@pytest.mark.parametrize("make", [random_model, untied_model])
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_embedding_and_head_are_packed(make, method):
+    model = make()
+    small = compress(model, "int4g32", text=TOKENS, method=method)
+    outer = dict(small.matrices())
+    for name in ("model.embed_tokens", "lm_head"):
+        assert (name in outer) == (name in dict(model.matrices())) == (name in small.records)
+        if name in outer:
+            before, after = dict(model.matrices())[name].weight, outer[name].tensor.dequantize()
+            half_step = (outer[name].tensor.scale / 2).max()
+            assert abs(after - before).max() <= 1.01 * half_step
+            exact = relative_error(before, after)
+            assert small.records[name]["relative_error"] == pytest.approx(exact, rel=1e-4)
+            assert small.records[name]["format"] == small.plan.embedding
+            assert outer[name].activation_bits == 8
+    assert isinstance(model.embedding, Linear), "the given model has changed"
+
+
+def test_an_embedding_may_be_left_alone():
+    model = untied_model()
+    kept = compress(model, "int4g32", method="rtn", embedding=None)
+    small = compress(model, "int4g32", method="rtn")
+    assert kept.embedding is model.embedding
+    assert kept.head is model.head
+    assert set(small.records) - set(kept.records) == {"model.embed_tokens", "lm_head"}
+    assert kept.bits_per_weight == small.bits_per_weight
+    saved = 2 * 4 * 100 * 64 - small.embedding.nbytes - small.head.nbytes
+    assert kept.nbytes - small.nbytes == saved
+
+
+@pytest.mark.parametrize(("asked", "given"), [(8, 8), (4, 8), (None, None)])
+def test_activations_of_the_head(asked, given):
+    small = compress(untied_model(), "int4g32", method="rtn", activation_bits=asked)
+    assert (small.embedding.activation_bits, small.head.activation_bits) == (given, given)
+
+
+def test_blocks_see_the_packed_embedding():
+    """Two bits of it are another input, and so are other codes."""
+    model = random_model(layers=1)
+    records = [
+        compress(model, "int2g32", text=TOKENS, rotation="none", embedding=format).records
+        for format in ("int8g64", "int2g64")
+    ]
+    name = "model.layers.0.mlp.up_proj"
+    assert records[0][name]["sha256"] != records[1][name]["sha256"]
+
+
 def test_formats_follow_the_plan():
     model = random_model()
     plan = Plan.uniform(model, "int4g32", overrides={"*.q_proj": "int2g64"})
@@ -103,13 +162,13 @@ def test_formats_follow_the_plan():
 
 
 def test_records_hold_the_errors_of_the_outputs():
-    """Of block 0, whose inputs are those of the float model."""
+    """Of block 0, whose inputs are those of the float model with the packed embedding."""
     model = random_model()
     small = compress(model, "int3g32", text=TOKENS, rotation="none", first_tokens=0)
     taps = {}
     inputs = []
     for row in TOKENS:
-        model.block_forward(0, model.embed(row), taps)
+        model.block_forward(0, small.embed(row), taps)
         inputs.append(taps["down"].copy())
     x = np.concatenate(inputs).astype(np.float64)
     weight = model.blocks[0].linears["down_proj"].weight
@@ -144,8 +203,9 @@ def test_statistics_bring_their_tokens():
 def test_progress_reports_each_layer():
     steps = []
     small = compress(random_model(), "int4g32", text=TOKENS, progress=steps.append)
-    assert [step.done for step in steps] == list(range(1, 22))
-    assert {step.total for step in steps} == {21}
+    assert [step.done for step in steps] == list(range(1, 23))
+    assert {step.total for step in steps} == {22}
+    assert steps[0].layer == "model.embed_tokens"
     assert {step.layer: step.record for step in steps} == small.records
 
 
@@ -153,7 +213,7 @@ def test_progress_bar(capsys):
     compress(random_model(layers=1), "int4g32", text=TOKENS, progress=True)
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "7/7" in shown.err
+    assert "8/8" in shown.err
     assert "error" in shown.err
     compress(random_model(layers=1), "int4g32", text=TOKENS)
     assert capsys.readouterr().err == ""
@@ -176,6 +236,10 @@ def test_refusals():
         compress(small, "int4g32", text=TOKENS)
     model.blocks[1].linears["q_proj"].weight[3, 4] = np.nan
     with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj has a NaN .* at \[3, 4\]"):
+        compress(model, "int4g32", text=TOKENS)
+    model = random_model()
+    model.embedding.weight[5, 6] = np.inf
+    with pytest.raises(ValueError, match=r"embed_tokens has a NaN or an infinity at \[5, 6\]"):
         compress(model, "int4g32", text=TOKENS)
 
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from small_files import write_folder, write_gguf, write_packed
 from test_models import to_gguf
 
-from lowbitq import FormatError
-from lowbitq.checkpoints import read_folder, read_gguf, read_packed
+from lowbitq import FormatError, compress
+from lowbitq.checkpoints import packed, read_folder, read_gguf, read_packed
 from lowbitq.models import load
 
 # The intact files have a few kB. What hypothesis and NumPy keep for themselves is below this.
@@ -208,8 +208,8 @@ def test_packed_without_verification(tmp_path, examples):
 
 
 @pytest.mark.parametrize("examples", EXAMPLES)
-@pytest.mark.parametrize("kind", ["gguf", "folder"])
-def test_models(tmp_path, examples, kind):
+@pytest.mark.parametrize("kind", ["gguf", "folder", "packed"])
+def test_models(tmp_path, examples, kind, monkeypatch):
     """What still is a file of its format may describe no model, or one that does not run here."""
     if kind == "gguf":
         path = to_gguf("llama3", tmp_path / "a.gguf")
@@ -217,6 +217,11 @@ def test_models(tmp_path, examples, kind):
         path = tmp_path / "model"
         path.mkdir()
         tiny_models.write_folder("llama3", path)
+    if kind == "packed":
+        small = compress(load(path), "int4g16", method="rtn")
+        path = tmp_path / "packed"
+        small.save(path)
+        monkeypatch.setattr(packed, "_verify", lambda folder: None)  # let the damage through
 
     def read(path):
         try:

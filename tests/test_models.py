@@ -119,6 +119,23 @@ def test_a_replaced_layer_runs_at_once(tmp_path):
         copy.replace_linear("lm_head", linear)
 
 
+@pytest.mark.parametrize("name", ["llama", "llama3"])
+def test_embedding_and_head_are_replaced_like_any_layer(name, tmp_path):
+    model = tiny(name, tmp_path)
+    tied = name == "llama"
+    tokens, (vocab, hidden) = tiny_models.tokens_of(name), model.embedding.shape
+    names = [name for name, _ in model.matrices()]
+    assert names[1:-1] == [name for name, _ in model.linears()][: -1 if tied else None]
+    assert (names[0], names[-1] == "lm_head") == ("model.embed_tokens", not tied)
+    assert model.parameters == sum(a.size for a in tiny_models.weights_of(name).values())
+    before = model.logits(tokens)
+    model.replace_linear("model.embed_tokens", Linear(np.zeros((vocab, hidden), np.float32)))
+    assert (model.embed(tokens) == 0).all()
+    if not tied:
+        model.replace_linear("lm_head", Linear(-model.head.weight))
+    assert largest_difference(model.logits(tokens), before) > LIMIT
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
 def test_a_rotated_model_has_the_same_logits(name, kind, tmp_path):

@@ -19,7 +19,7 @@ from golden import tiny_models
 import lowbitq
 from lowbitq import FormatError, Plan, quantize
 from lowbitq.checkpoints import packed
-from lowbitq.linears import QuantizedLinear
+from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Model, QuantizedModel, load
 from lowbitq.rotations import rotate
 
@@ -138,16 +138,48 @@ def test_what_compress_makes_can_be_kept(tmp_path):
 
 def test_the_embedding_takes_no_more_than_it_must(tmp_path):
     model = tiny("llama", tmp_path)
+    whole = model.embedding.weight
     for dtype, values in {
-        "F32": model.embedding,
-        "F16": model.embedding.astype(np.float16).astype(np.float32),
-        "BF16": (bits_of(model.embedding) & np.uint32(0xFFFF0000)).view(np.float32) * 2.0**100,
+        "F32": whole,
+        "F16": whole.astype(np.float16).astype(np.float32),
+        "BF16": (bits_of(whole) & np.uint32(0xFFFF0000)).view(np.float32) * 2.0**100,
     }.items():
-        model.embedding = values
+        model.embedding = Linear(values)
         model.save(tmp_path / "saved")
         folder = packed.read_packed(tmp_path / "saved")
         assert folder.tensors["model.embed_tokens.weight"].dtype == dtype
-        assert np.array_equal(bits_of(load(tmp_path / "saved").embedding), bits_of(values))
+        assert np.array_equal(bits_of(load(tmp_path / "saved").embedding.weight), bits_of(values))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3"])
+@pytest.mark.parametrize("format", ["int8g64", "int8g16sym", "int4g32", "nf4g64"])
+def test_a_packed_embedding_comes_back(tmp_path, name, format):
+    (tmp_path / "source").mkdir()
+    source = load(tiny_models.write_folder(name, tmp_path / "source"))
+    tokens = tiny_models.tokens_of(name)
+    model = lowbitq.compress(source, "int4g32", method="rtn", embedding=format)
+
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+
+    assert (loaded.head is None) == (source.head is None)
+    for before, after in zip(model.matrices(), loaded.matrices(), strict=True):
+        assert before[0] == after[0]
+        assert np.array_equal(before[1].tensor.panels, after[1].tensor.panels)
+        assert not after[1].tensor.panels.flags.owndata
+        assert after[1].activation_bits == before[1].activation_bits
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
+    assert loaded.nbytes == model.nbytes < source.nbytes / 3
+
+
+def test_folders_that_do_not_describe_their_embedding_are_read(tmp_path):
+    """As they were written while it was always dense."""
+    model, tokens = tiny("llama", tmp_path), tiny_models.tokens_of("llama")
+    model.save(tmp_path / "saved")
+    forge(tmp_path / "saved", lambda entry: entry["layers"].pop("model.embed_tokens"))
+    loaded = load(tmp_path / "saved")
+    assert np.array_equal(bits_of(loaded.embedding.weight), bits_of(model.embedding.weight))
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
 
 
 def test_another_process_reads_the_same(tmp_path):
@@ -216,15 +248,21 @@ FORGERIES = {
     "format": (lambda entry: entry["layers"][LAYER]["tensor"].update(format="int9"), LAYER),
     "rotation": (lambda entry: entry["layers"][LAYER]["rotation"].update(n=7), LAYER),
     "residual": (lambda entry: entry["residual_rotation"].pop("n"), "residual_rotation"),
+    "embedding": (
+        lambda entry: entry["layers"]["model.embed_tokens"].update(
+            rotation=entry["residual_rotation"]
+        ),
+        "model.embed_tokens: has a bias or a rotation, expected neither",
+    ),
+    "no embedding": (
+        lambda entry: entry["layers"].update({"model.embed_tokens": entry["layers"][LAYER]}),
+        "model.embed_tokens",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", FORGERIES)
-def test_contradictions_are_named(tmp_path, case):
-    """Even where someone made the checksums fit."""
-    change, message = FORGERIES[case]
-    tiny("llama", tmp_path, formats=["int4g64"]).save(tmp_path / "saved")
-    saved = tmp_path / "saved"
+def forge(saved, change):
+    """Change the entry of the configuration, and make the checksums fit."""
     config = json.loads((saved / "config.json").read_text())
     change(config["quantization_config"])
     (saved / "config.json").write_text(json.dumps(config))
@@ -232,8 +270,15 @@ def test_contradictions_are_named(tmp_path, case):
     files = {file.name: packed._sections(file) for file in sorted(saved.iterdir())}
     packed.write_json(saved / "checksums.json", packed._listing(files))
 
+
+@pytest.mark.parametrize("case", FORGERIES)
+def test_contradictions_are_named(tmp_path, case):
+    """Even where someone made the checksums fit."""
+    change, message = FORGERIES[case]
+    tiny("llama", tmp_path, formats=["int4g64"]).save(tmp_path / "saved")
+    forge(tmp_path / "saved", change)
     with pytest.raises(FormatError, match=message):
-        load(saved)
+        load(tmp_path / "saved")
 
 
 def test_a_disk_that_fails_loses_nothing(tmp_path, monkeypatch):

@@ -65,6 +65,15 @@ def test_json_round_trip():
     assert Plan.from_json(plan.to_json()) == plan
 
 
+def test_an_embedding_has_a_format_or_none():
+    for embedding in ("int4g32", None):
+        plan = Plan({}, embedding=embedding)
+        assert Plan.from_json(plan.to_json()) == plan
+        assert plan.embedding == embedding
+    with pytest.raises(ValueError, match="unknown format 'int9'"):
+        Plan({}, embedding="int9")
+
+
 def test_json_fields_may_be_missing():
     assert Plan.from_json('{"layers": {}, "seed": 2}') == Plan({}, seed=2)
 
@@ -79,6 +88,7 @@ def test_json_fields_may_be_missing():
         ('{"layers": {}, "importance": 1}', "importance is 1, expected bool"),
         ('{"layers": {}, "seed": true}', "seed is True"),
         ('{"layers": {"a": 3}}', "layers"),
+        ('{"layers": {}, "embedding": 8}', "embedding is 8, expected str"),
         ("{", "plan is not JSON"),
     ],
 )

@@ -146,7 +146,7 @@ def test_refusals_of_saved_rotations(change, message):
 
 
 def arrays_of(model):
-    parts = [model.embedding, model.final_norm]
+    parts = [model.embedding.weight, model.final_norm]
     for block in model.blocks:
         parts += [block.attention_norm, block.mlp_norm]
         parts += [a for x in block.linears.values() for a in (x.weight, x.bias)]

@@ -101,38 +101,42 @@ half_at(const uint8_t *bytes, int index)
     return lbq_half_widen(half);
 }
 
+static float
+scale_of(const lbq_panel *panel, ptrdiff_t step, int row)
+{
+    const uint8_t *const at = panel->scale + step * panel->scale_stride;
+    switch (panel->scale_bits) {
+    case 16:
+        return half_at(at, row);
+    case 8:
+        return panel->gamma * (float)at[row];
+    case 4:
+        return panel->gamma * (float)(at[row / 2] >> row % 2 * 4 & 15);
+    default:
+        return panel->gamma;
+    }
+}
+
+static float
+offset_of(const lbq_panel *panel, ptrdiff_t step, int row)
+{
+    if (panel->has_offset)
+        return half_at(panel->scale + step * panel->scale_stride, LBQ_PANEL + row);
+    return -panel->zero * scale_of(panel, step, row);
+}
+
 void
 lbq_panel_scale(const lbq_panel *panel, ptrdiff_t step, float scale[LBQ_PANEL])
 {
-    const uint8_t *const at = panel->scale + step * panel->scale_stride;
-    for (int r = 0; r < LBQ_PANEL; r++) {
-        switch (panel->scale_bits) {
-        case 16:
-            scale[r] = half_at(at, r);
-            break;
-        case 8:
-            scale[r] = panel->gamma * (float)at[r];
-            break;
-        case 4:
-            scale[r] = panel->gamma * (float)(at[r / 2] >> r % 2 * 4 & 15);
-            break;
-        default:
-            scale[r] = panel->gamma;
-        }
-    }
+    for (int r = 0; r < LBQ_PANEL; r++)
+        scale[r] = scale_of(panel, step, r);
 }
 
 void
 lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_PANEL])
 {
-    if (panel->has_offset) {
-        for (int r = 0; r < LBQ_PANEL; r++)
-            offset[r] = half_at(panel->scale + step * panel->scale_stride, LBQ_PANEL + r);
-        return;
-    }
-    lbq_panel_scale(panel, step, offset);
     for (int r = 0; r < LBQ_PANEL; r++)
-        offset[r] *= -panel->zero;
+        offset[r] = offset_of(panel, step, r);
 }
 
 static inline uint32_t
@@ -392,10 +396,10 @@ unpack_panel(const panel_work *work, ptrdiff_t panel)
     return LBQ_OK;
 }
 
-/* Up to 4 bits a row's values are tabulated once per step: 16 fmaf instead of 64. */
+/* `count` codes of one group. Up to 4 bits its values are tabulated: 16 fmaf instead of 64. */
 static void
-dequantize_row(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t count, float scale,
-               float offset, float *weight)
+dequantize(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t count, float scale,
+           float offset, float *weight)
 {
     if (packed->bits > 4) {
         for (ptrdiff_t k = 0; k < count; k++)
@@ -409,25 +413,27 @@ dequantize_row(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t count, 
         weight[k] = value[codes[k]];
 }
 
+static void
+dequantize_row(const lbq_packed *packed, const lbq_panel *panel, int row, float *weight)
+{
+    const ptrdiff_t step = panel->step;
+    for (ptrdiff_t s = 0; s < panel->steps; s++) {
+        uint8_t codes[LBQ_MAX_STEP];
+        unpack_row(packed->bits, panel->codes + s * panel->step_bytes, step, row, codes, 4);
+        const float scale = scale_of(panel, s, row), offset = offset_of(panel, s, row);
+        const ptrdiff_t count = smaller(step, packed->cols - s * step);
+        dequantize(packed, codes, count, scale, offset, weight + s * step);
+    }
+}
+
 static lbq_status
 dequantize_panel(const panel_work *work, ptrdiff_t panel)
 {
     const lbq_packed *const packed = work->packed;
-    const lbq_packed_geometry *const g = &work->geometry;
-    const lbq_panel view = lbq_packed_panel(packed, g, panel);
+    const lbq_panel view = lbq_packed_panel(packed, &work->geometry, panel);
     const ptrdiff_t first = panel * LBQ_PANEL;
-    for (ptrdiff_t s = 0; s < g->steps; s++) {
-        float scale[LBQ_PANEL], offset[LBQ_PANEL];
-        lbq_panel_scale(&view, s, scale);
-        lbq_panel_offset(&view, s, offset);
-        const ptrdiff_t begin = s * g->step, count = smaller(g->step, packed->cols - begin);
-        for (ptrdiff_t r = 0; r < smaller(LBQ_PANEL, packed->rows - first); r++) {
-            uint8_t codes[LBQ_MAX_STEP];
-            unpack_row(packed->bits, view.codes + s * g->step_bytes, g->step, (int)r, codes, 4);
-            float *const weight = work->weight_out + (first + r) * packed->cols + begin;
-            dequantize_row(packed, codes, count, scale[r], offset[r], weight);
-        }
-    }
+    for (ptrdiff_t r = 0; r < smaller(LBQ_PANEL, packed->rows - first); r++)
+        dequantize_row(packed, &view, (int)r, work->weight_out + (first + r) * packed->cols);
     return LBQ_OK;
 }
 
@@ -458,4 +464,15 @@ lbq_packed_dequantize(const lbq_packed *packed, float *weight)
 {
     panel_work work = {.packed = packed, .weight_out = weight};
     return over_panels(&work, dequantize_panel);
+}
+
+lbq_status
+lbq_packed_row(const lbq_packed *packed, ptrdiff_t row, float *weight)
+{
+    assert(row >= 0 && row < packed->rows);
+    lbq_packed_geometry geometry = {0};
+    LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
+    const lbq_panel panel = lbq_packed_panel(packed, &geometry, row / LBQ_PANEL);
+    dequantize_row(packed, &panel, (int)(row % LBQ_PANEL), weight);
+    return LBQ_OK;
 }

@@ -83,6 +83,9 @@ lbq_status lbq_unpack(const lbq_packed *packed, uint8_t *codes, float *scale, fl
 /* W (rows, cols) by the formula, each weight fma(scale, level, offset) rounded once. */
 lbq_status lbq_packed_dequantize(const lbq_packed *packed, float *weight);
 
+/* Row `row` of W alone, (cols), with the same bits. */
+lbq_status lbq_packed_row(const lbq_packed *packed, ptrdiff_t row, float *weight);
+
 /* One panel as kernels read it: pointers to what belongs to its step 0. */
 typedef struct {
     const uint8_t *codes;

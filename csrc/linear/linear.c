@@ -225,3 +225,12 @@ lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, fl
 {
     return lbq_linears_forward(1, &layer, tokens, x, &y);
 }
+
+lbq_status
+lbq_linear_row(const lbq_linear *layer, ptrdiff_t row, float *weight)
+{
+    if (!layer->dense)
+        return lbq_packed_row(&layer->packed, row, weight);
+    memcpy(weight, layer->dense + row * layer->cols, (size_t)layer->cols * sizeof(float));
+    return LBQ_OK;
+}

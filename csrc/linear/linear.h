@@ -36,4 +36,7 @@ lbq_status lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const f
 lbq_status lbq_linears_forward(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t tokens,
                                const float *x, float *const *y);
 
+/* weight (cols): row `row` of W, one of its `rows`, as an embedding looks it up. */
+lbq_status lbq_linear_row(const lbq_linear *layer, ptrdiff_t row, float *weight);
+
 #endif

@@ -191,14 +191,14 @@ LBQ_BINDING(block)
 
 LBQ_BINDING(decoder)
 {
-    lbq_array embedding, final_norm, frequency;
-    const lbq_linear *head;
+    lbq_array final_norm, frequency;
+    const lbq_linear *embedding, *head;
     const lbq_rotation *rotation;
     lbq_handles blocks;
     Py_ssize_t heads, kv_heads;
     double epsilon, rope_factor;
     const lbq_arg spec[] = {
-        LBQ_IN("embedding", &embedding, NPY_FLOAT32, "vh"),
+        LBQ_HANDLE("embedding", &embedding, LINEAR),
         LBQ_IN("final_norm", &final_norm, NPY_FLOAT32, "h"),
         LBQ_IN("frequency", &frequency, NPY_FLOAT64, "f"),
         LBQ_HANDLE_OR_NONE("head", &head, LINEAR),
@@ -219,14 +219,14 @@ LBQ_BINDING(decoder)
     for (ptrdiff_t i = 0; i < blocks.count; i++)
         list[i] = lbq_handle_at(&blocks, i);
     *made = (lbq_decoder){
-        .vocab = embedding.dims[0],
-        .hidden = embedding.dims[1],
+        .vocab = embedding->rows,
+        .hidden = final_norm.dims[0],
         .block_count = blocks.count,
         .heads = {.heads = heads, .kv_heads = kv_heads, .head_dim = 2 * frequency.dims[0]},
         .epsilon = (float)epsilon,
         .frequency = frequency.data,
         .rope_factor = rope_factor,
-        .embedding = embedding.data,
+        .embedding = embedding,
         .final_norm = final_norm.data,
         .head = head,
         .rotation = rotation,

@@ -214,6 +214,17 @@ lbq_decoder_check(const lbq_decoder *decoder)
         LBQ_TRY(check_layer(b->up, "up_proj", i, b->up->rows, hidden));
         LBQ_TRY(check_layer(b->down, "down_proj", i, hidden, b->up->rows));
     }
+    const lbq_linear *const embedding = decoder->embedding;
+    LBQ_REQUIRE(embedding->rows == decoder->vocab && embedding->cols == hidden,
+                LBQ_BAD_SHAPE,
+                "the embedding is (%td, %td), expected (%td, %td)",
+                embedding->rows,
+                embedding->cols,
+                decoder->vocab,
+                hidden);
+    LBQ_REQUIRE(!embedding->bias && !embedding->rotation,
+                LBQ_BAD_VALUE,
+                "the embedding has a bias or a rotation, expected neither");
     LBQ_REQUIRE(!decoder->head ||
                     (decoder->head->rows == decoder->vocab && decoder->head->cols == hidden),
                 LBQ_BAD_SHAPE,
@@ -241,8 +252,7 @@ lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *t
                     t,
                     (int)token[t],
                     decoder->vocab - 1);
-        memcpy(
-            x + t * hidden, decoder->embedding + token[t] * hidden, (size_t)hidden * sizeof(float));
+        LBQ_TRY(lbq_linear_row(decoder->embedding, token[t], x + t * hidden));
     }
     return decoder->rotation ? lbq_rotate(decoder->rotation, tokens, x) : LBQ_OK;
 }
@@ -286,9 +296,8 @@ lbq_decoder_finish(const lbq_decoder *decoder, ptrdiff_t rows, const float *x, f
 lbq_status
 lbq_decoder_head(const lbq_decoder *decoder, ptrdiff_t rows, const float *y, float *logits)
 {
-    const lbq_linear tied = {
-        .rows = decoder->vocab, .cols = decoder->hidden, .dense = decoder->embedding};
-    return lbq_linear_forward(decoder->head ? decoder->head : &tied, rows, y, logits);
+    const lbq_linear *const head = decoder->head ? decoder->head : decoder->embedding;
+    return lbq_linear_forward(head, rows, y, logits);
 }
 
 static lbq_status

@@ -6,7 +6,8 @@
  *     logits = head(norm(R^T x))
  *
  * one pair of additions per block. Linear layers are dense or packed, each with its own input
- * rotation and bias. Nothing here is written after it was made: a decoder may run in several
+ * rotation and bias. The embedding is a layer too, whose rows are looked up; it is the head as well
+ * where there is no other. Nothing here is written after it was made: a decoder may run in several
  * threads at once. */
 #ifndef LBQ_DECODER_H
 #define LBQ_DECODER_H
@@ -31,7 +32,7 @@ typedef struct {
     float epsilon;                /* of every norm */
     const double *frequency;      /* (head_dim / 2), radians per position */
     double rope_factor;           /* of sine and cosine */
-    const float *embedding;       /* (vocab, hidden) */
+    const lbq_linear *embedding;  /* (vocab, hidden), without rotation and bias */
     const float *final_norm;      /* (hidden) */
     const lbq_linear *head;       /* NULL: the embedding */
     const lbq_rotation *rotation; /* R, or NULL */
@@ -51,7 +52,8 @@ typedef struct {
     float *down;      /* (tokens, intermediate) */
 } lbq_taps;
 
-/* LBQ_BAD_SHAPE unless the layers of every block fit together. */
+/* LBQ_BAD_SHAPE unless all layers fit together; LBQ_BAD_VALUE for heads or an embedding of another
+ * kind than above. */
 lbq_status lbq_decoder_check(const lbq_decoder *decoder);
 
 /* x (tokens, hidden): R embedding[token]; LBQ_BAD_VALUE for a token outside the vocabulary. */

@@ -16,10 +16,9 @@ from lowbitq.checkpoints import GGUFFile, PackedFolder, SafetensorsFolder, open_
 from lowbitq.linears import Linear
 from lowbitq.models import llama, qwen
 from lowbitq.models.config import Family, ModelConfig, config_from_gguf, config_from_hf
-from lowbitq.models.decoder import AnyLinear, Block, Cache, Model
+from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Cache, Model
 from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES, OUTER_NAMES
 from lowbitq.models.quantized import (
-    HEAD,
     RESIDUAL_ROTATION,
     QuantizedModel,
     Report,
@@ -160,6 +159,9 @@ class _Tensors:
     def outer(self, name: str, *shape: int) -> NDArray[np.float32]:
         return self.take(OUTER_NAMES[name][self.naming], *shape)
 
+    def embedding(self) -> AnyLinear:
+        return Linear(self.outer("embedding", self.config.vocab_size, self.config.hidden_size))
+
     def head(self) -> AnyLinear:
         return Linear(self.outer("head", self.config.vocab_size, self.config.hidden_size))
 
@@ -203,6 +205,16 @@ class _PackedTensors(_Tensors):
     def __init__(self, source: PackedFolder, config: ModelConfig) -> None:
         super().__init__(source, config, 0)
         self.entry = source.config["quantization_config"]
+        with self.naming_errors("layers"):
+            # The first folders, in which the embedding is always dense, do not describe it.
+            self.layers = {EMBEDDING: {}, **self.entry["layers"]}
+
+    def embedding(self) -> AnyLinear:
+        embedding = self.join(EMBEDDING, self.config.vocab_size, self.config.hidden_size)
+        with self.naming_errors(EMBEDDING):
+            if embedding.bias is not None or embedding.rotation is not None:
+                raise ValueError("has a bias or a rotation, expected neither")
+        return embedding
 
     def head(self) -> AnyLinear:
         return self.join(HEAD, self.config.vocab_size, self.config.hidden_size)
@@ -217,7 +229,7 @@ class _PackedTensors(_Tensors):
     def join(self, name: str, rows: int, cols: int) -> AnyLinear:
         """Return the layer of this name, which must have this shape."""
         with self.naming_errors(name):
-            linear = join_linear(self.source, name, self.entry["layers"][name])
+            linear = join_linear(self.source, name, self.layers[name])
             if linear.shape != (rows, cols):
                 raise ValueError(f"shape is {linear.shape}, expected {(rows, cols)}")
         self.unused -= {tensor for tensor in self.unused if tensor.startswith(f"{name}.")}
@@ -246,7 +258,7 @@ def _assemble(
     model = kind(
         config=c,
         tokenizer=tokenizer,
-        embedding=tensors.outer("embedding", c.vocab_size, c.hidden_size),
+        embedding=tensors.embedding(),
         blocks=[_block(tensors, index) for index in range(c.layers)],
         final_norm=tensors.outer("final_norm", c.hidden_size),
         head=None if c.tie_embeddings else tensors.head(),

@@ -28,6 +28,9 @@ LINEARS = {
     "down_proj": "mlp",
 }
 
+# Hugging Face names of the matrices outside the blocks.
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
 # Tokens of a prompt that run at once: enough for the matrix products' full speed, few enough to
 # keep a long prompt's scratch small.
 _PREFILL = 512
@@ -90,7 +93,8 @@ class Model:
     ----------
     config : ModelConfig
     tokenizer : Tokenizer or None
-    embedding : ndarray of shape (vocab, hidden), float32
+    embedding : Linear or QuantizedLinear
+        Of shape (vocab, hidden), without bias and rotation: a row of its weight for each token.
     blocks : list of Block
     final_norm : ndarray of shape (hidden,), float32
     head : Linear or QuantizedLinear or None
@@ -103,7 +107,7 @@ class Model:
 
     config: ModelConfig
     tokenizer: Tokenizer | None
-    embedding: NDArray[np.float32]
+    embedding: AnyLinear
     blocks: list[Block]
     final_norm: NDArray[np.float32]
     head: AnyLinear | None = None
@@ -125,13 +129,27 @@ class Model:
             for key, folder in LINEARS.items():
                 yield f"model.layers.{i}.{folder}.{key}", block.linears[key]
 
+    def matrices(self) -> Iterator[tuple[str, AnyLinear]]:
+        """Yield all that `linears` does, between the embedding and, unless it is tied, the head.
+
+        Yields
+        ------
+        name : str
+            ``"model.embed_tokens"``, ``"model.layers.0.self_attn.q_proj"``, ..., ``"lm_head"``.
+        linear : Linear or QuantizedLinear
+        """
+        yield EMBEDDING, self.embedding
+        yield from self.linears()
+        if self.head is not None:
+            yield HEAD, self.head
+
     def replace_linear(self, name: str, linear: AnyLinear) -> None:
         """Put another layer in the place of the one with this name.
 
         Parameters
         ----------
         name : str
-            As `linears` yields it.
+            As `matrices` yields it.
         linear : Linear or QuantizedLinear
             Of the same shape.
 
@@ -142,16 +160,18 @@ class Model:
         ValueError
             If the shapes differ.
         """
-        for i, block in enumerate(self.blocks):
-            for key, folder in LINEARS.items():
-                if name == f"model.layers.{i}.{folder}.{key}":
-                    if linear.shape != block.linears[key].shape:
-                        raise ValueError(
-                            f"linear has shape {linear.shape}, {name} {block.linears[key].shape}"
-                        )
-                    block.linears[key] = linear
-                    return
-        raise KeyError(f"the model has no linear layer {name!r}")
+        before = dict(self.matrices()).get(name)
+        if before is None:
+            raise KeyError(f"the model has no linear layer {name!r}")
+        if linear.shape != before.shape:
+            raise ValueError(f"linear has shape {linear.shape}, {name} {before.shape}")
+        if name == EMBEDDING:
+            self.embedding = linear
+        elif name == HEAD:
+            self.head = linear
+        else:
+            _, _, index, _, key = name.split(".")
+            self.blocks[int(index)].linears[key] = linear
 
     def copy(self) -> Model:
         """Return a copy whose blocks can be changed; arrays and layers are shared."""
@@ -161,20 +181,15 @@ class Model:
     @property
     def parameters(self) -> int:
         """Number of weights, biases and gains; a tied head counts once."""
-        arrays, layers = self._arrays(), self._layers()
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        weights = sum(layer.shape[0] * layer.shape[1] for layer in layers)
-        return int(weights + sum(array.size for array in arrays + biases))
+        weights = sum(linear.shape[0] * linear.shape[1] for _, linear in self.matrices())
+        return weights + sum(vector.size for vector in self._vectors())
 
-    def _layers(self) -> list[AnyLinear]:
-        """Return every linear layer, the head's included."""
-        heads = [] if self.head is None else [self.head]
-        return [linear for _, linear in self.linears()] + heads
-
-    def _arrays(self) -> list[NDArray[np.float32]]:
-        """Return the embedding and all gains."""
-        gains = [part for block in self.blocks for part in block._parts()[:4] if part is not None]
-        return [self.embedding, self.final_norm, *gains]
+    def _vectors(self) -> Iterator[NDArray[np.float32]]:
+        """Yield all gains and biases."""
+        yield self.final_norm
+        for block in self.blocks:
+            yield from (gain for gain in block._parts()[:4] if gain is not None)
+        yield from (linear.bias for _, linear in self.matrices() if linear.bias is not None)
 
     @property
     def bits_per_weight(self) -> float:
@@ -185,11 +200,8 @@ class Model:
     @property
     def nbytes(self) -> int:
         """Bytes of all layers, biases, norms and the embedding."""
-        layers = self._layers()
-        biases = [layer.bias for layer in layers if layer.bias is not None]
-        return sum(array.nbytes for array in self._arrays() + biases) + sum(
-            layer.nbytes for layer in layers
-        )
+        weights = sum(linear.nbytes for _, linear in self.matrices())
+        return weights + sum(vector.nbytes for vector in self._vectors())
 
     def __repr__(self) -> str:
         c = self.config
@@ -427,7 +439,7 @@ class Model:
         if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before, strict=True)):
             frequencies, factor = self.config.rope_frequencies()
             self._handle = _core.decoder(
-                self.embedding,
+                self.embedding.handle,
                 self.final_norm,
                 frequencies,
                 None if self.head is None else self.head.handle,

@@ -27,7 +27,6 @@ from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
 from lowbitq.rotations import Rotation
 from lowbitq.tensors import QuantizedTensor
 
-HEAD = OUTER_NAMES["head"][0].removesuffix(".weight")
 RESIDUAL_ROTATION = "model.residual_rotation"
 
 
@@ -41,7 +40,7 @@ class QuantizedModel(Model):
         What `compress` was asked to do; of a loaded model a dict, of which ``Plan(**plan)`` makes
         the Plan again.
     records : dict of str to dict
-        What `compress` noted about each linear layer: ``format``, ``bits_per_weight``,
+        What `compress` noted about each matrix: ``format``, ``bits_per_weight``,
         ``relative_error``, ``seconds`` and whatever else.
     """
 
@@ -49,12 +48,12 @@ class QuantizedModel(Model):
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def report(self) -> Report:
-        """Return the records of all layers; prints as a table."""
+        """Return the records of all matrices; prints as a table."""
         return Report(
             [
                 {"layer": name, "bits_per_weight": linear.bits_per_weight}
                 | self.records.get(name, {})
-                for name, linear in self.linears()
+                for name, linear in self.matrices()
             ],
             self.bits_per_weight,
             self.nbytes,
@@ -79,17 +78,12 @@ class QuantizedModel(Model):
         OSError
             If something cannot be written; names it, and leaves nothing behind.
         """
-        arrays: dict[str, NDArray[Any]] = {}
-        for field_name, name in (("embedding", "embedding"), ("final_norm", "final_norm")):
-            arrays[OUTER_NAMES[name][0]] = narrowest(getattr(self, field_name))
+        arrays = {OUTER_NAMES["final_norm"][0]: narrowest(self.final_norm)}
         for i, block in enumerate(self.blocks):
             for field_name, (name, _) in NORM_NAMES.items():
                 if (gain := getattr(block, field_name)) is not None:
                     arrays[HF_BLOCK.format(i, name) + ".weight"] = narrowest(gain)
-        layers: dict[str, Any] = {}
-        heads = [] if self.head is None else [(HEAD, self.head)]
-        for name, linear in [*self.linears(), *heads]:
-            layers[name] = split_linear(linear, name, arrays)
+        layers = {name: split_linear(linear, name, arrays) for name, linear in self.matrices()}
         tied = replace(self.config, tie_embeddings=self.head is None)
         config = tied.to_hf() | quantization_config(
             bits_per_weight=self.bits_per_weight,
@@ -197,14 +191,14 @@ def _version() -> str | None:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of each linear layer.
+    """What became of each matrix: the embedding, the linear layers, an untied head.
 
     Attributes
     ----------
     layers : list of dict
         ``layer``, ``bits_per_weight`` and what `compress` noted.
     bits_per_weight : float
-        Over the linear layers.
+        Over the linear layers of the blocks.
     nbytes : int
         Of the whole model.
     """
@@ -226,7 +220,8 @@ class Report:
             )
             for row in rows
         ]
-        total = f"{self.bits_per_weight:.3f} bits per weight, {self.nbytes / 1e6:.1f} MB"
+        size = f"{self.nbytes / 1e6:.1f} MB"
+        total = f"{self.bits_per_weight:.3f} bits per weight of the linear layers, {size} in all"
         return "\n".join([*lines, total])
 
 

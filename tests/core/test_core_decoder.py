@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import oracle
 import pytest
+from packed_parts import description, pack, random_parts
 
 from lowbitq import _core
 from lowbitq.rotations import Rotation
@@ -59,14 +60,17 @@ def block_handle(block):
     return _core.block(*(block[name] for name in NORMS), *layers)
 
 
-def decoder_of(network, rotation=None, **changes):
+def dense(weight):
+    return None if weight is None else _core.linear_dense(weight, None, None)
+
+
+def decoder_of(network, rotation=None, embedding=None, **changes):
     network = network | changes
-    head = network["head"]
     return _core.decoder(
-        network["embedding"],
+        embedding or dense(network["embedding"]),
         network["final_norm"],
         network["frequency"],
-        None if head is None else _core.linear_dense(head, None, None),
+        dense(network["head"]),
         rotation,
         tuple(block_handle(block) for block in network["blocks"]),
         heads=network["heads"],
@@ -143,6 +147,57 @@ def test_a_residual_rotation_is_undone():
     assert close(logits, oracle.decoder(network, tokens))
 
 
+PACKED = [
+    description(VOCAB, HIDDEN, 8, 16, has_offset=True),
+    description(VOCAB, HIDDEN, 8, 16, zero=127.5),
+    description(VOCAB, HIDDEN, 3, zero=3.5),
+    description(VOCAB, HIDDEN, 4, 16, scale_bits=4, gamma=0.03, zero=7.5),
+    description(VOCAB, HIDDEN, 2, scale_bits=8, gamma=0.03, zero=1.5),
+    description(VOCAB, HIDDEN, 1, scale_bits=0, gamma=0.5, zero=0.5),
+]
+
+
+def packed_embedding(spec, levels=None, activation_bits=0):
+    """A layer and the weights it stands for."""
+    panels = pack(spec, *random_parts(spec))
+    weight = np.empty((VOCAB, HIDDEN), np.float32)
+    _core.packed_dequantize(panels, levels, weight, **spec)
+    layer = _core.linear_packed(panels, levels, None, None, **spec, activation_bits=activation_bits)
+    return layer, weight
+
+
+@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("spec", PACKED, ids=lambda spec: f"{spec['bits']}")
+def test_rows_of_a_packed_embedding_are_those_of_its_matrix(spec, table):
+    if spec["bits"] == 8 and table:
+        pytest.skip("no table of 256 levels")
+    levels = np.linspace(-1, 2, 1 << spec["bits"], dtype=np.float32) if table else None
+    layer, weight = packed_embedding(spec, levels)
+    tokens = np.array([0, 49, 15, 16, 17, 33, 0, 32], np.int32)
+    x = np.full((len(tokens) + 2, HIDDEN), np.nan, np.float32)
+    _core.decoder_embed(decoder_of(network_of(8), embedding=layer), tokens, x[1:-1])
+    assert (x[1:-1] == weight[tokens]).all()
+    assert np.isnan(x[[0, -1]]).all(), "wrote outside x"
+
+
+def test_a_packed_embedding_is_the_head_too(isa):
+    layer, weight = packed_embedding(PACKED[0])
+    network = network_of(9) | {"embedding": weight}
+    logits = forward(decoder_of(network, embedding=layer), tokens_of(30))
+    assert close(logits, oracle.decoder(network, tokens_of(30)))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 30])
+def test_a_packed_head_quantizes_its_input_as_any_layer(isa, tokens):
+    layer, _ = packed_embedding(PACKED[0], activation_bits=8)
+    decoder = decoder_of(network_of(10), embedding=layer)
+    y = np.random.default_rng(tokens).standard_normal((tokens, HIDDEN), dtype=np.float32)
+    logits, expected = np.full((2, tokens, VOCAB), np.nan, np.float32)
+    _core.decoder_head(decoder, y, logits)
+    _core.linear_forward(layer, y, expected)
+    assert (logits == expected).all()
+
+
 def test_two_threads_may_run_one_decoder():
     decoder = decoder_of(network_of(3))
     inputs = [tokens_of(n) for n in (40, 41, 42, 43)]
@@ -180,6 +235,12 @@ def test_layers_that_do_not_fit_are_refused():
         decoder_of(network, Rotation(8).handle)
     with pytest.raises(ValueError, match=r"the head is \(50, 23\), expected \(50, 24\)"):
         decoder_of(network, head=np.zeros((VOCAB, HIDDEN - 1), np.float32))
+    with pytest.raises(ValueError, match=r"the embedding is \(50, 25\), expected \(50, 24\)"):
+        decoder_of(network, embedding=dense(np.zeros((VOCAB, HIDDEN + 1), np.float32)))
+    for parts in ((np.zeros(VOCAB, np.float32), None), (None, Rotation(HIDDEN).handle)):
+        layer = _core.linear_dense(network["embedding"], *parts)
+        with pytest.raises(ValueError, match="the embedding has a bias or a rotation"):
+            decoder_of(network, embedding=layer)
 
 
 def test_handles_of_another_kind_are_refused():
@@ -187,7 +248,7 @@ def test_handles_of_another_kind_are_refused():
     decoder = decoder_of(network)
     with pytest.raises(TypeError, match=r"decoder is not a lowbitq\.decoder"):
         _core.decoder_head(Rotation(8).handle, np.zeros((1, 1), np.float32), None)
-    args = [network["embedding"], network["final_norm"], network["frequency"], None, None]
+    args = [dense(network["embedding"]), network["final_norm"], network["frequency"], None, None]
     options = {"heads": 6, "kv_heads": 2, "epsilon": 0.0, "rope_factor": 1.0}
     with pytest.raises(TypeError, match=r"blocks\[0\] is not a lowbitq.block"):
         _core.decoder(*args, (decoder,), **options)

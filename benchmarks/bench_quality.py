@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,32 +31,47 @@ from lowbitq.cli import demo_model
 
 CALIBRATION = {"samples": 32, "window": 2048, "seed": 0}
 PREDICTION = {"window": 2048, "windows": 16}
-SEEDS = (0, 1, 2)
+
+
+# GPTQ as it was published, the reference of what is ours: every token of the calibration text
+# counts once, every column of a group alike in the search of its scale, and the damping is relative
+# to the mean of the diagonal.
+PUBLISHED = {
+    "importance": False,
+    "damping_by": "mean",
+    "first_weight": 1.0,
+    "order": "act",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantize; `seeds` of the rotation."""
+    """One way to quantize; `seeds` of the rotation, `options` of the plan."""
 
     format: str
     method: str
     rotation: str
     seeds: tuple[int, ...] = (0,)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         rotation = "not rotated" if self.rotation == "none" else self.rotation
-        return f"{self.format} {self.method}, {rotation}"
+        published = " as published" if self.options == PUBLISHED else ""
+        return f"{self.format} {self.method}{published}, {rotation}"
 
 
 # The norms' gains are fused only where a rotation needs it. Two bits depend on the rotation's seed.
 ROWS = [
-    row
-    for bits in (4, 3, 2)
-    for row in (
-        Row(f"int{bits}g64", "rtn", "none"),
-        Row(f"int{bits}g64", "gptq", "none"),
-        Row(f"int{bits}g64", "gptq", "hadamard", SEEDS if bits == 2 else SEEDS[:1]),
-    )
+    Row("int4g64", "rtn", "none"),
+    Row("int4g64", "gptq", "none"),
+    Row("int4g64", "gptq", "hadamard"),
+    Row("int3g64", "rtn", "none"),
+    Row("int3g64", "gptq", "none"),
+    Row("int3g64", "gptq", "hadamard"),
+    Row("int2g64", "rtn", "none"),
+    Row("int2g64", "gptq", "none", options=PUBLISHED),
+    Row("int2g64", "gptq", "none"),
+    Row("int2g64", "gptq", "hadamard", seeds=(0, 1, 2)),
 ]
 
 
@@ -139,6 +154,7 @@ class Bench:
             seed=seed,
             embedding=None,
             progress=True,
+            **row.options,
         )
 
 

@@ -1,4 +1,5 @@
-"""Attention against float64, in sizes around its panels of 64 and blocks of 256 keys."""
+"""Attention against float64, in sizes around its panels of 64 and blocks of 256 keys, and where
+few tokens have their keys cut into several runs."""
 
 from __future__ import annotations
 
@@ -30,6 +31,11 @@ def attend(q, k, v):
         (5, 130, 8, 2, 128),
         (7, 40, 100, 1, 4),
         (300, 300, 6, 2, 80),
+        (1, 1025, 9, 3, 64),
+        (1, 768, 32, 8, 128),
+        (3, 2000, 8, 2, 100),
+        (1, 16500, 2, 1, 64),
+        (40, 1300, 2, 2, 64),
     ],
 )
 def test_attention_matches_oracle(isa, tokens, keys, heads, kv_heads, d):
@@ -61,9 +67,11 @@ def test_later_keys_do_not_exist(isa):
     assert (after[60:] != before[60:]).all()
 
 
-def test_threads_do_not_change_a_bit():
+@pytest.mark.parametrize(("tokens", "keys"), [(200, 200), (1, 3000)])
+def test_threads_do_not_change_a_bit(tokens, keys):
     rng = np.random.default_rng(2)
-    q, k, v = rng.standard_normal((3, 200, 4, 32), dtype=np.float32)
+    k, v = rng.standard_normal((2, keys, 4, 32), dtype=np.float32)
+    q = rng.standard_normal((tokens, 4, 32), dtype=np.float32)
     threads = _core.config()["threads"]
     results = []
     for count in (1, 2, 3):

@@ -204,7 +204,7 @@ part_of(const product *job, ptrdiff_t unit)
     return of;
 }
 
-/* A token's sums of one panel into y, with the bias. */
+/* A token's sums of one panel into y. */
 static void
 store_sums(const part *of, ptrdiff_t panel, ptrdiff_t token, const float *sums)
 {
@@ -214,8 +214,17 @@ store_sums(const part *of, ptrdiff_t panel, ptrdiff_t token, const float *sums)
         memcpy(y, sums, sizeof(float) * LBQ_PANEL);
     else
         memcpy(y, sums, sizeof(float) * (size_t)rows);
-    for (ptrdiff_t r = 0; of->bias && r < rows; r++)
-        y[r] += of->bias[row + r];
+}
+
+/* The bias of the rows of some panels, for some tokens. */
+static void
+add_bias(const part *of, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t token, ptrdiff_t tokens)
+{
+    const ptrdiff_t row = panel * LBQ_PANEL;
+    const ptrdiff_t rows = smaller(panels * LBQ_PANEL, of->packed->rows - row);
+    for (ptrdiff_t t = token; of->bias && t < token + tokens; t++)
+        for (ptrdiff_t r = row; r < row + rows; r++)
+            of->y[t * of->packed->rows + r] += of->bias[r];
 }
 
 static gemv_kernel
@@ -247,21 +256,41 @@ panel_at(const part *of, ptrdiff_t index)
     return panel;
 }
 
+/* Some panels of a part times a few tokens. */
+static void
+multiply_panels(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels)
+{
+    const ptrdiff_t bytes = of->geometry.panel_bytes;
+    const ptrdiff_t whole = job->tokens == 1 ? of->packed->rows / LBQ_PANEL : 0;
+    const lbq_activations x = tile_at(job, of, 0);
+    lbq_panel panel = panel_at(of, first);
+    for (ptrdiff_t p = first; p < first + panels; p++) {
+        _Alignas(64) float sums[FEW * LBQ_PANEL];
+        if (p < whole) { /* sixteen sums of one token */
+            of->gemv(&panel, &x, of->y + p * LBQ_PANEL);
+        } else {
+            of->gemv(&panel, &x, sums);
+            for (ptrdiff_t t = 0; t < job->tokens; t++)
+                store_sums(of, p, t, sums + t * LBQ_PANEL);
+        }
+        panel.codes += bytes;
+        panel.scale += bytes;
+    }
+    add_bias(of, first, panels, 0, job->tokens);
+}
+
 static lbq_status
 gemv_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
     const product *const job = context;
     const ptrdiff_t end = smaller((index + 1) * job->per_task, job->units);
-    for (ptrdiff_t unit = index * job->per_task; unit < end; unit++) {
+    for (ptrdiff_t unit = index * job->per_task; unit < end;) {
         const part *const of = part_of(job, unit);
-        const ptrdiff_t p = unit - of->first_unit;
-        const lbq_panel panel = panel_at(of, p);
-        const lbq_activations x = tile_at(job, of, 0);
-        _Alignas(64) float sums[FEW * LBQ_PANEL];
-        of->gemv(&panel, &x, sums);
-        for (ptrdiff_t t = 0; t < job->tokens; t++)
-            store_sums(of, p, t, sums + t * LBQ_PANEL);
+        const ptrdiff_t first = unit - of->first_unit;
+        const ptrdiff_t panels = smaller(of->units - first, end - unit);
+        multiply_panels(job, of, first, panels);
+        unit += panels;
     }
     return LBQ_OK;
 }
@@ -305,12 +334,14 @@ multiply_band(const product *job, const part *of, ptrdiff_t first, ptrdiff_t fir
             job, of, panel, count, first_tile, tiles, codes, sums + at * BLOCK * TILE_SUMS);
     }
     const ptrdiff_t first_token = first_tile * LBQ_TILE;
-    for (ptrdiff_t t = 0; t < smaller(tiles * LBQ_TILE, job->tokens - first_token); t++)
+    const ptrdiff_t tokens = smaller(tiles * LBQ_TILE, job->tokens - first_token);
+    for (ptrdiff_t t = 0; t < tokens; t++)
         for (ptrdiff_t p = 0; p < panels; p++) {
             const ptrdiff_t pair = p / PAIR * BLOCK + t / LBQ_TILE;
             const float *const of_panel = sums + (pair * PAIR + p % PAIR) * TILE_SUMS;
             store_sums(of, first + p, first_token + t, of_panel + t % LBQ_TILE * LBQ_PANEL);
         }
+    add_bias(of, first, panels, first_token, tokens);
 }
 
 static lbq_status

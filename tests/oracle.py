@@ -87,14 +87,20 @@ def kmeans_error(values, count, weights=None):
 def packed_codes(codes, bits):
     """Codes (16, step) of one step as the bytes of its blocks, straight from the table."""
     if bits == 3:
-        halves = np.split(codes, codes.shape[1] // 32, axis=1)
-        return b"".join(packed_codes(h & 3, 2) + packed_codes(h >> 2, 1) for h in halves)
+        parts = np.split(codes, codes.shape[1] // 32, axis=1)
+        return b"".join(_blocks(p & 3, 2).tobytes() + _blocks(p >> 2, 1).tobytes() for p in parts)
+    blocks = _blocks(codes, bits)
+    return (blocks.transpose(0, 2, 1) if bits == 1 else blocks).tobytes()
+
+
+def _blocks(codes, bits):
+    """Blocks of bytes (block, row, i)."""
     planes = 8 // bits
     out = np.zeros((codes.shape[1] // (4 * planes), 16, 4), np.uint8)
     for row, k in np.ndindex(codes.shape):
         block, inside = divmod(k, 4 * planes)
         out[block, row, inside % 4] |= codes[row, k] << inside // 4 * bits
-    return out.tobytes()
+    return out
 
 
 def quantize_activations(x, step, limit):

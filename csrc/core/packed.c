@@ -192,8 +192,32 @@ unpack_lane(int bits, const uint8_t *blocks, int shift, ptrdiff_t columns, int r
 }
 
 static void
+pack_ones(const uint8_t *codes, ptrdiff_t columns, int row, uint8_t *blocks)
+{
+    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 32, blocks += BLOCK)
+        for (int i = 0; i < 4; i++) {
+            unsigned byte = 0;
+            for (int p = 0; p < 8; p++)
+                byte |= (unsigned)codes[i + 4 * p] << p;
+            blocks[LBQ_PANEL * i + row] = (uint8_t)byte;
+        }
+}
+
+static void
+unpack_ones(const uint8_t *blocks, ptrdiff_t columns, int row, uint8_t *out, ptrdiff_t stride)
+{
+    for (ptrdiff_t k = 0; k < columns; k += 4, out += stride)
+        for (int i = 0; i < 4; i++)
+            out[i] = blocks[k / 32 * BLOCK + LBQ_PANEL * i + row] >> k / 4 % 8 & 1;
+}
+
+static void
 pack_step(int bits, const uint8_t *codes, ptrdiff_t columns, int row, uint8_t *blocks)
 {
+    if (bits == 1) {
+        pack_ones(codes, columns, row, blocks);
+        return;
+    }
     if (bits != 3) {
         pack_lane(bits, codes, 0, columns, row, blocks);
         return;
@@ -208,6 +232,10 @@ static void
 unpack_row(int bits, const uint8_t *blocks, ptrdiff_t columns, int row, uint8_t *out,
            ptrdiff_t stride)
 {
+    if (bits == 1) {
+        unpack_ones(blocks, columns, row, out, stride);
+        return;
+    }
     if (bits != 3) {
         unpack_lane(bits, blocks, 0, columns, row, out, stride);
         return;

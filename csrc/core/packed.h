@@ -5,15 +5,16 @@
  * Rows come in panels of 16, the last one padded. A panel is cut along k into steps of `step`
  * columns, the last one padded with zero codes. A step holds its codes in 64-byte blocks in which
  * every 32-bit lane r holds four k-bytes of row r, so that a kernel broadcasts four activations
- * and multiplies:
+ * and multiplies; only 1-bit codes have the 16 rows of a k-byte together, so that a kernel looks
+ * up sums of four activations, 16 rows at once:
  *
- *     bits   columns per block   column of byte 4 r + i, plane p (bits p * bits and up)
- *     1      32                  i + 4 p,  p = 0..7
- *     2      16                  i + 4 p,  p = 0..3
- *     4       8                  i + 4 p,  p = 0..1
- *     8       4                  i
- *     3      32                  two 2-bit blocks (low bits of columns 0-15, 16-31), then one 1-bit
- *                                block with the high bits
+ *     bits   columns per block   column of plane p (bits p * bits and up) of byte
+ *     1      32                  i + 4 p,  p = 0..7         16 i + r
+ *     2      16                  i + 4 p,  p = 0..3         4 r + i
+ *     4       8                  i + 4 p,  p = 0..1         4 r + i
+ *     8       4                  i                          4 r + i
+ *     3      32                  two 2-bit blocks (low bits of columns 0-15, 16-31), then one with
+ *                                the high bits: i + 4 p, p = 0..7, in byte 4 r + i
  *
  * Scales follow, 16 of them, then 16 float16 offsets if there are any: after each step where
  * every `group` columns have their own (group = step), once at the panel's end where a row has

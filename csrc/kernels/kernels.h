@@ -24,6 +24,7 @@ typedef struct {
      * (base - zero) * total instead of scale and shift (linear/levels.h) */
     const float *factors;
     ptrdiff_t width;
+    const uint8_t *sums; /* subset_sums of each token, one after the other; for gemv_u1_i8 only */
 } lbq_activations;
 
 /* X(name, result, (parameters)), each with its contract in the comment above it. */
@@ -44,6 +45,11 @@ typedef struct {
        float *total))                                                                              \
     /* `width` rows of q, `columns` bytes each, to lbq_activations.values; exact. */               \
     X(interleave, void, (const int8_t *q, ptrdiff_t columns, ptrdiff_t width, int8_t *values))     \
+    /* Sums that 1-bit codes ask for. For every 32 columns [part][n][i][m], m = 0..15: the sum     \
+     * over the bits j of m of the part of q[i + 4 j + 16 n], which is q mod 16 (part 0) or                   \
+     * floor(q / 16) (part 1), and 32 more in part 1; hence 0 to 60. `columns` is a multiple of                    \
+     * 32; exact. */                                                                               \
+    X(subset_sums, void, (const int8_t *q, ptrdiff_t columns, uint8_t *sums))                      \
     /* lbq_step_unpack of 1- to 4-bit codes; exact. */                                             \
     X(unpack_u1, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \
     X(unpack_u2, void, (const uint8_t *codes, ptrdiff_t columns, uint8_t *out))                    \

@@ -61,7 +61,9 @@ typedef struct {
     ptrdiff_t tile_factors; /* steps * 3 * width */
     int8_t *values;         /* per tile as in lbq_activations */
     float *factors;         /* likewise, [grid][tile] */
-    ptrdiff_t per_task;     /* tiles, units or blocks of units, in the loop that runs */
+    size_t sums_bytes;      /* of subset sums: 8 per value, if a part has 1-bit codes to look up */
+    uint8_t *sums;
+    ptrdiff_t per_task; /* tiles, units or blocks of units, in the loop that runs */
 } product;
 
 static ptrdiff_t
@@ -104,6 +106,7 @@ tile_at(const product *job, const part *of, ptrdiff_t tile)
         .values = job->values + tile * job->tile_bytes,
         .factors = job->factors + of->factors + tile * job->tile_factors,
         .width = job->width,
+        .sums = job->sums,
     };
 }
 
@@ -176,6 +179,8 @@ quantize_tile(const product *job, ptrdiff_t tile, const workspace *w)
         for (ptrdiff_t g = 0; g < job->grid_count; g++)
             store_factors(job, &job->grids[g], w, factors + g * set);
     }
+    if (job->sums_bytes)
+        lbq_kernel.subset_sums(rows, job->tile_bytes, job->sums);
     if (width > 1)
         lbq_kernel.interleave(rows, job->padded, width, values);
 }
@@ -409,6 +414,8 @@ add_part(product *job, ptrdiff_t index, const lbq_linear *layer, float *y)
     to->gemv = gemv_for(packed->bits, to->levels.lookup);
     to->units = job->width < LBQ_TILE ? to->geometry.panels : pieces(to->geometry.panels, BAND);
     job->units += to->units;
+    if (packed->bits == 1 && job->width < LBQ_TILE)
+        job->sums_bytes = 8 * (size_t)job->tile_bytes;
 
     const float base = to->levels.base - (packed->has_offset ? 0 : packed->zero);
     const float step = to->levels.step;
@@ -456,9 +463,11 @@ lbq_multiply_quantized(ptrdiff_t count, const lbq_linear *const *layers,
     const size_t factors = sizeof(float) * (size_t)(job.grid_count * job.tiles * job.tile_factors);
 
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(values) + lbq_padded(factors)));
+    LBQ_TRY(lbq_arena_open(&arena,
+                           lbq_padded(values) + lbq_padded(factors) + lbq_padded(job.sums_bytes)));
     job.values = lbq_arena_take(&arena, values);
     job.factors = lbq_arena_take(&arena, factors);
+    job.sums = lbq_arena_take(&arena, job.sums_bytes);
     const lbq_status status = run(&job);
     lbq_arena_close(&arena);
     return status;

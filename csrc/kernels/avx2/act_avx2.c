@@ -62,6 +62,41 @@ lbq_quantize_i8_avx2(const float *x, ptrdiff_t cols, ptrdiff_t step, int limit, 
     quantize_step(padded, step, limit, q + begin, scale, total);
 }
 
+/* Sums of 16 activations `v` for n = 0 or 1, [i][m]: a shuffle takes each to the m that have its
+ * bit and leaves zeros elsewhere. */
+static inline void
+subset_sums(__m128i v, __m128i bias, uint8_t *sums)
+{
+    const __m256i values = _mm256_broadcastsi128_si256(v);
+    const __m256i bit = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+    for (int i = 0; i < 4; i += 2) {
+        __m256i sum = _mm256_broadcastsi128_si256(bias);
+        for (int j = 0; j < 4; j++) {
+            const __m256i mask = _mm256_set1_epi8((char)(1 << j));
+            const __m256i has = _mm256_cmpeq_epi8(_mm256_and_si256(bit, mask), mask);
+            const __m256i from = _mm256_set_m128i(_mm_set1_epi8((char)(4 * j + i + 1)),
+                                                  _mm_set1_epi8((char)(4 * j + i)));
+            sum = _mm256_add_epi8(sum, _mm256_and_si256(has, _mm256_shuffle_epi8(values, from)));
+        }
+        _mm256_storeu_si256((__m256i *)(sums + 16 * i), sum);
+    }
+}
+
+void
+lbq_subset_sums_avx2(const int8_t *q, ptrdiff_t columns, uint8_t *sums)
+{
+    const __m128i nibble = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    for (ptrdiff_t k = 0; k < columns; k += 32, sums += 256)
+        for (int n = 0; n < 2; n++) {
+            const __m128i v = _mm_loadu_si128((const __m128i *)(q + k + 16 * n));
+            const __m128i bits = _mm_and_si128(_mm_srli_epi16(v, 4), nibble);
+            const __m128i high = _mm_sub_epi8(_mm_xor_si128(bits, eight), eight);
+            subset_sums(_mm_and_si128(v, nibble), _mm_setzero_si128(), sums + 64 * n);
+            subset_sums(high, _mm_set1_epi8(32), sums + 128 + 64 * n);
+        }
+}
+
 /* Eight words of each of eight tokens, transposed. */
 static inline void
 interleave_words(const int8_t *q, ptrdiff_t columns, int8_t *values)

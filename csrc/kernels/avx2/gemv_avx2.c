@@ -7,13 +7,14 @@
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/panel_avx2.h"
 
-/* What is stored: codes of so many bits, or such codes of a table's bytes. */
-typedef enum { U1, U2, U3, U4, U8, T2, T3, T4 } code_kind;
+/* What is stored: codes of so many bits, or 16 + bits for such codes of a table's bytes. 1-bit
+ * codes have a file of their own. */
+typedef enum { U2 = 2, U3, U4, U8 = 8, T2 = 16 + 2, T3, T4 } code_kind;
 
 LBQ_INLINE int
 bits_of(const code_kind kind)
 {
-    return kind == U8 ? 8 : kind >= T2 ? kind - T2 + 2 : kind - U1 + 1;
+    return kind % 16;
 }
 
 enum { AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */ };
@@ -76,22 +77,6 @@ accumulate(__m256i *sum, block plane, const int8_t *q, ptrdiff_t k, const int wi
         const __m256i word = broadcast_word(q + k * width + 4 * t);
         for (int h = 0; h < halves; h++)
             add_products(&sum[h * width + t], plane.half[h], word);
-    }
-}
-
-LBQ_INLINE void
-sum_u1(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width,
-       const int halves, sums *sum)
-{
-#pragma GCC unroll 2
-    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 64) {
-        block planes = load_block(codes, halves);
-#pragma GCC unroll 4
-        for (int p = 0; p < 8; p += 2) {
-            accumulate(sum->low, masked(planes, 1, halves), q, k + 4 * p, width, halves);
-            accumulate(sum->high, masked(planes, 2, halves), q, k + 4 * p + 4, width, halves);
-            planes = shifted(planes, 2, halves);
-        }
     }
 }
 
@@ -249,9 +234,6 @@ sum_columns(const code_kind kind, const lookups *table, const uint8_t *codes,
     for (int i = 0; i < width * halves; i++)
         sum.low[i] = sum.high[i] = _mm256_setzero_si256();
     switch (kind) {
-    case U1:
-        sum_u1(codes, columns, q, width, halves, &sum);
-        break;
     case U2:
         sum_u2(codes, columns, q, width, halves, &sum);
         break;
@@ -275,7 +257,7 @@ sum_columns(const code_kind kind, const lookups *table, const uint8_t *codes,
     }
     for (int i = 0; i < width * halves; i++) {
         __m256i part;
-        if (kind == U1 || kind == U2)
+        if (kind == U2)
             part = widen(
                 _mm256_add_epi16(sum.low[i], _mm256_srai_epi16(sum.high[i], bits_of(kind))), 1);
         else if (kind == U3)
@@ -344,7 +326,7 @@ LBQ_INLINE void
 gemv_any(const code_kind kind, const lbq_panel *panel, const lbq_activations *x, float *y)
 {
     const ptrdiff_t most = kind >= U8 ? 32 : 64;
-    const ptrdiff_t least = kind == U1 || kind == U3 || kind == T3 ? 32 : 16;
+    const ptrdiff_t least = kind == U3 || kind == T3 ? 32 : 16;
     if (x->width == 1 && panel->step >= most)
         gemv(kind, most, 1, panel, x, y);
     else if (x->width == 1)
@@ -353,12 +335,6 @@ gemv_any(const code_kind kind, const lbq_panel *panel, const lbq_activations *x,
         gemv(kind, most, 4, panel, x, y);
     else
         gemv(kind, least, 4, panel, x, y);
-}
-
-void
-lbq_gemv_u1_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
-{
-    gemv_any(U1, panel, x, y);
 }
 
 void

@@ -18,6 +18,7 @@ lbq_table_avx2(lbq_kernels *table)
     table->hadamard_base = lbq_hadamard_base_avx2;
     table->quantize_i8 = lbq_quantize_i8_avx2;
     table->interleave = lbq_interleave_avx2;
+    table->subset_sums = lbq_subset_sums_avx2;
     table->unpack_u1 = lbq_unpack_u1_avx2;
     table->unpack_u2 = lbq_unpack_u2_avx2;
     table->unpack_u3 = lbq_unpack_u3_avx2;

@@ -20,11 +20,22 @@ store(uint8_t *out, __m256i plane)
 void
 lbq_unpack_u1_avx2(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
 {
-    for (ptrdiff_t i = 0; i < 2 * columns; i += 32) {
-        __m256i planes = load(codes + i);
-        for (int p = 0; p < 8; p++) {
-            store(out + i / 64 * 512 + i % 64 + 64 * p, _mm256_and_si256(planes, MASK(1)));
-            planes = _mm256_srli_epi16(planes, 1);
+    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 64, out += 512) {
+        __m128i row[4], pair[4];
+        for (int i = 0; i < 4; i++)
+            row[i] = _mm_loadu_si128((const __m128i *)(codes + 16 * i));
+        for (int i = 0; i < 4; i += 2) {
+            pair[i / 2] = _mm_unpacklo_epi8(row[i], row[i + 1]);
+            pair[i / 2 + 2] = _mm_unpackhi_epi8(row[i], row[i + 1]);
+        }
+        for (int half = 0; half < 2; half++) {
+            __m256i planes =
+                _mm256_set_m128i(_mm_unpackhi_epi16(pair[2 * half], pair[2 * half + 1]),
+                                 _mm_unpacklo_epi16(pair[2 * half], pair[2 * half + 1]));
+            for (int p = 0; p < 8; p++) {
+                store(out + 64 * p + 32 * half, _mm256_and_si256(planes, MASK(1)));
+                planes = _mm256_srli_epi16(planes, 1);
+            }
         }
     }
 }

@@ -11,13 +11,13 @@ enum { AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */ };
 
 #define MASK(bits) _mm512_set1_epi8((char)(bits))
 
-/* What is stored: codes of so many bits, or such codes of a table's bytes. */
-typedef enum { U1, U2, U3, U4, U8, T2, T3, T4 } code_kind;
+/* What is stored: codes of so many bits, or 16 + bits for such codes of a table's bytes. */
+typedef enum { U1 = 1, U2, U3, U4, U8 = 8, T2 = 16 + 2, T3, T4 } code_kind;
 
 LBQ_INLINE int
 bits_of(const code_kind kind)
 {
-    return kind == U8 ? 8 : kind >= T2 ? kind - T2 + 2 : kind - U1 + 1;
+    return kind % 16;
 }
 
 /* Integer sums of a step: of planes that lay in place, and of those that lay some bits up. One
@@ -46,12 +46,21 @@ block_at(const uint8_t *codes, ptrdiff_t block)
     return planes;
 }
 
+/* From the 16 rows of each k-byte to the four k-bytes of each row. */
+LBQ_INLINE __m512i
+transposed(__m512i bytes)
+{
+    const __m512i rows = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m128i row = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(rows, bytes), _mm512_broadcast_i32x4(row));
+}
+
+/* Several tokens share the planes. */
 LBQ_INLINE void
 sum_u1(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int width, sums *sum)
 {
-#pragma GCC unroll 2
     for (ptrdiff_t k = 0; k < columns; k += 32, codes += 64) {
-        __m512i planes = block_at(codes, 0);
+        __m512i planes = transposed(block_at(codes, 0));
 #pragma GCC unroll 4
         for (int p = 0; p < 8; p += 2) {
             accumulate(sum->low, _mm512_and_si512(planes, MASK(1)), q, k + 4 * p, width);
@@ -59,6 +68,29 @@ sum_u1(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int
             planes = _mm512_srli_epi16(planes, 2);
         }
     }
+}
+
+/* One token looks up sums of four activations, 16 rows at once, as the AVX2 kernel explains
+ * (gemv_u1_avx2.c). Two blocks of them, one here, add up in bytes, low and high parts apart. */
+LBQ_INLINE void
+look_up_u1(const uint8_t *codes, const ptrdiff_t columns, const uint8_t *subsets, sums *sum)
+{
+    __m512i low = _mm512_setzero_si512(), high = low;
+    for (ptrdiff_t b = 0; b < columns / 32; b++, subsets += 256) {
+        const __m512i planes = block_at(codes, b);
+        const __m512i n0 = _mm512_and_si512(planes, MASK(15));
+        const __m512i n1 = _mm512_and_si512(_mm512_srli_epi16(planes, 4), MASK(15));
+        const __m512i *const of = (const __m512i *)subsets;
+        low = _mm512_add_epi8(low, _mm512_shuffle_epi8(_mm512_loadu_si512(of), n0));
+        low = _mm512_add_epi8(low, _mm512_shuffle_epi8(_mm512_loadu_si512(of + 1), n1));
+        high = _mm512_add_epi8(high, _mm512_shuffle_epi8(_mm512_loadu_si512(of + 2), n0));
+        high = _mm512_add_epi8(high, _mm512_shuffle_epi8(_mm512_loadu_si512(of + 3), n1));
+    }
+    /* The high part counts 16 times, but 32 were added to each of its 8 sums per block. */
+    const __m512i excess = _mm512_set1_epi32((int)(columns / 32 * 16 * 8 * 32));
+    sum->low[0] = _mm512_dpbusd_epi32(sum->low[0], transposed(low), MASK(1));
+    sum->low[1] = _mm512_dpbusd_epi32(sum->low[1], transposed(high), MASK(16));
+    sum->low[0] = _mm512_sub_epi32(sum->low[0], excess);
 }
 
 LBQ_INLINE void
@@ -189,11 +221,15 @@ sum_t4(const lookup *table, const uint8_t *codes, const ptrdiff_t columns, const
 
 LBQ_INLINE void
 sum_columns(const code_kind kind, const lookup *table, const uint8_t *codes,
-            const ptrdiff_t columns, const int8_t *q, const int width, sums *sum)
+            const ptrdiff_t columns, const lbq_activations *x, const int8_t *q, const int width,
+            sums *sum)
 {
     switch (kind) {
     case U1:
-        sum_u1(codes, columns, q, width, sum);
+        if (width == 1)
+            look_up_u1(codes, columns, x->sums + 8 * (q - x->values), sum);
+        else
+            sum_u1(codes, columns, q, width, sum);
         break;
     case U2:
         sum_u2(codes, columns, q, width, sum);
@@ -240,7 +276,7 @@ gemv(const code_kind kind, const ptrdiff_t columns, const int width, const lbq_p
             sum.low[t] = sum.high[t] = _mm512_setzero_si512();
         ptrdiff_t left = panel->step;
         do {
-            sum_columns(kind, &table, codes, columns, q, width, &sum);
+            sum_columns(kind, &table, codes, columns, x, q, width, &sum);
             codes += bytes;
             q += columns * width;
             left -= columns;

@@ -14,8 +14,12 @@ store(uint8_t *out, __m512i plane)
 void
 lbq_unpack_u1_avx512(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
 {
+    const __m512i rows = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i bytes =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
     for (ptrdiff_t k = 0; k < columns; k += 32, codes += 64) {
-        __m512i planes = _mm512_loadu_si512(codes);
+        const __m512i fours = _mm512_permutexvar_epi32(rows, _mm512_loadu_si512(codes));
+        __m512i planes = _mm512_shuffle_epi8(fours, bytes);
         for (int p = 0; p < 8; p++, out += 64) {
             store(out, _mm512_and_si512(planes, MASK(1)));
             planes = _mm512_srli_epi16(planes, 1);

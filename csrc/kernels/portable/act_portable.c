@@ -53,6 +53,29 @@ lbq_quantize_i8_portable(const float *x, ptrdiff_t cols, ptrdiff_t step, int lim
     }
 }
 
+/* Sum of a part of q[0], q[4], q[8] and q[12] over the bits of m. */
+static int
+subset_sum(const int8_t *q, int part, int m)
+{
+    int sum = 32 * part;
+    for (int j = 0; j < 4; j++) {
+        const int low = q[4 * j] & 15, high = (q[4 * j] - low) / 16;
+        sum += (m >> j & 1) * (part ? high : low);
+    }
+    return sum;
+}
+
+void
+lbq_subset_sums_portable(const int8_t *q, ptrdiff_t columns, uint8_t *sums)
+{
+    for (ptrdiff_t k = 0; k < columns; k += 32)
+        for (int part = 0; part < 2; part++)
+            for (int n = 0; n < 2; n++)
+                for (int i = 0; i < 4; i++)
+                    for (int m = 0; m < 16; m++)
+                        *sums++ = (uint8_t)subset_sum(q + k + 16 * n + i, part, m);
+}
+
 void
 lbq_interleave_portable(const int8_t *q, ptrdiff_t columns, ptrdiff_t width, int8_t *values)
 {

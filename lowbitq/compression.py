@@ -32,7 +32,7 @@ from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.plans import Plan
 from lowbitq.quantizers import quantize
-from lowbitq.rotations import rotate
+from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
 
 Array = NDArray[np.float32]
@@ -146,7 +146,7 @@ def compress(
     outer = _outer(source, plan)
     with _reporting(progress, plan.method, len(outer) + len(plan.layers)) as report:
         for name, linear in outer:
-            packed, record = _quantize_outer(linear, plan)
+            packed, record = _quantize_outer(linear, source.residual_rotation, plan)
             result.replace_linear(name, packed)
             result.records[name] = record
             report(name, record)
@@ -243,15 +243,24 @@ def _outer(model: Model, plan: Plan) -> list[tuple[str, AnyLinear]]:
     return [(name, linear) for name, linear in model.matrices() if name in (EMBEDDING, HEAD)]
 
 
-def _quantize_outer(linear: AnyLinear, plan: Plan) -> tuple[QuantizedLinear, Record]:
+def _quantize_outer(
+    linear: AnyLinear, rotation: Rotation | None, plan: Plan
+) -> tuple[QuantizedLinear, Record]:
+    """Pack W as W R^T, with R, the residual rotation, on its input.
+
+    For the sake of the head: on SmolLM2 the KL divergence that packing it and rounding its input to
+    8 bits cause falls from 1.2e-3 to 4e-4 nats. Looking up a row costs a transform more.
+    """
     assert isinstance(linear, Linear)
     assert plan.embedding is not None
     started = time.perf_counter()
-    # The search of "mse" takes ten times as long, 4 s for SmolLM2, and leaves a sixth less of an
-    # error of 4e-5.
-    tensor, error = _round(linear, plan.embedding, range="minmax")
+    turned = linear
+    if rotation is not None and linear.rotation is None:
+        turned = linear.replace(weight=rotation.apply(linear.weight), rotation=rotation)
+    # The search of "mse" takes ten times as long, 4 s for SmolLM2, for a sixth less error.
+    tensor, error = _round(turned, plan.embedding, range="minmax")
     activation_bits = None if plan.activation_bits is None else 8
-    packed = QuantizedLinear(tensor, linear.bias, linear.rotation, activation_bits)
+    packed = QuantizedLinear(tensor, turned.bias, turned.rotation, activation_bits)
     return packed, {"format": plan.embedding} | _outcome(tensor, error, started)
 
 

@@ -105,15 +105,17 @@ def untied_model(**options):
 
 
 @pytest.mark.parametrize("make", [random_model, untied_model])
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_embedding_and_head_are_packed(make, method):
+@pytest.mark.parametrize("rotation", ["hadamard", "none"])
+def test_embedding_and_head_are_packed(make, rotation):
     model = make()
-    small = compress(model, "int4g32", text=TOKENS, method=method)
+    small = compress(model, "int4g32", text=TOKENS, rotation=rotation)
     outer = dict(small.matrices())
     for name in ("model.embed_tokens", "lm_head"):
         assert (name in outer) == (name in dict(model.matrices())) == (name in small.records)
         if name in outer:
-            before, after = dict(model.matrices())[name].weight, outer[name].tensor.dequantize()
+            before = outer[name].rotate_input(dict(model.matrices())[name].weight)
+            after = outer[name].tensor.dequantize()
+            assert outer[name].rotation is small.residual_rotation
             half_step = (outer[name].tensor.scale / 2).max()
             assert abs(after - before).max() <= 1.01 * half_step
             exact = relative_error(before, after)

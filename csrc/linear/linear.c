@@ -227,10 +227,15 @@ lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, fl
 }
 
 lbq_status
-lbq_linear_row(const lbq_linear *layer, ptrdiff_t row, float *weight)
+lbq_linear_rows(const lbq_linear *layer, ptrdiff_t count, const int32_t *row, float *weight)
 {
-    if (!layer->dense)
-        return lbq_packed_row(&layer->packed, row, weight);
-    memcpy(weight, layer->dense + row * layer->cols, (size_t)layer->cols * sizeof(float));
-    return LBQ_OK;
+    const ptrdiff_t cols = layer->cols;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        float *const to = weight + i * cols;
+        if (layer->dense)
+            memcpy(to, layer->dense + row[i] * cols, (size_t)cols * sizeof(float));
+        else
+            LBQ_TRY(lbq_packed_row(&layer->packed, row[i], to));
+    }
+    return layer->rotation ? lbq_rotate_back(layer->rotation, count, weight) : LBQ_OK;
 }

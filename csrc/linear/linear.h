@@ -7,6 +7,7 @@
 #define LBQ_LINEAR_H
 
 #include <stddef.h>
+#include <stdint.h>
 
 #include "core/packed.h"
 #include "core/status.h"
@@ -36,7 +37,9 @@ lbq_status lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const f
 lbq_status lbq_linears_forward(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t tokens,
                                const float *x, float *const *y);
 
-/* weight (cols): row `row` of W, one of its `rows`, as an embedding looks it up. */
-lbq_status lbq_linear_row(const lbq_linear *layer, ptrdiff_t row, float *weight);
+/* weight (count, cols): rows row[0], row[1], ... of W R, as an embedding looks them up; each is
+ * from 0 to rows - 1. */
+lbq_status lbq_linear_rows(const lbq_linear *layer, ptrdiff_t count, const int32_t *row,
+                           float *weight);
 
 #endif

@@ -222,9 +222,7 @@ lbq_decoder_check(const lbq_decoder *decoder)
                 embedding->cols,
                 decoder->vocab,
                 hidden);
-    LBQ_REQUIRE(!embedding->bias && !embedding->rotation,
-                LBQ_BAD_VALUE,
-                "the embedding has a bias or a rotation, expected neither");
+    LBQ_REQUIRE(!embedding->bias, LBQ_BAD_VALUE, "the embedding has a bias, expected none");
     LBQ_REQUIRE(!decoder->head ||
                     (decoder->head->rows == decoder->vocab && decoder->head->cols == hidden),
                 LBQ_BAD_SHAPE,
@@ -244,16 +242,14 @@ lbq_decoder_check(const lbq_decoder *decoder)
 lbq_status
 lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token, float *x)
 {
-    const ptrdiff_t hidden = decoder->hidden;
-    for (ptrdiff_t t = 0; t < tokens; t++) {
+    for (ptrdiff_t t = 0; t < tokens; t++)
         LBQ_REQUIRE(token[t] >= 0 && token[t] < decoder->vocab,
                     LBQ_BAD_VALUE,
                     "tokens[%td] is %d, expected 0 to %td",
                     t,
                     (int)token[t],
                     decoder->vocab - 1);
-        LBQ_TRY(lbq_linear_row(decoder->embedding, token[t], x + t * hidden));
-    }
+    LBQ_TRY(lbq_linear_rows(decoder->embedding, tokens, token, x));
     return decoder->rotation ? lbq_rotate(decoder->rotation, tokens, x) : LBQ_OK;
 }
 

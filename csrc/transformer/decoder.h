@@ -32,7 +32,7 @@ typedef struct {
     float epsilon;                /* of every norm */
     const double *frequency;      /* (head_dim / 2), radians per position */
     double rope_factor;           /* of sine and cosine */
-    const lbq_linear *embedding;  /* (vocab, hidden), without rotation and bias */
+    const lbq_linear *embedding;  /* (vocab, hidden), without bias */
     const float *final_norm;      /* (hidden) */
     const lbq_linear *head;       /* NULL: the embedding */
     const lbq_rotation *rotation; /* R, or NULL */

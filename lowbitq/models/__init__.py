@@ -212,8 +212,8 @@ class _PackedTensors(_Tensors):
     def embedding(self) -> AnyLinear:
         embedding = self.join(EMBEDDING, self.config.vocab_size, self.config.hidden_size)
         with self.naming_errors(EMBEDDING):
-            if embedding.bias is not None or embedding.rotation is not None:
-                raise ValueError("has a bias or a rotation, expected neither")
+            if embedding.bias is not None:
+                raise ValueError("has a bias, expected none")
         return embedding
 
     def head(self) -> AnyLinear:

@@ -94,7 +94,7 @@ class Model:
     config : ModelConfig
     tokenizer : Tokenizer or None
     embedding : Linear or QuantizedLinear
-        Of shape (vocab, hidden), without bias and rotation: a row of its weight for each token.
+        Of shape (vocab, hidden), without bias; a row for each token.
     blocks : list of Block
     final_norm : ndarray of shape (hidden,), float32
     head : Linear or QuantizedLinear or None

@@ -43,7 +43,7 @@ def span(arena):
 kept = pytest.mark.skipif("LOWBITQ_SANITIZE" in os.environ, reason="sanitizers: no stack is kept")
 
 
-@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 4097, 10_000_000])
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 4097, 1 << 21, 10_000_000])
 def test_aligned_empty_is_aligned_writable_and_its_own(size):
     first, second = _core.aligned_empty(bytes=size), _core.aligned_empty(bytes=size)
     assert first.shape == (size,)

@@ -209,18 +209,6 @@ part_of(const product *job, ptrdiff_t unit)
     return of;
 }
 
-/* A token's sums of one panel into y. */
-static void
-store_sums(const part *of, ptrdiff_t panel, ptrdiff_t token, const float *sums)
-{
-    const ptrdiff_t row = panel * LBQ_PANEL, rows = smaller(LBQ_PANEL, of->packed->rows - row);
-    float *const y = of->y + token * of->packed->rows + row;
-    if (rows == LBQ_PANEL)
-        memcpy(y, sums, sizeof(float) * LBQ_PANEL);
-    else
-        memcpy(y, sums, sizeof(float) * (size_t)rows);
-}
-
 /* The bias of the rows of some panels, for some tokens. */
 static void
 add_bias(const part *of, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t token, ptrdiff_t tokens)
@@ -265,8 +253,8 @@ panel_at(const part *of, ptrdiff_t index)
 static void
 multiply_panels(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels)
 {
-    const ptrdiff_t bytes = of->geometry.panel_bytes;
-    const ptrdiff_t whole = job->tokens == 1 ? of->packed->rows / LBQ_PANEL : 0;
+    const ptrdiff_t bytes = of->geometry.panel_bytes, rows = of->packed->rows;
+    const ptrdiff_t whole = job->tokens == 1 ? rows / LBQ_PANEL : 0;
     const lbq_activations x = tile_at(job, of, 0);
     lbq_panel panel = panel_at(of, first);
     for (ptrdiff_t p = first; p < first + panels; p++) {
@@ -275,8 +263,9 @@ multiply_panels(const product *job, const part *of, ptrdiff_t first, ptrdiff_t p
             of->gemv(&panel, &x, of->y + p * LBQ_PANEL);
         } else {
             of->gemv(&panel, &x, sums);
+            const ptrdiff_t row = p * LBQ_PANEL, here = smaller(LBQ_PANEL, rows - row);
             for (ptrdiff_t t = 0; t < job->tokens; t++)
-                store_sums(of, p, t, sums + t * LBQ_PANEL);
+                memcpy(of->y + t * rows + row, sums + t * LBQ_PANEL, sizeof(float) * (size_t)here);
         }
         panel.codes += bytes;
         panel.scale += bytes;
@@ -323,6 +312,32 @@ multiply_pair(const product *job, const part *of, const lbq_panel panel[PAIR], p
     }
 }
 
+/* Where the sums of a band's panel begin, which lie as [pair][tile][panel][token][row]. */
+static ptrdiff_t
+band_sums(ptrdiff_t panel)
+{
+    return (panel / PAIR * BLOCK * PAIR + panel % PAIR) * TILE_SUMS;
+}
+
+/* Sums of a band times a block into y, for `tokens` tokens from `token` on. */
+static void
+store_band(const part *of, ptrdiff_t first, ptrdiff_t panels, ptrdiff_t token, ptrdiff_t tokens,
+           const float *sums)
+{
+    const ptrdiff_t all_rows = of->packed->rows, row = first * LBQ_PANEL;
+    const ptrdiff_t rows = smaller(panels * LBQ_PANEL, all_rows - row);
+    const ptrdiff_t whole = rows / LBQ_PANEL, rest = rows % LBQ_PANEL;
+    for (ptrdiff_t t = 0; t < tokens; t++) {
+        const ptrdiff_t in_block = t / LBQ_TILE * PAIR * LBQ_TILE + t % LBQ_TILE;
+        const float *const from = sums + in_block * LBQ_PANEL;
+        float *const to = of->y + (token + t) * all_rows + row;
+        for (ptrdiff_t p = 0; p < whole; p++)
+            memcpy(to + p * LBQ_PANEL, from + band_sums(p), sizeof(float) * LBQ_PANEL);
+        if (rest)
+            memcpy(to + whole * LBQ_PANEL, from + band_sums(whole), sizeof(float) * (size_t)rest);
+    }
+}
+
 /* A band of panels times a block of tiles. */
 static void
 multiply_band(const product *job, const part *of, ptrdiff_t first, ptrdiff_t first_tile,
@@ -338,15 +353,10 @@ multiply_band(const product *job, const part *of, ptrdiff_t first, ptrdiff_t fir
         multiply_pair(
             job, of, panel, count, first_tile, tiles, codes, sums + at * BLOCK * TILE_SUMS);
     }
-    const ptrdiff_t first_token = first_tile * LBQ_TILE;
-    const ptrdiff_t tokens = smaller(tiles * LBQ_TILE, job->tokens - first_token);
-    for (ptrdiff_t t = 0; t < tokens; t++)
-        for (ptrdiff_t p = 0; p < panels; p++) {
-            const ptrdiff_t pair = p / PAIR * BLOCK + t / LBQ_TILE;
-            const float *const of_panel = sums + (pair * PAIR + p % PAIR) * TILE_SUMS;
-            store_sums(of, first + p, first_token + t, of_panel + t % LBQ_TILE * LBQ_PANEL);
-        }
-    add_bias(of, first, panels, first_token, tokens);
+    const ptrdiff_t token = first_tile * LBQ_TILE;
+    const ptrdiff_t tokens = smaller(tiles * LBQ_TILE, job->tokens - token);
+    store_band(of, first, panels, token, tokens, sums);
+    add_bias(of, first, panels, token, tokens);
 }
 
 static lbq_status

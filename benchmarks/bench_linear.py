@@ -19,8 +19,8 @@ from benchmarks.harness import Run, options_parser
 from benchmarks.peers import ggml
 from lowbitq import _core
 from lowbitq.formats import Format
-from lowbitq.linears import Linear, QuantizedLinear
-from lowbitq.tensors import QuantizedTensor
+from lowbitq.linears import Linear
+from lowbitq.roofline import copy_layer, random_layer
 
 SHAPES = ["576x576", "1536x576", "576x1536", "4096x4096"]  # SmolLM2-135M, 7B
 TOKENS = [1, 64, 2048]
@@ -39,14 +39,6 @@ GGML_GOALS = {
     ("int4g64", "q4_K"): 2.0,
 }
 ACTIVATIONS_GOAL = 3.0
-
-
-def random_layer(format: Format, rows: int, cols: int) -> QuantizedLinear:
-    rng = np.random.default_rng(0)
-    codes = rng.integers(0, format.levels, (rows, cols), dtype=np.uint8)
-    scale = np.full((rows, format.groups(cols)), 2.0**-6, np.float32)
-    offset = None if format.symmetric else -scale
-    return QuantizedLinear(QuantizedTensor.pack(format, codes, scale, offset))
 
 
 def product(layer, x, y):
@@ -88,7 +80,7 @@ def bench_streamed(run, formats):
     for format in formats:
         layers = [random_layer(format, size, size)]
         while sum(layer.nbytes for layer in layers) < STREAM_BYTES:
-            layers.append(QuantizedLinear(copy(layers[0].tensor)))
+            layers.append(copy_layer(layers[0]))
         chains[str(format)] = layers
     calls = {name: [product(layer, x, y) for layer in layers] for name, layers in chains.items()}
     times = run.take_turns({name: lambda c=c: [call() for call in c] for name, c in calls.items()})
@@ -99,14 +91,6 @@ def bench_streamed(run, formats):
         run.row("streamed", columns)
         if goal := READ_GOALS.get(name):
             run.goal(name, "reading memory", columns["x read"], goal)
-
-
-def copy(tensor: QuantizedTensor) -> QuantizedTensor:
-    """The same tensor with panels of its own."""
-    panels = _core.aligned_empty(bytes=tensor.panels.nbytes)
-    panels[:] = tensor.panels
-    arrays, metadata = tensor.to_arrays()
-    return QuantizedTensor.from_arrays({**arrays, "panels": panels}, metadata)
 
 
 def bench_ggml(run, library, shape):

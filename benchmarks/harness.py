@@ -5,9 +5,7 @@
     run.row("a table", {"us": times["ours"].least * 1e6, "x BLAS": ...})
     run.finish()
 
-Candidate and reference take turns in one process, so that a change of the machine's speed meets
-both. The time is the thread's processor time on one thread, which what else runs hardly changes,
-and wall time on more.
+Candidate and reference take turns in one process: processor time on one thread, else wall time.
 """
 
 from __future__ import annotations
@@ -17,28 +15,20 @@ import json
 import math
 import os
 import re
-import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lowbitq as lq
 from lowbitq import _core
+from lowbitq.timing import Timing, take_turns
 
 RESULTS = Path(__file__).parent / "results"
-SHORTEST = 2e-4  # seconds that one sample takes at least: a thousand readings of the clock
 FALL_ASLEEP = 0.02  # seconds; OpenMP's threads spin some ten milliseconds after their work
 REPETITIONS = 20
 WIDTH = 10  # of a column
-
-
-class Timing(NamedTuple):
-    """Seconds of one call: the least and the median of all samples."""
-
-    least: float
-    median: float
 
 
 def options_parser(description: str) -> argparse.ArgumentParser:
@@ -96,24 +86,10 @@ class Run:
     def take_turns(
         self, calls: Mapping[str, Callable[[], object]], repetitions: int | None = None
     ) -> dict[str, Timing]:
-        """Time all `calls`, one after the other, so many times over, after one round to warm up."""
-        clock = time.thread_time if self.options.threads == 1 else time.perf_counter
-        loops = {}
-        for name, call in calls.items():
-            call()
-            begin = clock()
-            call()
-            loops[name] = max(1, math.ceil(SHORTEST / max(clock() - begin, 1e-9)))
-        samples: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(repetitions or self.options.repetitions):
-            for name, call in calls.items():
-                if self.options.threads > 1:
-                    time.sleep(FALL_ASLEEP)
-                begin = clock()
-                for _ in range(loops[name]):
-                    call()
-                samples[name].append((clock() - begin) / loops[name])
-        return {name: Timing(min(s), statistics.median(s)) for name, s in samples.items()}
+        """Time all `calls` as lowbitq.timing does, with the options' repetitions."""
+        rest = FALL_ASLEEP if self.options.threads > 1 else 0.0
+        repetitions = repetitions or self.options.repetitions
+        return take_turns(calls, repetitions=repetitions, rest=rest)
 
     def row(self, table: str, columns: Mapping[str, Any]) -> None:
         """Add a row to a table, and show it; each row of a table has the same columns."""

@@ -1,4 +1,4 @@
-"""The command line: lowbitq inspect | quantize | evaluate | generate | demo.
+"""The command line: lowbitq inspect | quantize | evaluate | generate | bench | demo.
 
 Results go to standard output, as text or with --json as one JSON object; progress and errors go to
 standard error. Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted (the same
@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 import lowbitq as lq
+from lowbitq import plots, roofline
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
 
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         return _fail(ERROR, str(error))
     except Exception as error:
         return _fail(ERROR, f"{type(error).__name__}: {error}")
@@ -158,6 +159,11 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--top-p", type=float, help="choose among tokens of this total probability")
     one.add_argument("--seed", type=int, default=0, help="of the choices")
 
+    one = command("bench", bench, "Measure how close this machine's limits come, in half a minute.")
+    one.add_argument(
+        "--plot", type=_picture, metavar="FILE", help="draw it too: .png, .svg or .pdf (matplotlib)"
+    )
+
     one = command("demo", demo, "Make SmolLM2-135M a 4-, a 3- and a 2-bit model and compare them.")
     _text_option(one, "to calibrate on (its first half) and to predict (its second half)")
     _calibration_options(one, samples=16, window=1024)
@@ -193,6 +199,13 @@ def _format(text: str) -> lq.Format:
 
 def _embedding(text: str) -> lq.Format | None:
     return None if text == "none" else _format(text)
+
+
+def _picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text} does not end in .png, .svg or .pdf")
+    return path
 
 
 # What a command does: its result for --json, and the text for people.
@@ -301,6 +314,17 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _show(options: argparse.Namespace, piece: str) -> None:
     if not options.json:
         print(piece, end="", flush=True)
+
+
+def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Measure the limits of this machine and the products of each format."""
+    axes = plots.new_axes() if options.plot else None  # before all else: matplotlib may be absent
+    with _bar("measuring", unit="format") as progress:
+        found = roofline.measure(progress=progress)
+    config = lq.show_config()
+    if axes is not None:
+        plots.roofline(found, axes).figure.savefig(options.plot)
+    return {**found.to_dict(), "config": dict(config)}, f"{config['cpu']}, {found}"
 
 
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -455,9 +479,9 @@ def _verify(model: lq.QuantizedModel, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def _bar(title: str, *, unit: str = "window") -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error, if that is a terminal, and the callback that moves it."""
-    with tqdm(desc=title, unit="window", disable=None, leave=False) as bar:
+    with tqdm(desc=title, unit=unit, disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import lowbitq as lq
-from lowbitq import cli
+from lowbitq import cli, roofline
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +36,9 @@ def test_runs_as_a_module():
     assert shown.stdout == f"lowbitq {lq.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["inspect", "quantize", "evaluate", "generate", "demo"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "quantize", "evaluate", "generate", "bench", "demo"]
+)
 def test_help_shows_every_default(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
@@ -53,6 +56,7 @@ def test_help_shows_every_default(capsys, command):
         (["quantize", "m", "o", "--format", "int9g64"], "unknown format 'int9g64'"),
         (["quantize", "m", "o", "--embedding", "no"], "unknown format 'no'"),
         (["generate", "m", "p", "--top-k", "two"], "invalid"),
+        (["bench", "--plot", "roof.txt"], "roof.txt does not end in .png, .svg or .pdf"),
     ],
 )
 def test_wrong_use_exits_2(capsys, arguments, said):
@@ -282,6 +286,37 @@ def test_generate_refuses_impossible_options(capsys, tiny_folder, option):
     code, _, err = run(capsys, "generate", tiny_folder, "Hello", "--json", *option)
     assert code == 1
     assert option[0][2:].replace("-", "_") in err[0]
+
+
+@pytest.fixture
+def one_short_format(monkeypatch):
+    """Let bench measure little."""
+    less = partial(roofline.measure, ["int2g64"], repetitions=1, stream_bytes=1)
+    monkeypatch.setattr(roofline, "measure", less)
+
+
+def test_bench(capsys, one_short_format):
+    code, out, err = run(capsys, "bench")
+    assert (code, err) == (0, [])
+    assert out.splitlines()[-1].startswith("int2g64")
+    result = json.loads(run(capsys, "bench", "--json")[1])
+    assert [point["kind"] for point in result["points"]] == ["memory", "cache", "tokens"]
+    assert result["config"]["cpu"] in out
+
+
+@pytest.mark.parametrize("suffix", [".png", ".svg"])
+def test_bench_draws(capsys, one_short_format, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / f"roof{suffix}"
+    assert run(capsys, "bench", "--plot", picture)[0] == 0
+    assert picture.stat().st_size > 1000
+
+
+def test_bench_without_matplotlib_says_how_to_get_it(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = run(capsys, "bench", "--plot", "roof.png")
+    assert (code, out) == (1, "")
+    assert err == ["lowbitq: plots need matplotlib; get it by: pip install matplotlib"]
 
 
 def test_demo(capsys, tiny_folder, text_file, tmp_path, monkeypatch):

@@ -36,7 +36,8 @@ PYTHON_ORDER = [
     "models.decoder", "models.llama", "models.qwen", "models.quantized", "models",
     "calibration", "sensitivity", "plans", "budgets", "duplication", "compression", "evaluation",
     "search.strategy", "search.grid", "search.bayesian", "search.evolution", "search",
-    "distillation", "pruning", "lowrank", "monitoring", "plots", "", "cli", "__main__",
+    "distillation", "pruning", "lowrank", "monitoring",
+    "timing", "roofline", "plots", "", "cli", "__main__",
 ]
 # fmt: on
 

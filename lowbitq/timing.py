@@ -1,0 +1,78 @@
+"""Timing calls that take turns, so that a change of the machine's speed meets all of them."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
+
+from lowbitq import _core
+
+SHORTEST = 2e-4  # seconds that one sample takes at least: a thousand readings of the clock
+
+
+Key = TypeVar("Key")
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: the least and the median of all samples."""
+
+    least: float
+    median: float
+
+
+def take_turns(
+    calls: Mapping[Key, Callable[[], object]], *, repetitions: int = 20, rest: float = 0.0
+) -> dict[Key, Timing]:
+    """Time calls, one after the other, so many times over, after one round to warm up.
+
+    On one thread it is the thread's processor time, which other programs hardly change; on more it
+    is wall time.
+
+    Parameters
+    ----------
+    calls : mapping to callable
+        Each is called often enough for a sample to be longer than the clock's error.
+    repetitions : int, default=20
+        Samples of each call.
+    rest : float, default=0
+        Seconds to sleep before each sample, where the threads of another library go on spinning
+        after its call.
+
+    Returns
+    -------
+    dict
+        From the keys of `calls` to their `Timing`.
+
+    Raises
+    ------
+    ValueError
+        If `repetitions` is not positive.
+
+    Examples
+    --------
+    >>> found = take_turns({"short": lambda: sum(range(9)), "long": lambda: sum(range(9999))})
+    >>> found["short"].least < found["long"].least
+    True
+    """
+    if repetitions < 1:
+        raise ValueError(f"repetitions is {repetitions}, expected at least 1")
+    clock = time.thread_time if _core.config()["threads"] == 1 else time.perf_counter
+    loops = {}
+    for name, call in calls.items():
+        call()
+        begin = clock()
+        call()
+        loops[name] = max(1, math.ceil(SHORTEST / max(clock() - begin, 1e-9)))
+    samples: dict[Key, list[float]] = {name: [] for name in calls}
+    for _ in range(repetitions):
+        for name, call in calls.items():
+            if rest:
+                time.sleep(rest)
+            begin = clock()
+            for _ in range(loops[name]):
+                call()
+            samples[name].append((clock() - begin) / loops[name])
+    return {name: Timing(min(s), statistics.median(s)) for name, s in samples.items()}

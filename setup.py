@@ -22,11 +22,14 @@ ISA_FLAGS = {
 X86_ONLY = {"avx2", "avx512"}
 
 # -ffp-contract=off: products and sums round where the source says so, hence alike on every ISA.
+# -fno-trapping-math: results stay as they are, but nobody reads the exception flags, for whose sake
+# gcc would keep branches in loops that can be vectors.
 FLAGS = [
     "-std=gnu11",
     "-D_GNU_SOURCE",
     "-O3",
     "-fno-math-errno",
+    "-fno-trapping-math",
     "-ffp-contract=off",
     "-fvisibility=hidden",
 ]

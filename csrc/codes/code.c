@@ -48,59 +48,127 @@ lbq_code_decode(const lbq_code *code, uint8_t value, double scale, double offset
     return scale * (code->levels ? code->levels[value] : value) + offset;
 }
 
+/* Codes of one row of one group. */
+static void
+encode_row(const lbq_code *code, ptrdiff_t count, const float *w, float scale, float offset,
+           uint8_t *codes)
+{
+    if (code->levels) {
+        for (ptrdiff_t k = 0; k < count; k++)
+            codes[k] = lbq_code_encode(code, (double)w[k], (double)scale, (double)offset);
+        return;
+    }
+    const float inverse = 1 / scale, top = (float)(code->count - 1);
+    for (ptrdiff_t k = 0; k < count; k++) {
+        float x = (w[k] - offset) * inverse;
+        x = x > 0 ? x : 0;
+        x = x < top ? x : top;
+        codes[k] = (uint8_t)(int32_t)((x + 0x1.8p23f) - 0x1.8p23f); /* ties to even */
+    }
+}
+
 typedef struct {
     const lbq_code *code;
     const lbq_range *range;
-    ptrdiff_t cols, group, groups;
+    ptrdiff_t rows, cols, group, groups;
     bool fixed;
     const float *W;
-    const double *importance;
-    double *rows; /* (threads, cols) */
+    const float *importance; /* (cols, LBQ_PANEL); together (cols) */
+    float *tiles;            /* (threads, tile) */
+    ptrdiff_t tile;
+    bool together; /* the matrix is one row and one group */
     uint8_t *codes;
     float *scale, *offset;
 } quantization;
 
 static lbq_status
-quantize_row(void *context, ptrdiff_t row, int worker)
+check_row(const quantization *job, ptrdiff_t row)
 {
-    const quantization *const job = context;
-    const lbq_code *const code = job->code;
     const float *const W = job->W + row * job->cols;
-    double *const w = job->rows + worker * job->cols;
     /* A group of +-largest has a scale of twice that if it is binary. */
-    const double largest = code->scale_bits == 16 ? 65504 / 2 : 1e30;
-    for (ptrdiff_t k = 0; k < job->cols; k++) {
+    const float largest = job->code->scale_bits == 16 ? 65504.0f / 2 : 1e30f;
+    bool fit = true;
+    for (ptrdiff_t k = 0; k < job->cols; k++)
+        fit &= fabsf(W[k]) <= largest;
+    for (ptrdiff_t k = 0; k < job->cols && !fit; k++) {
         LBQ_REQUIRE(isfinite(W[k]),
                     LBQ_BAD_VALUE,
                     "weight[%td, %td] is %g, expected finite numbers",
                     row,
                     k,
-                    W[k]);
+                    (double)W[k]);
         LBQ_REQUIRE(fabsf(W[k]) <= largest,
                     LBQ_BAD_VALUE,
                     "weight[%td, %td] is %g, expected at most %g: its scale would not fit",
                     row,
                     k,
-                    W[k],
-                    largest);
-        w[k] = W[k];
+                    (double)W[k],
+                    (double)largest);
     }
+    return LBQ_OK;
+}
+
+/* Scales and offsets of one group of the `rows` rows from `row` on. */
+static void
+fit_panel(const quantization *job, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t begin, ptrdiff_t count,
+          float *tile, float *scale, float *offset)
+{
+    lbq_groups groups = {.w = tile, .count = count};
+    if (job->together) {
+        groups = (lbq_groups){
+            .w = tile,
+            .importance = job->importance,
+            .count = count / LBQ_PANEL,
+            .together = true,
+            .rest = (int)(count % LBQ_PANEL),
+        };
+        memset(tile + count / LBQ_PANEL * LBQ_PANEL, 0, LBQ_PANEL * sizeof *tile);
+        memcpy(tile, job->W, (size_t)count * sizeof *tile);
+    } else {
+        groups.importance = job->importance ? job->importance + begin * LBQ_PANEL : NULL;
+        if (rows < LBQ_PANEL)
+            memset(tile, 0, (size_t)(count * LBQ_PANEL) * sizeof *tile);
+        for (ptrdiff_t l = 0; l < rows; l++)
+            for (ptrdiff_t k = 0; k < count; k++)
+                tile[k * LBQ_PANEL + l] = job->W[(row + l) * job->cols + begin + k];
+    }
+    lbq_code_fit(job->code, job->range, &groups, scale, offset);
+}
+
+static lbq_status
+quantize_panel(void *context, ptrdiff_t panel, int worker)
+{
+    const quantization *const job = context;
+    const ptrdiff_t first = panel * LBQ_PANEL, left = job->rows - first;
+    const ptrdiff_t rows = left < LBQ_PANEL ? left : LBQ_PANEL;
+    for (ptrdiff_t l = 0; l < rows; l++)
+        LBQ_TRY(check_row(job, first + l));
     for (ptrdiff_t g = 0; g < job->groups; g++) {
         const ptrdiff_t begin = g * job->group;
         const ptrdiff_t end = begin + job->group < job->cols ? begin + job->group : job->cols;
-        const double *const importance = job->importance ? job->importance + begin : NULL;
-        const ptrdiff_t at = row * job->groups + g;
-        double scale, offset;
-        if (job->fixed) {
-            scale = job->scale[at];
-            offset = job->offset[at];
-        } else {
-            lbq_code_fit(code, job->range, end - begin, w + begin, importance, &scale, &offset);
-            job->scale[at] = (float)scale;
-            job->offset[at] = (float)offset;
+        float scale[LBQ_PANEL], offset[LBQ_PANEL];
+        if (!job->fixed)
+            fit_panel(job,
+                      first,
+                      rows,
+                      begin,
+                      end - begin,
+                      job->tiles + worker * job->tile,
+                      scale,
+                      offset);
+        for (ptrdiff_t l = 0; l < rows; l++) {
+            const ptrdiff_t at = (first + l) * job->groups + g, from = (first + l) * job->cols;
+            if (!job->fixed) {
+                job->scale[at] = scale[l];
+                job->offset[at] = offset[l];
+            }
+            encode_row(job->code,
+                       end - begin,
+                       job->W + from + begin,
+                       job->scale[at],
+                       job->offset[at],
+                       job->codes + from + begin);
         }
-        for (ptrdiff_t k = begin; k < end; k++)
-            job->codes[row * job->cols + k] = lbq_code_encode(code, w[k], scale, offset);
     }
     return LBQ_OK;
 }
@@ -140,35 +208,46 @@ lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t rows, ptrdi
                 rows,
                 cols,
                 group);
-    for (ptrdiff_t k = 0; importance && k < cols; k++)
+    float most = 0;
+    for (ptrdiff_t k = 0; importance && k < cols; k++) {
         LBQ_REQUIRE(importance[k] >= 0 && isfinite(importance[k]),
                     LBQ_BAD_VALUE,
                     "importance[%td] is %g, expected finite numbers from 0",
                     k,
-                    importance[k]);
-    const size_t row_bytes = lbq_padded((size_t)cols * sizeof(double));
-    lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, row_bytes * ((size_t)lbq_threads() + (importance != NULL))));
+                    (double)importance[k]);
+        most = importance[k] > most ? importance[k] : most;
+    }
     quantization job = {
         .code = code,
         .range = range,
+        .rows = rows,
         .cols = cols,
         .group = group,
         .groups = (cols + group - 1) / group,
         .fixed = fixed,
         .W = W,
-        .rows = lbq_arena_take(&arena, row_bytes * (size_t)lbq_threads()),
         .codes = codes,
         .scale = scale,
         .offset = offset,
     };
+    job.together = rows == 1 && job.groups == 1;
+    const ptrdiff_t width = group < cols ? group : cols;
+    job.tile = job.together ? (cols / LBQ_PANEL + 1) * LBQ_PANEL : width * LBQ_PANEL;
+    const ptrdiff_t wide = job.together ? job.tile : cols * LBQ_PANEL;
+    const size_t tile_bytes = (size_t)(job.tile * lbq_threads()) * sizeof(float);
+    const size_t wide_bytes = importance ? (size_t)wide * sizeof(float) : 0;
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(tile_bytes) + lbq_padded(wide_bytes)));
+    job.tiles = lbq_arena_take(&arena, tile_bytes);
     if (importance) {
-        double *const wide = lbq_arena_take(&arena, row_bytes);
-        for (ptrdiff_t k = 0; k < cols; k++)
-            wide[k] = importance[k];
-        job.importance = wide;
+        float *const shares = lbq_arena_take(&arena, wide_bytes);
+        const ptrdiff_t copies = job.together ? 1 : LBQ_PANEL;
+        for (ptrdiff_t i = 0; i < wide; i++)
+            shares[i] = i < cols * copies && most > 0 ? importance[i / copies] / most : 0;
+        job.importance = shares;
     }
-    const lbq_status status = lbq_parallel(rows, quantize_row, &job);
+    const lbq_status status =
+        lbq_parallel((rows + LBQ_PANEL - 1) / LBQ_PANEL, quantize_panel, &job);
     lbq_arena_close(&arena);
     return status;
 }

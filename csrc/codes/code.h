@@ -13,6 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "core/packed.h"
 #include "core/status.h"
 
 enum { LBQ_MAX_LEVELS = 16 }; /* of a table */
@@ -51,12 +52,21 @@ typedef struct {
 /* LBQ_BAD_VALUE unless the fields of a code fit together. */
 lbq_status lbq_code_check(const lbq_code *code);
 
-/* Scale and offset of one group of `count` finite values w, rounded to what is stored;
- * `importance` (count) or NULL weighs squared errors. MINMAX and PERCENTILE round outwards, so
- * that rounding clips nothing. The scale is positive: zeros get the smallest that can be stored.
- * float16 ends at 65504, where scale and offset saturate. */
-void lbq_code_fit(const lbq_code *code, const lbq_range *range, ptrdiff_t count, const double *w,
-                  const double *importance, double *scale, double *offset);
+/* LBQ_PANEL groups of weights, one in each lane, or one long group spread over all lanes. */
+typedef struct {
+    float *w;                /* (count, LBQ_PANEL), finite; overwritten by the search */
+    const float *importance; /* alike, from 0 to 1, or NULL */
+    ptrdiff_t count;
+    bool together; /* the lanes are parts of one group */
+    int rest;      /* together: so many lanes have one weight more, after the others; where other
+                      lanes lack it, w is finite and importance 0 */
+} lbq_groups;
+
+/* Scales and offsets (LBQ_PANEL) of groups, rounded to what is stored. MINMAX and PERCENTILE round
+ * outwards, so that rounding clips nothing. A scale is positive: zeros get the smallest that can be
+ * stored. float16 ends at 65504, where scale and offset saturate. */
+void lbq_code_fit(const lbq_code *code, const lbq_range *range, const lbq_groups *groups,
+                  float *scale, float *offset);
 
 /* The code of the nearest value; ties go to the even code. */
 uint8_t lbq_code_encode(const lbq_code *code, double w, double scale, double offset);

@@ -1,257 +1,311 @@
-/* Finding a group's scale and offset: by its range, or by the least squared error.
+/* Finding scales and offsets: by the range of a group, or by its least squared error; sixteen
+ * groups at once, in the lanes of vectors.
  *
  * For a fixed choice of codes v the error is a parabola in scale and offset, and its minimum
- * follows from the sums of v, v^2 and v w (S. Lloyd, "Least squares quantization in PCM", 1982,
- * with levels tied to a grid). So a candidate range is judged by the error after that refit, which
- * one pass over the group yields; from the best one refits and small moves of the two ends
- * descend until nothing helps. */
+ * follows from sums of v and of what rounding leaves over, r = (w - offset) / scale - v
+ * (S. Lloyd, "Least squares quantization in PCM", 1982, with levels tied to a grid). So a candidate
+ * range is judged by the error after that refit, which one pass over the group yields; from the
+ * best one refits and small moves of the two ends descend until nothing helps. Sums of r keep
+ * their digits where sums of w would cancel: float32 is enough for 8 bits. */
 #include "codes/code.h"
 
 #include <assert.h>
-#include <float.h>
 #include <math.h>
 #include <string.h>
 
-#include "core/half.h"
+#include "codes/stored.h"
+#include "kernels/kernels.h"
 
-/* --- what can be stored ------------------------------------------------------------------- */
+/* --- the groups, and sums over their codes --------------------------------------------------- */
 
-enum { DOWN = -1, NEAREST, UP };
+enum { LANES = LBQ_PANEL, BLOCK = 256 /* weights of a lane that are summed in float32 */ };
 
-/* The float16 next to x; DOWN, UP: not above, not below x. */
-static double
-half_of(double x, int direction)
-{
-    const double largest = 65504;
-    if (fabs(x) >= largest)
-        return copysign(largest, x);
-    const uint16_t bits = lbq_half_narrow((float)x);
-    const double half = lbq_half_widen(bits);
-    if (direction == NEAREST || half == x || (half > x) == (direction == UP))
-        return half;
-    if (half == 0)
-        return direction * 0x1p-24;
-    const bool away = (half > 0) == (direction == UP);
-    return lbq_half_widen(away ? bits + 1 : bits - 1);
-}
+typedef float lanes[LANES];
 
-static double
-float_of(double x, int direction)
-{
-    const float near = (float)x;
-    if (direction == NEAREST || near == x || (near > x) == (direction == UP))
-        return near;
-    return nextafterf(near, direction == UP ? FLT_MAX : -FLT_MAX);
-}
-
-static double
-stored_scale(const lbq_code *code, double scale, int direction)
-{
-    if (code->scale_bits == 16)
-        return fmax(half_of(scale, direction), 0x1p-24);
-    if (code->scale_bits == 0 || code->gamma == 0)
-        return fmax(float_of(scale, direction), FLT_MIN);
-    const double exact = scale / code->gamma;
-    const double whole = direction == UP     ? ceil(exact)
-                         : direction == DOWN ? floor(exact)
-                                             : rint(exact);
-    const double most = (1 << code->scale_bits) - 1;
-    return (float)(fmin(fmax(whole, 1), most) * code->gamma);
-}
-
-/* A lone float32 offset is kept as the zero of the matrix, -zero * scale. */
-static double
-stored_offset(const lbq_code *code, double offset, double scale, int direction)
-{
-    if (code->symmetric)
-        return -(double)code->zero * scale;
-    if (code->scale_bits == 16)
-        return half_of(offset, direction);
-    const float zero = (float)(-offset / scale);
-    return -zero * (float)scale;
-}
-
-/* --- the group, and sums over its codes ------------------------------------------------------ */
-
+/* Weights are changed to (weight - shift) / unit, lest digits cancel or numbers overflow; scales
+ * and offsets of the search are those of the changed weights. */
 typedef struct {
     const lbq_code *code;
+    const lbq_groups *in;
     double norm;
-    ptrdiff_t count;
-    const double *w, *importance;
-    double low, high;   /* the least and the largest weight */
-    double shift;       /* w in sums is weight minus shift, lest digits cancel */
-    double h, hw, hww;  /* sums of importance times 1, w, w^2 */
-    double first, last; /* levels */
-    double middle[LBQ_MAX_LEVELS], jump[LBQ_MAX_LEVELS]; /* between neighbouring levels */
-} group;
+    const float *importance; /* NULL if it is nothing but zeros */
+    lanes low, high, unit, shift;
+    lanes h, hw, hww;                                   /* sums of importance times 1, w, w^2 */
+    float first, last;                                  /* levels */
+    float middle[LBQ_MAX_LEVELS], jump[LBQ_MAX_LEVELS]; /* between neighbouring levels */
+} groups;
 
-enum { LANES = 4 }; /* independent sums, so that the compiler may use vectors */
+/* Sums of importance times r, r v, r^2 over the codes at one scale and offset; POWER: of importance
+ * |scale r|^norm. */
+enum { R, RV, RR, POWER, SUMS };
+typedef float sums[SUMS][LANES];
 
-/* Sums of importance times v, v^2, v w over the codes at one scale and offset, v being a level,
- * and of importance |w - q|^norm. */
-typedef struct {
-    double v[LANES], vv[LANES], vw[LANES], error[LANES];
-} sums;
-
-/* Adds LANES weights; `h` or NULL. Inlined with constants it becomes one loop for each case. */
-static inline void
-add_block(const group *g, const double *w_in, const double *h, double scale, double offset,
-          bool table, bool power, sums *s)
+/* What lbq_kernels.grid_sums_f32 does, for levels of a table and for any norm. */
+static void
+sum_slowly(const groups *g, ptrdiff_t count, const float *w, const float *h, const float *grid,
+           const float *scale, sums s)
 {
-    const double inverse = 1 / scale;
-    double w[LANES], x[LANES], v[LANES];
-    for (int i = 0; i < LANES; i++) {
-        w[i] = w_in[i] - g->shift;
-        x[i] = (w[i] - offset) * inverse;
-    }
-    if (table) {
-        for (int i = 0; i < LANES; i++)
-            v[i] = g->first;
-        for (int j = 0; j < g->code->count - 1; j++)
-            for (int i = 0; i < LANES; i++)
-                v[i] += x[i] > g->middle[j] ? g->jump[j] : 0;
-    } else {
-        for (int i = 0; i < LANES; i++) {
-            double y = x[i] > 0 ? x[i] : 0;
-            y = y < g->last ? y : g->last;
-            v[i] = (y + 0x1.8p52) - 0x1.8p52; /* rounds to even without a call */
+    memset(s, 0, sizeof(sums));
+    for (ptrdiff_t k = 0; k < count; k++) {
+        lanes x, v;
+        for (int l = 0; l < LANES; l++)
+            x[l] = w[k * LANES + l] * grid[l] + grid[LANES + l];
+        if (g->code->levels) {
+            for (int l = 0; l < LANES; l++)
+                v[l] = g->first;
+            for (int j = 0; j < g->code->count - 1; j++)
+                for (int l = 0; l < LANES; l++)
+                    v[l] += x[l] > g->middle[j] ? g->jump[j] : 0;
+        } else {
+            for (int l = 0; l < LANES; l++) {
+                v[l] = x[l] > 0 ? x[l] : 0;
+                v[l] = v[l] < g->last ? v[l] : g->last;
+                v[l] = (v[l] + 0x1.8p23f) - 0x1.8p23f; /* rounds to even without a call */
+            }
+        }
+        for (int l = 0; l < LANES; l++) {
+            const float r = x[l] - v[l], weight = h ? h[k * LANES + l] : 1, hr = weight * r;
+            s[R][l] += hr;
+            s[RV][l] += hr * v[l];
+            s[RR][l] += hr * r;
+            if (g->norm != 2)
+                s[POWER][l] += weight * (float)pow(fabs((double)(scale[l] * r)), g->norm);
         }
     }
-    for (int i = 0; i < LANES; i++) {
-        const double hv = h ? h[i] * v[i] : v[i];
-        s->v[i] += hv;
-        s->vv[i] += hv * v[i];
-        s->vw[i] += hv * w[i];
-    }
-    for (int i = 0; power && i < LANES; i++) {
-        const double error = pow(fabs(w[i] - (scale * v[i] + offset)), g->norm);
-        s->error[i] += h ? h[i] * error : error;
-    }
 }
 
-static inline sums
-sums_over(const group *g, double scale, double offset, bool weighted, bool table, bool power)
+/* Adds up the lanes where they are parts of one group. */
+static void
+join(const groups *g, double *x)
 {
-    sums s = {{0}, {0}, {0}, {0}};
-    ptrdiff_t k = 0;
-    for (; k + LANES <= g->count; k += LANES)
-        add_block(
-            g, g->w + k, weighted ? g->importance + k : NULL, scale, offset, table, power, &s);
-    if (k < g->count) {
-        double w[LANES] = {0}, h[LANES] = {0};
-        for (int i = 0; k < g->count; i++, k++) {
-            w[i] = g->w[k];
-            h[i] = weighted ? g->importance[k] : 1;
-        }
-        add_block(g, w, h, scale, offset, table, power, &s);
-    }
-    return s;
+    double total = 0;
+    for (int l = 0; g->in->together && l < LANES; l++)
+        total += x[l];
+    for (int l = 0; g->in->together && l < LANES; l++)
+        x[l] = total;
 }
 
-static double
-total(const double *lanes)
+static void
+sum_block(const groups *g, ptrdiff_t begin, ptrdiff_t count, const float *h, const float *grid,
+          const float *scale, sums s)
 {
-    return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+    const float *const w = g->in->w + begin * LANES;
+    if (g->code->levels || g->norm != 2)
+        sum_slowly(g, count, w, h, grid, scale, s);
+    else
+        lbq_kernel.grid_sums_f32(w, h, count, grid, g->code->count - 1, s[0]);
 }
 
-/* Sums over one group at one scale and offset, and what follows from them. */
+static void
+sum_groups(const groups *g, const float *grid, const float *scale, sums s)
+{
+    const ptrdiff_t count = g->in->count;
+    if (count <= BLOCK && !g->in->together) {
+        sum_block(g, 0, count, g->importance, grid, scale, s);
+        return;
+    }
+    double total[SUMS][LANES] = {{0}};
+    for (ptrdiff_t begin = 0; begin < count + (g->in->rest > 0); begin += BLOCK) {
+        lanes first_ones;
+        const float *h = g->importance ? g->importance + begin * LANES : NULL;
+        ptrdiff_t rows = count - begin < BLOCK ? count - begin : BLOCK;
+        if (rows > 0)
+            sum_block(g, begin, rows, h, grid, scale, s);
+        for (int i = 0; i < SUMS && rows > 0; i++)
+            for (int l = 0; l < LANES; l++)
+                total[i][l] += (double)s[i][l];
+        if (begin + BLOCK <= count || g->in->rest == 0)
+            continue;
+        for (int l = 0; l < LANES; l++)
+            first_ones[l] = l < g->in->rest;
+        h = g->importance ? g->importance + count * LANES : first_ones;
+        sum_block(g, count, 1, h, grid, scale, s);
+        for (int i = 0; i < SUMS; i++)
+            for (int l = 0; l < LANES; l++)
+                total[i][l] += (double)s[i][l];
+    }
+    for (int i = 0; i < SUMS; i++) {
+        join(g, total[i]);
+        for (int l = 0; l < LANES; l++)
+            s[i][l] = (float)total[i][l];
+    }
+}
+
+/* Sums at one scale and offset, and what follows from them. */
 typedef struct {
-    double error;         /* sum importance |w - q|^norm */
-    double scale, offset; /* the least squares refit for these codes; scale 0: there is none */
-    double refit_error;   /* its sum of squares */
+    lanes error;         /* sum importance |w - q|^norm */
+    lanes scale, offset; /* the least squares refit for these codes; scale 0: there is none */
+    lanes refit_error;   /* its sum of squares */
 } trial;
 
-static trial
-try(const group *g, double scale, double unshifted)
+/* The loops are written without branches, so that they become vectors. */
+static void
+try(const groups *g, const float *scale, const float *offset, trial *t)
 {
-    const double offset = unshifted - g->shift;
-    const bool power = g->norm != 2;
-    const bool table = g->code->levels != NULL;
-    const sums lanes = power   ? g->importance ? sums_over(g, scale, offset, true, table, true)
-                                               : sums_over(g, scale, offset, false, table, true)
-                       : table ? g->importance ? sums_over(g, scale, offset, true, true, false)
-                                               : sums_over(g, scale, offset, false, true, false)
-                       : g->importance ? sums_over(g, scale, offset, true, false, false)
-                                       : sums_over(g, scale, offset, false, false, false);
-    const double v = total(lanes.v), vv = total(lanes.vv), vw = total(lanes.vw);
-    const double squares = g->hww - 2 * (scale * vw + offset * g->hw) + scale * scale * vv +
-                           2 * scale * offset * v + offset * offset * g->h;
-    trial result = {.error = power ? total(lanes.error) : fmax(squares, 0)};
-    const double z = g->code->zero;
-    const double mean = g->code->symmetric ? z : v / g->h;
-    const double shared = g->code->symmetric ? vw - z * g->hw : vw - v * g->hw / g->h;
-    const double spread = g->code->symmetric ? vv - 2 * z * v + z * z * g->h : vv - v * v / g->h;
-    if (spread > 0 && shared > 0) {
-        result.scale = shared / spread;
-        result.offset = g->shift + (g->code->symmetric ? 0 : g->hw / g->h) - result.scale * mean;
-        const double explained = g->code->symmetric ? 0 : g->hw * g->hw / g->h;
-        result.refit_error = fmax(g->hww - explained - shared * result.scale, 0);
+    /* Less spread of v than this is rounding. */
+    const float least = 1e-6f;
+    const float free = !g->code->symmetric, zero = g->code->symmetric ? g->code->zero : 0;
+    sums s;
+    float grid[2 * LANES];
+    for (int l = 0; l < LANES; l++) {
+        grid[l] = 1 / scale[l];
+        grid[LANES + l] = -offset[l] * grid[l];
     }
-    return result;
+    sum_groups(g, grid, scale, s);
+    for (int l = 0; l < LANES; l++) {
+        const float inverse = grid[l], start = grid[LANES + l], n = g->h[l];
+        const float x = inverse * g->hw[l] + start * n;
+        const float xx = inverse * (inverse * g->hww[l] + 2 * start * g->hw[l]) + start * start * n;
+        const float v = x - s[R][l], vv = xx - 2 * s[RV][l] - s[RR][l];
+        /* r ~ a v + b, about the fixed zero: a (v - zero). */
+        const float mean = zero + free * v / n, mean_r = free * s[R][l] / n;
+        const float spread = vv - 2 * mean * v + mean * mean * n;
+        const float shared = s[RV][l] - s[R][l] * mean;
+        const float found = (float)(spread > least * vv);
+        const float a = shared / (spread * found + (1 - found));
+        const float wider = (scale[l] + scale[l] * a) * found;
+        const float left = s[RR][l] - s[R][l] * mean_r - a * shared;
+        const float squared = scale[l] * scale[l];
+        t->scale[l] = wider > 0 ? wider : 0;
+        t->offset[l] = free * (offset[l] + scale[l] * (mean_r - a * mean)) - zero * wider;
+        t->refit_error[l] = squared * (left > 0 ? left : 0);
+        t->error[l] = squared * s[RR][l];
+    }
+    if (g->norm != 2)
+        memcpy(t->error, s[POWER], sizeof t->error);
 }
 
 /* --- ranges ---------------------------------------------------------------------------------- */
 
-/* An integer with the same order as the double. */
-static int64_t
-order_of(double x)
+static void
+find_range(groups *g)
 {
-    int64_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits < 0 ? INT64_MIN - bits : bits;
+    const lbq_groups *const in = g->in;
+    lanes least, most; /* whose address nobody else has */
+    memcpy(least, in->w, sizeof least);
+    memcpy(most, in->w, sizeof most);
+    for (ptrdiff_t k = 1; k < in->count; k++)
+        for (int l = 0; l < LANES; l++) {
+            const float w = in->w[k * LANES + l];
+            least[l] = w < least[l] ? w : least[l];
+            most[l] = w > most[l] ? w : most[l];
+        }
+    memcpy(g->low, least, sizeof least);
+    memcpy(g->high, most, sizeof most);
+    if (!in->together)
+        return;
+    float low = in->w[0], high = in->w[0];
+    for (int l = 0; l < (in->count > 0 ? LANES : in->rest); l++) {
+        low = fminf(low, g->low[l]);
+        high = fmaxf(high, g->high[l]);
+    }
+    for (int l = 0; l < in->rest; l++) {
+        low = fminf(low, in->w[in->count * LANES + l]);
+        high = fmaxf(high, in->w[in->count * LANES + l]);
+    }
+    for (int l = 0; l < LANES; l++) {
+        g->low[l] = low;
+        g->high[l] = high;
+    }
 }
 
-static double
-of_order(int64_t bits)
+/* An integer with the same order as the float. */
+static int32_t
+order_of(float x)
 {
-    double x;
-    bits = bits < 0 ? INT64_MIN - bits : bits;
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits < 0 ? INT32_MIN - bits : bits;
+}
+
+static float
+of_order(int32_t bits)
+{
+    float x;
+    bits = bits < 0 ? INT32_MIN - bits : bits;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
 
-/* The quantile between order statistics as NumPy's "linear" has it. The lower one is found by
- * bisection over the bits of a double, which takes neither scratch nor a sort. */
-static double
-quantile(const group *g, double percent)
+/* How many weights of each group do not exceed its pivot. */
+static void
+count_up_to(const groups *g, const float *pivot, ptrdiff_t *count)
 {
-    const double position = percent / 100 * (double)(g->count - 1);
+    const lbq_groups *const in = g->in;
+    ptrdiff_t all = 0;
+    memset(count, 0, LANES * sizeof *count);
+    for (ptrdiff_t k = 0; k < in->count; k++)
+        for (int l = 0; l < LANES; l++)
+            count[l] += in->w[k * LANES + l] <= pivot[l];
+    for (int l = 0; l < in->rest; l++)
+        count[l] += in->w[in->count * LANES + l] <= pivot[l];
+    for (int l = 0; in->together && l < LANES; l++)
+        all += count[l];
+    for (int l = 0; in->together && l < LANES; l++)
+        count[l] = all;
+}
+
+/* The order statistic `rank`, found by bisection over the bits of a float, which takes neither
+ * scratch nor a sort. */
+static void
+find_rank(const groups *g, ptrdiff_t rank, float *found)
+{
+    int32_t low[LANES], high[LANES];
+    for (int l = 0; l < LANES; l++) {
+        low[l] = order_of(g->low[l]);
+        high[l] = order_of(g->high[l]);
+    }
+    for (bool more = true; more;) {
+        ptrdiff_t below[LANES];
+        int32_t half[LANES];
+        for (int l = 0; l < LANES; l++) {
+            half[l] = low[l] + (int32_t)(((uint32_t)high[l] - (uint32_t)low[l]) / 2);
+            found[l] = of_order(half[l]);
+        }
+        count_up_to(g, found, below);
+        more = false;
+        for (int l = 0; l < LANES; l++) {
+            if (low[l] == high[l])
+                continue;
+            if (below[l] > rank)
+                high[l] = half[l];
+            else
+                low[l] = half[l] + 1;
+            more = more || low[l] < high[l];
+        }
+    }
+    for (int l = 0; l < LANES; l++)
+        found[l] = of_order(low[l]);
+}
+
+/* The quantile between order statistics as NumPy's "linear" has it. */
+static void
+quantile(const groups *g, double percent, double *found)
+{
+    const ptrdiff_t count = g->in->together ? g->in->count * LANES + g->in->rest : g->in->count;
+    const double position = percent / 100 * (double)(count - 1);
     const ptrdiff_t rank = (ptrdiff_t)position;
-    int64_t low = order_of(g->low), high = order_of(g->high);
-    while (low < high) {
-        const int64_t half = low + (int64_t)(((uint64_t)high - (uint64_t)low) / 2);
-        const double pivot = of_order(half);
-        ptrdiff_t below = 0;
-        for (ptrdiff_t k = 0; k < g->count; k++)
-            below += g->w[k] <= pivot;
-        if (below > rank)
-            high = half;
-        else
-            low = half + 1;
-    }
-    const double here = of_order(low);
-    ptrdiff_t below = 0;
-    double next = g->high;
-    for (ptrdiff_t k = 0; k < g->count; k++) {
-        below += g->w[k] <= here;
-        next = g->w[k] > here && g->w[k] < next ? g->w[k] : next;
-    }
-    next = below > rank + 1 ? here : next;
-    return here + (next - here) * (position - (double)rank);
+    lanes here, next;
+    find_rank(g, rank, here);
+    find_rank(g, rank + 1 < count ? rank + 1 : rank, next);
+    for (int l = 0; l < LANES; l++)
+        found[l] =
+            (double)here[l] + ((double)next[l] - (double)here[l]) * (position - (double)rank);
 }
 
 /* The finest grid over [low, high]. */
 static void
-grid_over(const group *g, double low, double high, double *scale, double *offset)
+grid_over(const groups *g, double low, double high, double *scale, double *offset)
 {
+    const double first = (double)g->first, last = (double)g->last;
     if (g->code->symmetric) {
-        const double z = g->code->zero;
-        const double above = high > 0 && g->last > z ? high / (g->last - z) : 0;
-        const double below = low < 0 && z > g->first ? low / (g->first - z) : 0;
+        const double z = (double)g->code->zero;
+        const double above = high > 0 && last > z ? high / (last - z) : 0;
+        const double below = low < 0 && z > first ? low / (first - z) : 0;
         *scale = fmax(above, below);
         *offset = -z * *scale;
     } else {
-        *scale = (high - low) / g->last;
+        *scale = (high - low) / last;
         *offset = low;
     }
 }
@@ -259,160 +313,278 @@ grid_over(const group *g, double low, double high, double *scale, double *offset
 /* The same as it is stored, rounded so that it still covers the range. An offset that is kept as
  * zero * scale cannot reach a lone value by itself, so the grid then starts from 0. */
 static void
-stored_grid_over(const group *g, double low, double high, double *scale, double *offset)
+stored_grid_over(const groups *g, double low, double high, double *scale, double *offset)
 {
+    const double last = (double)g->last;
     if (low == high && g->code->scale_bits == 0) {
         low = fmin(low, 0);
         high = fmax(high, 0);
     }
     grid_over(g, low, high, scale, offset);
-    *scale = stored_scale(g->code, *scale, UP);
-    *offset = stored_offset(g->code, *offset, *scale, DOWN);
-    if (!g->code->symmetric && *offset + g->last * *scale < high) {
-        *scale = stored_scale(g->code, (high - *offset) / g->last, UP);
-        *offset = stored_offset(g->code, *offset, *scale, DOWN);
+    *scale = lbq_stored_scale(g->code, *scale, LBQ_UP);
+    *offset = lbq_stored_offset(g->code, *offset, *scale, LBQ_DOWN);
+    if (!g->code->symmetric && *offset + last * *scale < high) {
+        *scale = lbq_stored_scale(g->code, (high - *offset) / last, LBQ_UP);
+        *offset = lbq_stored_offset(g->code, *offset, *scale, LBQ_DOWN);
     }
 }
 
 /* --- the search ------------------------------------------------------------------------------ */
 
 typedef struct {
-    double error, scale, offset, next_scale, next_offset;
+    lanes error, scale, offset, next_scale, next_offset;
 } best_fit;
 
-/* Keeps what a trial yields if that is better: its refit, or under another norm than 2 the grid
- * itself, with the refit as what to try next. */
-static bool
-improves(const group *g, double scale, double offset, best_fit *best)
+/* old = new where `keep` has all bits set. */
+static inline void
+take(const int32_t *keep, const float *new, float *old)
 {
-    const trial t = try(g, scale, offset);
-    const bool squares = g->norm == 2;
-    if (!(t.scale > 0 && (squares ? t.refit_error : t.error) < best->error * (1 - 1e-9)))
-        return false;
-    *best = (best_fit){
-        .error = squares ? t.refit_error : t.error,
-        .scale = squares ? t.scale : scale,
-        .offset = squares ? t.offset : offset,
-        .next_scale = t.scale,
-        .next_offset = t.offset,
-    };
-    return true;
+    int32_t a[LANES], b[LANES];
+    memcpy(a, new, sizeof a);
+    memcpy(b, old, sizeof b);
+    for (int l = 0; l < LANES; l++)
+        b[l] = (a[l] & keep[l]) | (b[l] & ~keep[l]);
+    memcpy(old, b, sizeof b);
 }
 
-static void
-descend(const group *g, best_fit *best)
+/* Relative; below it a step is not worth its time. */
+#define LEAST_GAIN 1e-5f
+
+/* Keeps what a trial yields where that is better: its refit, or under another norm than 2 the grid
+ * itself, with the refit as what to try next. */
+static bool
+improves(const groups *g, const float *scale, const float *offset, best_fit *best)
 {
-    enum { REFITS = 20 }; /* usually 3 to 6 */
-    for (int i = 0; i < REFITS; i++)
-        if (!improves(g, best->next_scale, best->next_offset, best))
+    trial t;
+    try(g, scale, offset, &t);
+    const bool squares = g->norm == 2;
+    const float *const error = squares ? t.refit_error : t.error;
+    const float *const new_scale = squares ? t.scale : scale;
+    const float *const new_offset = squares ? t.offset : offset;
+    int32_t keep[LANES], improved = 0;
+    for (int l = 0; l < LANES; l++) {
+        const float before = best->error[l];
+        const bool better = (t.scale[l] > 0) & (error[l] < before * (1 - LEAST_GAIN));
+        keep[l] = better ? -1 : 0;
+        improved |= keep[l];
+    }
+    take(keep, error, best->error);
+    take(keep, new_scale, best->scale);
+    take(keep, new_offset, best->offset);
+    take(keep, t.scale, best->next_scale);
+    take(keep, t.offset, best->next_offset);
+    return improved;
+}
+
+/* Refits the best grid to its own codes, up to `steps` times. */
+static void
+descend(const groups *g, int steps, best_fit *best)
+{
+    for (int i = 0; i < steps; i++) {
+        lanes scale, offset;
+        memcpy(scale, best->next_scale, sizeof scale);
+        memcpy(offset, best->next_offset, sizeof offset);
+        if (!improves(g, scale, offset, best))
             break;
+    }
 }
 
 /* Moves the ends of the grid, by itself each or, about a fixed zero, both. */
 static void
-move_ends(const group *g, best_fit *best)
+move_ends(const groups *g, best_fit *best)
 {
-    static const double apart[][2] = {{1, 0}, {-1, 0}, {0, 1}, {0, -1}};
-    static const double both[][2] = {{-1, 1}, {1, -1}};
+    static const float apart[][2] = {{1, 0}, {-1, 0}, {0, 1}, {0, -1}};
+    static const float both[][2] = {{-1, 1}, {1, -1}};
     const bool fixed = g->code->symmetric;
-    const double (*const moves)[2] = fixed ? both : apart;
-    for (double step = 0.5; step > 0.1; step /= 2)
+    const float (*const moves)[2] = fixed ? both : apart;
+    for (float step = 0.5f; step > 0.1f; step /= 2)
         for (int i = 0; i < (fixed ? 2 : 4); i++) {
-            const double low = moves[i][0] * step * best->scale;
-            const double high = moves[i][1] * step * best->scale;
-            const double scale = best->scale + (high - low) / (g->last - g->first);
-            const double offset = fixed ? -(double)g->code->zero * scale : best->offset + low;
-            if (scale > 0 && improves(g, scale, offset, best))
-                descend(g, best);
+            lanes scale, offset;
+            for (int l = 0; l < LANES; l++) {
+                const float low = moves[i][0] * step, high = moves[i][1] * step;
+                const float part = 1 + (high - low) / (g->last - g->first);
+                scale[l] = best->scale[l] * (part > 0 ? part : 1);
+                offset[l] =
+                    fixed ? -g->code->zero * scale[l] : best->offset[l] + low * best->scale[l];
+            }
+            if (improves(g, scale, offset, best))
+                descend(g, 1, best); /* more gain nothing here */
         }
+}
+
+/* Changes the weights as `groups` says. */
+static void
+centre(groups *g)
+{
+    float *const w = g->in->w;
+    const ptrdiff_t rows = g->in->count + (g->in->rest > 0);
+    lanes inverse;
+    for (int l = 0; l < LANES; l++) {
+        const float size = fmaxf(fabsf(g->low[l]), fabsf(g->high[l]));
+        const float range = g->code->symmetric ? size : g->high[l] - g->low[l];
+        int exponent;
+        frexpf(range, &exponent);
+        exponent = exponent < -100 ? -100 : exponent;
+        g->shift[l] = g->code->symmetric ? 0 : g->low[l] + 0.5f * (g->high[l] - g->low[l]);
+        g->unit[l] = ldexpf(1, exponent);
+        inverse[l] = ldexpf(1, -exponent);
+    }
+    for (ptrdiff_t k = 0; k < rows; k++)
+        for (int l = 0; l < LANES; l++)
+            w[k * LANES + l] = (w[k * LANES + l] - g->shift[l]) * inverse[l];
+    for (int l = 0; l < LANES; l++) {
+        g->low[l] = (g->low[l] - g->shift[l]) * inverse[l];
+        g->high[l] = (g->high[l] - g->shift[l]) * inverse[l];
+    }
+}
+
+/* Finds the sums that no scale changes. */
+static void
+weigh(groups *g)
+{
+    const lbq_groups *const in = g->in;
+    bool some = false;
+    for (ptrdiff_t i = 0; in->importance && i < (in->count + (in->rest > 0)) * LANES; i++)
+        some |= in->importance[i] > 0;
+    g->importance = some ? in->importance : NULL;
+    double h[LANES] = {0}, hw[LANES] = {0}, hww[LANES] = {0};
+    for (ptrdiff_t k = 0; k < in->count + (in->rest > 0); k++)
+        for (int l = 0; l < LANES; l++) {
+            const double one = k < in->count || l < in->rest;
+            const double share = g->importance ? (double)g->importance[k * LANES + l] : one;
+            const double w = (double)in->w[k * LANES + l];
+            h[l] += share;
+            hw[l] += share * w;
+            hww[l] += share * w * w;
+        }
+    join(g, h);
+    join(g, hw);
+    join(g, hww);
+    for (int l = 0; l < LANES; l++) {
+        g->h[l] = (float)h[l];
+        g->hw[l] = (float)hw[l];
+        g->hww[l] = (float)hww[l];
+    }
+}
+
+/* The candidate ranges, and from the best of them downhill. */
+static void
+search(const groups *g, const lbq_range *range, best_fit *best)
+{
+    lanes whole_scale, whole_offset, origin;
+    for (int l = 0; l < LANES; l++) {
+        /* Ranges shrink towards zero, or where they do not hold it, towards their end next to it.
+         */
+        const float zero = -g->shift[l] / g->unit[l];
+        origin[l] = fminf(fmaxf(zero, g->low[l]), g->high[l]);
+        double scale, offset;
+        grid_over(g, (double)g->low[l], (double)g->high[l], &scale, &offset);
+        whole_scale[l] = (float)scale;
+        whole_offset[l] = (float)offset;
+        best->error[l] = HUGE_VALF;
+        best->scale[l] = best->next_scale[l] = 1;
+        best->offset[l] = best->next_offset[l] = 0;
+    }
+    for (int i = 0; i < range->candidates; i++) {
+        const float factor = (float)(1 - range->shrink * i / range->candidates);
+        lanes scale, offset;
+        for (int l = 0; l < LANES; l++) {
+            /* A lone value has no range: whatever is tried there fails. */
+            scale[l] = whole_scale[l] > 0 ? factor * whole_scale[l] : 1;
+            offset[l] = g->code->symmetric ? factor * whole_offset[l]
+                                           : origin[l] + factor * (whole_offset[l] - origin[l]);
+        }
+        improves(g, scale, offset, best);
+    }
+    descend(g, 1, best);
+    move_ends(g, best);
+    descend(g, 20, best);
 }
 
 static void
-fit_least_error(const group *g, const lbq_range *range, double *scale, double *offset)
+fit_least_error(groups *g, const lbq_range *range, double *scale, double *offset)
 {
-    best_fit best = {.error = HUGE_VAL};
-    for (int i = 0; i < range->candidates; i++) {
-        const double factor = 1 - range->shrink * i / range->candidates;
-        double s, o;
-        grid_over(g, factor * g->low, factor * g->high, &s, &o);
-        if (s > 0)
-            improves(g, s, o, &best);
-    }
-    stored_grid_over(g, g->low, g->high, scale, offset);
-    if (best.error == HUGE_VAL)
-        return; /* one value, or zeros */
-    descend(g, &best);
-    move_ends(g, &best);
-    double least = try(g, *scale, *offset).error;
-    const double middle = (g->first + g->last) / 2;
-    for (int direction = DOWN; direction <= UP; direction += UP - DOWN) {
-        const double s = stored_scale(g->code, best.scale, direction);
-        const double o =
-            stored_offset(g->code, best.offset + middle * (best.scale - s), s, NEAREST);
-        const double error = try(g, s, o).error;
-        if (error < least) {
-            least = error;
-            *scale = s;
-            *offset = o;
+    for (int l = 0; l < LANES; l++)
+        stored_grid_over(g, (double)g->low[l], (double)g->high[l], scale + l, offset + l);
+    centre(g);
+    weigh(g);
+    best_fit best;
+    search(g, range, &best);
+    const double middle = 0.5 * ((double)g->first + (double)g->last);
+    lanes least;
+    for (int direction = 0; direction <= 2; direction++) {
+        double s[LANES], o[LANES];
+        lanes narrow_s, narrow_o;
+        for (int l = 0; l < LANES; l++) {
+            const double unit = (double)g->unit[l], shift = (double)g->shift[l];
+            const double found = (double)best.scale[l] * unit;
+            s[l] = direction == 0
+                       ? scale[l]
+                       : lbq_stored_scale(g->code, found, direction == 1 ? LBQ_DOWN : LBQ_UP);
+            o[l] = direction == 0 ? offset[l]
+                                  : lbq_stored_offset(g->code,
+                                                      shift + (double)best.offset[l] * unit +
+                                                          middle * (found - s[l]),
+                                                      s[l],
+                                                      LBQ_NEAREST);
+            narrow_s[l] = (float)(s[l] / unit);
+            narrow_o[l] = (float)((o[l] - shift) / unit);
         }
+        trial t;
+        try(g, narrow_s, narrow_o, &t);
+        for (int l = 0; l < LANES; l++)
+            if (direction == 0 || (t.error[l] < least[l] && best.error[l] < HUGE_VALF)) {
+                least[l] = t.error[l];
+                scale[l] = s[l];
+                offset[l] = o[l];
+            }
     }
 }
 
-static group
-group_of(const lbq_code *code, double norm, ptrdiff_t count, const double *w,
-         const double *importance)
+static groups
+groups_of(const lbq_code *code, double norm, const lbq_groups *in)
 {
     const int top = code->count - 1;
-    group g = {
+    groups g = {
         .code = code,
+        .in = in,
         .norm = norm,
-        .count = count,
-        .w = w,
-        .low = w[0],
-        .high = w[0],
         .first = code->levels ? code->levels[0] : 0,
-        .last = code->levels ? code->levels[top] : top,
+        .last = code->levels ? code->levels[top] : (float)top,
     };
     for (int i = 0; code->levels && i < top; i++) {
-        g.middle[i] = 0.5 * ((double)code->levels[i] + code->levels[i + 1]);
-        g.jump[i] = (double)code->levels[i + 1] - code->levels[i];
+        g.middle[i] = 0.5f * (code->levels[i] + code->levels[i + 1]);
+        g.jump[i] = code->levels[i + 1] - code->levels[i];
     }
-    double h = 0;
-    for (ptrdiff_t k = 0; k < count; k++) {
-        g.low = w[k] < g.low ? w[k] : g.low;
-        g.high = w[k] > g.high ? w[k] : g.high;
-        h += importance ? importance[k] : 0;
-    }
-    g.importance = h > 0 ? importance : NULL;
-    g.shift = code->symmetric ? 0 : 0.5 * (g.low + g.high);
-    for (ptrdiff_t k = 0; k < count; k++) {
-        const double weight = g.importance ? importance[k] : 1;
-        const double shifted = w[k] - g.shift;
-        g.h += weight;
-        g.hw += weight * shifted;
-        g.hww += weight * shifted * shifted;
-    }
+    find_range(&g);
     return g;
 }
 
 void
-lbq_code_fit(const lbq_code *code, const lbq_range *range, ptrdiff_t count, const double *w,
-             const double *importance, double *scale, double *offset)
+lbq_code_fit(const lbq_code *code, const lbq_range *range, const lbq_groups *in, float *scale,
+             float *offset)
 {
-    assert(count > 0 && (code->symmetric || !code->levels));
-    const group g = group_of(code, range->norm, count, w, importance);
+    assert(in->count + in->rest > 0 && (code->symmetric || !code->levels));
+    groups g = groups_of(code, range->norm, in);
+    double low[LANES], high[LANES], s[LANES], o[LANES];
     switch (range->method) {
-    case LBQ_RANGE_MINMAX:
-        stored_grid_over(&g, range->clip * g.low, range->clip * g.high, scale, offset);
+    case LBQ_RANGE_PERCENTILE:
+        quantile(&g, 100 - range->percentile, low);
+        quantile(&g, range->percentile, high);
+        for (int l = 0; l < LANES; l++)
+            stored_grid_over(&g, range->clip * low[l], range->clip * high[l], s + l, o + l);
         break;
-    case LBQ_RANGE_PERCENTILE: {
-        const double low = quantile(&g, 100 - range->percentile);
-        const double high = quantile(&g, range->percentile);
-        stored_grid_over(&g, range->clip * low, range->clip * high, scale, offset);
+    case LBQ_RANGE_MSE:
+        fit_least_error(&g, range, s, o);
+        break;
+    case LBQ_RANGE_MINMAX:
+        for (int l = 0; l < LANES; l++)
+            stored_grid_over(
+                &g, range->clip * (double)g.low[l], range->clip * (double)g.high[l], s + l, o + l);
         break;
     }
-    case LBQ_RANGE_MSE:
-        fit_least_error(&g, range, scale, offset);
-        break;
+    for (int l = 0; l < LANES; l++) {
+        scale[l] = (float)s[l];
+        offset[l] = (float)o[l];
     }
 }

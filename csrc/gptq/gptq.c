@@ -271,6 +271,7 @@ typedef struct {
     ptrdiff_t width;              /* columns of the widest block */
     bool refit;
     const int64_t *order;
+    const float *importance; /* (cols, LANES) in order, at most 1; or NULL */
     const float *W;
     uint8_t *codes;
     float *scale, *offset;
@@ -369,21 +370,34 @@ check_weights(const lbq_gptq_problem *p, const float *W)
 
 /* One group per row: scale and offset of the weights as they are. */
 static lbq_status
-fit_row(void *context, ptrdiff_t row, int worker)
+fit_rows(void *context, ptrdiff_t index, int worker)
 {
     const run_state *const state = context;
     const lbq_gptq_problem *const p = state->problem;
-    double *const values = (double *)(state->scratch + (size_t)worker * state->scratch_bytes);
-    double *const importance = p->importance ? values + p->cols : NULL;
-    for (ptrdiff_t k = 0; k < p->cols; k++)
-        values[k] = (double)state->W[row * p->cols + k];
-    for (ptrdiff_t k = 0; importance && k < p->cols; k++)
-        importance[k] = (double)p->importance[k];
-    double scale, offset;
-    lbq_code_fit(p->code, p->range, p->cols, values, importance, &scale, &offset);
-    state->scale[row] = (float)scale;
-    state->offset[row] = (float)offset;
+    float *const w = (float *)(state->scratch + (size_t)worker * state->scratch_bytes);
+    const ptrdiff_t first = index * LANES, rows = smaller(LANES, p->rows - first);
+    const float *const W = state->W + first * p->cols;
+    for (ptrdiff_t l = 0; l < LANES; l++)
+        for (ptrdiff_t j = 0; j < p->cols; j++)
+            w[j * LANES + l] = l < rows ? W[l * p->cols + state->order[j]] : 0;
+    const lbq_groups groups = {.w = w, .importance = state->importance, .count = p->cols};
+    float scale[LANES], offset[LANES];
+    lbq_code_fit(p->code, p->range, &groups, scale, offset);
+    memcpy(state->scale + first, scale, (size_t)rows * sizeof *scale);
+    memcpy(state->offset + first, offset, (size_t)rows * sizeof *offset);
     return LBQ_OK;
+}
+
+/* Importance (cols) in order, copied to all lanes. */
+static void
+spread_importance(const lbq_gptq_problem *p, const int64_t *order, float *shares)
+{
+    float most = 0;
+    for (ptrdiff_t k = 0; k < p->cols; k++)
+        most = p->importance[k] > most ? p->importance[k] : most;
+    for (ptrdiff_t j = 0; j < p->cols; j++)
+        for (int l = 0; l < LANES; l++)
+            shares[j * LANES + l] = most > 0 ? p->importance[order[j]] / most : 0;
 }
 
 static lbq_status
@@ -391,7 +405,7 @@ run_tiles(run_state *state)
 {
     const lbq_gptq_problem *const p = state->problem;
     if (!p->fixed && !state->refit)
-        LBQ_TRY(lbq_parallel(p->rows, fit_row, state));
+        LBQ_TRY(lbq_parallel((p->rows + LANES - 1) / LANES, fit_rows, state));
     const ptrdiff_t tiles = (p->rows + state->tile - 1) / state->tile;
     return lbq_parallel_blas(tiles, p->float64 ? round_rows_f64 : round_rows_f32, state);
 }
@@ -428,14 +442,20 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
     const size_t order_bytes = lbq_padded((size_t)cols * sizeof(int64_t));
     const size_t begin_bytes = lbq_padded((size_t)(cols + 1) * sizeof(ptrdiff_t));
     const size_t seen_bytes = lbq_padded((size_t)groups);
+    const size_t share_bytes = p->importance ? (size_t)cols * LANES * sizeof(float) : 0;
     lbq_arena plan, work;
-    LBQ_TRY(lbq_arena_open(&plan, order_bytes + begin_bytes + seen_bytes));
+    LBQ_TRY(lbq_arena_open(&plan, order_bytes + begin_bytes + seen_bytes + share_bytes));
     int64_t *const order = lbq_arena_take(&plan, order_bytes);
     ptrdiff_t *const block_begin = lbq_arena_take(&plan, begin_bytes);
     uint8_t *const seen = lbq_arena_take(&plan, seen_bytes);
     memset(seen, 0, seen_bytes);
     block_begin[0] = 0;
     lbq_status status = copy_order(cols, p->order, order);
+    if (status == LBQ_OK && p->importance) {
+        float *const shares = lbq_arena_take(&plan, share_bytes);
+        spread_importance(p, order, shares);
+        state.importance = shares;
+    }
     if (status == LBQ_OK) {
         state.order = order;
         state.block_begin = block_begin;

@@ -10,7 +10,7 @@ typedef struct {
     REAL *errors;   /* (cols, pitch): w - q, and before that the feedback, errors times R */
     REAL *square;   /* (width, width): the block's own part of R */
     REAL *w, *x;    /* (width, LANES) */
-    double *values; /* (2, width) */
+    float *values;  /* (width, LANES) */
     uint8_t *codes; /* (width, LANES) */
 } NAME(scratch);
 
@@ -21,7 +21,7 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
     const size_t tile = (size_t)state->problem->cols * (size_t)state->pitch * real;
     const size_t strip = width * LANES * real;
     const size_t sizes[] = {
-        tile, width * width * real, strip, strip, 2 * width * sizeof(double), width * LANES};
+        tile, width * width * real, strip, strip, width * LANES * sizeof(float), width * LANES};
     size_t at[7] = {0};
     for (int i = 0; i < 6; i++)
         at[i + 1] = at[i] + lbq_padded(sizes[i]);
@@ -31,7 +31,7 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
             .square = (REAL *)(base + at[1]),
             .w = (REAL *)(base + at[2]),
             .x = (REAL *)(base + at[3]),
-            .values = (double *)(base + at[4]),
+            .values = (float *)(base + at[4]),
             .codes = (uint8_t *)(base + at[5]),
         };
     return at[6];
@@ -56,16 +56,18 @@ NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdif
         const REAL *const R = s->square + (begin + j) * state->width + begin + j + 1;
         FEEDBACK(1, count - j - 1, R, state->width, minus, LANES, s->x + (j + 1) * LANES);
     }
-    double *const importance = p->importance ? s->values + count : NULL;
-    for (ptrdiff_t j = 0; importance && j < count; j++)
-        importance[j] = (double)p->importance[order[begin + j]];
+    for (ptrdiff_t i = 0; i < count * LANES; i++)
+        s->values[i] = (float)(s->w[begin * LANES + i] + s->x[i]);
+    const lbq_groups groups = {
+        .w = s->values,
+        .importance = state->importance ? state->importance + (at->column + begin) * LANES : NULL,
+        .count = count,
+    };
+    float scale[LANES], offset[LANES];
+    lbq_code_fit(p->code, p->range, &groups, scale, offset);
     for (ptrdiff_t l = 0; l < at->rows; l++) {
-        for (ptrdiff_t j = 0; j < count; j++)
-            s->values[j] = (double)(s->w[(begin + j) * LANES + l] + s->x[j * LANES + l]);
-        double scale, offset;
-        lbq_code_fit(p->code, p->range, count, s->values, importance, &scale, &offset);
-        state->scale[(at->row + l) * state->groups + group] = (float)scale;
-        state->offset[(at->row + l) * state->groups + group] = (float)offset;
+        state->scale[(at->row + l) * state->groups + group] = scale[l];
+        state->offset[(at->row + l) * state->groups + group] = offset[l];
     }
 }
 

@@ -108,6 +108,18 @@ typedef struct {
        int add,                                                                                    \
        float *C,                                                                                   \
        ptrdiff_t ldc))                                                                             \
+    /* How LBQ_PANEL groups of weights w (count, LBQ_PANEL) fit their grids: with                  \
+     * x = w * inverse + start, v = x clipped to 0 and top <= 255 and rounded, ties to even, and   \
+     * r = x - v, the sums over a group of importance times r, r v, r^2; importance like w, or     \
+     * NULL for ones. grid as [2][group]: inverse, start; sums as [3][group]; exact. */            \
+    X(grid_sums_f32,                                                                               \
+      void,                                                                                        \
+      (const float *w,                                                                             \
+       const float *importance,                                                                    \
+       ptrdiff_t count,                                                                            \
+       const float *grid,                                                                          \
+       int top,                                                                                    \
+       float *sums))                                                                               \
     /* sum[j][l] += R[i * stride + j] * e[i][l] for i = 0, 1, ..., count - 1 in turn, j < width    \
      * and LBQ_PANEL rows l; sum and e are `pitch` floats from one j or i to the next; exact. */   \
     X(feedback_f32,                                                                                \

@@ -183,6 +183,53 @@ def test_search_comes_close_to_the_best_grid_there_is(count, symmetric):
     assert found.sum() <= 1.01 * best.sum()
 
 
+def candidates_error(w, count, symmetric, h, steps=10, shrink=0.9):
+    """Least of the candidate ranges' squared errors, each grid refitted to its codes."""
+    best = np.inf
+    for factor in 1 - shrink * np.arange(steps) / steps:
+        low, high = factor * min(w.min(), 0), factor * max(w.max(), 0)
+        zero = (count - 1) / 2
+        scale = max(abs(low), abs(high)) / zero if symmetric else (high - low) / (count - 1)
+        offset = -zero * scale if symmetric else low
+        codes = np.clip(np.rint((w - offset) / scale), 0, count - 1)
+        basis = np.stack([codes - zero] if symmetric else [codes, np.ones(w.size)], 1)
+        root = np.sqrt(h)
+        grid = np.linalg.lstsq(basis * root[:, None], w * root, rcond=None)[0]
+        if grid[0] > 0:
+            best = min(best, (h * (basis @ grid - w) ** 2).sum())
+    return best
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("count", [2, 3, 4, 16, 256])
+@pytest.mark.parametrize("shape", [(1, 15), (1, 16), (1, 1000), (19, 33), (3, 600)])
+def test_the_search_in_float32_misses_no_candidate(isa, shape, count, symmetric):
+    """Against the candidates in float64: sums of float32 err by some 1e-6 of the error."""
+    weight = normal(*shape, seed=count)
+    rng = np.random.default_rng([count, *shape])
+    for importance in (None, np.exp(2 * rng.standard_normal(shape[1])).astype(np.float32)):
+        values = quantize(
+            weight, count=count, symmetric=symmetric, scale_bits=0, importance=importance
+        )[3]
+        h = np.ones(shape[1]) if importance is None else importance.astype(float)
+        found = (h * (values - weight) ** 2).sum(1)
+        best = [candidates_error(w, count, symmetric, h) for w in weight.astype(float)]
+        # A grid that meets all weights is right to the rounding of its scale to float32.
+        exact = count * 2.0**-23 * abs(weight).max()
+        assert (found <= np.array(best) * (1 + 1e-5) + h.sum() * exact**2).all()
+
+
+@pytest.mark.parametrize("levels", [None, NF4])
+def test_every_instruction_set_finds_the_same(isa, levels):
+    weight, importance = normal(21, 300), abs(normal(1, 300, seed=2)[0])
+    for given in (None, importance):
+        _core.use_isa(isa=isa)
+        found = quantize(weight, levels=levels, count=8, importance=given, group=64)
+        _core.use_isa(isa="portable")  # the fixture brings back what was in use
+        expected = quantize(weight, levels=levels, count=8, importance=given, group=64)
+        assert all((a == b).all() for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("options", [{"count": 4}, {"count": 16, "symmetric": False}])
 def test_least_error_is_never_worse_than_minmax(options):
     rng = np.random.default_rng(1)

@@ -151,10 +151,9 @@ def test_float32_loses_nothing_that_matters(seed):
     for codes, scale, offset, _ in (found, expected):
         error = (weight - decode(codes, scale, offset, 64)).astype(np.float32)
         errors.append(_core.hessian_error(hessian, error))
-    # Rounding changes only codes at a tie, and with them what later columns are fed; that moves
-    # the error of a row, some 0.03, by a few percent either way.
-    moved = (found[0] != expected[0]).any(1).mean()
-    assert errors[0] == pytest.approx(errors[1], rel=0.05 * max(moved, 1e-3))
+    # Rounding changes only codes at a tie, and what later columns are fed after them: some rows
+    # of 64 take another path, whose error is a few percent more or less.
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
 @pytest.mark.parametrize("loud", [1e2, 1e4])

@@ -1,0 +1,38 @@
+/* Sums over the codes of sixteen groups, eight after eight, so that sums stay in registers; without
+ * fma, as portable C rounds. */
+#include <immintrin.h>
+
+#include "kernels/avx2/avx2.h"
+
+static inline __attribute__((always_inline)) void
+add_up(const float *w, const float *h, const int weighted, ptrdiff_t count, const float *grid,
+       int top, float *sums)
+{
+    const __m256 inverse = _mm256_loadu_ps(grid), start = _mm256_loadu_ps(grid + LBQ_PANEL);
+    const __m256 zero = _mm256_setzero_ps(), limit = _mm256_set1_ps((float)top);
+    __m256 sum[3] = {zero, zero, zero};
+    for (ptrdiff_t k = 0; k < count; k++) {
+        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(w + k * LBQ_PANEL), inverse);
+        const __m256 x = _mm256_add_ps(scaled, start);
+        __m256 v = _mm256_min_ps(_mm256_max_ps(x, zero), limit);
+        v = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m256 r = _mm256_sub_ps(x, v);
+        const __m256 hr = weighted ? _mm256_mul_ps(_mm256_loadu_ps(h + k * LBQ_PANEL), r) : r;
+        sum[0] = _mm256_add_ps(sum[0], hr);
+        sum[1] = _mm256_add_ps(sum[1], _mm256_mul_ps(hr, v));
+        sum[2] = _mm256_add_ps(sum[2], _mm256_mul_ps(hr, r));
+    }
+    for (int i = 0; i < 3; i++)
+        _mm256_storeu_ps(sums + i * LBQ_PANEL, sum[i]);
+}
+
+void
+lbq_grid_sums_f32_avx2(const float *w, const float *importance, ptrdiff_t count, const float *grid,
+                       int top, float *sums)
+{
+    for (int l = 0; l < LBQ_PANEL; l += 8)
+        if (importance)
+            add_up(w + l, importance + l, 1, count, grid + l, top, sums + l);
+        else
+            add_up(w + l, NULL, 0, count, grid + l, top, sums + l);
+}

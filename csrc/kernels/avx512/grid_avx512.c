@@ -1,0 +1,36 @@
+/* Sums over the codes of sixteen groups, in a vector; without fma, as portable C rounds. */
+#include <immintrin.h>
+
+#include "kernels/avx512/avx512.h"
+
+static inline __attribute__((always_inline)) void
+add_up(const float *w, const float *h, const int weighted, ptrdiff_t count, const float *grid,
+       int top, float *sums)
+{
+    const __m512 inverse = _mm512_loadu_ps(grid), start = _mm512_loadu_ps(grid + LBQ_PANEL);
+    const __m512 zero = _mm512_setzero_ps(), limit = _mm512_set1_ps((float)top);
+    __m512 sum[3] = {zero, zero, zero};
+    for (ptrdiff_t k = 0; k < count; k++) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(w + k * LBQ_PANEL), inverse);
+        const __m512 x = _mm512_add_ps(scaled, start);
+        __m512 v = _mm512_min_ps(_mm512_max_ps(x, zero), limit);
+        v = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        const __m512 r = _mm512_sub_ps(x, v);
+        const __m512 hr = weighted ? _mm512_mul_ps(_mm512_loadu_ps(h + k * LBQ_PANEL), r) : r;
+        sum[0] = _mm512_add_ps(sum[0], hr);
+        sum[1] = _mm512_add_ps(sum[1], _mm512_mul_ps(hr, v));
+        sum[2] = _mm512_add_ps(sum[2], _mm512_mul_ps(hr, r));
+    }
+    for (int i = 0; i < 3; i++)
+        _mm512_storeu_ps(sums + i * LBQ_PANEL, sum[i]);
+}
+
+void
+lbq_grid_sums_f32_avx512(const float *w, const float *importance, ptrdiff_t count,
+                         const float *grid, int top, float *sums)
+{
+    if (importance)
+        add_up(w, importance, 1, count, grid, top, sums);
+    else
+        add_up(w, NULL, 0, count, grid, top, sums);
+}

@@ -1,0 +1,25 @@
+/* Sums over the codes of sixteen groups, for the search of their scales. */
+#include <string.h>
+
+#include "kernels/portable/portable.h"
+
+void
+lbq_grid_sums_f32_portable(const float *w, const float *importance, ptrdiff_t count,
+                           const float *grid, int top, float *sums)
+{
+    const float limit = (float)top;
+    float sum[3][LBQ_PANEL] = {{0}};
+    for (ptrdiff_t k = 0; k < count; k++)
+        for (int l = 0; l < LBQ_PANEL; l++) {
+            const float x = w[k * LBQ_PANEL + l] * grid[l] + grid[LBQ_PANEL + l];
+            float v = x > 0 ? x : 0;
+            v = v < limit ? v : limit;
+            v = (v + 0x1.8p23f) - 0x1.8p23f; /* whole, ties to even, without a call */
+            const float r = x - v;
+            const float hr = importance ? importance[k * LBQ_PANEL + l] * r : r;
+            sum[0][l] += hr;
+            sum[1][l] += hr * v;
+            sum[2][l] += hr * r;
+        }
+    memcpy(sums, sum, sizeof sum);
+}

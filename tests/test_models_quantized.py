@@ -263,11 +263,11 @@ FORGERIES = {
 }
 
 
-def forge(saved, change):
-    """Change the entry of the configuration, and make the checksums fit."""
-    config = json.loads((saved / "config.json").read_text())
-    change(config["quantization_config"])
-    (saved / "config.json").write_text(json.dumps(config))
+def forge(saved, change, file="config.json"):
+    """Change the entry of the configuration, or another file, and make the checksums fit."""
+    contents = json.loads((saved / file).read_text())
+    change(contents["quantization_config"] if file == "config.json" else contents)
+    (saved / file).write_text(json.dumps(contents))
     (saved / "checksums.json").unlink()
     files = {file.name: packed._sections(file) for file in sorted(saved.iterdir())}
     packed.write_json(saved / "checksums.json", packed._listing(files))
@@ -280,6 +280,14 @@ def test_contradictions_are_named(tmp_path, case):
     tiny("llama", tmp_path, formats=["int4g64"]).save(tmp_path / "saved")
     forge(tmp_path / "saved", change)
     with pytest.raises(FormatError, match=message):
+        load(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("layers", [3, [3], ["layer"], [{}], [{"layer": []}]])
+def test_a_report_that_is_none_is_named(tmp_path, layers):
+    tiny("llama", tmp_path).save(tmp_path / "saved")
+    forge(tmp_path / "saved", lambda report: report.update(layers=layers), "report.json")
+    with pytest.raises(FormatError, match=r"report\.json: layers: "):
         load(tmp_path / "saved")
 
 

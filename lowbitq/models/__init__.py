@@ -97,7 +97,6 @@ def _from_hf(source: SafetensorsFolder) -> Model:
 def _from_packed(source: PackedFolder) -> QuantizedModel:
     where = str(source.path / "config.json")
     tensors = _PackedTensors(source, config_from_hf(source.config, _FAMILIES, where))
-    report = source.json("report.json")
     return _assemble(
         tensors,
         _tokenizer_in(source.path),
@@ -105,7 +104,7 @@ def _from_packed(source: PackedFolder) -> QuantizedModel:
         residual_rotation=tensors.residual_rotation(),
         provenance=source.json("provenance.json"),
         plan=source.json("plan.json") if (source.path / "plan.json").is_file() else None,
-        records={row["layer"]: row for row in report["layers"]},
+        records=tensors.records(),
     )
 
 
@@ -240,13 +239,18 @@ class _PackedTensors(_Tensors):
         with self.naming_errors(RESIDUAL_ROTATION):
             return join_rotation(self.source, RESIDUAL_ROTATION, self.entry["residual_rotation"])
 
+    def records(self) -> dict[str, dict[str, Any]]:
+        report = self.source.json("report.json")
+        with self.naming_errors("layers", file="report.json"):
+            return {row["layer"]: row for row in report["layers"]}
+
     @contextlib.contextmanager
-    def naming_errors(self, name: str) -> Iterator[None]:
-        """Turn what a wrong configuration causes into an error that names file and layer."""
+    def naming_errors(self, name: str, file: str = "config.json") -> Iterator[None]:
+        """Turn what wrong contents cause into an error that names the file and the layer."""
         try:
             yield
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            where = self.source.path / "config.json"
+            where = self.source.path / file
             raise FormatError(f"{where}: {name}: {error}") from error
 
 

@@ -205,10 +205,10 @@ sys.stdout.buffer.write(logits.tobytes())
     assert result.stdout == model.logits(tokens).tobytes()
 
 
-def test_format_version_1_is_read_for_ever():
-    """A folder as the first version wrote it; made once, by golden/make_packed_v1.py."""
-    expected = np.load(GOLDEN / "packed_v1.npz")
-    model = load(GOLDEN / "packed_v1")
+def test_format_version_2_is_read_for_ever():
+    """A folder as the first release writes it; made once, by golden/make_packed_v2.py."""
+    expected = np.load(GOLDEN / "packed_v2.npz")
+    model = load(GOLDEN / "packed_v2")
     for name, linear in model.linears():
         tensor = linear.tensor
         assert np.array_equal(tensor.codes, expected[f"{name}.codes"])

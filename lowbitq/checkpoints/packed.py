@@ -38,7 +38,7 @@ from lowbitq.checkpoints.safetensors import (
     read_safetensors,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _CHECKSUMS = "checksums.json"
 _ALIGNMENT = 64
@@ -314,7 +314,7 @@ def read_packed(path: str | os.PathLike[str], *, verify: bool = True) -> PackedF
     version = config["quantization_config"].get("format_version")
     if version != FORMAT_VERSION:
         found = f"format_version is {reprlib.repr(version)}, expected {FORMAT_VERSION}"
-        raise config_file.damaged(0, f"{found}: a newer lowbitq may read it")
+        raise config_file.damaged(0, f"{found}: another lowbitq may read it")
     if verify:
         _verify(path)
     return PackedFolder(path, config, read_safetensors(path / SINGLE))

@@ -1,8 +1,8 @@
-"""Make packed_v1/ and packed_v1.npz: a saved model that every later version must read.
+"""Make packed_v2/ and packed_v2.npz: a saved model that every later version must read.
 
-    PYTHONPATH=.:tests python tests/golden/make_packed_v1.py
+    PYTHONPATH=.:tests python tests/golden/make_packed_v2.py
 
-Run once, when format_version 1 was made. A new format gets a script and a folder of its own; this
+Run once, when format_version 2 was made. A new format gets a script and a folder of its own; this
 one is never made again.
 """
 
@@ -39,8 +39,8 @@ def main() -> None:
             arrays[f"{name}.levels"] = tensor.levels
     arrays["logits"] = model.logits(arrays["tokens"])
     here = Path(__file__).parent
-    model.save(here / "packed_v1")
-    np.savez_compressed(here / "packed_v1.npz", **arrays)
+    model.save(here / "packed_v2")
+    np.savez_compressed(here / "packed_v2.npz", **arrays)
 
 
 if __name__ == "__main__":

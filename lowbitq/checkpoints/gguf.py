@@ -2,6 +2,7 @@
 
 The header is parsed here because `gguf.GGUFReader` makes one array per string: 4 to 6 s on a
 vocabulary of 49,152 tokens against 0.1 s. Blocks of quantized weights are decoded by `gguf.quants`.
+That package is imported with the first file: it takes a sixth of the time to import this one.
 
 Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -13,14 +14,16 @@ import reprlib
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.checkpoints.mapping import MappedFile, TensorInfo, elements, little_endian
+
+if TYPE_CHECKING:
+    import gguf
 
 # A header larger than this is refused, which bounds what a hostile file of any size can cost.
 # The largest vocabularies in use (256k tokens with merges) make headers of about 20 MB.
@@ -85,6 +88,8 @@ class GGUFFile:
         FormatError
             If `gguf` cannot decode the tensor's type.
         """
+        import gguf
+
         if name not in self.tensors:
             raise KeyError(f"{self.path} has no tensor {name!r}")
         tensor = self.tensors[name]
@@ -280,6 +285,8 @@ class _Header:
 
     def tensor(self, alignment: int) -> TensorInfo:
         """Return one tensor's entry, its offset counted from the start of the data."""
+        import gguf
+
         name = self.string()
         at = self.at
         axes = self.u32("the number of axes")
@@ -314,6 +321,8 @@ def _decode(
     raw: NDArray[np.uint8], kind: gguf.GGMLQuantizationType, out: NDArray[np.float32]
 ) -> None:
     """Write the weights of whole blocks to `out`."""
+    import gguf
+
     if kind == gguf.GGMLQuantizationType.F32:
         out[:] = raw.view("<f4")
     elif kind == gguf.GGMLQuantizationType.F16:

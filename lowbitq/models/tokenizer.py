@@ -19,7 +19,6 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import AddedToken
 
 from lowbitq._core import FormatError
-from lowbitq.models.chat import render_chat
 from lowbitq.models.vocabulary import refusing, vocabulary_from_gguf
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -389,6 +388,8 @@ class Tokenizer:
         """
         if self.chat_template is None:
             raise ValueError(f"{self._source} has no chat template: write the prompt out")
+        from lowbitq.models.chat import render_chat  # here, because Jinja takes long to import
+
         return render_chat(
             self.chat_template,
             messages,

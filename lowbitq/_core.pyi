@@ -227,6 +227,8 @@ def attention(
     v: NDArray[np.float32],
     o: NDArray[np.float32],
     /,
+    *,
+    bits: int,
 ) -> None: ...
 def cross_entropy(
     logits: NDArray[np.float32], target: NDArray[np.int32], nll: NDArray[np.float64], /
@@ -283,14 +285,14 @@ def decoder_head(decoder: Any, y: NDArray[np.float32], logits: NDArray[np.float3
 def decoder_forward(
     decoder: Any,
     tokens: NDArray[np.int32],
-    keys: NDArray[np.float32] | None,
-    values: NDArray[np.float32] | None,
+    cache: Any | None,
     hidden: NDArray[np.float32] | None,
     logits: NDArray[np.float32] | None,
     /,
     *,
     past: int,
 ) -> None: ...
+def cache(decoder: Any, /, *, capacity: int, bits: int) -> tuple[Any, int]: ...
 def hadamard_orders(orders: NDArray[np.int64], /, *, n: int) -> None: ...
 def hadamard_base(base: NDArray[np.float32], /) -> None: ...
 def orthogonal(q: NDArray[np.float64], /, *, seed: int, stream: int) -> None: ...

@@ -157,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     one.add_argument("--top-k", type=_positive, help="choose among so many tokens")
     one.add_argument("--top-p", type=float, help="choose among tokens of this total probability")
+    one.add_argument("--cache-bits", type=int, default=32, help="of keys and values: 8 or 32")
     one.add_argument("--seed", type=int, default=0, help="of the choices")
 
     one = command("bench", bench, "Measure how close this machine's limits come, in half a minute.")
@@ -306,6 +307,7 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        cache_bits=options.cache_bits,
         on_token=lambda piece: _show(options, piece),
     )
     return {"prompt": prompt, "text": text}, ""

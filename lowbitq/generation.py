@@ -39,7 +39,7 @@ class Generator(Protocol):
     def config(self) -> _Config: ...
     @property
     def tokenizer(self) -> _Tokenizer | None: ...
-    def new_cache(self, capacity: int) -> Any: ...
+    def new_cache(self, capacity: int, *, bits: int) -> Any: ...
     def step(self, tokens: NDArray[np.int32], cache: Any) -> NDArray[np.float32]: ...
 
 
@@ -129,6 +129,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: str | Sequence[str] | None = None,
+    cache_bits: int = 32,
     on_token: Callable[[str], object] | None = None,
 ) -> str: ...
 
@@ -144,6 +145,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: None = None,
+    cache_bits: int = 32,
     on_token: Callable[[int], object] | None = None,
 ) -> NDArray[np.int32]: ...
 
@@ -159,6 +161,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: str | Sequence[str] | None = None,
+    cache_bits: int = 32,
     on_token: Callable[[Any], object] | None = None,
 ) -> str | NDArray[np.int32]: ...
 
@@ -173,6 +176,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     stop: str | Sequence[str] | None = None,
+    cache_bits: int = 32,
     on_token: Callable[[Any], object] | None = None,
 ) -> str | NDArray[np.int32]:
     """Continue a text.
@@ -191,6 +195,8 @@ def generate(
         Equal seeds give equal texts.
     stop : str or sequence of str, default=None
         The text ends before the first of these to be complete. Only for a prompt that is a string.
+    cache_bits : int, default=32
+        Of a number in the cache of keys and values, 8 or 32; `Model.new_cache` says what 8 costs.
     on_token : callable, default=None
         Called with each piece of text as it is complete, or with each token if the prompt is
         tokens. Special tokens are not shown, and text that may begin a `stop` waits.
@@ -217,7 +223,7 @@ def generate(
     >>> model = SimpleNamespace(
     ...     config=SimpleNamespace(vocab_size=4, max_positions=99, eos_token_ids=(3,)),
     ...     tokenizer=None,
-    ...     new_cache=lambda capacity: None,
+    ...     new_cache=lambda capacity, bits: None,
     ...     step=lambda tokens, cache: np.eye(4, dtype=np.float32)[tokens[-1] + 1],
     ... )
     >>> generate(model, [0])
@@ -237,7 +243,9 @@ def generate(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
         )
 
-    continuation = _continuation(model, tokens, max_new_tokens, choose)
+    # The last token is not read again.
+    cache = model.new_cache(tokens.size + max_new_tokens - 1, bits=cache_bits)
+    continuation = _continuation(model, tokens, cache, max_new_tokens, choose)
     if isinstance(prompt, str):
         assert model.tokenizer is not None  # _prompt_tokens used it
         pieces = model.tokenizer.stream(continuation, after=tokens, skip_special=True)
@@ -289,12 +297,12 @@ def _prompt_tokens(
 def _continuation(
     model: Generator,
     tokens: NDArray[np.int32],
+    cache: Any,
     max_new_tokens: int,
     choose: Callable[[NDArray[np.float32]], int],
 ) -> Iterator[int]:
     """New tokens, until an end token (not among them) or enough of them."""
     ends = {*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())}
-    cache = model.new_cache(tokens.size + max_new_tokens - 1)  # the last token is not read again
     for _ in range(max_new_tokens):
         token = choose(model.step(tokens, cache))
         if token in ends:

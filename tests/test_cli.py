@@ -279,6 +279,8 @@ def test_generate(capsys, tiny_folder):
     text = lq.load(tiny_folder).generate("Hello", max_new_tokens=5)
     assert run(capsys, *arguments) == (0, f"Hello{text}\n", [])
     assert json.loads(run(capsys, *arguments, "--json")[1]) == {"prompt": "Hello", "text": text}
+    small = lq.load(tiny_folder).generate("Hello", max_new_tokens=5, cache_bits=8)
+    assert run(capsys, *arguments, "--cache-bits", 8)[1] == f"Hello{small}\n"
 
 
 @pytest.mark.parametrize("option", [("--top-p", "1.5"), ("--temperature", "-1")])

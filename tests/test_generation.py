@@ -116,7 +116,8 @@ class Script:
         self.script = script
         self.read = []
 
-    def new_cache(self, capacity):
+    def new_cache(self, capacity, *, bits):
+        self.cache_bits = bits
         return SimpleNamespace(capacity=capacity, filled=0, steps=0)
 
     def step(self, tokens, cache):
@@ -153,6 +154,14 @@ def test_tokens_until_the_end_token():
     assert result.dtype == np.int32
     assert result.tolist() == seen == [5, 6, 7]
     assert model.read == [[1, 2], [5], [6], [7]]
+
+
+def test_cache_bits_reach_the_cache():
+    model = Script([5])
+    generate(model, [1], max_new_tokens=2)
+    assert model.cache_bits == 32
+    generate(model, [1], max_new_tokens=2, cache_bits=8)
+    assert model.cache_bits == 8
 
 
 def test_no_more_than_max_new_tokens():

@@ -12,6 +12,7 @@ from golden import tiny_models
 from small_files import write_gguf
 
 import lowbitq
+from lowbitq import _core
 from lowbitq.linears import Linear
 from lowbitq.models import load
 from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES, OUTER_NAMES
@@ -50,6 +51,23 @@ def test_smollm2_logits_are_those_of_transformers(smollm2):
     )
 
 
+def test_smollm2_hardly_notices_a_cache_of_8_bits(smollm2):
+    """0.0004 nats on average over a text; ten times as much would show."""
+    model = load(smollm2)
+    tokens = model.tokenizer.encode(
+        "The capital of France is Paris, and that of Italy is Rome. " * 4
+    )
+    p, q = np.empty((2, 10, model.config.vocab_size), np.float32)
+    for logits, bits in ((p, 32), (q, 8)):
+        cache = model.new_cache(tokens.size, bits=bits)
+        model.step(tokens[:-10], cache)
+        logits[:] = [model.step(tokens[[i]], cache) for i in range(-10, 0)]
+    kl, same = np.empty(10), np.empty(10, np.uint8)
+    _core.kl_divergence(p, q, kl, same)
+    assert 0 < kl.mean() < 0.004
+    assert same.mean() > 0.9
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_give_the_logits_of_the_whole(name, tmp_path):
     model = tiny(name, tmp_path)
@@ -64,6 +82,18 @@ def test_steps_give_the_logits_of_the_whole(name, tmp_path):
         model.step([0], cache)
     cache.length = 20
     assert largest_difference(model.step(tokens[20:], cache), whole[-1]) < LIMIT
+
+
+def test_a_cache_of_8_bits_is_small_and_close(tmp_path):
+    model = tiny("llama3", tmp_path)
+    tokens = np.random.default_rng(1).integers(0, tiny_models.VOCAB, 200)
+    large, small = model.new_cache(200), model.new_cache(200, bits=8)
+    assert small.nbytes < 0.4 * large.nbytes  # heads of 16: the scales are a fifth of it
+    assert small.bits == 8
+    exact = model.step(tokens, large)
+    assert LIMIT < largest_difference(model.step(tokens, small), exact) < 1 / 127
+    with pytest.raises(ValueError, match="bits is 16, expected 8 or 32"):
+        model.new_cache(200, bits=16)
 
 
 def test_a_long_prompt_is_cut_into_pieces(tmp_path):

@@ -46,8 +46,8 @@ typedef struct {
     /* `width` rows of q, `columns` bytes each, to lbq_activations.values; exact. */               \
     X(interleave, void, (const int8_t *q, ptrdiff_t columns, ptrdiff_t width, int8_t *values))     \
     /* Sums that 1-bit codes ask for. For every 32 columns [part][n][i][m], m = 0..15: the sum     \
-     * over the bits j of m of the part of q[i + 4 j + 16 n], which is q mod 16 (part 0) or                   \
-     * floor(q / 16) (part 1), and 32 more in part 1; hence 0 to 60. `columns` is a multiple of                    \
+     * over the bits j of m of the part of q[i + 4 j + 16 n], which is q mod 16 (part 0) or        \
+     * floor(q / 16) (part 1), and 32 more in part 1; hence 0 to 60. `columns` is a multiple of    \
      * 32; exact. */                                                                               \
     X(subset_sums, void, (const int8_t *q, ptrdiff_t columns, uint8_t *sums))                      \
     /* lbq_step_unpack of 1- to 4-bit codes; exact. */                                             \
@@ -104,6 +104,19 @@ typedef struct {
        const float *A,                                                                             \
        ptrdiff_t lda,                                                                              \
        const float *B,                                                                             \
+       ptrdiff_t ldb,                                                                              \
+       int add,                                                                                    \
+       float *C,                                                                                   \
+       ptrdiff_t ldc))                                                                             \
+    /* The same for integers B, converted on the fly. */                                           \
+    X(product_i8_f32,                                                                              \
+      void,                                                                                        \
+      (ptrdiff_t m,                                                                                \
+       ptrdiff_t n,                                                                                \
+       ptrdiff_t k,                                                                                \
+       const float *A,                                                                             \
+       ptrdiff_t lda,                                                                              \
+       const int8_t *B,                                                                            \
        ptrdiff_t ldb,                                                                              \
        int add,                                                                                    \
        float *C,                                                                                   \

@@ -10,6 +10,7 @@
 
 #define DECODER "lowbitq.decoder"
 #define BLOCK "lowbitq.block"
+#define CACHE "lowbitq.cache"
 #define LINEAR "lowbitq.linear"
 #define ROTATION "lowbitq.rotation"
 
@@ -77,8 +78,16 @@ LBQ_BINDING(rope)
 }
 
 static lbq_status
-attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, float *o)
+check_cache_bits(ptrdiff_t bits)
 {
+    LBQ_REQUIRE(bits == 8 || bits == 32, LBQ_BAD_VALUE, "bits is %td, expected 8 or 32", bits);
+    return LBQ_OK;
+}
+
+static lbq_status
+attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, int bits, float *o)
+{
+    LBQ_TRY(check_cache_bits(bits));
     const lbq_heads heads = {.heads = q->dims[1], .kv_heads = k->dims[1], .head_dim = q->dims[2]};
     const ptrdiff_t tokens = q->dims[0], positions = k->dims[0];
     LBQ_REQUIRE(tokens >= 1 && tokens <= positions && heads.kv_heads >= 1 &&
@@ -89,15 +98,12 @@ attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, float *o)
                 heads.heads,
                 positions,
                 heads.kv_heads);
-    lbq_store store = {.capacity = (positions + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS};
-    const ptrdiff_t width = lbq_value_width(heads.head_dim);
-    const size_t row = (size_t)(heads.kv_heads * store.capacity) * sizeof(float);
-    const size_t keys = row * (size_t)heads.head_dim, values = row * (size_t)width;
+    const ptrdiff_t capacity = (positions + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS;
+    const size_t bytes = lbq_store_bytes(&heads, capacity, bits);
     const size_t scratch = lbq_attention_scratch(&heads, tokens);
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(keys) + lbq_padded(values) + lbq_padded(scratch)));
-    store.keys = lbq_arena_take(&arena, keys);
-    store.values = lbq_arena_take(&arena, values);
+    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(bytes) + lbq_padded(scratch)));
+    const lbq_store store = lbq_store_at(&heads, capacity, bits, lbq_arena_take(&arena, bytes));
     lbq_status status = lbq_attention_store(&heads, 0, positions, k->data, v->data, &store);
     if (status == LBQ_OK)
         status = lbq_attention(&heads,
@@ -114,14 +120,16 @@ attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, float *o)
 LBQ_BINDING(attention)
 {
     lbq_array q, k, v, o;
+    Py_ssize_t bits;
     const lbq_arg spec[] = {
         LBQ_IN("q", &q, NPY_FLOAT32, "thd"),
         LBQ_IN("k", &k, NPY_FLOAT32, "sjd"),
         LBQ_IN("v", &v, NPY_FLOAT32, "sjd"),
         LBQ_OUT("o", &o, NPY_FLOAT32, "thd"),
+        LBQ_INT("bits", &bits, 8, 32),
     };
     LBQ_PARSE("attention", spec);
-    LBQ_RUN(attention(&q, &k, &v, o.data));
+    LBQ_RUN(attention(&q, &k, &v, (int)bits, o.data));
 }
 
 LBQ_BINDING(cross_entropy)
@@ -342,35 +350,70 @@ LBQ_BINDING(decoder_head)
     LBQ_RUN(head(decoder, &y, &logits));
 }
 
+/* A cache and the only decoder that may use it; what the stores hold lies behind. */
+typedef struct {
+    const lbq_decoder *decoder;
+    lbq_cache cache;
+    size_t bytes; /* of the stores */
+} owned_cache;
+
 static lbq_status
-forward(const lbq_decoder *decoder, const lbq_array *tokens, const lbq_array *keys,
-        const lbq_array *values, const lbq_array *hidden, const lbq_array *logits, ptrdiff_t past)
+make_cache(const lbq_decoder *decoder, ptrdiff_t capacity, int bits, owned_cache **made)
 {
-    const lbq_heads *const heads = &decoder->heads;
-    const lbq_cache cache = {
-        .past = past,
-        .capacity = keys->dims[2],
-        .keys = keys->data,
-        .values = values->data,
+    LBQ_TRY(check_cache_bits(bits));
+    const ptrdiff_t whole = (capacity + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS;
+    const size_t head = lbq_padded(sizeof **made), panels = (size_t)(whole / LBQ_KEYS);
+    const size_t panel = lbq_store_bytes(&decoder->heads, LBQ_KEYS, bits);
+    const size_t panel_of_all = (size_t)decoder->block_count * panel;
+    LBQ_REQUIRE(panel_of_all <= PTRDIFF_MAX / 2 / panels,
+                LBQ_NO_MEMORY,
+                "a cache of %td tokens is too large",
+                capacity);
+    LBQ_TRY(lbq_allocate(head + panels * panel_of_all, made));
+    **made = (owned_cache){
+        .decoder = decoder,
+        .cache = {.capacity = whole, .bits = bits, .memory = (char *)*made + head},
+        .bytes = panels * panel_of_all,
     };
-    if (keys->data) {
-        LBQ_REQUIRE(cache.capacity % LBQ_KEYS == 0,
-                    LBQ_BAD_SHAPE,
-                    "the cache has %td positions, expected a multiple of %d",
-                    cache.capacity,
-                    LBQ_KEYS);
-        LBQ_TRY(check_width(keys, "keys", 0, decoder->block_count));
-        LBQ_TRY(check_width(keys, "keys", 1, heads->kv_heads));
-        LBQ_TRY(check_width(keys, "keys", 3, heads->head_dim));
-        LBQ_TRY(check_width(values, "values", 3, lbq_value_width(heads->head_dim)));
-    }
-    LBQ_REQUIRE(!keys->data == !values->data, LBQ_BAD_VALUE, "keys and values go together");
+    return LBQ_OK;
+}
+
+LBQ_BINDING(cache)
+{
+    const lbq_decoder *decoder;
+    Py_ssize_t capacity, bits;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_INT("capacity", &capacity, 1, INT32_MAX),
+        LBQ_INT("bits", &bits, 8, 32),
+    };
+    LBQ_PARSE("cache", spec);
+    owned_cache *made;
+    const lbq_status status = make_cache(decoder, capacity, (int)bits, &made);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    const Py_ssize_t bytes = (Py_ssize_t)made->bytes;
+    PyObject *const handle = lbq_handle_new(CACHE, made, args);
+    return handle ? Py_BuildValue("(Nn)", handle, bytes) : NULL;
+}
+
+static lbq_status
+forward(const lbq_decoder *decoder, const lbq_array *tokens, const owned_cache *owned,
+        const lbq_array *hidden, const lbq_array *logits, ptrdiff_t past)
+{
+    LBQ_REQUIRE(!owned || owned->decoder == decoder,
+                LBQ_BAD_VALUE,
+                "the cache was made for another decoder");
+    lbq_cache cache = {0};
+    if (owned)
+        cache = owned->cache;
+    cache.past = past;
     LBQ_TRY(check_width(hidden, "hidden", 1, decoder->hidden));
     LBQ_TRY(check_width(logits, "logits", 1, decoder->vocab));
     return lbq_decoder_forward(decoder,
                                tokens->dims[0],
                                tokens->data,
-                               keys->data ? &cache : NULL,
+                               owned ? &cache : NULL,
                                hidden->data ? hidden->dims[0] : logits->dims[0],
                                hidden->data,
                                logits->data);
@@ -379,19 +422,19 @@ forward(const lbq_decoder *decoder, const lbq_array *tokens, const lbq_array *ke
 LBQ_BINDING(decoder_forward)
 {
     const lbq_decoder *decoder;
-    lbq_array tokens, keys, values, hidden, logits;
+    const owned_cache *cache;
+    lbq_array tokens, hidden, logits;
     Py_ssize_t past;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
         LBQ_IN("tokens", &tokens, NPY_INT32, "t"),
-        LBQ_OUT_OR_NONE("keys", &keys, NPY_FLOAT32, "bjsd"),
-        LBQ_OUT_OR_NONE("values", &values, NPY_FLOAT32, "bjsw"),
+        LBQ_HANDLE_OR_NONE("cache", &cache, CACHE),
         LBQ_OUT_OR_NONE("hidden", &hidden, NPY_FLOAT32, "rh"),
         LBQ_OUT_OR_NONE("logits", &logits, NPY_FLOAT32, "rv"),
         LBQ_INT("past", &past, 0, INT32_MAX),
     };
     LBQ_PARSE("decoder_forward", spec);
-    LBQ_RUN(forward(decoder, &tokens, &keys, &values, &hidden, &logits, past));
+    LBQ_RUN(forward(decoder, &tokens, cache, &hidden, &logits, past));
 }
 
 /* clang-format off: without a comma between its entries it would indent each further. */
@@ -404,10 +447,10 @@ PyMethodDef lbq_methods_transformer[] = {
                          "Rotary embedding of x (t, heads, d) in place: positions from first, "
                          "frequency (d / 2)\n"
                          "float64; heads are normalised with gain (d) before, unless it is None.")
-            LBQ_METHOD(attention, "attention(q, k, v, o, /)\n--\n\n"
+            LBQ_METHOD(attention, "attention(q, k, v, o, /, *, bits)\n--\n\n"
                                   "Causal attention o of q (t, heads, d) over k, v (s, kv heads, "
-                                  "d): the t tokens are the\n"
-                                  "last of the s.")
+                                  "d), stored with 8 or 32\n"
+                                  "bits: the t tokens are the last of the s.")
                 LBQ_METHOD(cross_entropy,
                            "cross_entropy(logits, target, nll, /)\n--\n\n"
                            "nll (t) float64, in nats, of target (t) int32 under logits (t, vocab).")
@@ -444,13 +487,19 @@ PyMethodDef lbq_methods_transformer[] = {
                                                        "logits (t, vocab) of y (t, hidden).")
                                                 LBQ_METHOD(
                                                     decoder_forward,
-                                                    "decoder_forward(decoder, tokens, keys, "
-                                                    "values, hidden, logits, /, *, past)\n--\n\n"
+                                                    "decoder_forward(decoder, tokens, cache, "
+                                                    "hidden, logits, /, *, past)\n--\n\n"
                                                     "The whole network on tokens (t) that follow "
-                                                    "past ones in the cache keys (blocks,\n"
-                                                    "kv heads, positions, d), values (..., width), "
-                                                    "or None; hidden (r, hidden) and logits\n"
-                                                    "(r, vocab) of the last r tokens, or None.")
-                                                    LBQ_METHODS_END,
+                                                    "past ones in the cache, or None; hidden\n"
+                                                    "(r, hidden) and logits (r, vocab) of the last "
+                                                    "r tokens, or None.")
+                                                    LBQ_METHOD(
+                                                        cache,
+                                                        "cache(decoder, /, *, capacity, bits)\n--"
+                                                        "\n\n"
+                                                        "A handle of keys and values of at least "
+                                                        "capacity tokens, uninitialised, stored\n"
+                                                        "with 8 or 32 bits; and their bytes.")
+                                                        LBQ_METHODS_END,
 };
 /* clang-format on */

@@ -12,6 +12,7 @@
 
 #include <math.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <string.h>
 
 #include "core/memory.h"
@@ -33,6 +34,48 @@ parts(ptrdiff_t count, ptrdiff_t step)
     return (count + step - 1) / step;
 }
 
+lbq_store
+lbq_store_at(const lbq_heads *heads, ptrdiff_t capacity, int bits, void *memory)
+{
+    const ptrdiff_t positions = heads->kv_heads * capacity, d = heads->head_dim;
+    char *const keys = memory, *const values = keys + positions * d * (bits / 8);
+    lbq_store store = {.capacity = capacity, .bits = bits, .keys = keys, .values = values};
+    if (bits == 8) {
+        store.key_scale = (float *)(values + positions * lbq_value_width(d));
+        store.value_scale = store.key_scale + positions;
+    }
+    return store;
+}
+
+size_t
+lbq_store_bytes(const lbq_heads *heads, ptrdiff_t capacity, int bits)
+{
+    const ptrdiff_t numbers = heads->head_dim + lbq_value_width(heads->head_dim);
+    const ptrdiff_t scales = bits == 8 ? 2 * (ptrdiff_t)sizeof(float) : 0;
+    return (size_t)(heads->kv_heads * capacity * (numbers * (bits / 8) + scales));
+}
+
+/* q[i * stride] = x[i] 127 / max |x|, ties to even; returns the scale, NaN if x has a NaN or an
+ * infinity. As quantize_i8, whose steps are too short for some heads. */
+static float
+quantize(const float *x, ptrdiff_t count, ptrdiff_t stride, int8_t *q)
+{
+    uint32_t top = 0; /* of bit patterns, where NaN > infinity > every number */
+    for (ptrdiff_t i = 0; i < count; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fffffff;
+        top = bits > top ? bits : top;
+    }
+    float largest;
+    memcpy(&largest, &top, sizeof largest);
+    const bool usable = largest >= 0x1p-100f && largest < INFINITY;
+    const float inverse = usable ? 127 / largest : 0;
+    for (ptrdiff_t i = 0; i < count; i++)
+        q[i * stride] = usable ? (int8_t)lrintf(x[i] * inverse) : 0;
+    return usable ? largest / 127 : largest < 0x1p-100f ? 0 : NAN;
+}
+
 typedef struct {
     const lbq_heads *heads;
     ptrdiff_t past, tokens;
@@ -40,26 +83,42 @@ typedef struct {
     const lbq_store *store;
 } storing;
 
+/* One position of one head: where its key and its value begin in the store. */
+static void
+store_floats(const float *k, const float *v, ptrdiff_t d, float *key, float *value)
+{
+    for (ptrdiff_t i = 0; i < d; i++)
+        key[i * LBQ_KEYS] = k[i];
+    memcpy(value, v, (size_t)d * sizeof(float));
+    for (ptrdiff_t i = d; i < lbq_value_width(d); i++)
+        value[i] = 0;
+}
+
 static lbq_status
 store_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
     const storing *const s = context;
+    const lbq_store *const store = s->store;
     const ptrdiff_t d = s->heads->head_dim, width = lbq_value_width(d);
-    const ptrdiff_t kv_heads = s->heads->kv_heads, capacity = s->store->capacity;
+    const ptrdiff_t kv_heads = s->heads->kv_heads;
     const ptrdiff_t first = index * STORE_TOKENS;
     const ptrdiff_t end = first + STORE_TOKENS < s->tokens ? first + STORE_TOKENS : s->tokens;
     for (ptrdiff_t head = 0; head < kv_heads; head++)
         for (ptrdiff_t t = first; t < end; t++) {
-            const ptrdiff_t position = s->past + t, row = (t * kv_heads + head) * d;
-            const ptrdiff_t panel = position / LBQ_KEYS * LBQ_KEYS;
-            float *const key = s->store->keys + (head * capacity + panel) * d + position % LBQ_KEYS;
-            for (ptrdiff_t i = 0; i < d; i++)
-                key[i * LBQ_KEYS] = s->k[row + i];
-            float *const value = s->store->values + (head * capacity + position) * width;
-            memcpy(value, s->v + row, (size_t)d * sizeof(float));
-            for (ptrdiff_t i = d; i < width; i++)
-                value[i] = 0;
+            const ptrdiff_t position = head * store->capacity + s->past + t;
+            const ptrdiff_t lane = position % LBQ_KEYS;
+            const ptrdiff_t key = (position - lane) * d + lane, value = position * width;
+            const float *const k = s->k + (t * kv_heads + head) * d;
+            const float *const v = s->v + (t * kv_heads + head) * d;
+            if (store->bits == 8) {
+                int8_t *const q = (int8_t *)store->values + value;
+                store->key_scale[position] = quantize(k, d, LBQ_KEYS, (int8_t *)store->keys + key);
+                store->value_scale[position] = quantize(v, d, 1, q);
+                memset(q + d, 0, (size_t)(width - d));
+            } else {
+                store_floats(k, v, d, (float *)store->keys + key, (float *)store->values + value);
+            }
         }
     return LBQ_OK;
 }
@@ -199,27 +258,51 @@ scatter(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, con
     }
 }
 
-/* Scores of the keys from..from + count become weights; row r sees the first visible + r / group
- * of them. Rows of O, once begun, are scaled to the new maximum. */
 static void
-weigh(const attention *a, ptrdiff_t rows, ptrdiff_t count, ptrdiff_t visible, bool begun,
-      const workspace *w)
+scale_by(ptrdiff_t count, const float *restrict scale, float *restrict x)
 {
+    for (ptrdiff_t i = 0; i < count; i++)
+        x[i] *= scale[i];
+}
+
+/* Scores of `count` keys from `position` on (that of the store, over all heads) become weights; row
+ * r sees the first visible + r / group of them. Rows of O, once begun, are scaled to the new
+ * maximum. Scales of keys and values go where they cost one product per key. */
+static void
+weigh(const attention *a, ptrdiff_t rows, ptrdiff_t position, ptrdiff_t count, ptrdiff_t visible,
+      bool begun, const workspace *w)
+{
+    const lbq_store *const store = a->store;
     const ptrdiff_t width = lbq_value_width(a->heads->head_dim);
     const ptrdiff_t group = a->heads->heads / a->heads->kv_heads;
     for (ptrdiff_t r = 0; r < rows; r++) {
         float *const s = w->S + r * BLOCK;
         const ptrdiff_t seen = visible + r / group < count ? visible + r / group : count;
         if (seen > 0) {
+            if (store->bits == 8)
+                scale_by(seen, store->key_scale + position, s);
             const sums *const to = &w->sums;
             const float factor = lbq_kernel.softmax_f32(s, seen, &to->max[r], &to->sum[r]);
             if (begun && factor != 1.0f)
                 for (ptrdiff_t i = 0; i < width; i++)
                     to->O[r * width + i] *= factor;
+            if (store->bits == 8)
+                scale_by(seen, store->value_scale + position, s);
         }
         for (ptrdiff_t i = seen > 0 ? seen : 0; i < count; i++)
             s[i] = 0;
     }
+}
+
+/* product_f32 with B from element `at` of the store's keys or values. */
+static void
+multiply(int bits, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, ptrdiff_t lda,
+         const void *B, ptrdiff_t at, ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
+{
+    if (bits == 8)
+        lbq_kernel.product_i8_f32(m, n, k, A, lda, (const int8_t *)B + at, ldb, add, C, ldc);
+    else
+        lbq_kernel.product_f32(m, n, k, A, lda, (const float *)B + at, ldb, add, C, ldc);
 }
 
 /* The keys from..end of one head, for rows of which row r sees the first visible + r / group. */
@@ -228,8 +311,7 @@ attend_keys(const attention *a, ptrdiff_t head, ptrdiff_t rows, ptrdiff_t from, 
             ptrdiff_t visible, const workspace *w)
 {
     const ptrdiff_t d = a->heads->head_dim, width = lbq_value_width(d);
-    const float *const keys = a->store->keys + head * a->store->capacity * d;
-    const float *const values = a->store->values + head * a->store->capacity * width;
+    const lbq_store *const store = a->store;
     float *const O = w->sums.O;
     bool begun = false;
     for (ptrdiff_t r = 0; r < rows; r++) {
@@ -238,19 +320,23 @@ attend_keys(const attention *a, ptrdiff_t head, ptrdiff_t rows, ptrdiff_t from, 
     }
     for (; from < end; from += BLOCK, begun = true) {
         const ptrdiff_t count = BLOCK < end - from ? BLOCK : end - from;
+        const ptrdiff_t position = head * store->capacity + from;
         for (ptrdiff_t s = 0; s < count; s += LBQ_KEYS) {
             /* Whole vectors: up to 15 scores beyond `count` are computed and not read. */
             const ptrdiff_t panel = LBQ_KEYS < count - s ? LBQ_KEYS : count - s;
             const ptrdiff_t whole = (panel + 15) / 16 * 16;
-            const float *const K = keys + (from + s) * d;
-            lbq_kernel.product_f32(rows, whole, d, w->Q, d, K, LBQ_KEYS, 0, w->S + s, BLOCK);
+            const ptrdiff_t K = (position + s) * d;
+            float *const S = w->S + s;
+            multiply(store->bits, rows, whole, d, w->Q, d, store->keys, K, LBQ_KEYS, 0, S, BLOCK);
         }
-        weigh(a, rows, count, visible - from, begun, w);
+        weigh(a, rows, position, count, visible - from, begun, w);
         for (ptrdiff_t s = 0; s < count; s += LBQ_KEYS) {
             const ptrdiff_t panel = LBQ_KEYS < count - s ? LBQ_KEYS : count - s;
-            const float *const V = values + (from + s) * width;
-            lbq_kernel.product_f32(
-                rows, width, panel, w->S + s, BLOCK, V, width, begun || s > 0, O, width);
+            const ptrdiff_t V = (position + s) * width;
+            const float *const S = w->S + s;
+            const int add = begun || s > 0;
+            multiply(
+                store->bits, rows, width, panel, S, BLOCK, store->values, V, width, add, O, width);
         }
     }
 }
@@ -310,12 +396,12 @@ merge(const attention *a, ptrdiff_t head, const sums *to)
 }
 
 /* All pieces in one task if they take less than 50 us: too little to share. A float of keys and
- * values comes from memory in 0.4 ns and is multiplied with 40 rows in 1 ns. */
+ * values comes from memory in 0.4 ns, a byte in 0.1, and is multiplied with 40 rows in 1 ns. */
 static ptrdiff_t
-pieces_per_task(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const cut *c)
+pieces_per_task(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, int bits, const cut *c)
 {
-    const ptrdiff_t floats = 2 * heads->head_dim * heads->kv_heads * (past + tokens);
-    const ptrdiff_t nanoseconds = c->runs * floats * (16 + c->rows) / 40;
+    const ptrdiff_t numbers = 2 * heads->head_dim * heads->kv_heads * (past + tokens);
+    const ptrdiff_t nanoseconds = c->runs * numbers * (bits / 2 + c->rows) / 40;
     return nanoseconds < 50000 ? c->pieces : 1;
 }
 
@@ -338,7 +424,7 @@ lbq_attention(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const fl
         .past = past,
         .tokens = tokens,
         .cut = c,
-        .per_task = pieces_per_task(heads, past, tokens, &c),
+        .per_task = pieces_per_task(heads, past, tokens, store->bits, &c),
         .q = q,
         .store = store,
         .workspaces = scratch,

@@ -64,10 +64,11 @@ take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, bool cached, lbq_aren
     bytes += take(arena, (ptrdiff_t)(attention_bytes / sizeof(float)), &attention);
     s->attention = attention;
     if (!cached) {
-        s->store.capacity = (tokens + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS;
-        const ptrdiff_t positions = heads->kv_heads * s->store.capacity;
-        bytes += take(arena, positions * d, &s->store.keys);
-        bytes += take(arena, positions * lbq_value_width(d), &s->store.values);
+        const ptrdiff_t capacity = (tokens + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS;
+        const size_t store_bytes = lbq_store_bytes(heads, capacity, 32);
+        float *store = NULL;
+        bytes += take(arena, (ptrdiff_t)(store_bytes / sizeof(float)), &store);
+        s->store = lbq_store_at(heads, capacity, 32, store);
     }
     return bytes;
 }
@@ -76,13 +77,10 @@ take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, bool cached, lbq_aren
 static lbq_store
 store_of(const lbq_decoder *decoder, const lbq_cache *cache, ptrdiff_t index)
 {
-    const ptrdiff_t d = decoder->heads.head_dim;
-    const ptrdiff_t positions = index * decoder->heads.kv_heads * cache->capacity;
-    return (lbq_store){
-        .capacity = cache->capacity,
-        .keys = cache->keys + positions * d,
-        .values = cache->values + positions * lbq_value_width(d),
-    };
+    const lbq_heads *const heads = &decoder->heads;
+    const size_t bytes = lbq_store_bytes(heads, cache->capacity, cache->bits);
+    char *const memory = (char *)cache->memory + (size_t)index * bytes;
+    return lbq_store_at(heads, cache->capacity, cache->bits, memory);
 }
 
 typedef struct {

@@ -42,7 +42,8 @@ typedef struct {
 /* Keys and values of earlier tokens: one store per block, one after the other. */
 typedef struct {
     ptrdiff_t past, capacity; /* positions; capacity is a multiple of LBQ_KEYS */
-    float *keys, *values;
+    int bits;                 /* 32 or 8, of a number in a store */
+    void *memory;             /* block_count times lbq_store_bytes(), 64-byte aligned */
 } lbq_cache;
 
 /* Inputs of a block's layers, before a layer's own rotation; each is written unless NULL. */

@@ -84,16 +84,15 @@ def tokens_of(count):
     return np.random.default_rng(count).integers(0, VOCAB, count).astype(np.int32)
 
 
-def forward(decoder, tokens, rows=None, cache=(None, None), past=0):
+def forward(decoder, tokens, rows=None, cache=None, past=0):
     logits = np.full(((rows or len(tokens)) + 2, VOCAB), np.nan, np.float32)
-    _core.decoder_forward(decoder, tokens, *cache, None, logits[1:-1], past=past)
+    _core.decoder_forward(decoder, tokens, cache, None, logits[1:-1], past=past)
     assert np.isnan(logits[[0, -1]]).all(), "wrote outside logits"
     return logits[1:-1]
 
 
-def new_cache(blocks=2, positions=128, width=16):
-    shape = (blocks, KV_HEADS, positions)
-    return tuple(np.full((*shape, n), np.nan, np.float32) for n in (HEAD_DIM, width))
+def cache_of(decoder, capacity=128, bits=32):
+    return _core.cache(decoder, capacity=capacity, bits=bits)[0]
 
 
 def close(found, expected):
@@ -116,18 +115,41 @@ def test_the_last_rows_are_the_same_rows():
     whole = forward(decoder, tokens)
     assert close(forward(decoder, tokens, rows=3), whole[-3:])
     hidden, logits = np.empty((3, HIDDEN), np.float32), np.empty((3, VOCAB), np.float32)
-    _core.decoder_forward(decoder, tokens, None, None, hidden, None, past=0)
+    _core.decoder_forward(decoder, tokens, None, hidden, None, past=0)
     _core.decoder_head(decoder, hidden, logits)
     assert close(logits, whole[-3:])
 
 
-def test_a_cache_of_garbage_stands_for_the_tokens_before(isa):
-    network = network_of(1, head_norms=True)
-    decoder, tokens, cache = decoder_of(network), tokens_of(100), new_cache()
+def continued(decoder, tokens, cache):
+    """Logits of tokens 62 and later: a prompt, two tokens, and the others one by one."""
     found = [forward(decoder, tokens[:63], 1, cache)]
     found.append(forward(decoder, tokens[63:65], 2, cache, past=63))
-    found += [forward(decoder, tokens[i : i + 1], 1, cache, past=i) for i in range(65, 100)]
-    assert close(np.concatenate(found), oracle.decoder(network, tokens)[62:])
+    later = range(65, len(tokens))
+    found += [forward(decoder, tokens[i : i + 1], 1, cache, past=i) for i in later]
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_a_cache_of_garbage_stands_for_the_tokens_before(isa, bits):
+    network = network_of(1, head_norms=True, head=True)
+    network["embedding"][-1] = np.nan
+    decoder, tokens = decoder_of(network), tokens_of(100) % (VOCAB - 1)
+    cache = cache_of(decoder, bits=bits)
+    assert np.isnan(forward(decoder, np.full(128, VOCAB - 1, np.int32), 1, cache)).all()
+    found, expected = continued(decoder, tokens, cache), oracle.decoder(network, tokens)[62:]
+    if bits == 32:
+        assert close(found, expected)
+    else:  # keys and values are off by half a step, 1 / 254 of the largest, at most
+        error = abs(found - expected).max(-1) / abs(expected).max(-1)
+        assert LIMIT < error.max() < 1 / 127
+
+
+def test_a_cache_of_8_bits_takes_a_quarter():
+    decoder = decoder_of(network_of(1))
+    (_, large), (_, small) = (_core.cache(decoder, capacity=64, bits=bits) for bits in (32, 8))
+    numbers = 2 * KV_HEADS * 64 * (HEAD_DIM + 16)  # blocks; values are padded to 16
+    assert large == 4 * numbers
+    assert small == numbers + 2 * KV_HEADS * 64 * 2 * 4  # a scale for each key and value
 
 
 def test_a_residual_rotation_is_undone():
@@ -270,12 +292,13 @@ def test_handles_of_another_kind_are_refused():
 
 
 def test_bad_calls_are_refused():
-    decoder, cache = decoder_of(network_of(7)), new_cache()
+    decoder = decoder_of(network_of(7))
+    cache = cache_of(decoder)
     logits = np.empty((2, VOCAB), np.float32)
     two = tokens_of(2)
 
-    def call(tokens=two, keys=None, values=None, hidden=None, logits=logits, past=0):
-        _core.decoder_forward(decoder, tokens, keys, values, hidden, logits, past=past)
+    def call(tokens=two, cache=None, hidden=None, logits=logits, past=0):
+        _core.decoder_forward(decoder, tokens, cache, hidden, logits, past=past)
 
     with pytest.raises(ValueError, match=r"tokens\[1\] is 50, expected 0 to 49"):
         call(np.array([0, 50], np.int32))
@@ -290,12 +313,12 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="axis 1 of hidden has size 9, expected 24"):
         call(hidden=np.empty((2, 9), np.float32))
     with pytest.raises(ValueError, match="holds 127 of at most 128 tokens, no room for 2"):
-        call(keys=cache[0], values=cache[1], past=127)
-    with pytest.raises(ValueError, match="keys and values go together"):
-        call(keys=cache[0])
-    with pytest.raises(ValueError, match="the cache has 100 positions, expected a multiple of 64"):
-        call(**dict(zip(("keys", "values"), new_cache(positions=100), strict=True)))
-    with pytest.raises(ValueError, match="axis 0 of keys has size 3, expected 2"):
-        call(**dict(zip(("keys", "values"), new_cache(blocks=3), strict=True)))
-    with pytest.raises(ValueError, match="axis 3 of values has size 10, expected 16"):
-        call(**dict(zip(("keys", "values"), new_cache(width=10), strict=True)))
+        call(cache=cache, past=127)
+    with pytest.raises(ValueError, match="the cache was made for another decoder"):
+        call(cache=cache_of(decoder_of(network_of(7))))
+    with pytest.raises(TypeError, match=r"cache is not a lowbitq\.cache"):
+        call(cache=decoder)
+    with pytest.raises(ValueError, match="bits is 16, expected 8 or 32"):
+        cache_of(decoder, bits=16)
+    with pytest.raises(ValueError, match="capacity is 0, expected 1 to"):
+        cache_of(decoder, capacity=0)

@@ -1,14 +1,24 @@
-/* A small matrix product: tiles of six rows and four vectors stay in 24 registers, where each
- * step takes ten loads for its 24 products. */
+/* A small matrix product, of floats or of floats and bytes: tiles of up to six rows and four
+ * vectors stay in 24 registers, where each step takes ten loads for its 24 products. */
 #include <immintrin.h>
+#include <stdbool.h>
 
 #include "kernels/avx512/avx512.h"
 
 enum { ROWS = 6, VECTORS = 4 };
 
+static inline __attribute__((always_inline)) __m512
+load(const bool bytes, const void *B, ptrdiff_t at)
+{
+    if (!bytes)
+        return _mm512_loadu_ps((const float *)B + at);
+    const __m128i sixteen = _mm_loadu_si128((const __m128i *)(const void *)((const char *)B + at));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
+}
+
 static inline __attribute__((always_inline)) void
-tile(const int rows, const int vectors, ptrdiff_t k, const float *A, ptrdiff_t lda, const float *B,
-     ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
+tile(const int rows, const int vectors, const bool bytes, ptrdiff_t k, const float *A,
+     ptrdiff_t lda, const void *B, ptrdiff_t at, ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
 {
     __m512 sum[ROWS][VECTORS];
 #pragma GCC unroll 6
@@ -16,11 +26,11 @@ tile(const int rows, const int vectors, ptrdiff_t k, const float *A, ptrdiff_t l
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
             sum[r][v] = add ? _mm512_loadu_ps(C + r * ldc + 16 * v) : _mm512_setzero_ps();
-    for (ptrdiff_t i = 0; i < k; i++) {
+    for (ptrdiff_t i = 0; i < k; i++, at += ldb) {
         __m512 b[VECTORS];
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++)
-            b[v] = _mm512_loadu_ps(B + i * ldb + 16 * v);
+            b[v] = load(bytes, B, at + 16 * v);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             const __m512 a = _mm512_set1_ps(A[r * lda + i]);
@@ -37,27 +47,54 @@ tile(const int rows, const int vectors, ptrdiff_t k, const float *A, ptrdiff_t l
 }
 
 static inline __attribute__((always_inline)) void
-columns(const int vectors, ptrdiff_t m, ptrdiff_t k, const float *A, ptrdiff_t lda, const float *B,
-        ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
+columns(const int vectors, const bool bytes, ptrdiff_t m, ptrdiff_t k, const float *A,
+        ptrdiff_t lda, const void *B, ptrdiff_t at, ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
 {
     ptrdiff_t r = 0;
     for (; r + ROWS <= m; r += ROWS)
-        tile(ROWS, vectors, k, A + r * lda, lda, B, ldb, add, C + r * ldc, ldc);
-    if (r + 3 <= m) {
-        tile(3, vectors, k, A + r * lda, lda, B, ldb, add, C + r * ldc, ldc);
-        r += 3;
+        tile(ROWS, vectors, bytes, k, A + r * lda, lda, B, at, ldb, add, C + r * ldc, ldc);
+    const float *const rest = A + r * lda;
+    float *const to = C + r * ldc;
+    switch (m - r) { /* groups of heads are small: what is left goes through B once */
+    case 5:
+        tile(5, vectors, bytes, k, rest, lda, B, at, ldb, add, to, ldc);
+        break;
+    case 4:
+        tile(4, vectors, bytes, k, rest, lda, B, at, ldb, add, to, ldc);
+        break;
+    case 3:
+        tile(3, vectors, bytes, k, rest, lda, B, at, ldb, add, to, ldc);
+        break;
+    case 2:
+        tile(2, vectors, bytes, k, rest, lda, B, at, ldb, add, to, ldc);
+        break;
+    case 1:
+        tile(1, vectors, bytes, k, rest, lda, B, at, ldb, add, to, ldc);
+        break;
     }
-    for (; r < m; r++)
-        tile(1, vectors, k, A + r * lda, lda, B, ldb, add, C + r * ldc, ldc);
+}
+
+static inline __attribute__((always_inline)) void
+product(const bool bytes, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, ptrdiff_t lda,
+        const void *B, ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
+{
+    ptrdiff_t c = 0;
+    for (; c + 16 * VECTORS <= n; c += 16 * VECTORS)
+        columns(VECTORS, bytes, m, k, A, lda, B, c, ldb, add, C + c, ldc);
+    for (; c < n; c += 16)
+        columns(1, bytes, m, k, A, lda, B, c, ldb, add, C + c, ldc);
 }
 
 void
 lbq_product_f32_avx512(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, ptrdiff_t lda,
                        const float *B, ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
 {
-    ptrdiff_t c = 0;
-    for (; c + 16 * VECTORS <= n; c += 16 * VECTORS)
-        columns(VECTORS, m, k, A, lda, B + c, ldb, add, C + c, ldc);
-    for (; c < n; c += 16)
-        columns(1, m, k, A, lda, B + c, ldb, add, C + c, ldc);
+    product(false, m, n, k, A, lda, B, ldb, add, C, ldc);
+}
+
+void
+lbq_product_i8_f32_avx512(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, ptrdiff_t lda,
+                          const int8_t *B, ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
+{
+    product(true, m, n, k, A, lda, B, ldb, add, C, ldc);
 }

@@ -6,6 +6,7 @@ lbq_table_avx512(lbq_kernels *table)
 {
     table->widen_f16 = lbq_widen_f16_avx512;
     table->product_f32 = lbq_product_f32_avx512;
+    table->product_i8_f32 = lbq_product_i8_f32_avx512;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx512;
     table->feedback_f32 = lbq_feedback_f32_avx512;
     table->round_f32 = lbq_round_f32_avx512;

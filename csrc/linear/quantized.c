@@ -21,8 +21,8 @@ enum {
     PAIR = 2,             /* panels unpacked at a time */
     BAND = 8,             /* panels of a gemm task: it writes half a kilobyte of y at once */
     BLOCK = 32,           /* tiles of a gemm task; its sums take half of a 256 KiB L2 */
-    SPLIT = 1 << 22,      /* fewer multiplications, some 50 us, stay on one thread */
-    SPLIT_TASK = 1 << 20, /* and a task has at least so many */
+    SPLIT = 1 << 19,      /* fewer multiplications, some 10 us, stay on one thread: a region costs 1 us */
+    SPLIT_TASK = 1 << 18, /* and a task has at least so many */
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
 };
 

@@ -223,7 +223,7 @@ lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t rows, ptrdi
         .rows = rows,
         .cols = cols,
         .group = group,
-        .groups = (cols + group - 1) / group,
+        .groups = lbq_pieces(cols, group),
         .fixed = fixed,
         .W = W,
         .codes = codes,
@@ -246,8 +246,7 @@ lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t rows, ptrdi
             shares[i] = i < cols * copies && most > 0 ? importance[i / copies] / most : 0;
         job.importance = shares;
     }
-    const lbq_status status =
-        lbq_parallel((rows + LBQ_PANEL - 1) / LBQ_PANEL, quantize_panel, &job);
+    const lbq_status status = lbq_parallel(lbq_pieces(rows, LBQ_PANEL), quantize_panel, &job);
     lbq_arena_close(&arena);
     return status;
 }

@@ -76,7 +76,7 @@ typedef struct {
     lbq_status name(const from *in, ptrdiff_t count, to *out)                                      \
     {                                                                                              \
         conversion c = {.in = in, .out = out, .count = count};                                     \
-        return lbq_parallel((count + CHUNK - 1) / CHUNK, name##_task, &c);                         \
+        return lbq_parallel(lbq_pieces(count, CHUNK), name##_task, &c);                            \
     }
 
 CONVERT(lbq_half_to_float, uint16_t, float, lbq_half_widen(value))

@@ -60,8 +60,8 @@ lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
 
     const bool per_step = group < cols;
     lbq_packed_geometry g = {.step = lbq_packed_step(packed)};
-    g.steps = (cols + g.step - 1) / g.step;
-    g.panels = (rows + LBQ_PANEL - 1) / LBQ_PANEL;
+    g.steps = lbq_pieces(cols, g.step);
+    g.panels = lbq_pieces(rows, LBQ_PANEL);
     g.code_bytes = g.step * bits * LBQ_PANEL / 8;
     const ptrdiff_t scale_bytes = scale_bits * LBQ_PANEL / 8;
     const ptrdiff_t offset_bytes = packed->has_offset ? LBQ_PANEL * 2 : 0;
@@ -160,9 +160,31 @@ low_bits(int bits)
     return 0x01010101u * ((1u << bits) - 1);
 }
 
-/* Codes of one row, already shifted right by `shift`, into lane `row` of blocks of `bits` bits. */
-static void
-pack_lane(int bits, const uint8_t *codes, int shift, ptrdiff_t columns, int row, uint8_t *blocks)
+/* The word of a row in a block: four bytes side by side, or `spread` with those of 16 rows. */
+static inline uint32_t
+load_lane(const uint8_t *block, int row, bool spread)
+{
+    if (!spread)
+        return load_word(block + 4 * row);
+    block += row;
+    const uint8_t bytes[] = {
+        block[0], block[LBQ_PANEL], block[2 * LBQ_PANEL], block[3 * LBQ_PANEL]};
+    return load_word(bytes);
+}
+
+static inline void
+store_lane(uint8_t *block, int row, bool spread, uint32_t lane)
+{
+    uint8_t bytes[4];
+    store_word(spread ? bytes : block + 4 * row, lane);
+    for (int i = 0; i < 4 && spread; i++)
+        block[LBQ_PANEL * i + row] = bytes[i];
+}
+
+/* Codes of one row, already shifted right by `shift`, into its lanes in blocks of `bits` bits. */
+static inline void
+pack_lanes(int bits, const uint8_t *codes, int shift, ptrdiff_t columns, int row, bool spread,
+           uint8_t *blocks)
 {
     const int planes = 8 / bits;
     for (ptrdiff_t b = 0; b < columns / (4 * planes); b++) {
@@ -171,18 +193,18 @@ pack_lane(int bits, const uint8_t *codes, int shift, ptrdiff_t columns, int row,
             const uint32_t word = load_word(codes + 4 * (b * planes + p));
             lane |= (word >> shift & low_bits(bits)) << p * bits;
         }
-        store_word(blocks + b * BLOCK + 4 * row, lane);
+        store_lane(blocks + b * BLOCK, row, spread, lane);
     }
 }
 
-/* Adds the codes of lane `row`, shifted left by `shift`, to words `stride` bytes apart. */
-static void
-unpack_lane(int bits, const uint8_t *blocks, int shift, ptrdiff_t columns, int row, uint8_t *out,
-            ptrdiff_t stride)
+/* Adds the codes of a row's lanes, shifted left by `shift`, to words `stride` bytes apart. */
+static inline void
+unpack_lanes(int bits, const uint8_t *blocks, int shift, ptrdiff_t columns, int row, bool spread,
+             uint8_t *out, ptrdiff_t stride)
 {
     const int planes = 8 / bits;
     for (ptrdiff_t b = 0; b < columns / (4 * planes); b++) {
-        const uint32_t lane = load_word(blocks + b * BLOCK + 4 * row);
+        const uint32_t lane = load_lane(blocks + b * BLOCK, row, spread);
         for (int p = 0; p < planes; p++) {
             uint8_t *const to = out + (b * planes + p) * stride;
             const uint32_t before = shift ? load_word(to) : 0;
@@ -192,39 +214,15 @@ unpack_lane(int bits, const uint8_t *blocks, int shift, ptrdiff_t columns, int r
 }
 
 static void
-pack_ones(const uint8_t *codes, ptrdiff_t columns, int row, uint8_t *blocks)
-{
-    for (ptrdiff_t k = 0; k < columns; k += 32, codes += 32, blocks += BLOCK)
-        for (int i = 0; i < 4; i++) {
-            unsigned byte = 0;
-            for (int p = 0; p < 8; p++)
-                byte |= (unsigned)codes[i + 4 * p] << p;
-            blocks[LBQ_PANEL * i + row] = (uint8_t)byte;
-        }
-}
-
-static void
-unpack_ones(const uint8_t *blocks, ptrdiff_t columns, int row, uint8_t *out, ptrdiff_t stride)
-{
-    for (ptrdiff_t k = 0; k < columns; k += 4, out += stride)
-        for (int i = 0; i < 4; i++)
-            out[i] = blocks[k / 32 * BLOCK + LBQ_PANEL * i + row] >> k / 4 % 8 & 1;
-}
-
-static void
 pack_step(int bits, const uint8_t *codes, ptrdiff_t columns, int row, uint8_t *blocks)
 {
-    if (bits == 1) {
-        pack_ones(codes, columns, row, blocks);
-        return;
-    }
     if (bits != 3) {
-        pack_lane(bits, codes, 0, columns, row, blocks);
+        pack_lanes(bits, codes, 0, columns, row, bits == 1, blocks);
         return;
     }
     for (ptrdiff_t k = 0; k < columns; k += 32, blocks += 3 * BLOCK) {
-        pack_lane(2, codes + k, 0, 32, row, blocks);
-        pack_lane(1, codes + k, 2, 32, row, blocks + 2 * BLOCK);
+        pack_lanes(2, codes + k, 0, 32, row, false, blocks);
+        pack_lanes(1, codes + k, 2, 32, row, false, blocks + 2 * BLOCK);
     }
 }
 
@@ -232,17 +230,13 @@ static void
 unpack_row(int bits, const uint8_t *blocks, ptrdiff_t columns, int row, uint8_t *out,
            ptrdiff_t stride)
 {
-    if (bits == 1) {
-        unpack_ones(blocks, columns, row, out, stride);
-        return;
-    }
     if (bits != 3) {
-        unpack_lane(bits, blocks, 0, columns, row, out, stride);
+        unpack_lanes(bits, blocks, 0, columns, row, bits == 1, out, stride);
         return;
     }
     for (ptrdiff_t k = 0; k < columns; k += 32, blocks += 3 * BLOCK) {
-        unpack_lane(2, blocks, 0, 32, row, out + k / 4 * stride, stride);
-        unpack_lane(1, blocks + 2 * BLOCK, 2, 32, row, out + k / 4 * stride, stride);
+        unpack_lanes(2, blocks, 0, 32, row, false, out + k / 4 * stride, stride);
+        unpack_lanes(1, blocks + 2 * BLOCK, 2, 32, row, false, out + k / 4 * stride, stride);
     }
 }
 
@@ -293,15 +287,8 @@ over_panels(panel_work *work, panel_function function)
     work->groups = work->geometry.scale_stride ? work->geometry.steps : 1;
     work->panels_per_task = WORKSET / LBQ_PANEL / cols + 1;
     panel_run run = {work, function};
-    const ptrdiff_t tasks =
-        (work->geometry.panels + work->panels_per_task - 1) / work->panels_per_task;
+    const ptrdiff_t tasks = lbq_pieces(work->geometry.panels, work->panels_per_task);
     return lbq_parallel(tasks, panel_run_task, &run);
-}
-
-static inline ptrdiff_t
-smaller(ptrdiff_t a, ptrdiff_t b)
-{
-    return a < b ? a : b;
 }
 
 static lbq_status
@@ -365,10 +352,10 @@ pack_panel(const panel_work *work, ptrdiff_t panel)
     uint8_t *const out = work->panels_out + panel * g->panel_bytes;
     memset(out, 0, (size_t)g->panel_bytes);
     const ptrdiff_t first = panel * LBQ_PANEL;
-    for (ptrdiff_t row = first; row < smaller(first + LBQ_PANEL, packed->rows); row++) {
+    for (ptrdiff_t row = first; row < lbq_smaller(first + LBQ_PANEL, packed->rows); row++) {
         const int lane = (int)(row - first);
         for (ptrdiff_t s = 0; s < g->steps; s++) {
-            const ptrdiff_t begin = s * g->step, count = smaller(g->step, packed->cols - begin);
+            const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, packed->cols - begin);
             uint8_t codes[LBQ_MAX_STEP] = {0};
             memcpy(codes, work->codes_in + row * packed->cols + begin, (size_t)count);
             uint32_t seen = 0;
@@ -401,7 +388,7 @@ unpack_panel(const panel_work *work, ptrdiff_t panel)
     const lbq_packed_geometry *const g = &work->geometry;
     const lbq_panel view = lbq_packed_panel(packed, g, panel);
     const ptrdiff_t first = panel * LBQ_PANEL;
-    const ptrdiff_t rows = smaller(LBQ_PANEL, packed->rows - first);
+    const ptrdiff_t rows = lbq_smaller(LBQ_PANEL, packed->rows - first);
     for (ptrdiff_t i = 0; i < work->groups; i++) {
         float scale[LBQ_PANEL], offset[LBQ_PANEL];
         lbq_panel_scale(&view, i, scale);
@@ -414,7 +401,7 @@ unpack_panel(const panel_work *work, ptrdiff_t panel)
         }
     }
     for (ptrdiff_t s = 0; work->codes_out && s < g->steps; s++) {
-        const ptrdiff_t begin = s * g->step, count = smaller(g->step, packed->cols - begin);
+        const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, packed->cols - begin);
         for (ptrdiff_t r = 0; r < rows; r++) {
             uint8_t codes[LBQ_MAX_STEP];
             unpack_row(packed->bits, view.codes + s * g->step_bytes, g->step, (int)r, codes, 4);
@@ -449,7 +436,7 @@ dequantize_row(const lbq_packed *packed, const lbq_panel *panel, int row, float 
         uint8_t codes[LBQ_MAX_STEP];
         unpack_row(packed->bits, panel->codes + s * panel->step_bytes, step, row, codes, 4);
         const float scale = scale_of(panel, s, row), offset = offset_of(panel, s, row);
-        const ptrdiff_t count = smaller(step, packed->cols - s * step);
+        const ptrdiff_t count = lbq_smaller(step, packed->cols - s * step);
         dequantize(packed, codes, count, scale, offset, weight + s * step);
     }
 }
@@ -460,7 +447,7 @@ dequantize_panel(const panel_work *work, ptrdiff_t panel)
     const lbq_packed *const packed = work->packed;
     const lbq_panel view = lbq_packed_panel(packed, &work->geometry, panel);
     const ptrdiff_t first = panel * LBQ_PANEL;
-    for (ptrdiff_t r = 0; r < smaller(LBQ_PANEL, packed->rows - first); r++)
+    for (ptrdiff_t r = 0; r < lbq_smaller(LBQ_PANEL, packed->rows - first); r++)
         dequantize_row(packed, &view, (int)r, work->weight_out + (first + r) * packed->cols);
     return LBQ_OK;
 }

@@ -22,6 +22,20 @@ lbq_status lbq_parallel(ptrdiff_t count, lbq_task task, void *context);
  * for the pool where lbq_parallel would go without. Not inside a task. */
 lbq_status lbq_parallel_blas(ptrdiff_t count, lbq_task task, void *context);
 
+/* For cutting a range: how many pieces of `size` make up `whole`, the last perhaps shorter, and the
+ * smaller of two ends. */
+static inline ptrdiff_t
+lbq_pieces(ptrdiff_t whole, ptrdiff_t size)
+{
+    return (whole + size - 1) / size;
+}
+
+static inline ptrdiff_t
+lbq_smaller(ptrdiff_t a, ptrdiff_t b)
+{
+    return a < b ? a : b;
+}
+
 /* Number of threads, the caller included, of the pool and of OpenBLAS; at least 1. */
 int lbq_threads(void);
 lbq_status lbq_set_threads(int threads);

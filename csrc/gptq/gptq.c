@@ -23,12 +23,6 @@ enum {
  * damped by 1e-1 to 1e-5. */
 #define LEAST_PIVOT 0x1p-14
 
-static inline ptrdiff_t
-smaller(ptrdiff_t a, ptrdiff_t b)
-{
-    return a < b ? a : b;
-}
-
 /* --- order ------------------------------------------------------------------------------------ */
 
 /* A checked copy of `order`; the identity for NULL. */
@@ -338,7 +332,7 @@ cut_blocks(const lbq_gptq_problem *p, bool refit, const int64_t *order, ptrdiff_
 {
     ptrdiff_t blocks = 0;
     for (ptrdiff_t begin = 0, end; begin < p->cols; begin = end) {
-        end = smaller(begin + p->block, p->cols);
+        end = lbq_smaller(begin + p->block, p->cols);
         for (ptrdiff_t run = begin, next; refit && run < p->cols; run = next) {
             for (next = run; next < p->cols && order[next] / p->group == order[run] / p->group;)
                 next++;
@@ -375,7 +369,7 @@ fit_rows(void *context, ptrdiff_t index, int worker)
     const run_state *const state = context;
     const lbq_gptq_problem *const p = state->problem;
     float *const w = (float *)(state->scratch + (size_t)worker * state->scratch_bytes);
-    const ptrdiff_t first = index * LANES, rows = smaller(LANES, p->rows - first);
+    const ptrdiff_t first = index * LANES, rows = lbq_smaller(LANES, p->rows - first);
     const float *const W = state->W + first * p->cols;
     for (ptrdiff_t l = 0; l < LANES; l++)
         for (ptrdiff_t j = 0; j < p->cols; j++)
@@ -405,8 +399,8 @@ run_tiles(run_state *state)
 {
     const lbq_gptq_problem *const p = state->problem;
     if (!p->fixed && !state->refit)
-        LBQ_TRY(lbq_parallel((p->rows + LANES - 1) / LANES, fit_rows, state));
-    const ptrdiff_t tiles = (p->rows + state->tile - 1) / state->tile;
+        LBQ_TRY(lbq_parallel(lbq_pieces(p->rows, LANES), fit_rows, state));
+    const ptrdiff_t tiles = lbq_pieces(p->rows, state->tile);
     return lbq_parallel_blas(tiles, p->float64 ? round_rows_f64 : round_rows_f32, state);
 }
 
@@ -415,7 +409,7 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
          float *offset)
 {
     const lbq_gptq_problem *const p = problem;
-    const ptrdiff_t cols = p->cols, groups = (cols + p->group - 1) / p->group;
+    const ptrdiff_t cols = p->cols, groups = lbq_pieces(cols, p->group);
     LBQ_REQUIRE(p->rows > 0 && cols > 0 && p->group > 0 && p->block > 0,
                 LBQ_BAD_SHAPE,
                 "%td rows, %td columns in groups of %td and blocks of %td",
@@ -435,7 +429,7 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
         .offset = offset,
         /* Four tasks or more, so that threads end together; whole lanes. A function of the rows
          * alone. */
-        .tile = smaller(((p->rows + 3) / 4 + LANES - 1) / LANES * LANES, MAX_TILE),
+        .tile = lbq_smaller(lbq_pieces(lbq_pieces(p->rows, 4), LANES) * LANES, MAX_TILE),
     };
     state.pitch = state.tile + (state.tile % (2 * LANES) == 0 ? LANES : 0);
 

@@ -108,7 +108,7 @@ NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, pt
     ptrdiff_t group = -1;
     REAL grid[3 * LANES];
     for (ptrdiff_t first = begin, last; first < end; first = last) {
-        last = smaller(first + FEW, end);
+        last = lbq_smaller(first + FEW, end);
         FEEDBACK(first - begin,
                  last - first,
                  s->square + begin * width + first,
@@ -203,7 +203,7 @@ NAME(round_blocks)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdif
                R + i * cols + begin,
                (size_t)(end - begin) * sizeof(REAL));
     for (ptrdiff_t l = 0; l < rows; l += LANES) {
-        const lanes at = {row + l, smaller(LANES, rows - l), begin};
+        const lanes at = {row + l, lbq_smaller(LANES, rows - l), begin};
         NAME(round_lanes)(state, &at, end - begin, s->errors + begin * pitch + l, s);
     }
 }
@@ -213,7 +213,7 @@ NAME(round_rows)(void *context, ptrdiff_t index, int worker)
 {
     const run_state *const state = context;
     const ptrdiff_t first = index * state->tile;
-    const ptrdiff_t rows = smaller(state->tile, state->problem->rows - first);
+    const ptrdiff_t rows = lbq_smaller(state->tile, state->problem->rows - first);
     NAME(scratch) s;
     NAME(scratch_of)(state, state->scratch + (size_t)worker * state->scratch_bytes, &s);
     memset(s.errors, 0, (size_t)(state->problem->cols * state->pitch) * sizeof(REAL));

@@ -13,12 +13,6 @@
 
 enum { TILE = 192, TOKENS = 2048, ROWS = 64 };
 
-static inline ptrdiff_t
-smaller(ptrdiff_t a, ptrdiff_t b)
-{
-    return a < b ? a : b;
-}
-
 typedef struct {
     ptrdiff_t tokens, cols;
     const float *X;
@@ -46,7 +40,8 @@ add_tile(void *context, ptrdiff_t index, int worker)
     tile_at(index, &row, &column);
     row *= TILE;
     column *= TILE;
-    const int height = (int)smaller(TILE, cols - row), width = (int)smaller(TILE, cols - column);
+    const int height = (int)lbq_smaller(TILE, cols - row),
+              width = (int)lbq_smaller(TILE, cols - column);
     const float *const left = job->X + row, *const right = job->X + column;
     if (row == column)
         BLAS(cblas_ssyrk)(CblasRowMajor,
@@ -105,9 +100,9 @@ static lbq_status
 add_blocks(ptrdiff_t tokens, ptrdiff_t cols, const float *X, const float *weights, double *H,
            float *tiles, float *scaled)
 {
-    const ptrdiff_t edge = (cols + TILE - 1) / TILE;
+    const ptrdiff_t edge = lbq_pieces(cols, TILE);
     for (ptrdiff_t first = 0; first < tokens; first += TOKENS) {
-        const ptrdiff_t count = smaller(TOKENS, tokens - first);
+        const ptrdiff_t count = lbq_smaller(TOKENS, tokens - first);
         const float *block = X + first * cols;
         if (weights) {
             LBQ_TRY(scale_rows(count, cols, block, weights + first, first, scaled));
@@ -124,7 +119,7 @@ lbq_hessian_add(ptrdiff_t tokens, ptrdiff_t cols, const float *X, const float *w
 {
     const size_t tile_bytes = (size_t)lbq_threads() * TILE * TILE * sizeof(float);
     const size_t scaled_bytes =
-        weights ? (size_t)smaller(TOKENS, tokens) * (size_t)cols * sizeof(float) : 0;
+        weights ? (size_t)lbq_smaller(TOKENS, tokens) * (size_t)cols * sizeof(float) : 0;
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena, lbq_padded(tile_bytes) + lbq_padded(scaled_bytes)));
     float *const tiles = lbq_arena_take(&arena, tile_bytes);
@@ -154,7 +149,7 @@ measure_rows(void *context, ptrdiff_t index, int worker)
 {
     const measuring *const job = context;
     const ptrdiff_t cols = job->cols, first = index * ROWS;
-    const ptrdiff_t count = smaller(ROWS, job->rows - first) * cols;
+    const ptrdiff_t count = lbq_smaller(ROWS, job->rows - first) * cols;
     double *const e = job->scratch + (ptrdiff_t)worker * 2 * ROWS * cols;
     double *const product = e + ROWS * cols;
     for (ptrdiff_t i = 0; i < count; i++)
@@ -182,7 +177,7 @@ measure_rows(void *context, ptrdiff_t index, int worker)
 lbq_status
 lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *E, double *value)
 {
-    const ptrdiff_t tasks = (rows + ROWS - 1) / ROWS;
+    const ptrdiff_t tasks = lbq_pieces(rows, ROWS);
     const size_t sum_bytes = (size_t)tasks * sizeof(double);
     const size_t scratch_bytes = (size_t)lbq_threads() * 2 * ROWS * (size_t)cols * sizeof(double);
     lbq_arena arena;

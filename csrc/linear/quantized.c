@@ -21,7 +21,7 @@ enum {
     PAIR = 2,             /* panels unpacked at a time */
     BAND = 8,             /* panels of a gemm task: it writes half a kilobyte of y at once */
     BLOCK = 32,           /* tiles of a gemm task; its sums take half of a 256 KiB L2 */
-    SPLIT = 1 << 19,      /* fewer multiplications, some 10 us, stay on one thread: a region costs 1 us */
+    SPLIT = 1 << 19,      /* fewer multiplications, some 10 us, stay on one thread */
     SPLIT_TASK = 1 << 18, /* and a task has at least so many */
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
 };
@@ -65,18 +65,6 @@ typedef struct {
     uint8_t *sums;
     ptrdiff_t per_task; /* tiles, units or blocks of units, in the loop that runs */
 } product;
-
-static ptrdiff_t
-smaller(ptrdiff_t a, ptrdiff_t b)
-{
-    return a < b ? a : b;
-}
-
-static ptrdiff_t
-pieces(ptrdiff_t whole, ptrdiff_t size)
-{
-    return (whole + size - 1) / size;
-}
 
 void
 lbq_step_unpack_fast(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
@@ -190,7 +178,7 @@ quantize_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
     const product *const job = context;
-    const ptrdiff_t end = smaller((index + 1) * job->per_task, job->tiles);
+    const ptrdiff_t end = lbq_smaller((index + 1) * job->per_task, job->tiles);
     lbq_arena arena;
     workspace w;
     LBQ_TRY(open_workspace(job, &arena, &w));
@@ -214,7 +202,7 @@ static void
 add_bias(const part *of, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t token, ptrdiff_t tokens)
 {
     const ptrdiff_t row = panel * LBQ_PANEL;
-    const ptrdiff_t rows = smaller(panels * LBQ_PANEL, of->packed->rows - row);
+    const ptrdiff_t rows = lbq_smaller(panels * LBQ_PANEL, of->packed->rows - row);
     for (ptrdiff_t t = token; of->bias && t < token + tokens; t++)
         for (ptrdiff_t r = row; r < row + rows; r++)
             of->y[t * of->packed->rows + r] += of->bias[r];
@@ -263,7 +251,7 @@ multiply_panels(const product *job, const part *of, ptrdiff_t first, ptrdiff_t p
             of->gemv(&panel, &x, of->y + p * LBQ_PANEL);
         } else {
             of->gemv(&panel, &x, sums);
-            const ptrdiff_t row = p * LBQ_PANEL, here = smaller(LBQ_PANEL, rows - row);
+            const ptrdiff_t row = p * LBQ_PANEL, here = lbq_smaller(LBQ_PANEL, rows - row);
             for (ptrdiff_t t = 0; t < job->tokens; t++)
                 memcpy(of->y + t * rows + row, sums + t * LBQ_PANEL, sizeof(float) * (size_t)here);
         }
@@ -278,11 +266,11 @@ gemv_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
     const product *const job = context;
-    const ptrdiff_t end = smaller((index + 1) * job->per_task, job->units);
+    const ptrdiff_t end = lbq_smaller((index + 1) * job->per_task, job->units);
     for (ptrdiff_t unit = index * job->per_task; unit < end;) {
         const part *const of = part_of(job, unit);
         const ptrdiff_t first = unit - of->first_unit;
-        const ptrdiff_t panels = smaller(of->units - first, end - unit);
+        const ptrdiff_t panels = lbq_smaller(of->units - first, end - unit);
         multiply_panels(job, of, first, panels);
         unit += panels;
     }
@@ -297,7 +285,7 @@ multiply_pair(const product *job, const part *of, const lbq_panel panel[PAIR], p
     const int stored_bits = of->packed->bits, bits = of->levels.lookup ? 8 : stored_bits;
     const ptrdiff_t step = job->step, steps = UNPACKED_COLS / step;
     for (ptrdiff_t s = 0; s < job->steps; s += steps) {
-        const ptrdiff_t end = smaller(s + steps, job->steps);
+        const ptrdiff_t end = lbq_smaller(s + steps, job->steps);
         uint8_t *to = codes;
         for (ptrdiff_t p = 0; p < count; p++)
             for (ptrdiff_t i = s; i < end; i++, to += step * LBQ_PANEL)
@@ -325,7 +313,7 @@ store_band(const part *of, ptrdiff_t first, ptrdiff_t panels, ptrdiff_t token, p
            const float *sums)
 {
     const ptrdiff_t all_rows = of->packed->rows, row = first * LBQ_PANEL;
-    const ptrdiff_t rows = smaller(panels * LBQ_PANEL, all_rows - row);
+    const ptrdiff_t rows = lbq_smaller(panels * LBQ_PANEL, all_rows - row);
     const ptrdiff_t whole = rows / LBQ_PANEL, rest = rows % LBQ_PANEL;
     for (ptrdiff_t t = 0; t < tokens; t++) {
         const ptrdiff_t in_block = t / LBQ_TILE * PAIR * LBQ_TILE + t % LBQ_TILE;
@@ -343,10 +331,10 @@ static void
 multiply_band(const product *job, const part *of, ptrdiff_t first, ptrdiff_t first_tile,
               uint8_t *codes, float *sums)
 {
-    const ptrdiff_t panels = smaller(BAND, of->geometry.panels - first);
-    const ptrdiff_t tiles = smaller(BLOCK, job->tiles - first_tile);
+    const ptrdiff_t panels = lbq_smaller(BAND, of->geometry.panels - first);
+    const ptrdiff_t tiles = lbq_smaller(BLOCK, job->tiles - first_tile);
     for (ptrdiff_t at = 0; at < panels; at += PAIR) {
-        const ptrdiff_t count = smaller(PAIR, panels - at);
+        const ptrdiff_t count = lbq_smaller(PAIR, panels - at);
         lbq_panel panel[PAIR];
         for (ptrdiff_t p = 0; p < count; p++)
             panel[p] = panel_at(of, first + at + p);
@@ -354,7 +342,7 @@ multiply_band(const product *job, const part *of, ptrdiff_t first, ptrdiff_t fir
             job, of, panel, count, first_tile, tiles, codes, sums + at * BLOCK * TILE_SUMS);
     }
     const ptrdiff_t token = first_tile * LBQ_TILE;
-    const ptrdiff_t tokens = smaller(tiles * LBQ_TILE, job->tokens - token);
+    const ptrdiff_t tokens = lbq_smaller(tiles * LBQ_TILE, job->tokens - token);
     store_band(of, first, panels, token, tokens, sums);
     add_bias(of, first, panels, token, tokens);
 }
@@ -364,8 +352,8 @@ gemm_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
     const product *const job = context;
-    const ptrdiff_t count = job->units * pieces(job->tiles, BLOCK);
-    const ptrdiff_t end = smaller((index + 1) * job->per_task, count);
+    const ptrdiff_t count = job->units * lbq_pieces(job->tiles, BLOCK);
+    const ptrdiff_t end = lbq_smaller((index + 1) * job->per_task, count);
     const size_t sum_bytes = sizeof(float) * BAND * BLOCK * TILE_SUMS;
     const size_t code_bytes = PAIR * LBQ_PANEL * UNPACKED_COLS;
     lbq_arena arena;
@@ -388,7 +376,7 @@ split(product *job, lbq_task task, ptrdiff_t count, double work)
     job->per_task = work * (double)count < SPLIT ? count
                     : work < SPLIT_TASK          ? (ptrdiff_t)(SPLIT_TASK / work) + 1
                                                  : 1;
-    return lbq_parallel(pieces(count, job->per_task), task, job);
+    return lbq_parallel(lbq_pieces(count, job->per_task), task, job);
 }
 
 static lbq_status
@@ -402,8 +390,8 @@ run(product *job)
     LBQ_TRY(split(job, quantize_task, job->tiles, (16 + rotating) * row * width));
     if (job->width < LBQ_TILE)
         return split(job, gemv_task, job->units, LBQ_PANEL * row * width);
-    const ptrdiff_t tasks = job->units * pieces(job->tiles, BLOCK);
-    const double tiles = (double)smaller(job->tiles, BLOCK);
+    const ptrdiff_t tasks = job->units * lbq_pieces(job->tiles, BLOCK);
+    const double tiles = (double)lbq_smaller(job->tiles, BLOCK);
     return split(job, gemm_task, tasks, BAND * LBQ_PANEL * row * width * tiles);
 }
 
@@ -422,7 +410,7 @@ add_part(product *job, ptrdiff_t index, const lbq_linear *layer, float *y)
     };
     LBQ_TRY(lbq_packed_geometry_of(packed, &to->geometry));
     to->gemv = gemv_for(packed->bits, to->levels.lookup);
-    to->units = job->width < LBQ_TILE ? to->geometry.panels : pieces(to->geometry.panels, BAND);
+    to->units = job->width < LBQ_TILE ? to->geometry.panels : lbq_pieces(to->geometry.panels, BAND);
     job->units += to->units;
     if (packed->bits == 1 && job->width < LBQ_TILE)
         job->sums_bytes = 8 * (size_t)job->tile_bytes;
@@ -462,8 +450,8 @@ lbq_multiply_quantized(ptrdiff_t count, const lbq_linear *const *layers,
                  : tokens <= FEW ? FEW
                                  : LBQ_TILE,
     };
-    job.steps = pieces(job.cols, job.step);
-    job.tiles = pieces(tokens, job.width);
+    job.steps = lbq_pieces(job.cols, job.step);
+    job.tiles = lbq_pieces(tokens, job.width);
     job.padded = job.steps * job.step;
     job.tile_bytes = job.padded * job.width;
     job.tile_factors = job.steps * 3 * job.width;

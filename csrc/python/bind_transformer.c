@@ -98,7 +98,7 @@ attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, int bits, 
                 heads.heads,
                 positions,
                 heads.kv_heads);
-    const ptrdiff_t capacity = (positions + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS;
+    const ptrdiff_t capacity = lbq_key_capacity(positions);
     const size_t bytes = lbq_store_bytes(&heads, capacity, bits);
     const size_t scratch = lbq_attention_scratch(&heads, tokens);
     lbq_arena arena;
@@ -361,7 +361,7 @@ static lbq_status
 make_cache(const lbq_decoder *decoder, ptrdiff_t capacity, int bits, owned_cache **made)
 {
     LBQ_TRY(check_cache_bits(bits));
-    const ptrdiff_t whole = (capacity + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS;
+    const ptrdiff_t whole = lbq_key_capacity(capacity);
     const size_t head = lbq_padded(sizeof **made), panels = (size_t)(whole / LBQ_KEYS);
     const size_t panel = lbq_store_bytes(&decoder->heads, LBQ_KEYS, bits);
     const size_t panel_of_all = (size_t)decoder->block_count * panel;

@@ -46,7 +46,7 @@ rotate_hadamard(const lbq_hadamard *hadamard, bool back, ptrdiff_t rows, float *
     hadamard_rows task = {.hadamard = hadamard, .back = back, .rows = rows, .chunk = chunk, .X = X};
     if (rows <= chunk)
         return rotate_chunk(&task, 0, 0);
-    return lbq_parallel((rows + chunk - 1) / chunk, rotate_chunk, &task);
+    return lbq_parallel(lbq_pieces(rows, chunk), rotate_chunk, &task);
 }
 
 static lbq_status

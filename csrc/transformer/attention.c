@@ -27,13 +27,6 @@ enum {
     STORE_TOKENS = 64,      /* per task */
 };
 
-/* count / step, rounded up. */
-static ptrdiff_t
-parts(ptrdiff_t count, ptrdiff_t step)
-{
-    return (count + step - 1) / step;
-}
-
 lbq_store
 lbq_store_at(const lbq_heads *heads, ptrdiff_t capacity, int bits, void *memory)
 {
@@ -128,7 +121,7 @@ lbq_attention_store(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, co
                     const float *v, const lbq_store *store)
 {
     storing s = {.heads = heads, .past = past, .tokens = tokens, .k = k, .v = v, .store = store};
-    return lbq_parallel(parts(tokens, STORE_TOKENS), store_task, &s);
+    return lbq_parallel(lbq_pieces(tokens, STORE_TOKENS), store_task, &s);
 }
 
 /* How the work is cut: a function of the sizes alone, so that the result does not depend on the
@@ -163,11 +156,12 @@ cut_of(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens)
     const ptrdiff_t run = tokens_of_piece(heads, tokens);
     const ptrdiff_t rows = run * (heads->heads / heads->kv_heads);
     const ptrdiff_t seen = past + tokens;
-    const ptrdiff_t least = parts(parts(LEAST_FLOATS, 2 * heads->head_dim), BLOCK) * BLOCK;
-    const ptrdiff_t keys = parts(seen, most_splits(rows) * least) * least;
+    const ptrdiff_t least =
+        lbq_pieces(lbq_pieces(LEAST_FLOATS, 2 * heads->head_dim), BLOCK) * BLOCK;
+    const ptrdiff_t keys = lbq_pieces(seen, most_splits(rows) * least) * least;
     cut c = {.tokens = run, .rows = rows, .keys = keys};
-    c.runs = parts(tokens, run);
-    c.splits = parts(seen, keys);
+    c.runs = lbq_pieces(tokens, run);
+    c.splits = lbq_pieces(seen, keys);
     c.pieces = heads->kv_heads * c.runs * c.splits;
     return c;
 }
@@ -431,7 +425,7 @@ lbq_attention(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const fl
         .splits = (char *)scratch + (size_t)lbq_threads() * workspace_bytes(heads, c.rows),
         .o = o,
     };
-    LBQ_TRY(lbq_parallel(parts(c.pieces, a.per_task), attention_task, &a));
+    LBQ_TRY(lbq_parallel(lbq_pieces(c.pieces, a.per_task), attention_task, &a));
     const workspace w = workspace_at(heads, c.rows, a.workspaces, 0);
     for (ptrdiff_t head = 0; c.splits > 1 && head < heads->kv_heads; head++) {
         merge(&a, head, &w.sums);

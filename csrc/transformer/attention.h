@@ -19,6 +19,13 @@
 
 enum { LBQ_KEYS = 64, LBQ_VALUE_STEP = 16 };
 
+/* So many positions in whole panels. */
+static inline ptrdiff_t
+lbq_key_capacity(ptrdiff_t positions)
+{
+    return (positions + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS;
+}
+
 typedef struct {
     ptrdiff_t heads, kv_heads, head_dim;
 } lbq_heads;

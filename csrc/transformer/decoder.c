@@ -64,7 +64,7 @@ take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, bool cached, lbq_aren
     bytes += take(arena, (ptrdiff_t)(attention_bytes / sizeof(float)), &attention);
     s->attention = attention;
     if (!cached) {
-        const ptrdiff_t capacity = (tokens + LBQ_KEYS - 1) / LBQ_KEYS * LBQ_KEYS;
+        const ptrdiff_t capacity = lbq_key_capacity(tokens);
         const size_t store_bytes = lbq_store_bytes(heads, capacity, 32);
         float *store = NULL;
         bytes += take(arena, (ptrdiff_t)(store_bytes / sizeof(float)), &store);
@@ -108,7 +108,7 @@ static lbq_status
 add(float *x, const float *y, ptrdiff_t count)
 {
     addition a = {.x = x, .y = y, .count = count};
-    return lbq_parallel((count + CHUNK - 1) / CHUNK, add_task, &a);
+    return lbq_parallel(lbq_pieces(count, CHUNK), add_task, &a);
 }
 
 static lbq_status

@@ -30,5 +30,5 @@ lbq_rmsnorm(ptrdiff_t rows, ptrdiff_t cols, const float *X, const float *gain, f
             float *Y)
 {
     norm n = {.rows = rows, .cols = cols, .X = X, .gain = gain, .epsilon = epsilon, .Y = Y};
-    return lbq_parallel((rows + ROWS - 1) / ROWS, norm_task, &n);
+    return lbq_parallel(lbq_pieces(rows, ROWS), norm_task, &n);
 }

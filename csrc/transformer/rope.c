@@ -68,5 +68,5 @@ lbq_rope(ptrdiff_t tokens, ptrdiff_t heads, ptrdiff_t half, const float *cosine,
         .epsilon = epsilon,
         .X = X,
     };
-    return lbq_parallel((tokens + TOKENS - 1) / TOKENS, rope_task, &p);
+    return lbq_parallel(lbq_pieces(tokens, TOKENS), rope_task, &p);
 }

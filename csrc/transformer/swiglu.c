@@ -26,5 +26,5 @@ lbq_status
 lbq_swiglu(ptrdiff_t count, const float *gate, const float *up, float *y)
 {
     swiglu s = {.count = count, .gate = gate, .up = up, .y = y};
-    return lbq_parallel((count + CHUNK - 1) / CHUNK, swiglu_task, &s);
+    return lbq_parallel(lbq_pieces(count, CHUNK), swiglu_task, &s);
 }

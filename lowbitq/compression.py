@@ -31,7 +31,7 @@ from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.plans import Plan
-from lowbitq.quantizers import quantize
+from lowbitq.quantizers import quantize, relative_error
 from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
 
@@ -267,15 +267,9 @@ def _quantize_outer(
 def _round(linear: Linear, format: Format | str, **options: Any) -> tuple[QuantizedTensor, float]:
     """Round to nearest; also the relative error of the weights."""
     tensor = quantize(linear.weight, format, **options)
-    error = tensor.dequantize()
-    error -= linear.weight
-    whole = _squares(linear.weight)
-    return tensor, _squares(error) / whole if whole else 0.0
-
-
-def _squares(matrix: Array) -> float:
-    """Sum of squares in float64, without a copy in float64: an embedding may be a gigabyte."""
-    return float(np.einsum("rk,rk->", matrix, matrix, dtype=np.float64))
+    if not linear.weight.any():
+        return tensor, 0.0
+    return tensor, float(relative_error(linear.weight, tensor.dequantize()))
 
 
 def _outcome(tensor: QuantizedTensor, error: float, started: float) -> Record:

@@ -26,7 +26,7 @@ def test_perplexity_of_the_float_model(model, wikitext):
 def test_quantized_activations_cost_little(model, wikitext, rotation):
     small = lq.compress(model, "int4g64", method="rtn", rotation=rotation)
     exact = small.copy()
-    for name, linear in small.linears():
+    for name, linear in small.matrices():
         exact.replace_linear(name, linear.replace(activation_bits=None))
     found = lq.evaluate(small, wikitext / "wikitext2-test.txt", exact, windows=4)
     assert abs(found.log_ratio) <= 0.01
@@ -40,7 +40,7 @@ def test_loss_of_rotated_gptq(model, wikitext, format, seeds, limit):
     losses = []
     for seed in seeds:
         text = wikitext / "wikitext2-valid.txt"
-        small = lq.compress(model, format, text=text, samples=32, seed=seed)
+        small = lq.compress(model, format, text=text, samples=32, seed=seed, embedding=None)
         found = lq.evaluate(small, wikitext / "wikitext2-test.txt", model, windows=16)
         losses.append(found.log_ratio)
     assert statistics.median(losses) <= limit

@@ -210,10 +210,13 @@ def test_bad_arguments_are_refused(tmp_path):
         model.new_cache(0)
     with pytest.raises(ValueError, match="block is 2, expected 0 to 1"):
         model.block_forward(2, np.zeros((1, 48), np.float32))
-    with pytest.raises(ValueError, match="axis 1 of x has size 47, expected 48"):
+    with pytest.raises(ValueError, match="axis 1 of x has size 47, expected hidden = 48"):
         model.block_forward(0, np.zeros((1, 47), np.float32))
     with pytest.raises(ValueError, match="there are no tokens"):
         model.block_forward(0, np.zeros((0, 48), np.float32))
+    model.embedding = model.embedding.weight
+    with pytest.raises(TypeError, match="embedding is a ndarray, expected a Linear"):
+        model.logits([0])
 
 
 def damaged(tmp_path, change):

@@ -136,6 +136,21 @@ parse_handles(const char *function, const lbq_arg *arg, PyObject *value)
     return 0;
 }
 
+lbq_status
+lbq_check_axis(const lbq_array *array, const char *name, int axis, const char *what,
+               ptrdiff_t expected)
+{
+    LBQ_REQUIRE(!array->data || array->dims[axis] == expected,
+                LBQ_BAD_SHAPE,
+                "axis %d of %s has size %td, expected %s = %td",
+                axis,
+                name,
+                array->dims[axis],
+                what,
+                expected);
+    return LBQ_OK;
+}
+
 void *
 lbq_handle_at(const lbq_handles *handles, ptrdiff_t index)
 {

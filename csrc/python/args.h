@@ -54,6 +54,10 @@ typedef struct {
     ptrdiff_t count;
 } lbq_handles;
 
+/* That an axis of an array has the size that the call calls `what`; an absent array fits. */
+lbq_status lbq_check_axis(const lbq_array *array, const char *name, int axis, const char *what,
+                          ptrdiff_t expected);
+
 void *lbq_handle_at(const lbq_handles *handles, ptrdiff_t index);
 
 typedef enum {

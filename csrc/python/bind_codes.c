@@ -2,72 +2,35 @@
 #include <string.h>
 
 #include "codes/code.h"
+#include "python/code_args.h"
 #include "python/module.h"
 
 LBQ_BINDING(quantize)
 {
-    lbq_array W, importance, levels, codes, scale, offset;
-    Py_ssize_t count, scale_bits, group, candidates;
-    double zero, gamma, clip, percentile, shrink, norm;
-    int symmetric, fixed;
-    const char *method;
+    lbq_array W;
+    lbq_code_args to;
     const lbq_arg spec[] = {
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
-        LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
-        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
-        LBQ_OUT("codes", &codes, NPY_UINT8, "rk"),
-        LBQ_INOUT("scale", &scale, NPY_FLOAT32, "rg"),
-        LBQ_INOUT("offset", &offset, NPY_FLOAT32, "rg"),
-        LBQ_INT("count", &count, 2, 256),
-        LBQ_BOOL("symmetric", &symmetric),
-        LBQ_FLOAT("zero", &zero, -256, 256),
-        LBQ_INT("scale_bits", &scale_bits, 0, 16),
-        LBQ_FLOAT("gamma", &gamma, 0, 3e38),
-        LBQ_INT("group", &group, 1, PY_SSIZE_T_MAX),
-        LBQ_BOOL("fixed", &fixed),
-        LBQ_TEXT("method", &method),
-        LBQ_FLOAT("clip", &clip, 1e-3, 1),
-        LBQ_FLOAT("percentile", &percentile, 50, 100),
-        LBQ_INT("candidates", &candidates, 1, 100000),
-        LBQ_FLOAT("shrink", &shrink, 0, 1),
-        LBQ_FLOAT("norm", &norm, 0.1, 10),
+        LBQ_CODE_ARRAYS(to),
+        LBQ_CODE_OPTIONS(to),
     };
     LBQ_PARSE("quantize", spec);
-    const lbq_code code = {
-        .count = (int)count,
-        .symmetric = symmetric,
-        .zero = (float)zero,
-        .levels = levels.data,
-        .scale_bits = (int)scale_bits,
-        .gamma = (float)gamma,
-    };
-    lbq_range range = {
-        .clip = clip,
-        .percentile = percentile,
-        .candidates = (int)candidates,
-        .shrink = shrink,
-        .norm = norm,
-    };
-    lbq_status status = lbq_range_method_find(method, &range.method);
-    const ptrdiff_t groups = (W.dims[1] - 1) / group + 1;
-    if (status == LBQ_OK && levels.data && levels.dims[0] != count)
-        status = lbq_fail(LBQ_BAD_SHAPE, "%td levels for %td codes", levels.dims[0], count);
-    if (status == LBQ_OK && groups != scale.dims[1])
-        status =
-            lbq_fail(LBQ_BAD_SHAPE, "scale has %td groups, expected %td", scale.dims[1], groups);
+    lbq_code code;
+    lbq_range range;
+    const lbq_status status = lbq_code_from_args(&to, W.dims[1], &code, &range);
     if (status != LBQ_OK)
         return lbq_result(module, status);
     LBQ_RUN(lbq_quantize(&code,
                          &range,
                          W.dims[0],
                          W.dims[1],
-                         group,
-                         fixed,
+                         to.group,
+                         to.fixed,
                          W.data,
-                         importance.data,
-                         codes.data,
-                         scale.data,
-                         offset.data));
+                         to.importance.data,
+                         to.codes.data,
+                         to.scale.data,
+                         to.offset.data));
 }
 
 LBQ_BINDING(kmeans)

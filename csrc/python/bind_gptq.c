@@ -3,6 +3,7 @@
 #include "gptq/gptq.h"
 #include "gptq/hessian.h"
 #include "gptq/refine.h"
+#include "python/code_args.h"
 #include "python/module.h"
 
 LBQ_BINDING(hessian_add)
@@ -64,92 +65,37 @@ LBQ_BINDING(gptq_factor)
 
 LBQ_BINDING(gptq)
 {
-    lbq_array R, order, W, importance, levels, codes, scale, offset;
-    Py_ssize_t count, scale_bits, group, candidates, block;
-    double zero, gamma, clip, percentile, shrink, norm;
-    int symmetric, fixed;
-    const char *method;
+    lbq_array R, order, W;
+    lbq_code_args to;
+    Py_ssize_t block;
     const lbq_arg spec[] = {
         LBQ_IN("factor", &R, LBQ_FLOAT32_OR_64, "kk"),
         LBQ_IN_OR_NONE("order", &order, NPY_INT64, "k"),
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
-        LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
-        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
-        LBQ_OUT("codes", &codes, NPY_UINT8, "rk"),
-        LBQ_INOUT("scale", &scale, NPY_FLOAT32, "rg"),
-        LBQ_INOUT("offset", &offset, NPY_FLOAT32, "rg"),
-        LBQ_INT("count", &count, 2, 256),
-        LBQ_BOOL("symmetric", &symmetric),
-        LBQ_FLOAT("zero", &zero, -256, 256),
-        LBQ_INT("scale_bits", &scale_bits, 0, 16),
-        LBQ_FLOAT("gamma", &gamma, 0, 3e38),
-        LBQ_INT("group", &group, 1, PY_SSIZE_T_MAX),
-        LBQ_BOOL("fixed", &fixed),
-        LBQ_TEXT("method", &method),
-        LBQ_FLOAT("clip", &clip, 1e-3, 1),
-        LBQ_FLOAT("percentile", &percentile, 50, 100),
-        LBQ_INT("candidates", &candidates, 1, 100000),
-        LBQ_FLOAT("shrink", &shrink, 0, 1),
-        LBQ_FLOAT("norm", &norm, 0.1, 10),
+        LBQ_CODE_ARRAYS(to),
+        LBQ_CODE_OPTIONS(to),
         LBQ_INT("block", &block, 1, 1 << 20),
     };
     LBQ_PARSE("gptq", spec);
-    const lbq_code code = {
-        .count = (int)count,
-        .symmetric = symmetric,
-        .zero = (float)zero,
-        .levels = levels.data,
-        .scale_bits = (int)scale_bits,
-        .gamma = (float)gamma,
-    };
-    lbq_range range = {
-        .clip = clip,
-        .percentile = percentile,
-        .candidates = (int)candidates,
-        .shrink = shrink,
-        .norm = norm,
-    };
+    lbq_code code;
+    lbq_range range;
+    const lbq_status status = lbq_code_from_args(&to, W.dims[1], &code, &range);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
     const lbq_gptq_problem problem = {
         .code = &code,
         .range = &range,
         .rows = W.dims[0],
         .cols = W.dims[1],
-        .group = group,
+        .group = to.group,
         .order = order.data,
         .R = R.data,
-        .importance = importance.data,
-        .fixed = fixed,
+        .importance = to.importance.data,
+        .fixed = to.fixed,
         .float64 = R.dtype == NPY_FLOAT64,
         .block = block,
     };
-    lbq_status status = lbq_range_method_find(method, &range.method);
-    const ptrdiff_t groups = (W.dims[1] - 1) / group + 1;
-    if (status == LBQ_OK && levels.data && levels.dims[0] != count)
-        status = lbq_fail(LBQ_BAD_SHAPE, "%td levels for %td codes", levels.dims[0], count);
-    if (status == LBQ_OK && groups != scale.dims[1])
-        status =
-            lbq_fail(LBQ_BAD_SHAPE, "scale has %td groups, expected %td", scale.dims[1], groups);
-    if (status != LBQ_OK)
-        return lbq_result(module, status);
-    LBQ_RUN(lbq_gptq(&problem, W.data, codes.data, scale.data, offset.data));
-}
-
-static lbq_status
-check_groups(const lbq_array *levels, const lbq_array *scale, ptrdiff_t cols, Py_ssize_t count,
-             Py_ssize_t group)
-{
-    const ptrdiff_t groups = (cols - 1) / group + 1;
-    LBQ_REQUIRE(!levels->data || levels->dims[0] == count,
-                LBQ_BAD_SHAPE,
-                "%td levels for %zd codes",
-                levels->dims[0],
-                count);
-    LBQ_REQUIRE(groups == scale->dims[1],
-                LBQ_BAD_SHAPE,
-                "scale has %td groups, expected %td",
-                scale->dims[1],
-                groups);
-    return LBQ_OK;
+    LBQ_RUN(lbq_gptq(&problem, W.data, to.codes.data, to.scale.data, to.offset.data));
 }
 
 LBQ_BINDING(adaround)
@@ -173,7 +119,7 @@ LBQ_BINDING(adaround)
     LBQ_PARSE("adaround", spec);
     const lbq_code code = {.count = (int)count, .levels = levels.data};
     const lbq_adaround_options options = {.steps = (int)steps, .rate = rate, .strength = strength};
-    lbq_status status = check_groups(&levels, &scale, W.dims[1], count, group);
+    lbq_status status = lbq_check_groups(&levels, count, &scale, W.dims[1], group);
     if (status != LBQ_OK)
         return lbq_result(module, status);
     Py_BEGIN_ALLOW_THREADS status = lbq_adaround(&code,
@@ -210,7 +156,7 @@ LBQ_BINDING(refine)
     };
     LBQ_PARSE("refine", spec);
     const lbq_code code = {.count = (int)count, .levels = levels.data};
-    lbq_status status = check_groups(&levels, &scale, W.dims[1], count, group);
+    lbq_status status = lbq_check_groups(&levels, count, &scale, W.dims[1], group);
     if (status != LBQ_OK)
         return lbq_result(module, status);
     ptrdiff_t moved;

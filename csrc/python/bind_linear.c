@@ -60,20 +60,6 @@ attach(lbq_packed *packed, const lbq_array *panels, const lbq_array *levels)
     return LBQ_OK;
 }
 
-static lbq_status
-check_axis(const char *array, int axis, ptrdiff_t size, const char *name, ptrdiff_t expected)
-{
-    LBQ_REQUIRE(size == expected,
-                LBQ_BAD_SHAPE,
-                "axis %d of %s has size %td, expected %s = %td",
-                axis,
-                array,
-                size,
-                name,
-                expected);
-    return LBQ_OK;
-}
-
 /* codes (rows, cols); scale and offset, where given, (rows, groups). */
 static lbq_status
 check_unpacked(const lbq_packed *packed, const lbq_array *codes, const lbq_array *scale,
@@ -86,9 +72,9 @@ check_unpacked(const lbq_packed *packed, const lbq_array *codes, const lbq_array
     for (int i = 0; i < 3; i++) {
         if (!arrays[i]->data)
             continue;
-        LBQ_TRY(check_axis(names[i], 0, arrays[i]->dims[0], "rows", rows));
-        LBQ_TRY(i == 0 ? check_axis(names[i], 1, arrays[i]->dims[1], "cols", cols)
-                       : check_axis(names[i], 1, arrays[i]->dims[1], "groups", groups));
+        LBQ_TRY(lbq_check_axis(arrays[i], names[i], 0, "rows", rows));
+        LBQ_TRY(i == 0 ? lbq_check_axis(arrays[i], names[i], 1, "cols", cols)
+                       : lbq_check_axis(arrays[i], names[i], 1, "groups", groups));
     }
     return LBQ_OK;
 }
@@ -166,8 +152,8 @@ dequantize(lbq_packed *packed, const lbq_array *panels, const lbq_array *levels,
            const lbq_array *weight)
 {
     LBQ_TRY(attach(packed, panels, levels));
-    LBQ_TRY(check_axis("weight", 0, weight->dims[0], "rows", packed->rows));
-    LBQ_TRY(check_axis("weight", 1, weight->dims[1], "cols", packed->cols));
+    LBQ_TRY(lbq_check_axis(weight, "weight", 0, "rows", packed->rows));
+    LBQ_TRY(lbq_check_axis(weight, "weight", 1, "cols", packed->cols));
     return lbq_packed_dequantize(packed, weight->data);
 }
 
@@ -245,15 +231,15 @@ LBQ_BINDING(linear_packed)
     };
     lbq_status status = attach(&layer.packed, &panels, &levels);
     if (status == LBQ_OK && bias.data)
-        status = check_axis("bias", 0, bias.dims[0], "rows", s.rows);
+        status = lbq_check_axis(&bias, "bias", 0, "rows", s.rows);
     return status == LBQ_OK ? new_handle(module, &layer, args) : lbq_result(module, status);
 }
 
 static lbq_status
 forward(const lbq_linear *layer, const lbq_array *x, const lbq_array *y)
 {
-    LBQ_TRY(check_axis("x", 1, x->dims[1], "cols", layer->cols));
-    LBQ_TRY(check_axis("y", 1, y->dims[1], "rows", layer->rows));
+    LBQ_TRY(lbq_check_axis(x, "x", 1, "cols", layer->cols));
+    LBQ_TRY(lbq_check_axis(y, "y", 1, "rows", layer->rows));
     return lbq_linear_forward(layer, x->dims[0], x->data, y->data);
 }
 
@@ -282,11 +268,11 @@ forward_all(const lbq_handles *handles, const lbq_array *x, const lbq_array *y)
     ptrdiff_t floats = 0;
     for (ptrdiff_t i = 0; i < count; i++) {
         layers[i] = lbq_handle_at(handles, i);
-        LBQ_TRY(check_axis("x", 1, x->dims[1], "cols", layers[i]->cols));
+        LBQ_TRY(lbq_check_axis(x, "x", 1, "cols", layers[i]->cols));
         outputs[i] = (float *)y->data + floats;
         floats += tokens * layers[i]->rows;
     }
-    LBQ_TRY(check_axis("y", 0, y->dims[0], "tokens times all rows", floats));
+    LBQ_TRY(lbq_check_axis(y, "y", 0, "tokens times all rows", floats));
     return lbq_linears_forward(count, layers, tokens, x->data, outputs);
 }
 

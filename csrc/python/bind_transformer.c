@@ -248,20 +248,6 @@ LBQ_BINDING(decoder)
     return lbq_handle_new(DECODER, made, args);
 }
 
-/* An array that is absent fits. */
-static lbq_status
-check_width(const lbq_array *array, const char *name, int axis, ptrdiff_t expected)
-{
-    LBQ_REQUIRE(!array->data || array->dims[axis] == expected,
-                LBQ_BAD_SHAPE,
-                "axis %d of %s has size %td, expected %td",
-                axis,
-                name,
-                array->dims[axis],
-                expected);
-    return LBQ_OK;
-}
-
 LBQ_BINDING(decoder_embed)
 {
     const lbq_decoder *decoder;
@@ -272,7 +258,7 @@ LBQ_BINDING(decoder_embed)
         LBQ_OUT("x", &x, NPY_FLOAT32, "th"),
     };
     LBQ_PARSE("decoder_embed", spec);
-    const lbq_status status = check_width(&x, "x", 1, decoder->hidden);
+    const lbq_status status = lbq_check_axis(&x, "x", 1, "hidden", decoder->hidden);
     if (status != LBQ_OK)
         return lbq_result(module, status);
     LBQ_RUN(lbq_decoder_embed(decoder, tokens.dims[0], tokens.data, x.data));
@@ -289,9 +275,10 @@ block_forward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, c
                 "block is %td, expected 0 to %td",
                 index,
                 decoder->block_count - 1);
-    LBQ_TRY(check_width(x, "x", 1, decoder->hidden));
-    LBQ_TRY(check_width(o, "o", 1, decoder->heads.heads * decoder->heads.head_dim));
-    LBQ_TRY(check_width(down, "down", 1, decoder->blocks[index]->gate->rows));
+    LBQ_TRY(lbq_check_axis(x, "x", 1, "hidden", decoder->hidden));
+    LBQ_TRY(lbq_check_axis(
+        o, "o", 1, "heads * head_dim", decoder->heads.heads * decoder->heads.head_dim));
+    LBQ_TRY(lbq_check_axis(down, "down", 1, "feed-forward", decoder->blocks[index]->gate->rows));
     return lbq_decoder_block(decoder, index, x->dims[0], x->data, &taps);
 }
 
@@ -323,7 +310,7 @@ LBQ_BINDING(decoder_finish)
         LBQ_OUT("y", &y, NPY_FLOAT32, "th"),
     };
     LBQ_PARSE("decoder_finish", spec);
-    const lbq_status status = check_width(&x, "x", 1, decoder->hidden);
+    const lbq_status status = lbq_check_axis(&x, "x", 1, "hidden", decoder->hidden);
     if (status != LBQ_OK)
         return lbq_result(module, status);
     LBQ_RUN(lbq_decoder_finish(decoder, x.dims[0], x.data, y.data));
@@ -332,8 +319,8 @@ LBQ_BINDING(decoder_finish)
 static lbq_status
 head(const lbq_decoder *decoder, const lbq_array *y, const lbq_array *logits)
 {
-    LBQ_TRY(check_width(y, "y", 1, decoder->hidden));
-    LBQ_TRY(check_width(logits, "logits", 1, decoder->vocab));
+    LBQ_TRY(lbq_check_axis(y, "y", 1, "hidden", decoder->hidden));
+    LBQ_TRY(lbq_check_axis(logits, "logits", 1, "vocab", decoder->vocab));
     return lbq_decoder_head(decoder, y->dims[0], y->data, logits->data);
 }
 
@@ -408,8 +395,8 @@ forward(const lbq_decoder *decoder, const lbq_array *tokens, const owned_cache *
     if (owned)
         cache = owned->cache;
     cache.past = past;
-    LBQ_TRY(check_width(hidden, "hidden", 1, decoder->hidden));
-    LBQ_TRY(check_width(logits, "logits", 1, decoder->vocab));
+    LBQ_TRY(lbq_check_axis(hidden, "hidden", 1, "hidden", decoder->hidden));
+    LBQ_TRY(lbq_check_axis(logits, "logits", 1, "vocab", decoder->vocab));
     return lbq_decoder_forward(decoder,
                                tokens->dims[0],
                                tokens->data,

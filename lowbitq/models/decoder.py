@@ -442,6 +442,10 @@ class Model:
             parts += block._parts()
         before = self._handle_parts
         if len(parts) != len(before) or any(a is not b for a, b in zip(parts, before, strict=True)):
+            for name in ("embedding", "head"):
+                linear = getattr(self, name)
+                if not (isinstance(linear, AnyLinear) or (name == "head" and linear is None)):
+                    raise TypeError(f"{name} is a {type(linear).__name__}, expected a Linear")
             frequencies, factor = self.config.rope_frequencies()
             self._handle = _core.decoder(
                 self.embedding.handle,

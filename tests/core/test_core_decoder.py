@@ -308,9 +308,9 @@ def test_bad_calls_are_refused():
         call(two[:1])
     with pytest.raises(ValueError, match="there are no tokens"):
         call(two[:0], logits=logits[:0])
-    with pytest.raises(ValueError, match="axis 1 of logits has size 49, expected 50"):
+    with pytest.raises(ValueError, match="axis 1 of logits has size 49, expected vocab = 50"):
         call(logits=np.empty((2, VOCAB - 1), np.float32))
-    with pytest.raises(ValueError, match="axis 1 of hidden has size 9, expected 24"):
+    with pytest.raises(ValueError, match="axis 1 of hidden has size 9, expected hidden = 24"):
         call(hidden=np.empty((2, 9), np.float32))
     with pytest.raises(ValueError, match="holds 127 of at most 128 tokens, no room for 2"):
         call(cache=cache, past=127)

@@ -84,6 +84,12 @@ typedef struct {
        ptrdiff_t end,                                                                              \
        const lbq_activations *x,                                                                   \
        float *y))                                                                                  \
+    /* y[t * stride + p * LBQ_PANEL + r] = sums[p][t][r], as gemm_u8_i8 left them, for `count`     \
+     * panels and `tokens` of the tile's tokens. The next call will probably be for those after    \
+     * them. */                                                                                    \
+    X(store_tile,                                                                                  \
+      void,                                                                                        \
+      (const float *sums, ptrdiff_t count, ptrdiff_t tokens, ptrdiff_t stride, float *y))          \
     /* Unpacked codes of `columns` columns to values: w[k * stride + r] = fma(scale[r], level,     \
      * offset[r]), where the level is the code or, if levels is not NULL, levels[code]; exact. */  \
     X(decode_f32,                                                                                  \

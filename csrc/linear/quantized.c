@@ -3,8 +3,9 @@
  * A token is rotated and quantized while it is in the L1 cache, once for all layers that read it;
  * what depends on a weight's grid is kept once per grid. Up to four tokens a panel is read once,
  * straight from its codes (gemv). More come in tiles of LBQ_TILE tokens: a pair of panels is
- * unpacked a few hundred columns at a time into the L1 cache, where it meets tile after tile
- * (gemm). The order of the float operations is the same. */
+ * unpacked some hundred columns at a time into the L1 cache, where it meets tile after tile
+ * (gemm), whose sums go from there to their place. The order of the float operations is the same.
+ */
 #include "linear/quantized.h"
 
 #include <assert.h>
@@ -17,10 +18,10 @@
 
 enum {
     FEW = 4,              /* tokens that gemv takes at once */
-    UNPACKED_COLS = 512,  /* two panels of so many columns take half of a 32 KiB L1 */
+    UNPACKED_COLS = 640,  /* two panels of so many columns take five eighths of a 32 KiB L1 */
     PAIR = 2,             /* panels unpacked at a time */
-    BAND = 8,             /* panels of a gemm task: it writes half a kilobyte of y at once */
-    BLOCK = 32,           /* tiles of a gemm task; its sums take half of a 256 KiB L2 */
+    BAND = 8,             /* panels of a gemm task */
+    BLOCK = 32,           /* tiles of a gemm task; with 640 columns they take 160 KiB of L2 */
     SPLIT = 1 << 19,      /* fewer multiplications, some 10 us, stay on one thread */
     SPLIT_TASK = 1 << 18, /* and a task has at least so many */
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
@@ -277,52 +278,49 @@ gemv_task(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* `count` panels, one or two, times `tiles` tiles: sums as [tile][panel][token][row]. */
+/* Sums of a tile, [panel][token][row], into the rows and tokens of y that there are. */
 static void
-multiply_pair(const product *job, const part *of, const lbq_panel panel[PAIR], ptrdiff_t count,
+store_tile(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels, ptrdiff_t tile,
+           const float *sums)
+{
+    const ptrdiff_t rows = of->packed->rows, row = first * LBQ_PANEL, token = tile * LBQ_TILE;
+    const ptrdiff_t tokens = lbq_smaller(LBQ_TILE, job->tokens - token);
+    const ptrdiff_t whole = lbq_smaller(panels, rows / LBQ_PANEL - first);
+    float *const y = of->y + token * rows + row;
+    lbq_kernel.store_tile(sums, whole, tokens, rows, y);
+    if (whole == panels)
+        return;
+    const size_t rest = sizeof(float) * (size_t)(rows % LBQ_PANEL);
+    for (ptrdiff_t t = 0; t < tokens; t++)
+        memcpy(y + t * rows + whole * LBQ_PANEL, sums + (whole * LBQ_TILE + t) * LBQ_PANEL, rest);
+}
+
+/* `panels` panels from `first` on, one or two, times `tiles` tiles; sums is scratch. */
+static void
+multiply_pair(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels,
               ptrdiff_t first_tile, ptrdiff_t tiles, uint8_t *codes, float *sums)
 {
     const int stored_bits = of->packed->bits, bits = of->levels.lookup ? 8 : stored_bits;
-    const ptrdiff_t step = job->step, steps = UNPACKED_COLS / step;
+    const ptrdiff_t step = job->step, passes = lbq_pieces(job->padded, UNPACKED_COLS);
+    const ptrdiff_t steps = lbq_pieces(job->steps, passes);
+    lbq_panel panel[PAIR];
+    for (ptrdiff_t p = 0; p < panels; p++)
+        panel[p] = panel_at(of, first + p);
     for (ptrdiff_t s = 0; s < job->steps; s += steps) {
         const ptrdiff_t end = lbq_smaller(s + steps, job->steps);
         uint8_t *to = codes;
-        for (ptrdiff_t p = 0; p < count; p++)
+        for (ptrdiff_t p = 0; p < panels; p++)
             for (ptrdiff_t i = s; i < end; i++, to += step * LBQ_PANEL)
                 lbq_step_unpack_fast(stored_bits, panel[p].codes + i * panel->step_bytes, step, to);
         if (of->levels.lookup)
             lbq_kernel.lookup_u8(of->levels.bytes, to - codes, codes);
         for (ptrdiff_t i = 0; i < tiles; i++) {
             const lbq_activations x = tile_at(job, of, first_tile + i);
-            float *const y = sums + i * PAIR * TILE_SUMS;
-            lbq_kernel.gemm_u8_i8(panel, count, bits, codes, s, end, &x, y);
+            float *const y = passes == 1 ? sums : sums + i * PAIR * TILE_SUMS;
+            lbq_kernel.gemm_u8_i8(panel, panels, bits, codes, s, end, &x, y);
+            if (end == job->steps)
+                store_tile(job, of, first, panels, first_tile + i, y);
         }
-    }
-}
-
-/* Where the sums of a band's panel begin, which lie as [pair][tile][panel][token][row]. */
-static ptrdiff_t
-band_sums(ptrdiff_t panel)
-{
-    return (panel / PAIR * BLOCK * PAIR + panel % PAIR) * TILE_SUMS;
-}
-
-/* Sums of a band times a block into y, for `tokens` tokens from `token` on. */
-static void
-store_band(const part *of, ptrdiff_t first, ptrdiff_t panels, ptrdiff_t token, ptrdiff_t tokens,
-           const float *sums)
-{
-    const ptrdiff_t all_rows = of->packed->rows, row = first * LBQ_PANEL;
-    const ptrdiff_t rows = lbq_smaller(panels * LBQ_PANEL, all_rows - row);
-    const ptrdiff_t whole = rows / LBQ_PANEL, rest = rows % LBQ_PANEL;
-    for (ptrdiff_t t = 0; t < tokens; t++) {
-        const ptrdiff_t in_block = t / LBQ_TILE * PAIR * LBQ_TILE + t % LBQ_TILE;
-        const float *const from = sums + in_block * LBQ_PANEL;
-        float *const to = of->y + (token + t) * all_rows + row;
-        for (ptrdiff_t p = 0; p < whole; p++)
-            memcpy(to + p * LBQ_PANEL, from + band_sums(p), sizeof(float) * LBQ_PANEL);
-        if (rest)
-            memcpy(to + whole * LBQ_PANEL, from + band_sums(whole), sizeof(float) * (size_t)rest);
     }
 }
 
@@ -331,20 +329,12 @@ static void
 multiply_band(const product *job, const part *of, ptrdiff_t first, ptrdiff_t first_tile,
               uint8_t *codes, float *sums)
 {
-    const ptrdiff_t panels = lbq_smaller(BAND, of->geometry.panels - first);
+    const ptrdiff_t end = lbq_smaller(first + BAND, of->geometry.panels);
     const ptrdiff_t tiles = lbq_smaller(BLOCK, job->tiles - first_tile);
-    for (ptrdiff_t at = 0; at < panels; at += PAIR) {
-        const ptrdiff_t count = lbq_smaller(PAIR, panels - at);
-        lbq_panel panel[PAIR];
-        for (ptrdiff_t p = 0; p < count; p++)
-            panel[p] = panel_at(of, first + at + p);
-        multiply_pair(
-            job, of, panel, count, first_tile, tiles, codes, sums + at * BLOCK * TILE_SUMS);
-    }
+    for (ptrdiff_t p = first; p < end; p += PAIR)
+        multiply_pair(job, of, p, lbq_smaller(PAIR, end - p), first_tile, tiles, codes, sums);
     const ptrdiff_t token = first_tile * LBQ_TILE;
-    const ptrdiff_t tokens = lbq_smaller(tiles * LBQ_TILE, job->tokens - token);
-    store_band(of, first, panels, token, tokens, sums);
-    add_bias(of, first, panels, token, tokens);
+    add_bias(of, first, end - first, token, lbq_smaller(tiles * LBQ_TILE, job->tokens - token));
 }
 
 static lbq_status
@@ -354,7 +344,7 @@ gemm_task(void *context, ptrdiff_t index, int worker)
     const product *const job = context;
     const ptrdiff_t count = job->units * lbq_pieces(job->tiles, BLOCK);
     const ptrdiff_t end = lbq_smaller((index + 1) * job->per_task, count);
-    const size_t sum_bytes = sizeof(float) * BAND * BLOCK * TILE_SUMS;
+    const size_t sum_bytes = sizeof(float) * BLOCK * PAIR * TILE_SUMS;
     const size_t code_bytes = PAIR * LBQ_PANEL * UNPACKED_COLS;
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena, sum_bytes + code_bytes));

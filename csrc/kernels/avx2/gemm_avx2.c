@@ -166,3 +166,18 @@ lbq_gemm_u8_i8_avx2(const lbq_panel *panel, ptrdiff_t count, int bits, const uin
     else
         gemm(0, 0, exact, panel, count, codes, first, end, x, y);
 }
+
+/* The AVX-512 kernel says why it looks ahead. */
+void
+lbq_store_tile_avx2(const float *sums, ptrdiff_t count, ptrdiff_t tokens, ptrdiff_t stride,
+                    float *y)
+{
+    for (ptrdiff_t t = 0; t < tokens; t++, y += stride)
+        for (ptrdiff_t p = 0; p < count; p++) {
+            const float *const from = sums + (p * LBQ_TILE + t) * LBQ_PANEL;
+            float *const to = y + p * LBQ_PANEL;
+            _mm256_storeu_ps(to, _mm256_load_ps(from));
+            _mm256_storeu_ps(to + 8, _mm256_load_ps(from + 8));
+            _mm_prefetch((const char *)(to + LBQ_TILE * stride), _MM_HINT_T0);
+        }
+}

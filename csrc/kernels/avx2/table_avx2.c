@@ -35,5 +35,6 @@ lbq_table_avx2(lbq_kernels *table)
     table->gemv_t4_i8 = lbq_gemv_t4_i8_avx2;
     table->lookup_u8 = lbq_lookup_u8_avx2;
     table->gemm_u8_i8 = lbq_gemm_u8_i8_avx2;
+    table->store_tile = lbq_store_tile_avx2;
     table->decode_f32 = lbq_decode_f32_avx2;
 }

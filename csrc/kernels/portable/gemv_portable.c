@@ -106,3 +106,14 @@ lbq_gemm_u8_i8_portable(const lbq_panel *panel, ptrdiff_t count, int bits, const
         for (ptrdiff_t s = first; s < end; s++, codes += panel->step * LBQ_PANEL)
             add_step(&panel[p], s, codes, x, y);
 }
+
+void
+lbq_store_tile_portable(const float *sums, ptrdiff_t count, ptrdiff_t tokens, ptrdiff_t stride,
+                        float *y)
+{
+    for (ptrdiff_t p = 0; p < count; p++)
+        for (ptrdiff_t t = 0; t < tokens; t++)
+            memcpy(y + t * stride + p * LBQ_PANEL,
+                   sums + (p * LBQ_TILE + t) * LBQ_PANEL,
+                   sizeof(float) * LBQ_PANEL);
+}

@@ -224,7 +224,7 @@ def perplexity(
     ...     config=SimpleNamespace(vocab_size=8, max_positions=64),
     ...     tokenizer=None,
     ...     hidden=lambda tokens: np.zeros((len(tokens), 1), np.float32),
-    ...     head_logits=lambda hidden: np.zeros((len(hidden), 8), np.float32),
+    ...     head_logits=lambda hidden, out: np.zeros((len(hidden), 8), np.float32),
     ... )
     >>> result = perplexity(ignorant, np.arange(40) % 8, window=16)
     >>> round(result, 6), result.tokens, result.windows
@@ -277,7 +277,7 @@ def kl_divergence(
     ...         config=SimpleNamespace(vocab_size=2, max_positions=64),
     ...         tokenizer=None,
     ...         hidden=lambda tokens: np.zeros((len(tokens), 1), np.float32),
-    ...         head_logits=lambda hidden: np.repeat(row, len(hidden), axis=0),
+    ...         head_logits=lambda hidden, out: np.repeat(row, len(hidden), axis=0),
     ...     )
     >>> far = kl_divergence(always(0, 0), always(np.log(3), 0), np.zeros(32, int), window=16)
     >>> bool(np.isclose(far, 0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)))
@@ -321,7 +321,7 @@ def agreement(
     ...     config=SimpleNamespace(vocab_size=4, max_positions=64),
     ...     tokenizer=None,
     ...     hidden=lambda tokens: np.eye(4, dtype=np.float32)[tokens],
-    ...     head_logits=lambda hidden: np.roll(hidden, 1, axis=1),
+    ...     head_logits=lambda hidden, out: np.roll(hidden, 1, axis=1),
     ... )
     >>> float(agreement(counting, counting, np.arange(32) % 4, window=16))
     1.0
@@ -364,7 +364,7 @@ def evaluate(
     ...     config=SimpleNamespace(vocab_size=8, max_positions=64),
     ...     tokenizer=None,
     ...     hidden=lambda tokens: np.zeros((len(tokens), 1), np.float32),
-    ...     head_logits=lambda hidden: np.zeros((len(hidden), 8), np.float32),
+    ...     head_logits=lambda hidden, out: np.zeros((len(hidden), 8), np.float32),
     ...     bits_per_weight=2.5,
     ...     nbytes=400,
     ...     parameters=1000,
@@ -450,9 +450,11 @@ def _score(
     nll, reference_nll, divergence = np.zeros((3, *shape))
     same = np.zeros(shape, np.uint8)
     seconds: list[float] = []
+    room = _room(model, cut.scored)
+    their_room = room if reference is None else _room(reference, cut.scored)
     for done, tokens in enumerate(cut.tokens):
-        pieces = _timed(_logits(model, tokens), seconds)
-        theirs = repeat(None) if reference is None else _logits(reference, tokens)
+        pieces = _timed(_logits(model, tokens, room), seconds)
+        theirs = repeat(None) if reference is None else _logits(reference, tokens, their_room)
         for (rows, logits), their in zip(pieces, theirs, strict=False):
             target = tokens[1:][rows]
             _core.cross_entropy(logits, target, nll[done, rows])
@@ -466,12 +468,23 @@ def _score(
     )
 
 
-def _logits(model: Model, tokens: NDArray[np.int32]) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Yield the logits of every token but the last, some rows at a time."""
+def _room(model: Model, tokens: int) -> NDArray[np.float32]:
+    """Return an array for the logits of some tokens.
+
+    It is used again and again, because the system would clear the pages of every new one.
+    """
+    shape = min(_ROWS, tokens), model.config.vocab_size
+    return _core.aligned_empty(bytes=4 * shape[0] * shape[1]).view(np.float32).reshape(shape)
+
+
+def _logits(
+    model: Model, tokens: NDArray[np.int32], room: NDArray[np.float32]
+) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Yield the logits of every token but the last, as many rows at a time as there is room for."""
     hidden = model.hidden(tokens)
-    for start in range(0, len(tokens) - 1, _ROWS):
-        rows = slice(start, min(start + _ROWS, len(tokens) - 1))
-        yield rows, model.head_logits(hidden[rows])
+    for start in range(0, len(tokens) - 1, len(room)):
+        rows = slice(start, min(start + len(room), len(tokens) - 1))
+        yield rows, model.head_logits(hidden[rows], room[: rows.stop - rows.start])
 
 
 def _timed(pieces: Iterator[Item], seconds: list[float]) -> Iterator[Item]:

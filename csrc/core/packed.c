@@ -172,28 +172,18 @@ load_lane(const uint8_t *block, int row, bool spread)
     return load_word(bytes);
 }
 
-static inline void
-store_lane(uint8_t *block, int row, bool spread, uint32_t lane)
+/* Bits `shift` and up of the codes of some columns, `bits` of each, to one block of so many bits.
+ */
+static void
+pack_block(int bits, const uint8_t *codes, int shift, uint8_t *block)
 {
-    uint8_t bytes[4];
-    store_word(spread ? bytes : block + 4 * row, lane);
-    for (int i = 0; i < 4 && spread; i++)
-        block[LBQ_PANEL * i + row] = bytes[i];
-}
-
-/* Codes of one row, already shifted right by `shift`, into its lanes in blocks of `bits` bits. */
-static inline void
-pack_lanes(int bits, const uint8_t *codes, int shift, ptrdiff_t columns, int row, bool spread,
-           uint8_t *blocks)
-{
-    const int planes = 8 / bits;
-    for (ptrdiff_t b = 0; b < columns / (4 * planes); b++) {
+    for (int r = 0; r < LBQ_PANEL; r++) {
         uint32_t lane = 0;
-        for (int p = 0; p < planes; p++) {
-            const uint32_t word = load_word(codes + 4 * (b * planes + p));
+        for (int p = 0; p < 8 / bits; p++) {
+            const uint32_t word = load_word(codes + p * BLOCK + 4 * r);
             lane |= (word >> shift & low_bits(bits)) << p * bits;
         }
-        store_lane(blocks + b * BLOCK, row, spread, lane);
+        store_word(block + 4 * r, lane);
     }
 }
 
@@ -210,19 +200,6 @@ unpack_lanes(int bits, const uint8_t *blocks, int shift, ptrdiff_t columns, int 
             const uint32_t before = shift ? load_word(to) : 0;
             store_word(to, before | (lane >> p * bits & low_bits(bits)) << shift);
         }
-    }
-}
-
-static void
-pack_step(int bits, const uint8_t *codes, ptrdiff_t columns, int row, uint8_t *blocks)
-{
-    if (bits != 3) {
-        pack_lanes(bits, codes, 0, columns, row, bits == 1, blocks);
-        return;
-    }
-    for (ptrdiff_t k = 0; k < columns; k += 32, blocks += 3 * BLOCK) {
-        pack_lanes(2, codes + k, 0, 32, row, false, blocks);
-        pack_lanes(1, codes + k, 2, 32, row, false, blocks + 2 * BLOCK);
     }
 }
 
@@ -245,6 +222,36 @@ lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
 {
     for (int r = 0; r < LBQ_PANEL; r++)
         unpack_row(bits, codes, columns, r, out + 4 * r, 4 * LBQ_PANEL);
+}
+
+void
+lbq_step_pack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
+{
+    const ptrdiff_t block_columns = bits == 3 ? 32 : 32 / bits;
+    for (ptrdiff_t k = 0; k < columns; k += block_columns, codes += block_columns * LBQ_PANEL) {
+        uint8_t lanes[BLOCK];
+        switch (bits) {
+        case 1:
+            pack_block(1, codes, 0, lanes);
+            for (int i = 0; i < BLOCK; i++)
+                out[i] = lanes[i % LBQ_PANEL * 4 + i / LBQ_PANEL];
+            break;
+        case 2:
+            pack_block(2, codes, 0, out);
+            break;
+        case 3:
+            pack_block(2, codes, 0, out);
+            pack_block(2, codes + 4 * BLOCK, 0, out + BLOCK);
+            pack_block(1, codes, 2, out + 2 * BLOCK);
+            break;
+        case 4:
+            pack_block(4, codes, 0, out);
+            break;
+        default:
+            memcpy(out, codes, BLOCK);
+        }
+        out += bits == 3 ? 3 * BLOCK : BLOCK;
+    }
 }
 
 /* One call's work, cut into runs of panels. */
@@ -307,12 +314,9 @@ pack_half(float value, const char *name, ptrdiff_t row, ptrdiff_t group, uint8_t
 }
 
 static lbq_status
-pack_scale(const lbq_packed *packed, float value, ptrdiff_t row, ptrdiff_t group, uint8_t *to)
+pack_multiple(const lbq_packed *packed, float value, ptrdiff_t row, ptrdiff_t group, uint8_t *to)
 {
-    const int r = (int)(row % LBQ_PANEL);
-    if (packed->scale_bits == 16)
-        return pack_half(value, "scale", row, group, to + 2 * r);
-    const int largest = (1 << packed->scale_bits) - 1;
+    const int r = (int)(row % LBQ_PANEL), largest = (1 << packed->scale_bits) - 1;
     const float multiple = packed->gamma != 0 ? rintf(value / packed->gamma) : 0;
     LBQ_REQUIRE(multiple >= 0 && multiple <= (float)largest && packed->gamma * multiple == value,
                 LBQ_BAD_VALUE,
@@ -326,6 +330,20 @@ pack_scale(const lbq_packed *packed, float value, ptrdiff_t row, ptrdiff_t group
         to[r] = (uint8_t)multiple;
     else
         to[r / 2] |= (uint8_t)((int)multiple << r % 2 * 4);
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_scale_pack(const lbq_packed *packed, ptrdiff_t row, ptrdiff_t group, float scale, float offset,
+               uint8_t *to)
+{
+    uint8_t *const half = to + row % LBQ_PANEL * 2;
+    if (packed->scale_bits == 16)
+        LBQ_TRY(pack_half(scale, "scale", row, group, half));
+    else if (packed->scale_bits)
+        LBQ_TRY(pack_multiple(packed, scale, row, group, to));
+    if (packed->has_offset)
+        LBQ_TRY(pack_half(offset, "offset", row, group, half + 2 * LBQ_PANEL));
     return LBQ_OK;
 }
 
@@ -352,32 +370,34 @@ pack_panel(const panel_work *work, ptrdiff_t panel)
     uint8_t *const out = work->panels_out + panel * g->panel_bytes;
     memset(out, 0, (size_t)g->panel_bytes);
     const ptrdiff_t first = panel * LBQ_PANEL;
-    for (ptrdiff_t row = first; row < lbq_smaller(first + LBQ_PANEL, packed->rows); row++) {
-        const int lane = (int)(row - first);
-        for (ptrdiff_t s = 0; s < g->steps; s++) {
-            const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, packed->cols - begin);
+    const ptrdiff_t rows = lbq_smaller(LBQ_PANEL, packed->rows - first);
+    for (ptrdiff_t s = 0; s < g->steps; s++) {
+        const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, packed->cols - begin);
+        uint8_t bytes[LBQ_MAX_STEP * LBQ_PANEL] = {0};
+        for (ptrdiff_t r = 0; r < rows; r++) {
             uint8_t codes[LBQ_MAX_STEP] = {0};
-            memcpy(codes, work->codes_in + row * packed->cols + begin, (size_t)count);
+            memcpy(codes, work->codes_in + (first + r) * packed->cols + begin, (size_t)count);
             uint32_t seen = 0;
-            for (ptrdiff_t k = 0; k < g->step; k += 4)
-                seen |= load_word(codes + k);
+            for (ptrdiff_t k = 0; k < g->step; k += 4) {
+                const uint32_t word = load_word(codes + k);
+                seen |= word;
+                store_word(bytes + k * LBQ_PANEL + 4 * r, word);
+            }
             if (seen & ~low_bits(packed->bits))
-                return refuse_code(packed, codes, row, begin);
-            pack_step(packed->bits, codes, g->step, lane, out + s * g->step_bytes);
+                return refuse_code(packed, codes, first + r, begin);
         }
-        for (ptrdiff_t i = 0; i < work->groups; i++) {
-            uint8_t *const at = out + i * g->scale_stride;
-            if (packed->scale_bits)
-                LBQ_TRY(pack_scale(
-                    packed, work->scale_in[row * work->groups + i], row, i, at + g->scale_at));
-            if (packed->has_offset)
-                LBQ_TRY(pack_half(work->offset_in[row * work->groups + i],
-                                  "offset",
-                                  row,
-                                  i,
-                                  at + g->offset_at + 2 * lane));
-        }
+        lbq_step_pack(packed->bits, bytes, g->step, out + s * g->step_bytes);
     }
+    for (ptrdiff_t r = 0; r < rows; r++)
+        for (ptrdiff_t i = 0; i < work->groups; i++) {
+            const ptrdiff_t at = (first + r) * work->groups + i;
+            LBQ_TRY(lbq_scale_pack(packed,
+                                   first + r,
+                                   i,
+                                   packed->scale_bits ? work->scale_in[at] : 0,
+                                   packed->has_offset ? work->offset_in[at] : 0,
+                                   out + g->scale_at + i * g->scale_stride));
+        }
     return LBQ_OK;
 }
 

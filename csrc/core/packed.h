@@ -77,8 +77,13 @@ lbq_status lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry 
 lbq_status lbq_pack(const lbq_packed *packed, const uint8_t *codes, const float *scale,
                     const float *offset, uint8_t *panels);
 
-/* The inverse; each output may be NULL. `scale` gets gamma where none is stored, `offset` gets
- * -zero * scale. */
+/* Scale and offset of one row and group, as lbq_pack checks and stores them; `to`: the scales of
+ * its panel and group, zeros before. */
+lbq_status lbq_scale_pack(const lbq_packed *packed, ptrdiff_t row, ptrdiff_t group, float scale,
+                          float offset, uint8_t *to);
+
+/* The inverse of lbq_pack; each output may be NULL. `scale` gets gamma where none is stored,
+ * `offset` gets -zero * scale. */
 lbq_status lbq_unpack(const lbq_packed *packed, uint8_t *codes, float *scale, float *offset);
 
 /* W (rows, cols) by the formula, each weight fma(scale, level, offset) rounded once. */
@@ -111,5 +116,8 @@ void lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_P
 /* Codes of one step, `columns` of them, to one byte each, laid out as 8-bit codes are: out[k / 4]
  * [row][k % 4]. `columns` is a multiple of 16, of 32 for 1 and 3 bits. */
 void lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
+
+/* The inverse, for codes below 2^bits. */
+void lbq_step_pack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
 
 #endif

@@ -40,6 +40,27 @@ def quantize(
     shrink: float,
     norm: float,
 ) -> None: ...
+def quantize_packed(
+    weight: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,
+    levels: NDArray[np.float32] | None,
+    panels: NDArray[np.uint8],
+    /,
+    *,
+    count: int,
+    bits: int,
+    group: int,
+    scale_bits: int,
+    has_offset: bool,
+    gamma: float,
+    zero: float,
+    method: str,
+    clip: float,
+    percentile: float,
+    candidates: int,
+    shrink: float,
+    norm: float,
+) -> None: ...
 def adaround(
     hessian: NDArray[np.float64],
     weight: NDArray[np.float32],

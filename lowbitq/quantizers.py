@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from lowbitq import _core
 from lowbitq.formats import Format
 from lowbitq.grids import entropy_clip
-from lowbitq.tensors import QuantizedTensor
+from lowbitq.tensors import QuantizedTensor, packed_scalars
 
 RANGES = ("mse", "minmax", "percentile", "kl")
 
@@ -126,12 +126,11 @@ def quantize(
         format, shared, range=range, percentile=percentile, clip_ratio=clip_ratio, norm=norm
     )
     rows, cols = weight.shape
-    codes = np.empty((rows, cols), np.uint8)
-    scale = np.full((rows, format.groups(cols)), shared.gamma, np.float32)
-    offset = -np.float32(shared.zero) * scale
-    options |= {"group": format.group or cols, "fixed": format.per_tensor}
-    _core.quantize(weight, importance, shared.levels, codes, scale, offset, **options)
-    return _pack(format, codes, scale, offset, shared)
+    scalars = packed_scalars(format, rows, cols, shared.gamma, shared.zero)
+    panels = _core.aligned_empty(bytes=_core.packed_bytes(**scalars))
+    del options["symmetric"], scalars["rows"], scalars["cols"]  # has_offset and weight say that
+    _core.quantize_packed(weight, importance, shared.levels, panels, **(options | scalars))
+    return QuantizedTensor(format, rows, cols, panels, shared.levels, shared.gamma, shared.zero)
 
 
 def adaround(
@@ -215,25 +214,14 @@ def adaround(
         rate=rate,
         strength=strength,
     )
-    shared = Shared(nearest.levels, nearest.gamma, nearest.zero or 0.0)
-    return _pack(format, codes, scale, offset, shared)
-
-
-def _pack(
-    format: Format,
-    codes: NDArray[np.uint8],
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
-    shared: Shared,
-) -> QuantizedTensor:
     return QuantizedTensor.pack(
         format,
         codes,
         None if format.per_tensor else scale,
         None if format.symmetric or format.per_tensor else offset,
-        levels=shared.levels,
-        gamma=shared.gamma,
-        zero=shared.zero,
+        levels=nearest.levels,
+        gamma=nearest.gamma,
+        zero=nearest.zero,
     )
 
 
@@ -295,9 +283,12 @@ def fit_shared(
     _check(weight, importance, range, format, zero)
     zero = format.zero if zero is None else zero
     shared = Shared(_fixed_levels(format), 1.0, float(np.float32(zero)))
+    if range != "kl" and format.kind != "kmeans" and format.scale_bits == 16:
+        return shared
+    _check_finite(weight)
     search = {"range": range, "percentile": percentile, "clip_ratio": clip_ratio, "norm": norm}
-    some = np.ascontiguousarray(weight[:: max(1, weight.size // _SAMPLE)])
-    sample = _Sample(some, importance, format, search)
+    some = weight[:: max(1, weight.size // _SAMPLE)]
+    sample = _Sample(np.ascontiguousarray(some), importance, format, search)
     if range == "kl":
         shared = replace(shared, clip=sample.entropy_clip())
     if format.kind == "kmeans":
@@ -474,16 +465,20 @@ def _check(
         raise ValueError(f"weight has shape {weight.shape}, expected (rows, cols), not empty")
     if importance is not None and importance.shape != (weight.shape[1],):
         raise ValueError(f"importance has shape {importance.shape}, expected ({weight.shape[1]},)")
+    if range not in RANGES:
+        raise ValueError(f"range is {range!r}, expected one of {', '.join(RANGES)}")
+    if zero is not None and not (format.kind == "int" and format.symmetric):
+        raise ValueError(f"zero is {zero}, but format {format} does not let it be chosen")
+
+
+def _check_finite(weight: NDArray[np.float32]) -> None:
+    """Before one learns from it; what is only rounded is checked by the core on the way."""
     finite = np.isfinite(weight)
     if not finite.all():
         row, column = np.argwhere(~finite)[0]
         raise ValueError(
             f"weight[{row}, {column}] is {weight[row, column]}, expected finite numbers"
         )
-    if range not in RANGES:
-        raise ValueError(f"range is {range!r}, expected one of {', '.join(RANGES)}")
-    if zero is not None and not (format.kind == "int" and format.symmetric):
-        raise ValueError(f"zero is {zero}, but format {format} does not let it be chosen")
 
 
 def _fixed_levels(format: Format) -> NDArray[np.float32] | None:

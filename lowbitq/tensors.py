@@ -126,7 +126,7 @@ class QuantizedTensor:
             raise ValueError(f"format {format} expects offset to be {expected}")
         rows, cols = codes.shape
         zero = format.zero if zero is None else zero
-        scalars = _scalars(format, rows, cols, _float32(gamma), _float32(zero))
+        scalars = packed_scalars(format, rows, cols, _float32(gamma), _float32(zero))
         panels = _core.aligned_empty(bytes=_core.packed_bytes(**scalars))
         _core.pack(codes, scale, offset, panels, **scalars)
         return cls(format, rows, cols, panels, levels, gamma, zero)
@@ -293,7 +293,7 @@ class QuantizedTensor:
     @property
     def _scalars(self) -> dict[str, Any]:
         assert self.zero is not None
-        return _scalars(self.format, self.rows, self.cols, self.gamma, self.zero)
+        return packed_scalars(self.format, self.rows, self.cols, self.gamma, self.zero)
 
 
 def _float32(value: float) -> float:
@@ -310,7 +310,27 @@ def _has_offset(format: Format) -> bool:
     return not format.symmetric and not format.per_tensor
 
 
-def _scalars(format: Format, rows: int, cols: int, gamma: float, zero: float) -> dict[str, Any]:
+def packed_scalars(
+    format: Format, rows: int, cols: int, gamma: float, zero: float
+) -> dict[str, Any]:
+    """Keyword arguments by which `_core` describes a packed matrix.
+
+    Parameters
+    ----------
+    format : Format
+    rows, cols : int
+    gamma, zero : float
+        See `QuantizedTensor`.
+
+    Returns
+    -------
+    dict
+
+    Examples
+    --------
+    >>> packed_scalars(Format.parse("int2"), 16, 100, 1.0, 0.0)["group"]
+    100
+    """
     return {
         "rows": rows,
         "cols": cols,

@@ -1,11 +1,13 @@
 /* Encoding and decoding by a scalar code, one number or a matrix at a time. */
 #include "codes/code.h"
 
+#include <assert.h>
 #include <math.h>
 #include <string.h>
 
 #include "core/memory.h"
 #include "core/threads.h"
+#include "kernels/kernels.h"
 
 lbq_status
 lbq_range_method_find(const char *name, lbq_range_method *method)
@@ -67,6 +69,7 @@ encode_row(const lbq_code *code, ptrdiff_t count, const float *w, float scale, f
     }
 }
 
+/* Rounding a matrix: to codes, or to panels. */
 typedef struct {
     const lbq_code *code;
     const lbq_range *range;
@@ -79,14 +82,23 @@ typedef struct {
     bool together; /* the matrix is one row and one group */
     uint8_t *codes;
     float *scale, *offset;
+    const lbq_packed *packed;
+    lbq_packed_geometry geometry;
+    uint8_t *panels;
 } quantization;
+
+/* A group of +-largest has a scale of twice that if it is binary. */
+static float
+largest_weight(const lbq_code *code)
+{
+    return code->scale_bits == 16 ? 65504.0f / 2 : 1e30f;
+}
 
 static lbq_status
 check_row(const quantization *job, ptrdiff_t row)
 {
     const float *const W = job->W + row * job->cols;
-    /* A group of +-largest has a scale of twice that if it is binary. */
-    const float largest = job->code->scale_bits == 16 ? 65504.0f / 2 : 1e30f;
+    const float largest = largest_weight(job->code);
     bool fit = true;
     for (ptrdiff_t k = 0; k < job->cols; k++)
         fit &= fabsf(W[k]) <= largest;
@@ -135,40 +147,156 @@ fit_panel(const quantization *job, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t begi
     lbq_code_fit(job->code, job->range, &groups, scale, offset);
 }
 
+/* The rows of one panel. */
+typedef struct {
+    ptrdiff_t first, count;
+} panel_rows;
+
+static panel_rows
+rows_of(const quantization *job, ptrdiff_t panel)
+{
+    const ptrdiff_t first = panel * LBQ_PANEL;
+    return (panel_rows){first, lbq_smaller(LBQ_PANEL, job->rows - first)};
+}
+
+static lbq_status
+check_rows(const quantization *job, panel_rows rows)
+{
+    for (ptrdiff_t l = 0; l < rows.count; l++)
+        LBQ_TRY(check_row(job, rows.first + l));
+    return LBQ_OK;
+}
+
+/* Whether a look at the ranges of the groups is all it takes, weights being checked on the way. */
+static bool
+by_range(const quantization *job)
+{
+    return job->range->method == LBQ_RANGE_MINMAX && !job->fixed && !job->together;
+}
+
+/* Scales and offsets of the group from column `begin` on. */
+static lbq_status
+fit_rows(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t count, int worker,
+         float *scale, float *offset)
+{
+    if (!by_range(job)) {
+        float *const tile = job->tiles + worker * job->tile;
+        fit_panel(job, rows.first, rows.count, begin, count, tile, scale, offset);
+        return LBQ_OK;
+    }
+    const float *const W = job->W + rows.first * job->cols + begin;
+    float low[LBQ_PANEL], high[LBQ_PANEL];
+    if (!lbq_kernel.range_f32(
+            W, job->cols, rows.count, count, largest_weight(job->code), low, high))
+        return check_rows(job, rows);
+    lbq_range_fit(job->code, job->range->clip, low, high, scale, offset);
+    return LBQ_OK;
+}
+
 static lbq_status
 quantize_panel(void *context, ptrdiff_t panel, int worker)
 {
     const quantization *const job = context;
-    const ptrdiff_t first = panel * LBQ_PANEL, left = job->rows - first;
-    const ptrdiff_t rows = left < LBQ_PANEL ? left : LBQ_PANEL;
-    for (ptrdiff_t l = 0; l < rows; l++)
-        LBQ_TRY(check_row(job, first + l));
+    const panel_rows rows = rows_of(job, panel);
+    if (!by_range(job))
+        LBQ_TRY(check_rows(job, rows));
     for (ptrdiff_t g = 0; g < job->groups; g++) {
         const ptrdiff_t begin = g * job->group;
-        const ptrdiff_t end = begin + job->group < job->cols ? begin + job->group : job->cols;
+        const ptrdiff_t count = lbq_smaller(job->group, job->cols - begin);
         float scale[LBQ_PANEL], offset[LBQ_PANEL];
         if (!job->fixed)
-            fit_panel(job,
-                      first,
-                      rows,
-                      begin,
-                      end - begin,
-                      job->tiles + worker * job->tile,
-                      scale,
-                      offset);
-        for (ptrdiff_t l = 0; l < rows; l++) {
-            const ptrdiff_t at = (first + l) * job->groups + g, from = (first + l) * job->cols;
+            LBQ_TRY(fit_rows(job, rows, begin, count, worker, scale, offset));
+        for (ptrdiff_t l = 0; l < rows.count; l++) {
+            const ptrdiff_t row = rows.first + l;
+            const ptrdiff_t at = row * job->groups + g, from = row * job->cols + begin;
             if (!job->fixed) {
                 job->scale[at] = scale[l];
                 job->offset[at] = offset[l];
             }
             encode_row(job->code,
-                       end - begin,
-                       job->W + from + begin,
+                       count,
+                       job->W + from,
                        job->scale[at],
                        job->offset[at],
-                       job->codes + from + begin);
+                       job->codes + from);
         }
+    }
+    return LBQ_OK;
+}
+
+/* Of the group from step `step` on; what further rows have is 0. */
+static lbq_status
+store_scales(const quantization *job, panel_rows rows, ptrdiff_t step, const float *scale,
+             const float *offset, uint8_t *panel)
+{
+    const lbq_packed *const packed = job->packed;
+    uint8_t *const to = panel + job->geometry.scale_at + step * job->geometry.scale_stride;
+    if (packed->scale_bits != 16) {
+        memset(to, 0, (size_t)(packed->scale_bits * LBQ_PANEL / 8));
+        for (ptrdiff_t l = 0; l < rows.count; l++)
+            LBQ_TRY(lbq_scale_pack(packed, rows.first + l, step, scale[l], offset[l], to));
+        return LBQ_OK;
+    }
+    uint16_t half[2 * LBQ_PANEL];
+    lbq_kernel.narrow_f16(scale, LBQ_PANEL, half);
+    lbq_kernel.narrow_f16(offset, LBQ_PANEL, half + LBQ_PANEL);
+    for (ptrdiff_t l = rows.count; l < LBQ_PANEL; l++)
+        half[l] = half[LBQ_PANEL + l] = 0;
+    memcpy(to, half, packed->has_offset ? sizeof half : sizeof half / 2);
+    return LBQ_OK;
+}
+
+static void
+pack_step(const quantization *job, panel_rows rows, ptrdiff_t step, const float *scale,
+          const float *offset, uint8_t *panel)
+{
+    const lbq_packed_geometry *const to = &job->geometry;
+    const ptrdiff_t begin = step * to->step, count = lbq_smaller(to->step, job->cols - begin);
+    const float *const W = job->W + rows.first * job->cols + begin;
+    uint8_t codes[LBQ_MAX_STEP * LBQ_PANEL];
+    if (count < to->step || job->code->levels)
+        memset(codes, 0, sizeof codes);
+    if (!job->code->levels) {
+        float grid[2 * LBQ_PANEL];
+        memcpy(grid, offset, LBQ_PANEL * sizeof *grid);
+        for (int l = 0; l < LBQ_PANEL; l++)
+            grid[LBQ_PANEL + l] = 1 / scale[l];
+        lbq_kernel.encode_f32(W, job->cols, rows.count, count, grid, job->code->count - 1, codes);
+    }
+    for (ptrdiff_t l = 0; l < rows.count && job->code->levels; l++) {
+        uint8_t row[LBQ_MAX_STEP] = {0};
+        encode_row(job->code, count, W + l * job->cols, scale[l], offset[l], row);
+        for (ptrdiff_t k = 0; k < count; k += 4)
+            memcpy(codes + k * LBQ_PANEL + 4 * l, row + k, 4);
+    }
+    lbq_step_pack(job->packed->bits, codes, to->step, panel + step * to->step_bytes);
+}
+
+/* Scales are found a step ahead: the processor goes on with them while it encodes. */
+static lbq_status
+pack_panel(void *context, ptrdiff_t panel, int worker)
+{
+    const quantization *const job = context;
+    const lbq_packed_geometry *const to = &job->geometry;
+    const panel_rows rows = rows_of(job, panel);
+    uint8_t *const out = job->panels + panel * to->panel_bytes;
+    float scale[2][LBQ_PANEL], offset[2][LBQ_PANEL];
+    for (int l = 0; l < LBQ_PANEL; l++) {
+        scale[0][l] = scale[1][l] = job->packed->gamma;
+        offset[0][l] = offset[1][l] = -job->packed->zero * job->packed->gamma;
+    }
+    if (!by_range(job))
+        LBQ_TRY(check_rows(job, rows));
+    for (ptrdiff_t s = 0; s <= to->steps; s++) {
+        const int new = to->scale_stride ? s % 2 : 0, old = to->scale_stride ? !new : 0;
+        if (s < to->steps && !job->fixed && (s == 0 || to->scale_stride)) {
+            const ptrdiff_t begin = s * to->step;
+            const ptrdiff_t count = lbq_smaller(job->group, job->cols - begin);
+            LBQ_TRY(fit_rows(job, rows, begin, count, worker, scale[new], offset[new]));
+            LBQ_TRY(store_scales(job, rows, s, scale[new], offset[new], out));
+        }
+        if (s > 0)
+            pack_step(job, rows, s - 1, scale[old], offset[old], out);
     }
     return LBQ_OK;
 }
@@ -196,12 +324,12 @@ lbq_code_check(const lbq_code *code)
     return LBQ_OK;
 }
 
-lbq_status
-lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t rows, ptrdiff_t cols,
-             ptrdiff_t group, bool fixed, const float *W, const float *importance, uint8_t *codes,
-             float *scale, float *offset)
+/* Checks what is common, makes room, and runs the task for every panel. */
+static lbq_status
+over_panels(quantization *job, const float *importance, lbq_task task)
 {
-    LBQ_TRY(lbq_code_check(code));
+    LBQ_TRY(lbq_code_check(job->code));
+    const ptrdiff_t rows = job->rows, cols = job->cols, group = job->group;
     LBQ_REQUIRE(rows > 0 && cols > 0 && group > 0,
                 LBQ_BAD_SHAPE,
                 "%td rows, %td columns in groups of %td",
@@ -217,36 +345,69 @@ lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t rows, ptrdi
                     (double)importance[k]);
         most = importance[k] > most ? importance[k] : most;
     }
+    job->groups = lbq_pieces(cols, group);
+    job->together = rows == 1 && job->groups == 1;
+    const ptrdiff_t width = lbq_smaller(group, cols);
+    job->tile = job->together ? (cols / LBQ_PANEL + 1) * LBQ_PANEL : width * LBQ_PANEL;
+    const ptrdiff_t wide = job->together ? job->tile : cols * LBQ_PANEL;
+    const size_t tile_bytes = (size_t)(job->tile * lbq_threads()) * sizeof(float);
+    const size_t wide_bytes = importance ? (size_t)wide * sizeof(float) : 0;
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(tile_bytes) + lbq_padded(wide_bytes)));
+    job->tiles = lbq_arena_take(&arena, tile_bytes);
+    if (importance) {
+        float *const shares = lbq_arena_take(&arena, wide_bytes);
+        const ptrdiff_t copies = job->together ? 1 : LBQ_PANEL;
+        for (ptrdiff_t i = 0; i < wide; i++)
+            shares[i] = i < cols * copies && most > 0 ? importance[i / copies] / most : 0;
+        job->importance = shares;
+    }
+    const lbq_status status = lbq_parallel(lbq_pieces(rows, LBQ_PANEL), task, job);
+    lbq_arena_close(&arena);
+    return status;
+}
+
+lbq_status
+lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t rows, ptrdiff_t cols,
+             ptrdiff_t group, bool fixed, const float *W, const float *importance, uint8_t *codes,
+             float *scale, float *offset)
+{
     quantization job = {
         .code = code,
         .range = range,
         .rows = rows,
         .cols = cols,
         .group = group,
-        .groups = lbq_pieces(cols, group),
         .fixed = fixed,
         .W = W,
         .codes = codes,
         .scale = scale,
         .offset = offset,
     };
-    job.together = rows == 1 && job.groups == 1;
-    const ptrdiff_t width = group < cols ? group : cols;
-    job.tile = job.together ? (cols / LBQ_PANEL + 1) * LBQ_PANEL : width * LBQ_PANEL;
-    const ptrdiff_t wide = job.together ? job.tile : cols * LBQ_PANEL;
-    const size_t tile_bytes = (size_t)(job.tile * lbq_threads()) * sizeof(float);
-    const size_t wide_bytes = importance ? (size_t)wide * sizeof(float) : 0;
-    lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(tile_bytes) + lbq_padded(wide_bytes)));
-    job.tiles = lbq_arena_take(&arena, tile_bytes);
-    if (importance) {
-        float *const shares = lbq_arena_take(&arena, wide_bytes);
-        const ptrdiff_t copies = job.together ? 1 : LBQ_PANEL;
-        for (ptrdiff_t i = 0; i < wide; i++)
-            shares[i] = i < cols * copies && most > 0 ? importance[i / copies] / most : 0;
-        job.importance = shares;
-    }
-    const lbq_status status = lbq_parallel(lbq_pieces(rows, LBQ_PANEL), quantize_panel, &job);
-    lbq_arena_close(&arena);
-    return status;
+    return over_panels(&job, importance, quantize_panel);
+}
+
+lbq_status
+lbq_quantize_packed(const lbq_code *code, const lbq_range *range, const lbq_packed *packed,
+                    const float *W, const float *importance, uint8_t *panels)
+{
+    assert(code->scale_bits == packed->scale_bits && code->symmetric == !packed->has_offset);
+    LBQ_REQUIRE(code->count <= 1 << packed->bits,
+                LBQ_BAD_VALUE,
+                "%d levels need more than %d bits",
+                code->count,
+                packed->bits);
+    quantization job = {
+        .code = code,
+        .range = range,
+        .rows = packed->rows,
+        .cols = packed->cols,
+        .group = packed->group,
+        .fixed = packed->scale_bits == 0,
+        .W = W,
+        .packed = packed,
+        .panels = panels,
+    };
+    LBQ_TRY(lbq_packed_geometry_of(packed, &job.geometry));
+    return over_panels(&job, importance, pack_panel);
 }

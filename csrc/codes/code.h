@@ -68,6 +68,10 @@ typedef struct {
 void lbq_code_fit(const lbq_code *code, const lbq_range *range, const lbq_groups *groups,
                   float *scale, float *offset);
 
+/* The same for given ranges [low, high], `clip` of which is kept: MINMAX. */
+void lbq_range_fit(const lbq_code *code, double clip, const float *low, const float *high,
+                   float *scale, float *offset);
+
 /* The code of the nearest value; ties go to the even code. */
 uint8_t lbq_code_encode(const lbq_code *code, double w, double scale, double offset);
 
@@ -82,6 +86,14 @@ lbq_status lbq_quantize(const lbq_code *code, const lbq_range *range, ptrdiff_t 
                         ptrdiff_t cols, ptrdiff_t group, bool fixed, const float *W,
                         const float *importance /* (cols) or NULL */, uint8_t *codes, float *scale,
                         float *offset);
+
+/* The same into the packed layout, `panels` of lbq_packed_geometry_of(packed) bytes: bit for bit
+ * lbq_pack of what lbq_quantize gives. rows, cols, group and how scales and offsets are stored are
+ * those of `packed`, which fit those of `code`; where the whole matrix has one scale, it is given,
+ * gamma and zero. */
+lbq_status lbq_quantize_packed(const lbq_code *code, const lbq_range *range,
+                               const lbq_packed *packed, const float *W,
+                               const float *importance /* (cols) or NULL */, uint8_t *panels);
 
 /* The table of NF4 (count 16), or `count` = 2^b signed powers of two: 0, +-1, +-1/2, ...; as many
  * negative as positive ones, but for one more, the smallest, above zero. */

@@ -280,7 +280,7 @@ find_rank(const groups *g, ptrdiff_t rank, float *found)
 
 /* The quantile between order statistics as NumPy's "linear" has it. */
 static void
-quantile(const groups *g, double percent, double *found)
+quantile(const groups *g, double percent, float *found)
 {
     const ptrdiff_t count = g->in->together ? g->in->count * LANES + g->in->rest : g->in->count;
     const double position = percent / 100 * (double)(count - 1);
@@ -289,45 +289,11 @@ quantile(const groups *g, double percent, double *found)
     find_rank(g, rank, here);
     find_rank(g, rank + 1 < count ? rank + 1 : rank, next);
     for (int l = 0; l < LANES; l++)
-        found[l] =
-            (double)here[l] + ((double)next[l] - (double)here[l]) * (position - (double)rank);
+        found[l] = (float)((double)here[l] +
+                           ((double)next[l] - (double)here[l]) * (position - (double)rank));
 }
 
-/* The finest grid over [low, high]. */
-static void
-grid_over(const groups *g, double low, double high, double *scale, double *offset)
-{
-    const double first = (double)g->first, last = (double)g->last;
-    if (g->code->symmetric) {
-        const double z = (double)g->code->zero;
-        const double above = high > 0 && last > z ? high / (last - z) : 0;
-        const double below = low < 0 && z > first ? low / (first - z) : 0;
-        *scale = fmax(above, below);
-        *offset = -z * *scale;
-    } else {
-        *scale = (high - low) / last;
-        *offset = low;
-    }
-}
-
-/* The same as it is stored, rounded so that it still covers the range. An offset that is kept as
- * zero * scale cannot reach a lone value by itself, so the grid then starts from 0. */
-static void
-stored_grid_over(const groups *g, double low, double high, double *scale, double *offset)
-{
-    const double last = (double)g->last;
-    if (low == high && g->code->scale_bits == 0) {
-        low = fmin(low, 0);
-        high = fmax(high, 0);
-    }
-    grid_over(g, low, high, scale, offset);
-    *scale = lbq_stored_scale(g->code, *scale, LBQ_UP);
-    *offset = lbq_stored_offset(g->code, *offset, *scale, LBQ_DOWN);
-    if (!g->code->symmetric && *offset + last * *scale < high) {
-        *scale = lbq_stored_scale(g->code, (high - *offset) / last, LBQ_UP);
-        *offset = lbq_stored_offset(g->code, *offset, *scale, LBQ_DOWN);
-    }
-}
+typedef double wide[LANES];
 
 /* --- the search ------------------------------------------------------------------------------ */
 
@@ -472,15 +438,19 @@ static void
 search(const groups *g, const lbq_range *range, best_fit *best)
 {
     lanes whole_scale, whole_offset, origin;
+    wide low, high, scales, offsets;
+    for (int l = 0; l < LANES; l++) {
+        low[l] = (double)g->low[l];
+        high[l] = (double)g->high[l];
+    }
+    lbq_grids_over(g->code, low, high, scales, offsets);
     for (int l = 0; l < LANES; l++) {
         /* Ranges shrink towards zero, or where they do not hold it, towards their end next to it.
          */
         const float zero = -g->shift[l] / g->unit[l];
         origin[l] = fminf(fmaxf(zero, g->low[l]), g->high[l]);
-        double scale, offset;
-        grid_over(g, (double)g->low[l], (double)g->high[l], &scale, &offset);
-        whole_scale[l] = (float)scale;
-        whole_offset[l] = (float)offset;
+        whole_scale[l] = (float)scales[l];
+        whole_offset[l] = (float)offsets[l];
         best->error[l] = HUGE_VALF;
         best->scale[l] = best->next_scale[l] = 1;
         best->offset[l] = best->next_offset[l] = 0;
@@ -502,10 +472,9 @@ search(const groups *g, const lbq_range *range, best_fit *best)
 }
 
 static void
-fit_least_error(groups *g, const lbq_range *range, double *scale, double *offset)
+fit_least_error(groups *g, const lbq_range *range, float *scale, float *offset)
 {
-    for (int l = 0; l < LANES; l++)
-        stored_grid_over(g, (double)g->low[l], (double)g->high[l], scale + l, offset + l);
+    lbq_range_fit(g->code, 1, g->low, g->high, scale, offset);
     centre(g);
     weigh(g);
     best_fit best;
@@ -513,30 +482,33 @@ fit_least_error(groups *g, const lbq_range *range, double *scale, double *offset
     const double middle = 0.5 * ((double)g->first + (double)g->last);
     lanes least;
     for (int direction = 0; direction <= 2; direction++) {
-        double s[LANES], o[LANES];
+        wide s, o;
         lanes narrow_s, narrow_o;
         for (int l = 0; l < LANES; l++) {
-            const double unit = (double)g->unit[l], shift = (double)g->shift[l];
-            const double found = (double)best.scale[l] * unit;
-            s[l] = direction == 0
-                       ? scale[l]
-                       : lbq_stored_scale(g->code, found, direction == 1 ? LBQ_DOWN : LBQ_UP);
-            o[l] = direction == 0 ? offset[l]
-                                  : lbq_stored_offset(g->code,
-                                                      shift + (double)best.offset[l] * unit +
-                                                          middle * (found - s[l]),
-                                                      s[l],
-                                                      LBQ_NEAREST);
-            narrow_s[l] = (float)(s[l] / unit);
-            narrow_o[l] = (float)((o[l] - shift) / unit);
+            s[l] = direction == 0 ? (double)scale[l] : (double)best.scale[l] * (double)g->unit[l];
+            o[l] = direction == 0
+                       ? (double)offset[l]
+                       : (double)g->shift[l] + (double)best.offset[l] * (double)g->unit[l];
+        }
+        if (direction > 0) {
+            wide found;
+            memcpy(found, s, sizeof found);
+            lbq_store_scales(g->code, direction == 1 ? LBQ_DOWN : LBQ_UP, s);
+            for (int l = 0; l < LANES; l++)
+                o[l] += middle * (found[l] - s[l]);
+            lbq_store_offsets(g->code, s, LBQ_NEAREST, o);
+        }
+        for (int l = 0; l < LANES; l++) {
+            narrow_s[l] = (float)(s[l] / (double)g->unit[l]);
+            narrow_o[l] = (float)((o[l] - (double)g->shift[l]) / (double)g->unit[l]);
         }
         trial t;
         try(g, narrow_s, narrow_o, &t);
         for (int l = 0; l < LANES; l++)
             if (direction == 0 || (t.error[l] < least[l] && best.error[l] < HUGE_VALF)) {
                 least[l] = t.error[l];
-                scale[l] = s[l];
-                offset[l] = o[l];
+                scale[l] = (float)s[l];
+                offset[l] = (float)o[l];
             }
     }
 }
@@ -566,25 +538,18 @@ lbq_code_fit(const lbq_code *code, const lbq_range *range, const lbq_groups *in,
 {
     assert(in->count + in->rest > 0 && (code->symmetric || !code->levels));
     groups g = groups_of(code, range->norm, in);
-    double low[LANES], high[LANES], s[LANES], o[LANES];
+    lanes low, high;
     switch (range->method) {
     case LBQ_RANGE_PERCENTILE:
         quantile(&g, 100 - range->percentile, low);
         quantile(&g, range->percentile, high);
-        for (int l = 0; l < LANES; l++)
-            stored_grid_over(&g, range->clip * low[l], range->clip * high[l], s + l, o + l);
+        lbq_range_fit(code, range->clip, low, high, scale, offset);
         break;
     case LBQ_RANGE_MSE:
-        fit_least_error(&g, range, s, o);
+        fit_least_error(&g, range, scale, offset);
         break;
     case LBQ_RANGE_MINMAX:
-        for (int l = 0; l < LANES; l++)
-            stored_grid_over(
-                &g, range->clip * (double)g.low[l], range->clip * (double)g.high[l], s + l, o + l);
+        lbq_range_fit(code, range->clip, g.low, g.high, scale, offset);
         break;
-    }
-    for (int l = 0; l < LANES; l++) {
-        scale[l] = (float)s[l];
-        offset[l] = (float)o[l];
     }
 }

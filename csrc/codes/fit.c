@@ -40,7 +40,7 @@ typedef struct {
 enum { R, RV, RR, POWER, SUMS };
 typedef float sums[SUMS][LANES];
 
-/* What lbq_kernels.grid_sums_f32 does, for levels of a table and for any norm. */
+/* What grid_sums_f32 and table_sums_f32 do, for any norm. */
 static void
 sum_slowly(const groups *g, ptrdiff_t count, const float *w, const float *h, const float *grid,
            const float *scale, sums s)
@@ -68,8 +68,7 @@ sum_slowly(const groups *g, ptrdiff_t count, const float *w, const float *h, con
             s[R][l] += hr;
             s[RV][l] += hr * v[l];
             s[RR][l] += hr * r;
-            if (g->norm != 2)
-                s[POWER][l] += weight * (float)pow(fabs((double)(scale[l] * r)), g->norm);
+            s[POWER][l] += weight * (float)pow(fabs((double)(scale[l] * r)), g->norm);
         }
     }
 }
@@ -90,10 +89,13 @@ sum_block(const groups *g, ptrdiff_t begin, ptrdiff_t count, const float *h, con
           const float *scale, sums s)
 {
     const float *const w = g->in->w + begin * LANES;
-    if (g->code->levels || g->norm != 2)
+    const int top = g->code->count - 1;
+    if (g->norm != 2)
         sum_slowly(g, count, w, h, grid, scale, s);
+    else if (g->code->levels)
+        lbq_kernel.table_sums_f32(w, h, count, grid, g->first, top, g->middle, g->jump, s[0]);
     else
-        lbq_kernel.grid_sums_f32(w, h, count, grid, g->code->count - 1, s[0]);
+        lbq_kernel.grid_sums_f32(w, h, count, grid, top, s[0]);
 }
 
 static void

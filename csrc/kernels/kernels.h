@@ -175,6 +175,19 @@ typedef struct {
        const float *grid,                                                                          \
        int top,                                                                                    \
        float *sums))                                                                               \
+    /* The same for a table of levels: v = first + the sum of those jump[j] whose middle[j] is     \
+     * below x, j = 0, 1, ..., jumps - 1 in turn, the other ones counting as 0; exact. */          \
+    X(table_sums_f32,                                                                              \
+      void,                                                                                        \
+      (const float *w,                                                                             \
+       const float *importance,                                                                    \
+       ptrdiff_t count,                                                                            \
+       const float *grid,                                                                          \
+       float first,                                                                                \
+       int jumps,                                                                                  \
+       const float *middle,                                                                        \
+       const float *jump,                                                                          \
+       float *sums))                                                                               \
     /* sum[j][l] += R[i * stride + j] * e[i][l] for i = 0, 1, ..., count - 1 in turn, j < width    \
      * and LBQ_PANEL rows l; sum and e are `pitch` floats from one j or i to the next; exact. */   \
     X(feedback_f32,                                                                                \

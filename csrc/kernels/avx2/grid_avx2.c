@@ -36,3 +36,31 @@ lbq_grid_sums_f32_avx2(const float *w, const float *importance, ptrdiff_t count,
         else
             add_up(w + l, NULL, 0, count, grid + l, top, sums + l);
 }
+
+void
+lbq_table_sums_f32_avx2(const float *w, const float *importance, ptrdiff_t count, const float *grid,
+                        float first, int jumps, const float *middle, const float *jump, float *sums)
+{
+    for (int l = 0; l < LBQ_PANEL; l += 8) {
+        const __m256 inverse = _mm256_loadu_ps(grid + l);
+        const __m256 start = _mm256_loadu_ps(grid + LBQ_PANEL + l), zero = _mm256_setzero_ps();
+        __m256 sum[3] = {zero, zero, zero};
+        for (ptrdiff_t k = l; k < count * LBQ_PANEL; k += LBQ_PANEL) {
+            const __m256 x = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(w + k), inverse), start);
+            __m256 v = _mm256_set1_ps(first);
+            for (int j = 0; j < jumps; j++) {
+                const __m256 above = _mm256_cmp_ps(x, _mm256_set1_ps(middle[j]), _CMP_GT_OQ);
+                v = _mm256_add_ps(v, _mm256_and_ps(above, _mm256_set1_ps(jump[j])));
+            }
+            __m256 hr = _mm256_sub_ps(x, v);
+            const __m256 r = hr;
+            if (importance)
+                hr = _mm256_mul_ps(_mm256_loadu_ps(importance + k), r);
+            sum[0] = _mm256_add_ps(sum[0], hr);
+            sum[1] = _mm256_add_ps(sum[1], _mm256_mul_ps(hr, v));
+            sum[2] = _mm256_add_ps(sum[2], _mm256_mul_ps(hr, r));
+        }
+        for (int i = 0; i < 3; i++)
+            _mm256_storeu_ps(sums + i * LBQ_PANEL + l, sum[i]);
+    }
+}

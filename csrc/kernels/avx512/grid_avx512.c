@@ -34,3 +34,31 @@ lbq_grid_sums_f32_avx512(const float *w, const float *importance, ptrdiff_t coun
     else
         add_up(w, NULL, 0, count, grid, top, sums);
 }
+
+void
+lbq_table_sums_f32_avx512(const float *w, const float *importance, ptrdiff_t count,
+                          const float *grid, float first, int jumps, const float *middle,
+                          const float *jump, float *sums)
+{
+    const __m512 inverse = _mm512_loadu_ps(grid), start = _mm512_loadu_ps(grid + LBQ_PANEL);
+    const __m512 zero = _mm512_setzero_ps();
+    __m512 sum[3] = {zero, zero, zero};
+    for (ptrdiff_t k = 0; k < count; k++) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(w + k * LBQ_PANEL), inverse);
+        const __m512 x = _mm512_add_ps(scaled, start);
+        __m512 v = _mm512_set1_ps(first);
+        for (int j = 0; j < jumps; j++) {
+            const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_set1_ps(middle[j]), _CMP_GT_OQ);
+            v = _mm512_add_ps(v, _mm512_maskz_mov_ps(above, _mm512_set1_ps(jump[j])));
+        }
+        __m512 hr = _mm512_sub_ps(x, v);
+        const __m512 r = hr;
+        if (importance)
+            hr = _mm512_mul_ps(_mm512_loadu_ps(importance + k * LBQ_PANEL), r);
+        sum[0] = _mm512_add_ps(sum[0], hr);
+        sum[1] = _mm512_add_ps(sum[1], _mm512_mul_ps(hr, v));
+        sum[2] = _mm512_add_ps(sum[2], _mm512_mul_ps(hr, r));
+    }
+    for (int i = 0; i < 3; i++)
+        _mm512_storeu_ps(sums + i * LBQ_PANEL, sum[i]);
+}

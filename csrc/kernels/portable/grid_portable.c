@@ -23,3 +23,29 @@ lbq_grid_sums_f32_portable(const float *w, const float *importance, ptrdiff_t co
         }
     memcpy(sums, sum, sizeof sum);
 }
+
+void
+lbq_table_sums_f32_portable(const float *w, const float *importance, ptrdiff_t count,
+                            const float *grid, float first, int jumps, const float *middle,
+                            const float *jump, float *sums)
+{
+    float sum[3][LBQ_PANEL] = {{0}};
+    for (ptrdiff_t k = 0; k < count; k++) {
+        float x[LBQ_PANEL], v[LBQ_PANEL];
+        for (int l = 0; l < LBQ_PANEL; l++) {
+            x[l] = w[k * LBQ_PANEL + l] * grid[l] + grid[LBQ_PANEL + l];
+            v[l] = first;
+        }
+        for (int j = 0; j < jumps; j++)
+            for (int l = 0; l < LBQ_PANEL; l++)
+                v[l] += jump[j] * (float)(x[l] > middle[j]);
+        for (int l = 0; l < LBQ_PANEL; l++) {
+            const float r = x[l] - v[l];
+            const float hr = importance ? importance[k * LBQ_PANEL + l] * r : r;
+            sum[0][l] += hr;
+            sum[1][l] += hr * v[l];
+            sum[2][l] += hr * r;
+        }
+    }
+    memcpy(sums, sum, sizeof sum);
+}

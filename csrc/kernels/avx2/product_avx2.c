@@ -5,7 +5,12 @@
 
 #include "kernels/avx2/avx2.h"
 
-enum { ROWS = 6, VECTORS = 2, COLUMNS = 8 * VECTORS };
+enum {
+    ROWS = 6,
+    VECTORS = 2,
+    COLUMNS = 8 * VECTORS,
+    AHEAD = 4096, /* bytes, as in the AVX-512 kernel */
+};
 
 static inline __attribute__((always_inline)) __m256
 load(const bool bytes, const void *B, ptrdiff_t at)
@@ -28,6 +33,8 @@ tile(const int rows, const bool bytes, ptrdiff_t k, const float *A, ptrdiff_t ld
             sum[r][v] = add ? _mm256_loadu_ps(C + r * ldc + 8 * v) : _mm256_setzero_ps();
     for (ptrdiff_t i = 0; i < k; i++, at += ldb) {
         const __m256 left = load(bytes, B, at), right = load(bytes, B, at + 8);
+        if (rows < ROWS)
+            _mm_prefetch((const char *)B + (bytes ? at : 4 * at) + AHEAD, _MM_HINT_T0);
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             const __m256 a = _mm256_broadcast_ss(A + r * lda + i);

@@ -5,7 +5,11 @@
 
 #include "kernels/avx512/avx512.h"
 
-enum { ROWS = 6, VECTORS = 4 };
+enum {
+    ROWS = 6,
+    VECTORS = 4,
+    AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */
+};
 
 static inline __attribute__((always_inline)) __m512
 load(const bool bytes, const void *B, ptrdiff_t at)
@@ -16,6 +20,15 @@ load(const bool bytes, const void *B, ptrdiff_t at)
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen));
 }
 
+static inline __attribute__((always_inline)) void
+prefetch(const bool bytes, const void *B, ptrdiff_t at)
+{
+    _mm_prefetch((const char *)B + (bytes ? 1 : (ptrdiff_t)sizeof(float)) * at + AHEAD,
+                 _MM_HINT_T0);
+}
+
+/* Fewer rows than a whole tile's are mostly those of one token, which meet keys and values once,
+ * straight from memory. */
 static inline __attribute__((always_inline)) void
 tile(const int rows, const int vectors, const bool bytes, ptrdiff_t k, const float *A,
      ptrdiff_t lda, const void *B, ptrdiff_t at, ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
@@ -29,8 +42,11 @@ tile(const int rows, const int vectors, const bool bytes, ptrdiff_t k, const flo
     for (ptrdiff_t i = 0; i < k; i++, at += ldb) {
         __m512 b[VECTORS];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
+        for (int v = 0; v < vectors; v++) {
             b[v] = load(bytes, B, at + 16 * v);
+            if (rows < ROWS && (v == 0 || !bytes))
+                prefetch(bytes, B, at + 16 * v);
+        }
 #pragma GCC unroll 6
         for (int r = 0; r < rows; r++) {
             const __m512 a = _mm512_set1_ps(A[r * lda + i]);

@@ -120,33 +120,6 @@ check_row(const quantization *job, ptrdiff_t row)
     return LBQ_OK;
 }
 
-/* Scales and offsets of one group of the `rows` rows from `row` on. */
-static void
-fit_panel(const quantization *job, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t begin, ptrdiff_t count,
-          float *tile, float *scale, float *offset)
-{
-    lbq_groups groups = {.w = tile, .count = count};
-    if (job->together) {
-        groups = (lbq_groups){
-            .w = tile,
-            .importance = job->importance,
-            .count = count / LBQ_PANEL,
-            .together = true,
-            .rest = (int)(count % LBQ_PANEL),
-        };
-        memset(tile + count / LBQ_PANEL * LBQ_PANEL, 0, LBQ_PANEL * sizeof *tile);
-        memcpy(tile, job->W, (size_t)count * sizeof *tile);
-    } else {
-        groups.importance = job->importance ? job->importance + begin * LBQ_PANEL : NULL;
-        if (rows < LBQ_PANEL)
-            memset(tile, 0, (size_t)(count * LBQ_PANEL) * sizeof *tile);
-        for (ptrdiff_t l = 0; l < rows; l++)
-            for (ptrdiff_t k = 0; k < count; k++)
-                tile[k * LBQ_PANEL + l] = job->W[(row + l) * job->cols + begin + k];
-    }
-    lbq_code_fit(job->code, job->range, &groups, scale, offset);
-}
-
 /* The rows of one panel. */
 typedef struct {
     ptrdiff_t first, count;
@@ -167,29 +140,58 @@ check_rows(const quantization *job, panel_rows rows)
     return LBQ_OK;
 }
 
-/* Whether a look at the ranges of the groups is all it takes, weights being checked on the way. */
-static bool
-by_range(const quantization *job)
+/* The only group of a matrix that is one row, spread over all lanes. */
+static void
+fit_together(const quantization *job, float *tile, float *scale, float *offset)
 {
-    return job->range->method == LBQ_RANGE_MINMAX && !job->fixed && !job->together;
+    const ptrdiff_t count = job->cols, rows = count / LBQ_PANEL;
+    const lbq_groups groups = {
+        .w = tile,
+        .importance = job->importance,
+        .count = rows,
+        .together = true,
+        .rest = (int)(count % LBQ_PANEL),
+    };
+    memset(tile + rows * LBQ_PANEL, 0, LBQ_PANEL * sizeof *tile);
+    memcpy(tile, job->W, (size_t)count * sizeof *tile);
+    lbq_code_fit(job->code, job->range, &groups, scale, offset);
 }
 
-/* Scales and offsets of the group from column `begin` on. */
+/* Scales and offsets of the group from column `begin` on, whose weights are checked on the way. */
 static lbq_status
 fit_rows(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t count, int worker,
          float *scale, float *offset)
 {
-    if (!by_range(job)) {
-        float *const tile = job->tiles + worker * job->tile;
-        fit_panel(job, rows.first, rows.count, begin, count, tile, scale, offset);
+    const float *const W = job->W + rows.first * job->cols + begin;
+    float *const tile = job->tiles + worker * job->tile;
+    float low[LBQ_PANEL], high[LBQ_PANEL];
+    if (job->together) {
+        LBQ_TRY(check_rows(job, rows));
+        fit_together(job, tile, scale, offset);
         return LBQ_OK;
     }
-    const float *const W = job->W + rows.first * job->cols + begin;
-    float low[LBQ_PANEL], high[LBQ_PANEL];
     if (!lbq_kernel.range_f32(
             W, job->cols, rows.count, count, largest_weight(job->code), low, high))
         return check_rows(job, rows);
-    lbq_range_fit(job->code, job->range->clip, low, high, scale, offset);
+    if (job->range->method == LBQ_RANGE_MINMAX) {
+        lbq_range_fit(job->code, job->range->clip, low, high, scale, offset);
+        return LBQ_OK;
+    }
+    if (rows.count < LBQ_PANEL)
+        memset(tile, 0, (size_t)(count * LBQ_PANEL) * sizeof *tile);
+    for (ptrdiff_t l = rows.count; l < LBQ_PANEL; l++)
+        low[l] = high[l] = 0;
+    for (ptrdiff_t l = 0; l < rows.count; l++)
+        for (ptrdiff_t k = 0; k < count; k++)
+            tile[k * LBQ_PANEL + l] = W[l * job->cols + k];
+    const lbq_groups groups = {
+        .w = tile,
+        .importance = job->importance ? job->importance + begin * LBQ_PANEL : NULL,
+        .count = count,
+        .low = low,
+        .high = high,
+    };
+    lbq_code_fit(job->code, job->range, &groups, scale, offset);
     return LBQ_OK;
 }
 
@@ -198,7 +200,7 @@ quantize_panel(void *context, ptrdiff_t panel, int worker)
 {
     const quantization *const job = context;
     const panel_rows rows = rows_of(job, panel);
-    if (!by_range(job))
+    if (job->fixed)
         LBQ_TRY(check_rows(job, rows));
     for (ptrdiff_t g = 0; g < job->groups; g++) {
         const ptrdiff_t begin = g * job->group;
@@ -285,7 +287,7 @@ pack_panel(void *context, ptrdiff_t panel, int worker)
         scale[0][l] = scale[1][l] = job->packed->gamma;
         offset[0][l] = offset[1][l] = -job->packed->zero * job->packed->gamma;
     }
-    if (!by_range(job))
+    if (job->fixed)
         LBQ_TRY(check_rows(job, rows));
     for (ptrdiff_t s = 0; s <= to->steps; s++) {
         const int new = to->scale_stride ? s % 2 : 0, old = to->scale_stride ? !new : 0;

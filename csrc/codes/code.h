@@ -60,6 +60,7 @@ typedef struct {
     bool together; /* the lanes are parts of one group */
     int rest;      /* together: so many lanes have one weight more, after the others; where other
                       lanes lack it, w is finite and importance 0 */
+    const float *low, *high; /* the least and the most of each group, or NULL */
 } lbq_groups;
 
 /* Scales and offsets (LBQ_PANEL) of groups, rounded to what is stored. MINMAX and PERCENTILE round

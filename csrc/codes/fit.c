@@ -30,7 +30,7 @@ typedef struct {
     double norm;
     const float *importance; /* NULL if it is nothing but zeros */
     lanes low, high, unit, shift;
-    lanes h, hw, hww;                                   /* sums of importance times 1, w, w^2 */
+    float h[3][LANES];                                  /* sums of importance times 1, w, w^2 */
     float first, last;                                  /* levels */
     float middle[LBQ_MAX_LEVELS], jump[LBQ_MAX_LEVELS]; /* between neighbouring levels */
 } groups;
@@ -138,15 +138,12 @@ typedef struct {
     lanes error;         /* sum importance |w - q|^norm */
     lanes scale, offset; /* the least squares refit for these codes; scale 0: there is none */
     lanes refit_error;   /* its sum of squares */
-} trial;
+} trial;                 /* as refit_f32 fills it */
 
-/* The loops are written without branches, so that they become vectors. */
 static void
 try(const groups *g, const float *scale, const float *offset, trial *t)
 {
-    /* Less spread of v than this is rounding. */
-    const float least = 1e-6f;
-    const float free = !g->code->symmetric, zero = g->code->symmetric ? g->code->zero : 0;
+    const float zero = g->code->symmetric ? g->code->zero : 0;
     sums s;
     float grid[2 * LANES];
     for (int l = 0; l < LANES; l++) {
@@ -154,25 +151,7 @@ try(const groups *g, const float *scale, const float *offset, trial *t)
         grid[LANES + l] = -offset[l] * grid[l];
     }
     sum_groups(g, grid, scale, s);
-    for (int l = 0; l < LANES; l++) {
-        const float inverse = grid[l], start = grid[LANES + l], n = g->h[l];
-        const float x = inverse * g->hw[l] + start * n;
-        const float xx = inverse * (inverse * g->hww[l] + 2 * start * g->hw[l]) + start * start * n;
-        const float v = x - s[R][l], vv = xx - 2 * s[RV][l] - s[RR][l];
-        /* r ~ a v + b, about the fixed zero: a (v - zero). */
-        const float mean = zero + free * v / n, mean_r = free * s[R][l] / n;
-        const float spread = vv - 2 * mean * v + mean * mean * n;
-        const float shared = s[RV][l] - s[R][l] * mean;
-        const float found = (float)(spread > least * vv);
-        const float a = shared / (spread * found + (1 - found));
-        const float wider = (scale[l] + scale[l] * a) * found;
-        const float left = s[RR][l] - s[R][l] * mean_r - a * shared;
-        const float squared = scale[l] * scale[l];
-        t->scale[l] = wider > 0 ? wider : 0;
-        t->offset[l] = free * (offset[l] + scale[l] * (mean_r - a * mean)) - zero * wider;
-        t->refit_error[l] = squared * (left > 0 ? left : 0);
-        t->error[l] = squared * s[RR][l];
-    }
+    lbq_kernel.refit_f32(g->h[0], scale, offset, s[0], g->code->symmetric, zero, t->error);
     if (g->norm != 2)
         memcpy(t->error, s[POWER], sizeof t->error);
 }
@@ -183,6 +162,11 @@ static void
 find_range(groups *g)
 {
     const lbq_groups *const in = g->in;
+    if (in->low && in->high) {
+        memcpy(g->low, in->low, sizeof g->low);
+        memcpy(g->high, in->high, sizeof g->high);
+        return;
+    }
     lanes least, most; /* whose address nobody else has */
     memcpy(least, in->w, sizeof least);
     memcpy(most, in->w, sizeof most);
@@ -380,6 +364,19 @@ move_ends(const groups *g, best_fit *best)
         }
 }
 
+/* The power of two above |x| >= 2^-101; 2^-100 below it, but 1 for 0. */
+static inline float
+power_above(float x)
+{
+    int32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int32_t exponent = (bits >> 23 & 255) - 126;
+    bits = (exponent > -100 ? exponent + 127 : 27) << 23;
+    bits = x == 0 ? 127 << 23 : bits;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
 /* Changes the weights as `groups` says. */
 static void
 centre(groups *g)
@@ -390,12 +387,9 @@ centre(groups *g)
     for (int l = 0; l < LANES; l++) {
         const float size = fmaxf(fabsf(g->low[l]), fabsf(g->high[l]));
         const float range = g->code->symmetric ? size : g->high[l] - g->low[l];
-        int exponent;
-        frexpf(range, &exponent);
-        exponent = exponent < -100 ? -100 : exponent;
         g->shift[l] = g->code->symmetric ? 0 : g->low[l] + 0.5f * (g->high[l] - g->low[l]);
-        g->unit[l] = ldexpf(1, exponent);
-        inverse[l] = ldexpf(1, -exponent);
+        g->unit[l] = power_above(range);
+        inverse[l] = 1 / g->unit[l];
     }
     for (ptrdiff_t k = 0; k < rows; k++)
         for (int l = 0; l < LANES; l++)
@@ -429,9 +423,9 @@ weigh(groups *g)
     join(g, hw);
     join(g, hww);
     for (int l = 0; l < LANES; l++) {
-        g->h[l] = (float)h[l];
-        g->hw[l] = (float)hw[l];
-        g->hww[l] = (float)hww[l];
+        g->h[0][l] = (float)h[l];
+        g->h[1][l] = (float)hw[l];
+        g->h[2][l] = (float)hww[l];
     }
 }
 

@@ -188,6 +188,20 @@ typedef struct {
        const float *middle,                                                                        \
        const float *jump,                                                                          \
        float *sums))                                                                               \
+    /* What follows from the sums of the last two, at scale = 1 / inverse and offset = -start *    \
+     * scale: as [4][group] the sum of importance times (w - q)^2; scale and offset of the least   \
+     * squares refit to the same codes, scale 0 where there is none, and offset -zero * scale if   \
+     * symmetric; and its sum of squares. moments as [3][group]: sums of importance times 1, w,    \
+     * w^2; exact. */                                                                              \
+    X(refit_f32,                                                                                   \
+      void,                                                                                        \
+      (const float *moments,                                                                       \
+       const float *scale,                                                                         \
+       const float *offset,                                                                        \
+       const float *sums,                                                                          \
+       int symmetric,                                                                              \
+       float zero,                                                                                 \
+       float *refit))                                                                              \
     /* sum[j][l] += R[i * stride + j] * e[i][l] for i = 0, 1, ..., count - 1 in turn, j < width    \
      * and LBQ_PANEL rows l; sum and e are `pitch` floats from one j or i to the next; exact. */   \
     X(feedback_f32,                                                                                \

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels/avx2/avx2.h"
+#include "kernels/refit.h"
 
 static inline __attribute__((always_inline)) void
 add_up(const float *w, const float *h, const int weighted, ptrdiff_t count, const float *grid,
@@ -63,4 +64,11 @@ lbq_table_sums_f32_avx2(const float *w, const float *importance, ptrdiff_t count
         for (int i = 0; i < 3; i++)
             _mm256_storeu_ps(sums + i * LBQ_PANEL + l, sum[i]);
     }
+}
+
+void
+lbq_refit_f32_avx2(const float *moments, const float *scale, const float *offset, const float *sums,
+                   int symmetric, float zero, float *refit)
+{
+    lbq_refit(moments, scale, offset, sums, symmetric, zero, refit);
 }

@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"
+#include "kernels/refit.h"
 
 static inline __attribute__((always_inline)) void
 add_up(const float *w, const float *h, const int weighted, ptrdiff_t count, const float *grid,
@@ -61,4 +62,11 @@ lbq_table_sums_f32_avx512(const float *w, const float *importance, ptrdiff_t cou
     }
     for (int i = 0; i < 3; i++)
         _mm512_storeu_ps(sums + i * LBQ_PANEL, sum[i]);
+}
+
+void
+lbq_refit_f32_avx512(const float *moments, const float *scale, const float *offset,
+                     const float *sums, int symmetric, float zero, float *refit)
+{
+    lbq_refit(moments, scale, offset, sums, symmetric, zero, refit);
 }

@@ -13,6 +13,7 @@ lbq_table_avx512(lbq_kernels *table)
     table->range_f32 = lbq_range_f32_avx512;
     table->encode_f32 = lbq_encode_f32_avx512;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx512;
+    table->refit_f32 = lbq_refit_f32_avx512;
     table->table_sums_f32 = lbq_table_sums_f32_avx512;
     table->feedback_f32 = lbq_feedback_f32_avx512;
     table->round_f32 = lbq_round_f32_avx512;

@@ -2,6 +2,7 @@
 #include <string.h>
 
 #include "kernels/portable/portable.h"
+#include "kernels/refit.h"
 
 void
 lbq_grid_sums_f32_portable(const float *w, const float *importance, ptrdiff_t count,
@@ -48,4 +49,11 @@ lbq_table_sums_f32_portable(const float *w, const float *importance, ptrdiff_t c
         }
     }
     memcpy(sums, sum, sizeof sum);
+}
+
+void
+lbq_refit_f32_portable(const float *moments, const float *scale, const float *offset,
+                       const float *sums, int symmetric, float zero, float *refit)
+{
+    lbq_refit(moments, scale, offset, sums, symmetric, zero, refit);
 }

@@ -1,0 +1,39 @@
+/* The least squares refit of sixteen grids, in plain C that the compiler makes into vectors of each
+ * instruction set; without branches, so that it can. */
+#ifndef LBQ_REFIT_H
+#define LBQ_REFIT_H
+
+#include "kernels/kernels.h"
+
+/* refit_f32 of kernels.h. */
+static inline void
+lbq_refit(const float *restrict moments, const float *restrict scale, const float *restrict offset,
+          const float *restrict sums, int symmetric, float zero, float *restrict refit)
+{
+    /* Less spread of v than this is rounding. */
+    const float least = 1e-6f, free = !symmetric;
+    for (int l = 0; l < LBQ_PANEL; l++) {
+        const float n = moments[l], w = moments[LBQ_PANEL + l], ww = moments[2 * LBQ_PANEL + l];
+        const float r = sums[l], rv = sums[LBQ_PANEL + l], rr = sums[2 * LBQ_PANEL + l];
+        const float inverse = 1 / scale[l], start = -offset[l] * inverse;
+        const float x = inverse * w + start * n;
+        const float xx = inverse * (inverse * ww + 2 * start * w) + start * start * n;
+        const float v = x - r, vv = xx - 2 * rv - rr;
+        /* r ~ a v + b, about the fixed zero: a (v - zero). */
+        const float mean = zero + free * v / n, mean_r = free * r / n;
+        const float spread = vv - 2 * mean * v + mean * mean * n;
+        const float shared = rv - r * mean;
+        const float found = (float)(spread > least * vv);
+        const float a = shared / (spread * found + (1 - found));
+        const float wider = (scale[l] + scale[l] * a) * found;
+        const float left = rr - r * mean_r - a * shared;
+        const float squared = scale[l] * scale[l];
+        refit[l] = squared * rr;
+        refit[LBQ_PANEL + l] = wider > 0 ? wider : 0;
+        refit[2 * LBQ_PANEL + l] =
+            free * (offset[l] + scale[l] * (mean_r - a * mean)) - zero * wider;
+        refit[3 * LBQ_PANEL + l] = squared * (left > 0 ? left : 0);
+    }
+}
+
+#endif

@@ -163,6 +163,8 @@ typedef struct {
        const float *grid,                                                                          \
        int top,                                                                                    \
        uint8_t *codes))                                                                            \
+    /* y[i] = x[i] as a float; count is a multiple of 16; exact. */                                \
+    X(widen_i8, void, (const int8_t *x, ptrdiff_t count, float *y))                                \
     /* How LBQ_PANEL groups of weights w (count, LBQ_PANEL) fit their grids: with                  \
      * x = w * inverse + start, v = x clipped to 0 and top <= 255 and rounded, ties to even, and   \
      * r = x - v, the sums over a group of importance times r, r v, r^2; importance like w, or     \

@@ -22,6 +22,7 @@
 enum {
     ROWS = 96,            /* queries of a piece, about: enough to use a panel of keys in L1 often */
     BLOCK = 4 * LBQ_KEYS, /* keys between two updates of the maximum: scores stay in L2 */
+    MANY = 13,            /* queries: more than two tiles of the products */
     SPLITS = 16,          /* runs of keys at most: enough for the threads, few to merge */
     LEAST_FLOATS = 1 << 16, /* of keys and values in such a run: 26 us from memory */
     STORE_TOKENS = 64,      /* per task */
@@ -188,13 +189,15 @@ sums_at(const lbq_heads *heads, ptrdiff_t rows, char *scratch)
 /* Scratch of one worker. */
 typedef struct {
     float *Q, *S; /* (rows, head_dim), (rows, BLOCK) */
+    float *panel; /* (LBQ_KEYS, width) */
     sums sums;
 } workspace;
 
 static size_t
 workspace_bytes(const lbq_heads *heads, ptrdiff_t rows)
 {
-    return lbq_padded((size_t)(rows * (heads->head_dim + BLOCK)) * sizeof(float)) +
+    const ptrdiff_t panel = LBQ_KEYS * lbq_value_width(heads->head_dim);
+    return lbq_padded((size_t)(rows * (heads->head_dim + BLOCK) + panel) * sizeof(float)) +
            sums_bytes(heads, rows);
 }
 
@@ -203,7 +206,8 @@ workspace_at(const lbq_heads *heads, ptrdiff_t rows, char *scratch, int worker)
 {
     char *const own = scratch + (size_t)worker * workspace_bytes(heads, rows);
     float *const S = (float *)(own + sums_bytes(heads, rows));
-    return (workspace){.Q = S + rows * BLOCK, .S = S, .sums = sums_at(heads, rows, own)};
+    float *const Q = S + rows * BLOCK, *const panel = Q + rows * heads->head_dim;
+    return (workspace){.Q = Q, .S = S, .panel = panel, .sums = sums_at(heads, rows, own)};
 }
 
 typedef struct {
@@ -288,15 +292,35 @@ weigh(const attention *a, ptrdiff_t rows, ptrdiff_t position, ptrdiff_t count, p
     }
 }
 
-/* product_f32 with B from element `at` of the store's keys or values. */
-static void
-multiply(int bits, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, ptrdiff_t lda,
-         const void *B, ptrdiff_t at, ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
+/* A panel of keys or values: floats, or else bytes. */
+typedef struct {
+    const float *floats;
+    const int8_t *bytes;
+} operand;
+
+/* `count` numbers from element `at` of the store's keys or values on. Bytes that many rows meet are
+ * widened once: a product of bytes widens them anew for every few rows. */
+static operand
+panel_at(int bits, const void *numbers, ptrdiff_t at, ptrdiff_t count, ptrdiff_t rows, float *wide)
 {
-    if (bits == 8)
-        lbq_kernel.product_i8_f32(m, n, k, A, lda, (const int8_t *)B + at, ldb, add, C, ldc);
+    if (bits == 32)
+        return (operand){.floats = (const float *)numbers + at};
+    const int8_t *const bytes = (const int8_t *)numbers + at;
+    if (rows < MANY)
+        return (operand){.bytes = bytes};
+    lbq_kernel.widen_i8(bytes, count, wide);
+    return (operand){.floats = wide};
+}
+
+/* product_f32, or that of bytes. */
+static void
+multiply(operand B, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, ptrdiff_t lda,
+         ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
+{
+    if (B.floats)
+        lbq_kernel.product_f32(m, n, k, A, lda, B.floats, ldb, add, C, ldc);
     else
-        lbq_kernel.product_f32(m, n, k, A, lda, (const float *)B + at, ldb, add, C, ldc);
+        lbq_kernel.product_i8_f32(m, n, k, A, lda, B.bytes, ldb, add, C, ldc);
 }
 
 /* The keys from..end of one head, for rows of which row r sees the first visible + r / group. */
@@ -319,18 +343,17 @@ attend_keys(const attention *a, ptrdiff_t head, ptrdiff_t rows, ptrdiff_t from, 
             /* Whole vectors: up to 15 scores beyond `count` are computed and not read. */
             const ptrdiff_t panel = LBQ_KEYS < count - s ? LBQ_KEYS : count - s;
             const ptrdiff_t whole = (panel + 15) / 16 * 16;
-            const ptrdiff_t K = (position + s) * d;
-            float *const S = w->S + s;
-            multiply(store->bits, rows, whole, d, w->Q, d, store->keys, K, LBQ_KEYS, 0, S, BLOCK);
+            const ptrdiff_t at = (position + s) * d;
+            const operand K = panel_at(store->bits, store->keys, at, d * LBQ_KEYS, rows, w->panel);
+            multiply(K, rows, whole, d, w->Q, d, LBQ_KEYS, 0, w->S + s, BLOCK);
         }
         weigh(a, rows, position, count, visible - from, begun, w);
         for (ptrdiff_t s = 0; s < count; s += LBQ_KEYS) {
             const ptrdiff_t panel = LBQ_KEYS < count - s ? LBQ_KEYS : count - s;
-            const ptrdiff_t V = (position + s) * width;
-            const float *const S = w->S + s;
-            const int add = begun || s > 0;
-            multiply(
-                store->bits, rows, width, panel, S, BLOCK, store->values, V, width, add, O, width);
+            const ptrdiff_t at = (position + s) * width;
+            const operand V =
+                panel_at(store->bits, store->values, at, panel * width, rows, w->panel);
+            multiply(V, rows, width, panel, w->S + s, BLOCK, width, begun || s > 0, O, width);
         }
     }
 }

@@ -92,3 +92,10 @@ lbq_product_i8_f32_avx2(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, p
 {
     product(true, m, n, k, A, lda, B, ldb, add, C, ldc);
 }
+
+void
+lbq_widen_i8_avx2(const int8_t *x, ptrdiff_t count, float *y)
+{
+    for (ptrdiff_t i = 0; i < count; i += 8)
+        _mm256_storeu_ps(y + i, load(true, x, i));
+}

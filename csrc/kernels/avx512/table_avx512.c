@@ -10,6 +10,7 @@ lbq_table_avx512(lbq_kernels *table)
     table->cover_f16 = lbq_cover_f16_avx512;
     table->product_f32 = lbq_product_f32_avx512;
     table->product_i8_f32 = lbq_product_i8_f32_avx512;
+    table->widen_i8 = lbq_widen_i8_avx512;
     table->range_f32 = lbq_range_f32_avx512;
     table->encode_f32 = lbq_encode_f32_avx512;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx512;

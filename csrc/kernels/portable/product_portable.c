@@ -50,3 +50,10 @@ lbq_product_i8_f32_portable(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *
 {
     product(true, m, n, k, A, lda, B, ldb, add, C, ldc);
 }
+
+void
+lbq_widen_i8_portable(const int8_t *x, ptrdiff_t count, float *y)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        y[i] = x[i];
+}

@@ -338,7 +338,8 @@ def core_options(
         "method": "minmax" if range == "kl" else range,
         "clip": shared.clip * clip_ratio,
         "percentile": percentile,
-        # Refits do the rest: 200 candidates gain 0.1 % on normal and heavy-tailed weights.
+        # Refits do the rest: 200 candidates gain 0.1 % on normal and heavy-tailed weights. 5 would
+        # take 10 % less time, but nf4 errs by 0.5 % more.
         "candidates": 10,
         "shrink": 0.9,
         "norm": norm,

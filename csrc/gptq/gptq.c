@@ -14,8 +14,10 @@
 
 enum {
     LANES = LBQ_PANEL,
+    HALF = LANES / 2, /* rows that are read together: a cache has that many ways or more */
     /* Rows of a task: products pack R anew for each. */
     MAX_TILE = 1024,
+    FEW = 8, /* columns whose sums stay in registers */
 };
 
 /* Of float32's pivots, relative to the diagonal of H. Those above were right to 0.06 %, and the
@@ -264,8 +266,8 @@ typedef struct {
     const ptrdiff_t *block_begin; /* (blocks + 1) */
     ptrdiff_t width;              /* columns of the widest block */
     bool refit;
-    const int64_t *order;
-    const float *importance; /* (cols, LANES) in order, at most 1; or NULL */
+    const int64_t *order, *group_of; /* (cols): which column is at a place, and its group */
+    const float *importance;         /* (cols, LANES) in order, at most 1; or NULL */
     const float *W;
     uint8_t *codes;
     float *scale, *offset;
@@ -327,20 +329,20 @@ round_f64(const double *grid, int top, const double *w, const double *shift, uin
 /* Cuts the order into blocks of about p->block columns, of whole groups if groups are to be
  * fitted; returns their number, or 0 if the order scatters a group. */
 static ptrdiff_t
-cut_blocks(const lbq_gptq_problem *p, bool refit, const int64_t *order, ptrdiff_t *block_begin,
+cut_blocks(const lbq_gptq_problem *p, bool refit, const int64_t *group_of, ptrdiff_t *block_begin,
            uint8_t *seen)
 {
     ptrdiff_t blocks = 0;
     for (ptrdiff_t begin = 0, end; begin < p->cols; begin = end) {
         end = lbq_smaller(begin + p->block, p->cols);
         for (ptrdiff_t run = begin, next; refit && run < p->cols; run = next) {
-            for (next = run; next < p->cols && order[next] / p->group == order[run] / p->group;)
+            for (next = run; next < p->cols && group_of[next] == group_of[run];)
                 next++;
             if (run > begin && next - begin > p->block) {
                 end = run;
                 break;
             }
-            if (seen[order[run] / p->group]++)
+            if (seen[group_of[run]]++)
                 return 0;
             end = next;
         }
@@ -352,7 +354,10 @@ cut_blocks(const lbq_gptq_problem *p, bool refit, const int64_t *order, ptrdiff_
 static lbq_status
 check_weights(const lbq_gptq_problem *p, const float *W)
 {
+    bool finite = true; /* without branches first: that becomes vectors */
     for (ptrdiff_t i = 0; i < p->rows * p->cols; i++)
+        finite &= fabsf(W[i]) <= FLT_MAX;
+    for (ptrdiff_t i = 0; !finite && i < p->rows * p->cols; i++)
         LBQ_REQUIRE(isfinite(W[i]),
                     LBQ_BAD_VALUE,
                     "weight[%td, %td] is %g, expected finite numbers",
@@ -438,8 +443,9 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
     const size_t seen_bytes = lbq_padded((size_t)groups);
     const size_t share_bytes = p->importance ? (size_t)cols * LANES * sizeof(float) : 0;
     lbq_arena plan, work;
-    LBQ_TRY(lbq_arena_open(&plan, order_bytes + begin_bytes + seen_bytes + share_bytes));
+    LBQ_TRY(lbq_arena_open(&plan, 2 * order_bytes + begin_bytes + seen_bytes + share_bytes));
     int64_t *const order = lbq_arena_take(&plan, order_bytes);
+    int64_t *const group_of = lbq_arena_take(&plan, order_bytes);
     ptrdiff_t *const block_begin = lbq_arena_take(&plan, begin_bytes);
     uint8_t *const seen = lbq_arena_take(&plan, seen_bytes);
     memset(seen, 0, seen_bytes);
@@ -451,9 +457,12 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
         state.importance = shares;
     }
     if (status == LBQ_OK) {
+        for (ptrdiff_t j = 0; j < cols; j++)
+            group_of[j] = order[j] / p->group;
         state.order = order;
+        state.group_of = group_of;
         state.block_begin = block_begin;
-        state.blocks = cut_blocks(p, state.refit, order, block_begin, seen);
+        state.blocks = cut_blocks(p, state.refit, group_of, block_begin, seen);
         if (state.blocks == 0)
             status = lbq_fail(LBQ_BAD_VALUE,
                               "order scatters the columns of a group: fit the scales beforehand");

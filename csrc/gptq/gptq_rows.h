@@ -7,11 +7,11 @@
 
 /* Scratch of one thread, in bytes; and its parts. */
 typedef struct {
-    REAL *errors;   /* (cols, pitch): w - q, and before that the feedback, errors times R */
-    REAL *square;   /* (width, width): the block's own part of R */
-    REAL *w, *x;    /* (width, LANES) */
-    float *values;  /* (width, LANES) */
-    uint8_t *codes; /* (width, LANES) */
+    REAL *errors;        /* (cols, pitch): w - q, and before that the feedback, errors times R */
+    REAL *square;        /* (width, width): the block's own part of R */
+    REAL *w, *x, *minus; /* (width, LANES) */
+    float *values;       /* (width, LANES) */
+    uint8_t *codes;      /* (width, LANES) */
 } NAME(scratch);
 
 static size_t
@@ -20,10 +20,15 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
     const size_t width = (size_t)state->width, real = sizeof(REAL);
     const size_t tile = (size_t)state->problem->cols * (size_t)state->pitch * real;
     const size_t strip = width * LANES * real;
-    const size_t sizes[] = {
-        tile, width * width * real, strip, strip, width * LANES * sizeof(float), width * LANES};
-    size_t at[7] = {0};
-    for (int i = 0; i < 6; i++)
+    const size_t sizes[] = {tile,
+                            width * width * real,
+                            strip,
+                            strip,
+                            strip,
+                            width * LANES * sizeof(float),
+                            width * LANES};
+    size_t at[8] = {0};
+    for (int i = 0; i < 7; i++)
         at[i + 1] = at[i] + lbq_padded(sizes[i]);
     if (scratch)
         *scratch = (NAME(scratch)){
@@ -31,10 +36,11 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
             .square = (REAL *)(base + at[1]),
             .w = (REAL *)(base + at[2]),
             .x = (REAL *)(base + at[3]),
-            .values = (float *)(base + at[4]),
-            .codes = (uint8_t *)(base + at[5]),
+            .minus = (REAL *)(base + at[4]),
+            .values = (float *)(base + at[5]),
+            .codes = (uint8_t *)(base + at[6]),
         };
-    return at[6];
+    return at[7];
 }
 
 /* Scale and offset of the columns [begin, end) of the block, for each row of the lanes, from the
@@ -45,16 +51,25 @@ NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdif
                 const REAL *e, const NAME(scratch) * s)
 {
     const lbq_gptq_problem *const p = state->problem;
-    const int64_t *const order = state->order + at->column;
-    const ptrdiff_t group = order[begin] / p->group, count = end - begin;
+    const ptrdiff_t group = state->group_of[at->column + begin], count = end - begin;
+    const REAL *const R = s->square + begin * state->width + begin;
     for (ptrdiff_t j = 0; j < count; j++)
         memcpy(s->x + j * LANES, e + (begin + j) * state->pitch, LANES * sizeof(REAL));
-    for (ptrdiff_t j = 0; j < count; j++) {
-        REAL minus[LANES];
-        for (int l = 0; l < LANES; l++)
-            minus[l] = -s->x[j * LANES + l];
-        const REAL *const R = s->square + (begin + j) * state->width + begin + j + 1;
-        FEEDBACK(1, count - j - 1, R, state->width, minus, LANES, s->x + (j + 1) * LANES);
+    for (ptrdiff_t first = 0, last; first < count; first = last) {
+        last = lbq_smaller(first + FEW, count);
+        FEEDBACK(
+            first, last - first, R + first, state->width, s->minus, LANES, s->x + first * LANES);
+        for (ptrdiff_t j = first; j < last; j++) {
+            for (int l = 0; l < LANES; l++)
+                s->minus[j * LANES + l] = -s->x[j * LANES + l];
+            FEEDBACK(1,
+                     last - j - 1,
+                     R + j * state->width + j + 1,
+                     state->width,
+                     s->minus + j * LANES,
+                     LANES,
+                     s->x + (j + 1) * LANES);
+        }
     }
     for (ptrdiff_t i = 0; i < count * LANES; i++)
         s->values[i] = (float)(s->w[begin * LANES + i] + s->x[i]);
@@ -101,9 +116,8 @@ static void
 NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdiff_t end,
                     REAL *e, const NAME(scratch) * s)
 {
-    enum { FEW = 16 };
     const lbq_gptq_problem *const p = state->problem;
-    const int64_t *const order = state->order + at->column;
+    const int64_t *const group_of = state->group_of + at->column;
     const ptrdiff_t width = state->width, pitch = state->pitch;
     ptrdiff_t group = -1;
     REAL grid[3 * LANES];
@@ -117,8 +131,8 @@ NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, pt
                  pitch,
                  e + first * pitch);
         for (ptrdiff_t j = first; j < last; j++) {
-            if (group != order[j] / p->group) {
-                group = order[j] / p->group;
+            if (group != group_of[j]) {
+                group = group_of[j];
                 NAME(load_grid)(state, at, group, grid);
             }
             const REAL *const w = s->w + j * LANES, *const shift = e + j * pitch;
@@ -138,6 +152,20 @@ NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, pt
     }
 }
 
+/* The weights of the rows [begin, end) of the lanes; zeros for rows that are not there. Column by
+ * column: as many cache misses as there are rows are under way at once. */
+static void
+NAME(load_rows)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdiff_t end,
+                ptrdiff_t width, REAL *w)
+{
+    const ptrdiff_t cols = state->problem->cols;
+    const int64_t *const order = state->order + at->column;
+    const float *const W = state->W + at->row * cols;
+    for (ptrdiff_t j = 0; j < width; j++)
+        for (ptrdiff_t l = begin; l < begin + HALF; l++)
+            w[j * LANES + l] = l < end ? (REAL)W[l * cols + order[j]] : 0;
+}
+
 /* One block for the rows of the lanes. */
 static void
 NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL *e,
@@ -145,14 +173,13 @@ NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL
 {
     const lbq_gptq_problem *const p = state->problem;
     const int64_t *const order = state->order + at->column;
-    for (ptrdiff_t l = 0; l < LANES; l++)
-        for (ptrdiff_t j = 0; j < width; j++)
-            s->w[j * LANES + l] =
-                l < at->rows ? (REAL)state->W[(at->row + l) * p->cols + order[j]] : 0;
+    const int64_t *const group_of = state->group_of + at->column;
+    for (ptrdiff_t l = 0; l < LANES; l += HALF)
+        NAME(load_rows)(state, at, l, lbq_smaller(l + HALF, at->rows), width, s->w);
     for (ptrdiff_t begin = 0, end; begin < width; begin = end) {
         end = width;
         if (state->refit) {
-            for (end = begin + 1; end < width && order[end] / p->group == order[begin] / p->group;)
+            for (end = begin + 1; end < width && group_of[end] == group_of[begin];)
                 end++;
             FEEDBACK(begin,
                      end - begin,
@@ -165,9 +192,10 @@ NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL
         }
         NAME(round_columns)(state, at, begin, end, e, s);
     }
-    for (ptrdiff_t l = 0; l < at->rows; l++)
+    for (ptrdiff_t half = 0; half < at->rows; half += HALF)
         for (ptrdiff_t j = 0; j < width; j++)
-            state->codes[(at->row + l) * p->cols + order[j]] = s->codes[j * LANES + l];
+            for (ptrdiff_t l = half; l < lbq_smaller(half + HALF, at->rows); l++)
+                state->codes[(at->row + l) * p->cols + order[j]] = s->codes[j * LANES + l];
 }
 
 /* The columns from the block `first` up to the block `last`, for `rows` rows from `row` on. */

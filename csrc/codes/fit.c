@@ -341,7 +341,10 @@ descend(const groups *g, int steps, best_fit *best)
     }
 }
 
-/* Moves the ends of the grid, by itself each or, about a fixed zero, both. */
+/* Moves the ends of the grid, by itself each or, about a fixed zero, both. Steps in the unit of the
+ * scale: of first ones of 0.15 to 1.4 for an end by itself, 0.2 was best for 4 levels, 0.5 for 8
+ * and 0.6 for 16, by 0.2 to 1 % of the error. A descent after each move that helps gains nothing.
+ */
 static void
 move_ends(const groups *g, best_fit *best)
 {
@@ -349,18 +352,19 @@ move_ends(const groups *g, best_fit *best)
     static const float both[][2] = {{-1, 1}, {1, -1}};
     const bool fixed = g->code->symmetric;
     const float (*const moves)[2] = fixed ? both : apart;
-    for (float step = 0.5f; step > 0.1f; step /= 2)
+    const float width = g->last - g->first;
+    float step = fixed ? 0.5f : fminf(width / 14, 0.6f);
+    for (int round = 0; round < 3; round++, step /= 2)
         for (int i = 0; i < (fixed ? 2 : 4); i++) {
             lanes scale, offset;
             for (int l = 0; l < LANES; l++) {
                 const float low = moves[i][0] * step, high = moves[i][1] * step;
-                const float part = 1 + (high - low) / (g->last - g->first);
+                const float part = 1 + (high - low) / width;
                 scale[l] = best->scale[l] * (part > 0 ? part : 1);
                 offset[l] =
                     fixed ? -g->code->zero * scale[l] : best->offset[l] + low * best->scale[l];
             }
-            if (improves(g, scale, offset, best))
-                descend(g, 1, best); /* more gain nothing here */
+            improves(g, scale, offset, best);
         }
 }
 

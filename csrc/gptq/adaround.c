@@ -6,6 +6,7 @@
 #include "core/blas.h"
 #include "core/memory.h"
 #include "core/threads.h"
+#include "gptq/hessian.h"
 
 enum { WARM_UP = 5, SWEEPS = 20 }; /* a fifth of the steps goes without the penalty */
 
@@ -13,13 +14,14 @@ typedef struct {
     const lbq_code *code;
     ptrdiff_t cols, group, groups;
     const float *W, *scale, *offset;
-    uint8_t *codes;             /* the lower neighbour, in the end the result */
-    const double *H, *diagonal; /* (cols, cols), both triangles */
-    float *rest, *gap;          /* w - lower, upper - lower */
-    float *V, *first, *second;  /* Adam's; `first` becomes the best bits */
-    float *error, *gradient;    /* w - q, and its product with H */
-    double *rows;               /* (threads, 3 cols) */
-    double *softest;            /* (rows) */
+    uint8_t *codes;            /* the lower neighbour, in the end the result */
+    double *H, *diagonal;      /* (cols, cols), both triangles; (cols) */
+    float *narrow;             /* H in float32 */
+    float *rest, *gap;         /* w - lower, upper - lower */
+    float *V, *first, *second; /* Adam's; `first` becomes the best bits */
+    float *error, *gradient;   /* w - q, and its product with H */
+    double *rows;              /* (threads, 3 cols) */
+    double *softest;           /* (rows) */
     /* of this step */
     double unit, strength, beta, rate, decay_first, decay_second;
 } job;
@@ -202,14 +204,20 @@ finish_row(void *context, ptrdiff_t row, int worker)
 }
 
 static lbq_status
-run(job *j, const lbq_adaround_options *options, ptrdiff_t rows, const float *H)
+run(job *j, const lbq_adaround_options *options, ptrdiff_t rows, const double *H)
 {
+    const ptrdiff_t cols = j->cols;
+    LBQ_TRY(lbq_hessian_unfold(cols, H, 0, j->H));
+    for (ptrdiff_t i = 0; i < cols * cols; i++)
+        j->narrow[i] = (float)j->H[i];
+    for (ptrdiff_t k = 0; k < cols; k++)
+        j->diagonal[k] = j->H[k * cols + k];
     LBQ_TRY(lbq_parallel(rows, bracket_row, j));
     double sum = 0;
-    for (ptrdiff_t at = 0; at < rows * j->cols; at++)
-        sum += (double)j->gap[at] * j->gap[at] * j->diagonal[at % j->cols];
+    for (ptrdiff_t at = 0; at < rows * cols; at++)
+        sum += (double)j->gap[at] * j->gap[at] * j->diagonal[at % cols];
     /* An error of rounding is uniform over the gap: its square is a twelfth. */
-    j->unit = sum > 0 ? sum / 12 / (double)(rows * j->cols) : 1;
+    j->unit = sum > 0 ? sum / 12 / (double)(rows * cols) : 1;
     j->rate = options->rate;
     const int warm_up = options->steps / WARM_UP;
     for (int step = 0; step < options->steps; step++) {
@@ -222,16 +230,16 @@ run(job *j, const lbq_adaround_options *options, ptrdiff_t rows, const float *H)
                           CblasNoTrans,
                           CblasNoTrans,
                           (int)rows,
-                          (int)j->cols,
-                          (int)j->cols,
+                          (int)cols,
+                          (int)cols,
                           1,
                           j->error,
-                          (int)j->cols,
-                          H,
-                          (int)j->cols,
+                          (int)cols,
+                          j->narrow,
+                          (int)cols,
                           0,
                           j->gradient,
-                          (int)j->cols);
+                          (int)cols);
         LBQ_TRY(lbq_parallel(rows, step_row, j));
     }
     return lbq_parallel(rows, finish_row, j);
@@ -251,14 +259,12 @@ lbq_adaround(const lbq_code *code, const lbq_adaround_options *options, ptrdiff_
                 group);
     const size_t matrix = lbq_padded((size_t)(rows * cols) * sizeof(float));
     const size_t gram = lbq_padded((size_t)(cols * cols) * sizeof(double));
+    const size_t narrow = lbq_padded((size_t)(cols * cols) * sizeof(float));
     const size_t scratch = lbq_padded((size_t)(3 * cols) * (size_t)lbq_threads() * sizeof(double));
     const size_t vectors = lbq_padded((size_t)cols * sizeof(double));
     const size_t per_row = lbq_padded((size_t)rows * sizeof(double));
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, 7 * matrix + 2 * gram + scratch + vectors + per_row));
-    double *const full = lbq_arena_take(&arena, gram);
-    float *const narrow = lbq_arena_take(&arena, gram);
-    double *const diagonal = lbq_arena_take(&arena, vectors);
+    LBQ_TRY(lbq_arena_open(&arena, 7 * matrix + gram + narrow + scratch + vectors + per_row));
     job j = {
         .code = code,
         .cols = cols,
@@ -268,8 +274,9 @@ lbq_adaround(const lbq_code *code, const lbq_adaround_options *options, ptrdiff_
         .scale = scale,
         .offset = offset,
         .codes = codes,
-        .H = full,
-        .diagonal = diagonal,
+        .H = lbq_arena_take(&arena, gram),
+        .diagonal = lbq_arena_take(&arena, vectors),
+        .narrow = lbq_arena_take(&arena, narrow),
         .rest = lbq_arena_take(&arena, matrix),
         .gap = lbq_arena_take(&arena, matrix),
         .V = lbq_arena_take(&arena, matrix),
@@ -280,21 +287,9 @@ lbq_adaround(const lbq_code *code, const lbq_adaround_options *options, ptrdiff_
         .rows = lbq_arena_take(&arena, scratch),
         .softest = lbq_arena_take(&arena, per_row),
     };
-    bool finite = true;
-    for (ptrdiff_t i = 0; i < cols; i++) {
-        diagonal[i] = H[i * cols + i];
-        for (ptrdiff_t k = i; k < cols; k++) {
-            const double value = H[i * cols + k];
-            finite = finite && isfinite(value);
-            full[i * cols + k] = full[k * cols + i] = value;
-            narrow[i * cols + k] = narrow[k * cols + i] = (float)value;
-        }
-    }
     for (ptrdiff_t r = 0; r < rows; r++)
         j.softest[r] = 0;
-    const lbq_status status = finite
-                                  ? run(&j, options, rows, narrow)
-                                  : lbq_fail(LBQ_BAD_VALUE, "the Hessian has a NaN or an infinity");
+    const lbq_status status = run(&j, options, rows, H);
     *softness = 0;
     for (ptrdiff_t r = 0; r < rows; r++)
         *softness = fmax(*softness, j.softest[r]);

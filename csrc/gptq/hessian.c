@@ -5,6 +5,7 @@
 #include "gptq/hessian.h"
 
 #include <math.h>
+#include <stdbool.h>
 #include <string.h>
 
 #include "core/blas.h"
@@ -192,5 +193,19 @@ lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *
     lbq_arena_close(&arena);
     LBQ_TRY(status);
     *value = total;
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_hessian_unfold(ptrdiff_t cols, const double *H, double damping, double *full)
+{
+    bool finite = true;
+    for (ptrdiff_t i = 0; i < cols; i++)
+        for (ptrdiff_t k = i; k < cols; k++) {
+            const double value = H[i * cols + k] + (i == k ? damping : 0);
+            finite = finite && isfinite(value);
+            full[i * cols + k] = full[k * cols + i] = value;
+        }
+    LBQ_REQUIRE(finite, LBQ_BAD_VALUE, "the Hessian has a NaN or an infinity");
     return LBQ_OK;
 }

@@ -7,6 +7,7 @@
 #include "core/blas.h"
 #include "core/memory.h"
 #include "core/threads.h"
+#include "gptq/hessian.h"
 
 typedef struct {
     const lbq_code *code;
@@ -124,15 +125,9 @@ lbq_refine(const lbq_code *code, ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t group
         .product = lbq_arena_take(&arena, matrix),
         .moves = lbq_arena_take(&arena, counts),
     };
-    bool finite = true;
-    for (ptrdiff_t i = 0; i < cols; i++)
-        for (ptrdiff_t k = i; k < cols; k++) {
-            const double value = H[i * cols + k] + (i == k ? damping : 0);
-            finite = finite && isfinite(value);
-            full[i * cols + k] = full[k * cols + i] = value;
-        }
-    lbq_status status = finite ? lbq_parallel(rows, error_row, &j)
-                               : lbq_fail(LBQ_BAD_VALUE, "the Hessian has a NaN or an infinity");
+    lbq_status status = lbq_hessian_unfold(cols, H, damping, full);
+    if (status == LBQ_OK)
+        status = lbq_parallel(rows, error_row, &j);
     *moved = 0;
     if (status == LBQ_OK) {
         BLAS(cblas_dgemm)(CblasRowMajor,

@@ -5,7 +5,8 @@
 The Hessian's baseline is one float32 syrk of the same shape (NumPy's x.T @ x). GPTQ's is one
 float32 Cholesky factorisation, LAPACK's spotrf called directly (np.linalg.cholesky takes several
 times as long), and one product of m n^2 operations: what its arithmetic would cost without
-rounding. Scales are fitted by min-max in one column and by least squares in the next.
+rounding. Ours is as `lowbitq.gptq` does it, to 2 bits in groups of 64: columns ordered by groups,
+scales fitted by min-max in one column and by least squares in the next.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy_openblas32
@@ -21,24 +21,13 @@ from numpy.typing import NDArray
 
 from benchmarks.harness import Run, options_parser
 from lowbitq import _core
+from lowbitq.formats import Format
+from lowbitq.gptq import feedback
+from lowbitq.quantizers import core_options, fit_shared
 
 TOKENS = 8192
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]  # SmolLM2-135M; larger
-GROUP = 64
-CODE: dict[str, Any] = {
-    "count": 16,
-    "symmetric": False,
-    "zero": 0.0,
-    "scale_bits": 16,
-    "gamma": 0.0,
-}
-RANGE: dict[str, Any] = {
-    "clip": 1.0,
-    "percentile": 100.0,
-    "candidates": 20,
-    "shrink": 0.8,
-    "norm": 2.0,
-}
+FORMAT = Format.parse("int2g64")
 
 
 def hessian_row(run: Run, cols: int) -> None:
@@ -85,22 +74,26 @@ def spotrf(matrix: NDArray[np.float32]) -> Callable[[], None]:
 def gptq_row(run: Run, rows: int, cols: int) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2 * cols, cols), dtype=np.float32)
+    x *= np.exp(0.3 * rng.standard_normal(cols, np.float32))
     dense = x.T @ x
     hessian = dense.astype(np.float64)
+    order = feedback(hessian, group=FORMAT.group).order
+    importance = np.diagonal(dense).copy()
     weight = rng.standard_normal((rows, cols), dtype=np.float32)
     factor = np.empty(hessian.shape, np.float32)
     codes = np.empty(weight.shape, np.uint8)
-    scale, offset = np.empty((2, rows, -(-cols // GROUP)), np.float32)
+    scale, offset = np.empty((2, rows, FORMAT.groups(cols)), np.float32)
 
     def solve(method: str) -> None:
+        shared = fit_shared(weight, FORMAT, range=method)
         _core.gptq(
-            factor, None, weight, None, None, codes, scale, offset, group=GROUP, fixed=False,
-            method=method, block=128, **CODE, **RANGE,
+            factor, order, weight, importance, None, codes, scale, offset, group=FORMAT.group,
+            fixed=False, block=128, **core_options(FORMAT, shared, range=method),
         )  # fmt: skip
 
     times = run.take_turns(
         {
-            "factor": lambda: _core.gptq_factor(hessian, None, factor, damping=0.01, median=False),
+            "factor": lambda: _core.gptq_factor(hessian, order, factor, damping=0.01, median=True),
             "minmax": lambda: solve("minmax"),
             "mse": lambda: solve("mse"),
             "cholesky": spotrf(dense),

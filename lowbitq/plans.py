@@ -58,6 +58,11 @@ class Plan:
     first_weight : float, default=16.0
         ... count this often in the Hessian. They carry the massive activation that all later
         tokens attend to.
+    sweeps : int, default=0
+        Passes of coordinate descent over what error feedback has found (``"gptq"`` only). SmolLM2
+        at 2 bits, 16 windows of calibration: ln perplexity 4.19, 4.08, 4.04 after 0, 1, 2 of
+        them, 4.11, 4.02, 4.00 by another seed. After 0 and 2: 3.218 and 3.203 at 3 bits, but 3.016
+        and 3.028 at 4.
     arithmetic : {"float32", "float64"}, default="float32"
         Of the error feedback.
     activation_bits : {8, 4, None}, default=8
@@ -91,6 +96,7 @@ class Plan:
     order: str = "group"
     first_tokens: int = 4
     first_weight: float = 16.0
+    sweeps: int = 0
     arithmetic: str = "float32"
     activation_bits: int | None = 8
     embedding: str | None = "int8g64"
@@ -100,7 +106,7 @@ class Plan:
             if getattr(self, name) not in choices:
                 expected = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {expected}")
-        for name in ("seed", "damping", "first_tokens", "first_weight"):
+        for name in ("seed", "damping", "first_tokens", "first_weight", "sweeps"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
         if not self.norm > 0:

@@ -45,6 +45,7 @@ def test_a_pattern_without_a_match_is_named():
         ("damping", float("nan")),
         ("seed", -1),
         ("first_tokens", -1),
+        ("sweeps", -1),
         ("norm", 0),
     ],
 )

@@ -319,7 +319,7 @@ def fit_grid(
         factors = 1 - shrink * np.arange(candidates) / candidates
         factor = _least_norm(blocks, low, high, factors.tolist(), norm, bits, grid)
     elif range == "kl":
-        levels = max(1 << (bits - 1), 1)
+        levels = 1 << (bits - 1)
         factor = np.array([entropy_clip(b[~np.isnan(b)], levels) for b in blocks])
         limit = factor * np.maximum(abs(low), abs(high))
         low, high, factor = np.maximum(low, -limit), np.minimum(high, limit), np.ones(())
@@ -337,7 +337,8 @@ def entropy_clip(x: ArrayLike, levels: int, bins: int = 2048) -> float:
     x : array_like
         Finite numbers, in large number.
     levels : int
-        Magnitudes that a code can express: ``2**(bits-1)``.
+        Magnitudes that a code can express: ``2**(bits-1)``; at least 2, since one alone loses no
+        information wherever it clips.
     bins : int, default=2048
         Of the histogram of ``|x|``; at least `levels`.
 
@@ -355,6 +356,8 @@ def entropy_clip(x: ArrayLike, levels: int, bins: int = 2048) -> float:
     >>> entropy_clip(np.linspace(-1, 1, 4096), levels=128)
     1.0
     """
+    if levels < 2:
+        raise ValueError(f"levels is {levels}, expected at least 2")
     magnitude = abs(np.asarray(x, np.float64)).ravel()
     largest = magnitude.max()
     if largest == 0:

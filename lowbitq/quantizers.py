@@ -69,7 +69,8 @@ def quantize(
         How a group's scale and offset are chosen. ``"mse"``: least error, by a search over shrunken
         ranges and least squares. ``"minmax"``: nothing is clipped. ``"percentile"``: clips the tail
         on either side. ``"kl"``: one clip ratio for the matrix, where the histogram of its groups,
-        each divided by its largest magnitude, loses least information.
+        each divided by its largest magnitude, loses least information; not for one magnitude, as
+        binary and ternary codes have.
     importance : ndarray of shape (cols,), float32, default=None
         Non-negative weight of each column's error, such as the diagonal of the layer's Hessian;
         for range ``"mse"`` and for learned levels. None: all columns count the same.
@@ -468,6 +469,8 @@ def _check(
         raise ValueError(f"importance has shape {importance.shape}, expected ({weight.shape[1]},)")
     if range not in RANGES:
         raise ValueError(f"range is {range!r}, expected one of {', '.join(RANGES)}")
+    if range == "kl" and format.levels < 4:
+        raise ValueError(f"range is 'kl', which needs two magnitudes, but format {format} has one")
     if zero is not None and not (format.kind == "int" and format.symmetric):
         raise ValueError(f"zero is {zero}, but format {format} does not let it be chosen")
 
@@ -527,7 +530,7 @@ class _Sample:
     def entropy_clip(self) -> float:
         largest = self.over_groups(np.maximum, abs(self.weight))
         relative = self.weight / self.widen(np.where(largest > 0, largest, 1))
-        return entropy_clip(relative, levels=max(self.format.levels // 2, 1))
+        return entropy_clip(relative, levels=self.format.levels // 2)
 
     def learn_levels(self, shared: Shared) -> NDArray[np.float32]:
         """Levels and scales in turn, each the best for the other, while that lowers the error."""

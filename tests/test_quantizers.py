@@ -216,6 +216,8 @@ def test_ranges():
     assert abs(half.scale / full.scale - 0.5).max() <= 2**-10
     kl = quantize(weight, "int8sym", range="kl")
     assert (kl.scale < 0.9 * quantize(weight, "int8sym", range="minmax").scale).all()
+    with pytest.raises(ValueError, match="'kl', which needs two magnitudes, but format ternary"):
+        quantize(weight, "ternary", range="kl")
     norm = quantize(weight, "int3", norm=3.0)
     power = [(abs(t.dequantize() - weight) ** 3).mean() for t in (norm, quantize(weight, "int3"))]
     assert power[0] < power[1]

@@ -34,13 +34,14 @@ PREDICTION = {"window": 2048, "windows": 16}
 
 
 # GPTQ as it was published, the reference of what is ours: every token of the calibration text
-# counts once, every column of a group alike in the search of its scale, and the damping is relative
-# to the mean of the diagonal.
+# counts once, every column of a group alike in the search of its scale, the damping is relative to
+# the mean of the diagonal, and what the error feedback finds stays.
 PUBLISHED = {
     "importance": False,
     "damping_by": "mean",
     "first_weight": 1.0,
     "order": "act",
+    "sweeps": 0,
 }
 
 

@@ -354,7 +354,7 @@ def _quantize_block(
                     range=plan.range,
                     norm=plan.norm,
                     importance=plan.importance,
-                    sweeps=plan.sweeps,
+                    sweeps=plan.sweeps_of(name),
                 )
                 record |= {"damping": known.damping, "retries": known.retries}
                 record["dead"] = int(known.dead.sum())

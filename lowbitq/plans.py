@@ -58,11 +58,11 @@ class Plan:
     first_weight : float, default=16.0
         ... count this often in the Hessian. They carry the massive activation that all later
         tokens attend to.
-    sweeps : int, default=0
-        Passes of coordinate descent over what error feedback has found (``"gptq"`` only). SmolLM2
-        at 2 bits, 16 windows of calibration: ln perplexity 4.19, 4.08, 4.04 after 0, 1, 2 of
-        them, 4.11, 4.02, 4.00 by another seed. After 0 and 2: 3.218 and 3.203 at 3 bits, but 3.016
-        and 3.028 at 4.
+    sweeps : int or None, default=None
+        Passes of coordinate descent over what error feedback has found (``"gptq"`` only). None: two
+        for codes of 1 and 2 bits, none for others. SmolLM2 at 2 bits, 16 windows of calibration: ln
+        perplexity 4.19, 4.08, 4.04 after 0, 1, 2 of them, 4.11, 4.02, 4.00 by another seed. After 0
+        and 2: 3.218 and 3.203 at 3 bits, but 3.016 and 3.028 at 4.
     arithmetic : {"float32", "float64"}, default="float32"
         Of the error feedback.
     activation_bits : {8, 4, None}, default=8
@@ -96,7 +96,7 @@ class Plan:
     order: str = "group"
     first_tokens: int = 4
     first_weight: float = 16.0
-    sweeps: int = 0
+    sweeps: int | None = None
     arithmetic: str = "float32"
     activation_bits: int | None = 8
     embedding: str | None = "int8g64"
@@ -106,15 +106,38 @@ class Plan:
             if getattr(self, name) not in choices:
                 expected = ", ".join(map(repr, choices))
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {expected}")
-        for name in ("seed", "damping", "first_tokens", "first_weight", "sweeps"):
+        for name in ("seed", "damping", "first_tokens", "first_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
+        if self.sweeps is not None and not self.sweeps >= 0:
+            raise ValueError(f"sweeps is {self.sweeps}, expected at least 0 or None")
         if not self.norm > 0:
             raise ValueError(f"norm is {self.norm}, expected a positive number")
         layers = {name: str(Format.parse(format)) for name, format in self.layers.items()}
         object.__setattr__(self, "layers", layers)
         if self.embedding is not None:
             object.__setattr__(self, "embedding", str(Format.parse(self.embedding)))
+
+    def sweeps_of(self, name: str) -> int:
+        """How many sweeps a layer gets.
+
+        Parameters
+        ----------
+        name : str
+            A key of `layers`.
+
+        Returns
+        -------
+        int
+
+        Examples
+        --------
+        >>> Plan({"gate": "int2g64", "down": "int4g64"}).sweeps_of("gate")
+        2
+        """
+        if self.sweeps is not None:
+            return self.sweeps
+        return 2 if Format.parse(self.layers[name]).bits <= 2 else 0
 
     @classmethod
     def uniform(

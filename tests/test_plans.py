@@ -59,6 +59,13 @@ def test_bad_formats_are_named():
         Plan({"model.layers.0.mlp.up_proj": "int9"})
 
 
+def test_few_bits_are_swept_unless_told_otherwise():
+    layers = {"a": "int2g64", "b": "ternary", "c": "int3g64", "d": "int8g64"}
+    assert [Plan(layers).sweeps_of(name) for name in layers] == [2, 2, 0, 0]
+    assert [Plan(layers, sweeps=1).sweeps_of(name) for name in layers] == [1, 1, 1, 1]
+    assert Plan(layers, sweeps=0).sweeps_of("a") == 0
+
+
 def test_json_round_trip():
     plan = Plan.uniform(
         random_model(), "int3g64", rotation="none", damping=0.5, activation_bits=None

@@ -58,7 +58,7 @@ def quantizer(text, weight, range):
     panels = _core.aligned_empty(bytes=_core.packed_bytes(**scalars))
     tensor = QuantizedTensor(format, rows, cols, panels, levels)
     options = core_options(format, Shared(levels, 1.0, format.zero), range=range) | scalars
-    del options["symmetric"], options["rows"], options["cols"]
+    del options["symmetric"]
     return lambda: _core.quantize_packed(weight, None, levels, panels, **options), tensor
 
 

@@ -129,7 +129,7 @@ def quantize(
     rows, cols = weight.shape
     scalars = packed_scalars(format, rows, cols, shared.gamma, shared.zero)
     panels = _core.aligned_empty(bytes=_core.packed_bytes(**scalars))
-    del options["symmetric"], scalars["rows"], scalars["cols"]  # has_offset and weight say that
+    del options["symmetric"]  # has_offset says that
     _core.quantize_packed(weight, importance, shared.levels, panels, **(options | scalars))
     return QuantizedTensor(format, rows, cols, panels, shared.levels, shared.gamma, shared.zero)
 

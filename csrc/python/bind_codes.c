@@ -1,5 +1,4 @@
 /* Bindings of csrc/codes. */
-#include <float.h>
 #include <string.h>
 
 #include "codes/code.h"
@@ -12,8 +11,7 @@ LBQ_BINDING(quantize)
     lbq_code_args to;
     const lbq_arg spec[] = {
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
-        LBQ_CODE_ARRAYS(to),
-        LBQ_CODE_OPTIONS(to),
+        LBQ_CODE_ARGS(to),
     };
     LBQ_PARSE("quantize", spec);
     lbq_code code;
@@ -35,79 +33,45 @@ LBQ_BINDING(quantize)
 }
 
 static lbq_status
-quantize_packed(const lbq_code *code, const char *method, lbq_range *range,
-                const lbq_packed *packed, const lbq_array *W, const lbq_array *importance,
-                const lbq_array *levels, const lbq_array *panels)
+quantize_packed(const lbq_range_args *found, Py_ssize_t count, lbq_packed *packed,
+                const lbq_array *W, const lbq_array *importance, const lbq_array *levels,
+                const lbq_array *panels)
 {
-    LBQ_TRY(lbq_range_method_find(method, &range->method));
-    LBQ_REQUIRE(!levels->data || levels->dims[0] == code->count,
-                LBQ_BAD_SHAPE,
-                "%td levels for %d codes",
-                levels->dims[0],
-                code->count);
-    lbq_packed_geometry geometry;
-    LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
-    LBQ_REQUIRE(panels->dims[0] == geometry.bytes,
-                LBQ_BAD_SHAPE,
-                "panels has %td bytes, expected %td",
-                panels->dims[0],
-                geometry.bytes);
-    return lbq_quantize_packed(code, range, packed, W->data, importance->data, panels->data);
+    const lbq_code code = {
+        .count = (int)count,
+        .symmetric = !packed->has_offset,
+        .zero = packed->zero,
+        .levels = levels->data,
+        .scale_bits = packed->scale_bits,
+        .gamma = packed->gamma,
+    };
+    lbq_range range;
+    LBQ_TRY(lbq_range_from_args(found, &range));
+    LBQ_TRY(lbq_check_levels(levels, count));
+    LBQ_TRY(lbq_check_axis(W, "weight", 0, "rows", packed->rows));
+    LBQ_TRY(lbq_check_axis(W, "weight", 1, "cols", packed->cols));
+    LBQ_TRY(lbq_packed_attach(packed, panels));
+    return lbq_quantize_packed(&code, &range, packed, W->data, importance->data, panels->data);
 }
 
 LBQ_BINDING(quantize_packed)
 {
     lbq_array W, importance, levels, panels;
-    Py_ssize_t count, bits, group, scale_bits, candidates;
-    double zero, gamma, clip, percentile, shrink, norm;
-    int has_offset;
-    const char *method;
+    Py_ssize_t count;
+    lbq_range_args range;
+    lbq_packed_args to;
     const lbq_arg spec[] = {
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
         LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
         LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
         LBQ_OUT("panels", &panels, NPY_UINT8, "b"),
         LBQ_INT("count", &count, 2, 256),
-        LBQ_INT("bits", &bits, 1, 8),
-        LBQ_INT("group", &group, 1, PY_SSIZE_T_MAX),
-        LBQ_INT("scale_bits", &scale_bits, 0, 16),
-        LBQ_BOOL("has_offset", &has_offset),
-        LBQ_FLOAT("gamma", &gamma, -FLT_MAX, FLT_MAX),
-        LBQ_FLOAT("zero", &zero, -FLT_MAX, FLT_MAX),
-        LBQ_TEXT("method", &method),
-        LBQ_FLOAT("clip", &clip, 1e-3, 1),
-        LBQ_FLOAT("percentile", &percentile, 50, 100),
-        LBQ_INT("candidates", &candidates, 1, 100000),
-        LBQ_FLOAT("shrink", &shrink, 0, 1),
-        LBQ_FLOAT("norm", &norm, 0.1, 10),
+        LBQ_RANGE_ARGS(range),
+        LBQ_PACKED_ARGS(to),
     };
     LBQ_PARSE("quantize_packed", spec);
-    const lbq_packed packed = {
-        .rows = W.dims[0],
-        .cols = W.dims[1],
-        .group = group,
-        .bits = (int)bits,
-        .scale_bits = (int)scale_bits,
-        .has_offset = has_offset,
-        .gamma = (float)gamma,
-        .zero = (float)zero,
-    };
-    const lbq_code code = {
-        .count = (int)count,
-        .symmetric = !has_offset,
-        .zero = (float)zero,
-        .levels = levels.data,
-        .scale_bits = (int)scale_bits,
-        .gamma = (float)gamma,
-    };
-    lbq_range range = {
-        .clip = clip,
-        .percentile = percentile,
-        .candidates = (int)candidates,
-        .shrink = shrink,
-        .norm = norm,
-    };
-    LBQ_RUN(quantize_packed(&code, method, &range, &packed, &W, &importance, &levels, &panels));
+    lbq_packed packed = lbq_packed_from_args(&to);
+    LBQ_RUN(quantize_packed(&range, count, &packed, &W, &importance, &levels, &panels));
 }
 
 LBQ_BINDING(kmeans)
@@ -185,9 +149,8 @@ PyMethodDef lbq_methods_codes[] = {
                "Round weight (r, k) to codes (r, k) group by group, fitting scale and offset "
                "(r, g) by method 'minmax', 'percentile' or 'mse', or with those given.")
     LBQ_METHOD(quantize_packed,
-               "quantize_packed(weight, importance, levels, panels, /, *, count, bits, group, "
-               "scale_bits, has_offset, gamma, zero, method, clip, percentile, candidates, shrink, "
-               "norm)\n--\n\n"
+               "quantize_packed(weight, importance, levels, panels, /, *, count, method, clip, "
+               "percentile, candidates, shrink, norm, " LBQ_PACKED_TEXT ")\n--\n\n"
                "Round weight (r, k) into panels (b) that hold what quantize and pack would give.")
     LBQ_METHOD(kmeans,
                "kmeans(values, weights, levels, /)\n--\n\n"

@@ -72,8 +72,7 @@ LBQ_BINDING(gptq)
         LBQ_IN("factor", &R, LBQ_FLOAT32_OR_64, "kk"),
         LBQ_IN_OR_NONE("order", &order, NPY_INT64, "k"),
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
-        LBQ_CODE_ARRAYS(to),
-        LBQ_CODE_OPTIONS(to),
+        LBQ_CODE_ARGS(to),
         LBQ_INT("block", &block, 1, 1 << 20),
     };
     LBQ_PARSE("gptq", spec);

@@ -1,62 +1,22 @@
 /* Bindings of the packed layout and of csrc/linear. */
-#include <float.h>
-
 #include "core/memory.h"
 #include "core/packed.h"
 #include "linear/linear.h"
+#include "python/code_args.h"
 #include "python/module.h"
 
-/* The scalars that describe a packed matrix, as they come from Python. */
-typedef struct {
-    Py_ssize_t rows, cols, bits, group, scale_bits;
-    int has_offset;
-    double gamma, zero;
-} packed_scalars;
-
-#define PACKED_SCALARS(s)                                                                          \
-    LBQ_INT("rows", &(s).rows, 1, INT32_MAX), LBQ_INT("cols", &(s).cols, 1, INT32_MAX),            \
-        LBQ_INT("bits", &(s).bits, 1, 8), LBQ_INT("group", &(s).group, 1, PY_SSIZE_T_MAX),         \
-        LBQ_INT("scale_bits", &(s).scale_bits, 0, 16), LBQ_BOOL("has_offset", &(s).has_offset),    \
-        LBQ_FLOAT("gamma", &(s).gamma, -FLT_MAX, FLT_MAX),                                         \
-        LBQ_FLOAT("zero", &(s).zero, -FLT_MAX, FLT_MAX)
-
-static lbq_packed
-packed_of(const packed_scalars *s)
-{
-    return (lbq_packed){
-        .rows = s->rows,
-        .cols = s->cols,
-        .group = s->group,
-        .bits = (int)s->bits,
-        .scale_bits = (int)s->scale_bits,
-        .has_offset = s->has_offset,
-        .gamma = (float)s->gamma,
-        .zero = (float)s->zero,
-    };
-}
-
-/* Checks `panels` and `levels` against the description and puts their data into it. */
+/* Gives the matrix its panels and levels, if they have its sizes. */
 static lbq_status
 attach(lbq_packed *packed, const lbq_array *panels, const lbq_array *levels)
 {
-    packed->panels = panels->data;
-    packed->levels = levels ? levels->data : NULL;
-    lbq_packed_geometry geometry;
-    LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
-    LBQ_REQUIRE(panels->dims[0] == geometry.bytes,
-                LBQ_BAD_SHAPE,
-                "panels has %td bytes, expected %td for %td x %td codes of %d bits",
-                panels->dims[0],
-                geometry.bytes,
-                packed->rows,
-                packed->cols,
-                packed->bits);
-    LBQ_REQUIRE(!packed->levels || levels->dims[0] == 1 << packed->bits,
+    LBQ_TRY(lbq_packed_attach(packed, panels));
+    LBQ_REQUIRE(!levels->data || levels->dims[0] == 1 << packed->bits,
                 LBQ_BAD_SHAPE,
                 "levels has %td values, expected %d for %d bits",
                 levels->dims[0],
                 1 << packed->bits,
                 packed->bits);
+    packed->levels = levels->data;
     return LBQ_OK;
 }
 
@@ -81,10 +41,10 @@ check_unpacked(const lbq_packed *packed, const lbq_array *codes, const lbq_array
 
 LBQ_BINDING(packed_bytes)
 {
-    packed_scalars s;
-    const lbq_arg spec[] = {PACKED_SCALARS(s)};
+    lbq_packed_args s;
+    const lbq_arg spec[] = {LBQ_PACKED_ARGS(s)};
     LBQ_PARSE("packed_bytes", spec);
-    const lbq_packed packed = packed_of(&s);
+    const lbq_packed packed = lbq_packed_from_args(&s);
     lbq_packed_geometry geometry;
     const lbq_status status = lbq_packed_geometry_of(&packed, &geometry);
     return status == LBQ_OK ? PyLong_FromSsize_t(geometry.bytes) : lbq_result(module, status);
@@ -94,7 +54,7 @@ static lbq_status
 pack(lbq_packed *packed, const lbq_array *codes, const lbq_array *scale, const lbq_array *offset,
      const lbq_array *panels)
 {
-    LBQ_TRY(attach(packed, panels, NULL));
+    LBQ_TRY(lbq_packed_attach(packed, panels));
     LBQ_TRY(check_unpacked(packed, codes, scale, offset));
     LBQ_REQUIRE(scale->data || packed->scale_bits == 0,
                 LBQ_BAD_VALUE,
@@ -109,16 +69,16 @@ pack(lbq_packed *packed, const lbq_array *codes, const lbq_array *scale, const l
 LBQ_BINDING(pack)
 {
     lbq_array codes, scale, offset, panels;
-    packed_scalars s;
+    lbq_packed_args s;
     const lbq_arg spec[] = {
         LBQ_IN("codes", &codes, NPY_UINT8, "rk"),
         LBQ_IN_OR_NONE("scale", &scale, NPY_FLOAT32, "rg"),
         LBQ_IN_OR_NONE("offset", &offset, NPY_FLOAT32, "rg"),
         LBQ_OUT("panels", &panels, NPY_UINT8, "b"),
-        PACKED_SCALARS(s),
+        LBQ_PACKED_ARGS(s),
     };
     LBQ_PARSE("pack", spec);
-    lbq_packed packed = packed_of(&s);
+    lbq_packed packed = lbq_packed_from_args(&s);
     LBQ_RUN(pack(&packed, &codes, &scale, &offset, &panels));
 }
 
@@ -126,7 +86,7 @@ static lbq_status
 unpack(lbq_packed *packed, const lbq_array *panels, const lbq_array *codes, const lbq_array *scale,
        const lbq_array *offset)
 {
-    LBQ_TRY(attach(packed, panels, NULL));
+    LBQ_TRY(lbq_packed_attach(packed, panels));
     LBQ_TRY(check_unpacked(packed, codes, scale, offset));
     return lbq_unpack(packed, codes->data, scale->data, offset->data);
 }
@@ -134,16 +94,16 @@ unpack(lbq_packed *packed, const lbq_array *panels, const lbq_array *codes, cons
 LBQ_BINDING(unpack)
 {
     lbq_array panels, codes, scale, offset;
-    packed_scalars s;
+    lbq_packed_args s;
     const lbq_arg spec[] = {
         LBQ_IN("panels", &panels, NPY_UINT8, "b"),
         LBQ_OUT_OR_NONE("codes", &codes, NPY_UINT8, "rk"),
         LBQ_OUT_OR_NONE("scale", &scale, NPY_FLOAT32, "rg"),
         LBQ_OUT_OR_NONE("offset", &offset, NPY_FLOAT32, "rg"),
-        PACKED_SCALARS(s),
+        LBQ_PACKED_ARGS(s),
     };
     LBQ_PARSE("unpack", spec);
-    lbq_packed packed = packed_of(&s);
+    lbq_packed packed = lbq_packed_from_args(&s);
     LBQ_RUN(unpack(&packed, &panels, &codes, &scale, &offset));
 }
 
@@ -160,15 +120,15 @@ dequantize(lbq_packed *packed, const lbq_array *panels, const lbq_array *levels,
 LBQ_BINDING(packed_dequantize)
 {
     lbq_array panels, levels, weight;
-    packed_scalars s;
+    lbq_packed_args s;
     const lbq_arg spec[] = {
         LBQ_IN("panels", &panels, NPY_UINT8, "b"),
         LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
         LBQ_OUT("weight", &weight, NPY_FLOAT32, "rk"),
-        PACKED_SCALARS(s),
+        LBQ_PACKED_ARGS(s),
     };
     LBQ_PARSE("packed_dequantize", spec);
-    lbq_packed packed = packed_of(&s);
+    lbq_packed packed = lbq_packed_from_args(&s);
     LBQ_RUN(dequantize(&packed, &panels, &levels, &weight));
 }
 
@@ -210,21 +170,21 @@ LBQ_BINDING(linear_packed)
 {
     lbq_array panels, levels, bias;
     const lbq_rotation *rotation;
-    packed_scalars s;
+    lbq_packed_args s;
     Py_ssize_t activation_bits;
     const lbq_arg spec[] = {
         LBQ_IN("panels", &panels, NPY_UINT8, "b"),
         LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
         LBQ_IN_OR_NONE("bias", &bias, NPY_FLOAT32, "r"),
         LBQ_HANDLE_OR_NONE("rotation", &rotation, "lowbitq.rotation"),
-        PACKED_SCALARS(s),
+        LBQ_PACKED_ARGS(s),
         LBQ_INT("activation_bits", &activation_bits, 0, 8),
     };
     LBQ_PARSE("linear_packed", spec);
     lbq_linear layer = {
         .rows = s.rows,
         .cols = s.cols,
-        .packed = packed_of(&s),
+        .packed = lbq_packed_from_args(&s),
         .bias = bias.data,
         .rotation = rotation,
         .activation_bits = (int)activation_bits,
@@ -289,27 +249,25 @@ LBQ_BINDING(linears_forward)
     LBQ_RUN(forward_all(&layers, &x, &y));
 }
 
-#define SCALARS_TEXT "*, rows, cols, bits, group, scale_bits, has_offset, gamma, zero"
-
 /* clang-format off */
 PyMethodDef lbq_methods_linear[] = {
     LBQ_METHOD(packed_bytes,
-        "packed_bytes(" SCALARS_TEXT ")\n--\n\n"
+        "packed_bytes(*, " LBQ_PACKED_TEXT ")\n--\n\n"
         "Size of the panels of a packed matrix.")
     LBQ_METHOD(pack,
-        "pack(codes, scale, offset, panels, /, " SCALARS_TEXT ")\n--\n\n"
+        "pack(codes, scale, offset, panels, /, *, " LBQ_PACKED_TEXT ")\n--\n\n"
         "Codes (rows, cols), scale and offset (rows, groups) into panels; inexact ones are refused.")
     LBQ_METHOD(unpack,
-        "unpack(panels, codes, scale, offset, /, " SCALARS_TEXT ")\n--\n\n"
+        "unpack(panels, codes, scale, offset, /, *, " LBQ_PACKED_TEXT ")\n--\n\n"
         "The inverse of pack; outputs may be None.")
     LBQ_METHOD(packed_dequantize,
-        "packed_dequantize(panels, levels, weight, /, " SCALARS_TEXT ")\n--\n\n"
+        "packed_dequantize(panels, levels, weight, /, *, " LBQ_PACKED_TEXT ")\n--\n\n"
         "Values (rows, cols) of a packed matrix.")
     LBQ_METHOD(linear_dense,
         "linear_dense(weight, bias, rotation, /)\n--\n\n"
         "A handle of the layer y = W R x + b in float32.")
     LBQ_METHOD(linear_packed,
-        "linear_packed(panels, levels, bias, rotation, /, " SCALARS_TEXT ", activation_bits)\n--\n\n"
+        "linear_packed(panels, levels, bias, rotation, /, *, " LBQ_PACKED_TEXT ", activation_bits)\n--\n\n"
         "A handle of the layer y = W act(R x) + b with packed W; activation_bits 0, 4 or 8.")
     LBQ_METHOD(linear_forward,
         "linear_forward(layer, x, y, /)\n--\n\n"

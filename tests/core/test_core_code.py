@@ -254,7 +254,7 @@ def quantize_packed(weight, levels=None, importance=None, **options):
     size = {"rows": rows, "cols": cols}
     bytes = _core.packed_bytes(**description, **size)
     panels = np.full(bytes + 128, 0xA5, np.uint8)
-    _core.quantize_packed(weight, importance, levels, panels[64:-64], **options, **search)
+    _core.quantize_packed(weight, importance, levels, panels[64:-64], **options, **size, **search)
     assert (panels[:64] == 0xA5).all(), "wrote before panels"
     assert (panels[-64:] == 0xA5).all(), "wrote behind panels"
 

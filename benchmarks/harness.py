@@ -46,17 +46,23 @@ def options_parser(description: str) -> argparse.ArgumentParser:
 def machine() -> dict[str, Any]:
     """What a figure depends on besides the code, the commit of the code, and the day."""
     config = lq.show_config()
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False)
     return {
         "cpu": config["cpu"],
         "isa": config["isa"],
         "blas": config["blas_core"],
         "threads": config["threads"],
         "load": round(os.getloadavg()[0], 1),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _commit() -> str:
+    """Of the code: results that were saved since do not make it dirty."""
+    git = ["git", "-C", str(RESULTS.parents[1])]
+    name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS}"])
+    return (name.stdout.strip() or "unknown") + ("-dirty" if changed.returncode == 1 else "")
 
 
 class Run:

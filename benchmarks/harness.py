@@ -59,9 +59,9 @@ def machine() -> dict[str, Any]:
 
 def _commit() -> str:
     """Of the code: results that were saved since do not make it dirty."""
-    git = ["git", "-C", str(RESULTS.parents[1])]
+    git = ["git", "-C", str(RESULTS.parent)]
     name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", f":!{RESULTS}"])
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "..", f":!{RESULTS.name}"])
     return (name.stdout.strip() or "unknown") + ("-dirty" if changed.returncode == 1 else "")
 
 

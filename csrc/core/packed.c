@@ -68,7 +68,6 @@ lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
     g.step_bytes = g.code_bytes + (per_step ? scale_bytes + offset_bytes : 0);
     g.scale_at = per_step ? g.code_bytes : g.steps * g.step_bytes;
     g.scale_stride = per_step ? g.step_bytes : 0;
-    g.offset_at = g.scale_at + scale_bytes;
     g.panel_bytes = g.steps * g.step_bytes + (per_step ? 0 : scale_bytes + offset_bytes);
     g.bytes = g.panels * g.panel_bytes;
     *geometry = g;

@@ -51,9 +51,8 @@ typedef struct {
     ptrdiff_t panels;       /* rows / 16, rounded up */
     ptrdiff_t code_bytes;   /* of one step */
     ptrdiff_t step_bytes;   /* from one step to the next */
-    ptrdiff_t scale_at;     /* scales of step 0, from the start of the panel */
+    ptrdiff_t scale_at;     /* scales of step 0, from the start of the panel; offsets follow */
     ptrdiff_t scale_stride; /* from one step's scales to the next: step_bytes or 0 */
-    ptrdiff_t offset_at;    /* the offsets of step 0; same stride */
     ptrdiff_t panel_bytes;
     ptrdiff_t bytes; /* of all panels */
 } lbq_packed_geometry;

@@ -227,9 +227,19 @@ typedef struct {
       (const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y))               \
     /* y[i] = up[i] gate[i] / (1 + exp(-gate[i])); y may be gate or up. */                         \
     X(swiglu_f32, void, (const float *gate, const float *up, ptrdiff_t count, float *y))           \
-    /* One row of an online softmax: x[i] = exp(x[i] - new) with new = max(*max, x), *sum becomes  \
-     * *sum factor + the sum of x, *max new; returns factor = exp(*max - new). count >= 1. */      \
-    X(softmax_f32, float, (float *x, ptrdiff_t count, float *max, float *sum))                     \
+    /* Rows of an online softmax of base 2, `stride` apart: x[i] = 2^(x[i] - new) with new =       \
+     * max(max, x), factor = 2^(max - new), sum becomes sum factor + the sum of x, max new. max    \
+     * is finite, x[i] may be -infinity, which at the end of a row changes no bit; max, sum,       \
+     * factor (rows); count >= 1. */                                                               \
+    X(softmax_f32,                                                                                 \
+      void,                                                                                        \
+      (ptrdiff_t rows,                                                                             \
+       ptrdiff_t count,                                                                            \
+       float *x,                                                                                   \
+       ptrdiff_t stride,                                                                           \
+       float *max,                                                                                 \
+       float *sum,                                                                                 \
+       float *factor))                                                                             \
     /* The largest of count >= 1 numbers; anything if one is a NaN. */                             \
     X(max_f32, float, (const float *x, ptrdiff_t count))                                           \
     /* Sum of exp(x[i] - shift), accumulated in float64; no x[i] exceeds shift. */                 \

@@ -10,6 +10,7 @@
  * merged at the end. T. Dao et al., "Flash-Decoding for long-context inference", 2023. */
 #include "transformer/attention.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -18,6 +19,8 @@
 #include "core/memory.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
+
+#define LOG2E 1.4426950408889634
 
 enum {
     ROWS = 96,            /* queries of a piece, about: enough to use a panel of keys in L1 often */
@@ -188,8 +191,9 @@ sums_at(const lbq_heads *heads, ptrdiff_t rows, char *scratch)
 
 /* Scratch of one worker. */
 typedef struct {
-    float *Q, *S; /* (rows, head_dim), (rows, BLOCK) */
-    float *panel; /* (LBQ_KEYS, width) */
+    float *Q, *S;   /* (rows, head_dim), (rows, BLOCK) */
+    float *panel;   /* (LBQ_KEYS, width) */
+    float *factors; /* (rows) */
     sums sums;
 } workspace;
 
@@ -197,7 +201,7 @@ static size_t
 workspace_bytes(const lbq_heads *heads, ptrdiff_t rows)
 {
     const ptrdiff_t panel = LBQ_KEYS * lbq_value_width(heads->head_dim);
-    return lbq_padded((size_t)(rows * (heads->head_dim + BLOCK) + panel) * sizeof(float)) +
+    return lbq_padded((size_t)(rows * (heads->head_dim + BLOCK + 1) + panel) * sizeof(float)) +
            sums_bytes(heads, rows);
 }
 
@@ -207,7 +211,13 @@ workspace_at(const lbq_heads *heads, ptrdiff_t rows, char *scratch, int worker)
     char *const own = scratch + (size_t)worker * workspace_bytes(heads, rows);
     float *const S = (float *)(own + sums_bytes(heads, rows));
     float *const Q = S + rows * BLOCK, *const panel = Q + rows * heads->head_dim;
-    return (workspace){.Q = Q, .S = S, .panel = panel, .sums = sums_at(heads, rows, own)};
+    return (workspace){
+        .Q = Q,
+        .S = S,
+        .panel = panel,
+        .factors = panel + LBQ_KEYS * lbq_value_width(heads->head_dim),
+        .sums = sums_at(heads, rows, own),
+    };
 }
 
 typedef struct {
@@ -228,12 +238,13 @@ sums_of_split(const attention *a, ptrdiff_t head, ptrdiff_t split)
     return sums_at(a->heads, a->cut.rows, a->splits + index * sums_bytes(a->heads, a->cut.rows));
 }
 
-/* Row r of Q is query head r % group of token r / group, times 1 / sqrt(d). */
+/* Row r of Q is query head r % group of token r / group, times log2(e) / sqrt(d): scores are
+ * logarithms of base 2. */
 static void
 gather(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, float *Q)
 {
     const ptrdiff_t d = a->heads->head_dim, group = a->heads->heads / a->heads->kv_heads;
-    const float scale = (float)(1.0 / sqrt((double)d));
+    const float scale = (float)(LOG2E / sqrt((double)d));
     for (ptrdiff_t r = 0; r < rows; r++) {
         const ptrdiff_t t = first + r / group, h = head * group + r % group;
         const float *const q = a->q + (t * a->heads->heads + h) * d;
@@ -256,40 +267,61 @@ scatter(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, con
     }
 }
 
-static void
-scale_by(ptrdiff_t count, const float *restrict scale, float *restrict x)
+/* Of `count` keys, those that row r sees: the first visible + r / group. */
+static ptrdiff_t
+seen_by(ptrdiff_t r, ptrdiff_t group, ptrdiff_t visible, ptrdiff_t count)
 {
-    for (ptrdiff_t i = 0; i < count; i++)
-        x[i] *= scale[i];
+    const ptrdiff_t seen = visible + r / group;
+    return seen < 0 ? 0 : seen < count ? seen : count;
 }
 
-/* Scores of `count` keys from `position` on (that of the store, over all heads) become weights; row
- * r sees the first visible + r / group of them. Rows of O, once begun, are scaled to the new
- * maximum. Scales of keys and values go where they cost one product per key. */
+/* Scales of keys or values go to scores or weights, where they cost one product per key. */
+static void
+scale_keys(ptrdiff_t rows, ptrdiff_t group, ptrdiff_t visible, ptrdiff_t count,
+           const float *restrict scale, float *restrict S)
+{
+    for (ptrdiff_t r = 0; r < rows; r++, S += BLOCK) {
+        const ptrdiff_t seen = seen_by(r, group, visible, count);
+        for (ptrdiff_t i = 0; i < seen; i++)
+            S[i] *= scale[i];
+    }
+}
+
+/* Later rows see more keys, so those from the first one on that sees all of them have none to hide,
+ * and most blocks have no others. */
+static void
+hide_keys(ptrdiff_t rows, ptrdiff_t group, ptrdiff_t visible, ptrdiff_t count, float *S)
+{
+    for (ptrdiff_t r = 0; r < rows && visible + r / group < count; r++)
+        for (ptrdiff_t i = seen_by(r, group, visible, count); i < count; i++)
+            S[r * BLOCK + i] = -INFINITY;
+}
+
+static void
+scale_rows(ptrdiff_t rows, ptrdiff_t width, const float *restrict factors, float *restrict O)
+{
+    for (ptrdiff_t r = 0; r < rows; r++)
+        if (factors[r] != 1.0f)
+            for (ptrdiff_t i = 0; i < width; i++)
+                O[r * width + i] *= factors[r];
+}
+
+/* Scores of `count` keys from `position` on (that of the store, over all heads) become weights, 0
+ * where a row does not see the key. Rows of O, once begun, are scaled to the new maximum. */
 static void
 weigh(const attention *a, ptrdiff_t rows, ptrdiff_t position, ptrdiff_t count, ptrdiff_t visible,
       bool begun, const workspace *w)
 {
     const lbq_store *const store = a->store;
-    const ptrdiff_t width = lbq_value_width(a->heads->head_dim);
     const ptrdiff_t group = a->heads->heads / a->heads->kv_heads;
-    for (ptrdiff_t r = 0; r < rows; r++) {
-        float *const s = w->S + r * BLOCK;
-        const ptrdiff_t seen = visible + r / group < count ? visible + r / group : count;
-        if (seen > 0) {
-            if (store->bits == 8)
-                scale_by(seen, store->key_scale + position, s);
-            const sums *const to = &w->sums;
-            const float factor = lbq_kernel.softmax_f32(s, seen, &to->max[r], &to->sum[r]);
-            if (begun && factor != 1.0f)
-                for (ptrdiff_t i = 0; i < width; i++)
-                    to->O[r * width + i] *= factor;
-            if (store->bits == 8)
-                scale_by(seen, store->value_scale + position, s);
-        }
-        for (ptrdiff_t i = seen > 0 ? seen : 0; i < count; i++)
-            s[i] = 0;
-    }
+    if (store->bits == 8)
+        scale_keys(rows, group, visible, count, store->key_scale + position, w->S);
+    hide_keys(rows, group, visible, count, w->S);
+    lbq_kernel.softmax_f32(rows, count, w->S, BLOCK, w->sums.max, w->sums.sum, w->factors);
+    if (begun)
+        scale_rows(rows, lbq_value_width(a->heads->head_dim), w->factors, w->sums.O);
+    if (store->bits == 8)
+        scale_keys(rows, group, visible, count, store->value_scale + position, w->S);
 }
 
 /* A panel of keys or values: floats, or else bytes. */
@@ -333,7 +365,7 @@ attend_keys(const attention *a, ptrdiff_t head, ptrdiff_t rows, ptrdiff_t from, 
     float *const O = w->sums.O;
     bool begun = false;
     for (ptrdiff_t r = 0; r < rows; r++) {
-        w->sums.max[r] = -INFINITY;
+        w->sums.max[r] = -FLT_MAX; /* finite, for a row that sees no key of a split */
         w->sums.sum[r] = 0;
     }
     for (; from < end; from += BLOCK, begun = true) {
@@ -391,7 +423,7 @@ attention_task(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* Sums over all keys of a head: sum_s f_s O_s and sum_s f_s sum_s with f_s = exp(max_s - max). */
+/* Sums over all keys of a head: sum_s f_s O_s and sum_s f_s sum_s with f_s = 2^(max_s - max). */
 static void
 merge(const attention *a, ptrdiff_t head, const sums *to)
 {
@@ -399,10 +431,10 @@ merge(const attention *a, ptrdiff_t head, const sums *to)
     const ptrdiff_t stride = (ptrdiff_t)(sums_bytes(a->heads, a->cut.rows) / sizeof(float));
     const sums from = sums_of_split(a, head, 0);
     for (ptrdiff_t r = 0; r < a->cut.rows; r++) {
-        float factor[SPLITS], max = -INFINITY, unused = 0;
+        float factor[SPLITS], max = -FLT_MAX, sum = 0, unused;
         for (ptrdiff_t s = 0; s < splits; s++)
             factor[s] = from.max[s * stride + r];
-        lbq_kernel.softmax_f32(factor, splits, &max, &unused);
+        lbq_kernel.softmax_f32(1, splits, factor, splits, &max, &sum, &unused);
         to->sum[r] = 0;
         for (ptrdiff_t s = 0; s < splits; s++)
             to->sum[r] += factor[s] * from.sum[s * stride + r];

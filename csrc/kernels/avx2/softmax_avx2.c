@@ -27,25 +27,39 @@ lbq_max_f32_avx2(const float *x, ptrdiff_t count)
     return max;
 }
 
-float
-lbq_softmax_f32_avx2(float *x, ptrdiff_t count, float *max, float *sum)
+/* x[i] = 2^(x[i] - shift); returns their sum, which zeros behind them would not change. */
+static inline float
+weigh(float *x, ptrdiff_t count, float shift)
 {
-    const float found = lbq_max_f32_avx2(x, count);
-    const float shift = found > *max ? found : *max;
     const __m256 shifts = _mm256_set1_ps(shift);
     __m256 total = _mm256_setzero_ps();
-    for (ptrdiff_t i = 0; i < count; i += 8) {
+    ptrdiff_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const __m256 exp = lbq_exp2_avx2(_mm256_sub_ps(_mm256_loadu_ps(x + i), shifts));
+        _mm256_storeu_ps(x + i, exp);
+        total = _mm256_add_ps(total, exp);
+    }
+    if (i < count) {
         const __m256i mask = lanes(count - i);
-        const __m256 gap = _mm256_sub_ps(_mm256_maskload_ps(x + i, mask), shifts);
-        const __m256 exp = _mm256_and_ps(lbq_exp_avx2(gap), _mm256_castsi256_ps(mask));
+        __m256 exp = lbq_exp2_avx2(_mm256_sub_ps(_mm256_maskload_ps(x + i, mask), shifts));
+        exp = _mm256_and_ps(exp, _mm256_castsi256_ps(mask));
         _mm256_maskstore_ps(x + i, mask, exp);
         total = _mm256_add_ps(total, exp);
     }
-    const float factor =
-        *max == shift ? 1.0f : _mm256_cvtss_f32(lbq_exp_avx2(_mm256_set1_ps(*max - shift)));
-    *max = shift;
-    *sum = *sum * factor + lbq_sum_avx2(total);
-    return factor;
+    return lbq_sum_avx2(total);
+}
+
+void
+lbq_softmax_f32_avx2(ptrdiff_t rows, ptrdiff_t count, float *x, ptrdiff_t stride, float *max,
+                     float *sum, float *factor)
+{
+    for (ptrdiff_t r = 0; r < rows; r++, x += stride) {
+        const float found = lbq_max_f32_avx2(x, count);
+        const float shift = found > max[r] ? found : max[r];
+        factor[r] = _mm256_cvtss_f32(lbq_exp2_avx2(_mm256_set1_ps(max[r] - shift)));
+        sum[r] = sum[r] * factor[r] + weigh(x, count, shift);
+        max[r] = shift;
+    }
 }
 
 double

@@ -1,4 +1,4 @@
-/* exp of sixteen numbers. */
+/* exp and 2^x of sixteen numbers. */
 #ifndef LBQ_EXP_AVX512_H
 #define LBQ_EXP_AVX512_H
 
@@ -28,6 +28,21 @@ static inline __m512
 lbq_exp_avx512(__m512 x)
 {
     return lbq_exp_bounded_avx512(_mm512_min_ps(_mm512_set1_ps(LBQ_EXP_HIGH), x));
+}
+
+/* Any x: of -infinity vreduceps makes 0 and vscalefps 2^-infinity. */
+static inline __m512
+lbq_exp2_avx512(__m512 x)
+{
+    const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m512 p = _mm512_set1_ps(LBQ_EXP2_C6);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(LBQ_EXP2_C5));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(LBQ_EXP2_C4));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(LBQ_EXP2_C3));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(LBQ_EXP2_C2));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(LBQ_EXP2_C1));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, _mm512_sub_ps(x, r));
 }
 
 #endif

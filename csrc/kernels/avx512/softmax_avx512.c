@@ -28,33 +28,52 @@ lbq_max_f32_avx512(const float *x, ptrdiff_t count)
     return _mm512_reduce_max_ps(_mm512_max_ps(max[0], _mm512_max_ps(max[2], max[3])));
 }
 
-float
-lbq_softmax_f32_avx512(float *x, ptrdiff_t count, float *max, float *sum)
+/* x[i] = 2^(x[i] - shift); returns their sum, which zeros behind them would not change. */
+static inline float
+weigh(float *x, ptrdiff_t count, float shift)
 {
-    const float found = lbq_max_f32_avx512(x, count);
-    const float shift = found > *max ? found : *max;
     const __m512 shifts = _mm512_set1_ps(shift);
     __m512 total = _mm512_setzero_ps();
     ptrdiff_t i = 0;
     for (; i + 16 <= count; i += 16) {
-        const __m512 gap = _mm512_sub_ps(_mm512_loadu_ps(x + i), shifts);
-        const __m512 exp = lbq_exp_bounded_avx512(gap);
+        const __m512 exp = lbq_exp2_avx512(_mm512_sub_ps(_mm512_loadu_ps(x + i), shifts));
         _mm512_storeu_ps(x + i, exp);
         total = _mm512_add_ps(total, exp);
     }
     if (i < count) {
         const __mmask16 mask = lbq_lanes_avx512(count - i);
         const __m512 gap = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), shifts);
-        const __m512 exp = lbq_exp_bounded_avx512(gap);
+        const __m512 exp = lbq_exp2_avx512(gap);
         _mm512_mask_storeu_ps(x + i, mask, exp);
         total = _mm512_mask_add_ps(total, mask, total, exp);
     }
-    float factor = 1.0f;
-    if (*max != shift)
-        factor = _mm512_cvtss_f32(lbq_exp_bounded_avx512(_mm512_set1_ps(*max - shift)));
-    *max = shift;
-    *sum = *sum * factor + _mm512_reduce_add_ps(total);
-    return factor;
+    return _mm512_reduce_add_ps(total);
+}
+
+/* Sixteen rows at a time: first all maxima, then all exponentials. Row by row, one waits for the
+ * other, and all takes twice as long. */
+void
+lbq_softmax_f32_avx512(ptrdiff_t rows, ptrdiff_t count, float *x, ptrdiff_t stride, float *max,
+                       float *sum, float *factor)
+{
+    for (ptrdiff_t first = 0; first < rows; first += 16, x += 16 * stride) {
+        const ptrdiff_t here = rows - first < 16 ? rows - first : 16;
+        const __mmask16 mask = lbq_lanes_avx512(here);
+        _Alignas(64) float shift[16], total[16];
+        for (ptrdiff_t r = 0; r < here; r++)
+            shift[r] = lbq_max_f32_avx512(x + r * stride, count);
+        const __m512 before = _mm512_maskz_loadu_ps(mask, max + first);
+        const __m512 shifts = _mm512_max_ps(_mm512_maskz_load_ps(mask, shift), before);
+        const __m512 factors = lbq_exp2_avx512(_mm512_sub_ps(before, shifts));
+        _mm512_store_ps(shift, shifts);
+        for (ptrdiff_t r = 0; r < here; r++)
+            total[r] = weigh(x + r * stride, count, shift[r]);
+        const __m512 sums = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, sum + first), factors);
+        _mm512_mask_storeu_ps(
+            sum + first, mask, _mm512_add_ps(sums, _mm512_maskz_load_ps(mask, total)));
+        _mm512_mask_storeu_ps(max + first, mask, shifts);
+        _mm512_mask_storeu_ps(factor + first, mask, factors);
+    }
 }
 
 double

@@ -21,26 +21,35 @@ lbq_max_f32_portable(const float *x, ptrdiff_t count)
     return max;
 }
 
-float
-lbq_softmax_f32_portable(float *x, ptrdiff_t count, float *max, float *sum)
+/* x[i] = 2^(x[i] - shift); returns their sum, which zeros behind them would not change. */
+static float
+weigh(float *x, ptrdiff_t count, float shift)
 {
-    const float found = lbq_max_f32_portable(x, count);
-    const float shift = found > *max ? found : *max;
-    const float factor = lbq_exp(*max - shift);
     float lane[LANES] = {0}, total = 0;
     ptrdiff_t i = 0;
     for (; i + LANES <= count; i += LANES)
         for (int j = 0; j < LANES; j++) {
-            x[i + j] = lbq_exp(x[i + j] - shift);
+            x[i + j] = lbq_exp2(x[i + j] - shift);
             lane[j] += x[i + j];
         }
     for (; i < count; i++)
-        total += x[i] = lbq_exp(x[i] - shift);
+        lane[i % LANES] += x[i] = lbq_exp2(x[i] - shift);
     for (int j = 0; j < LANES; j++)
         total += lane[j];
-    *max = shift;
-    *sum = *sum * factor + total;
-    return factor;
+    return total;
+}
+
+void
+lbq_softmax_f32_portable(ptrdiff_t rows, ptrdiff_t count, float *x, ptrdiff_t stride, float *max,
+                         float *sum, float *factor)
+{
+    for (ptrdiff_t r = 0; r < rows; r++, x += stride) {
+        const float found = lbq_max_f32_portable(x, count);
+        const float shift = found > max[r] ? found : max[r];
+        factor[r] = lbq_exp2(max[r] - shift);
+        sum[r] = sum[r] * factor[r] + weigh(x, count, shift);
+        max[r] = shift;
+    }
 }
 
 double

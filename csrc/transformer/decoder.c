@@ -1,5 +1,8 @@
 /* The forward pass: a few linear layers per block and what stands between them.
  *
+ * A window goes through a block batch after batch, as a prompt goes through the network: attention
+ * looks back only.
+ *
  * All scratch of a call is one arena. A tap's buffer stands in for the scratch of the same
  * contents, so tapping copies nothing. */
 #include "transformer/decoder.h"
@@ -12,12 +15,18 @@
 #include "transformer/rope.h"
 #include "transformer/swiglu.h"
 
-/* Scratch of the blocks for a number of tokens. */
+/* Tokens of a batch, per thread. What lies between the layers of a small network then stays in the
+ * L2 cache: a block of SmolLM2 takes 12 % less time than with 2048 tokens at once. With 64 it is as
+ * fast, but weights are unpacked more often, and read, where the network is large. */
+enum { BATCH = 128 };
+
+/* Scratch of the blocks for a number of tokens, which come in batches. */
 typedef struct {
-    float *norm;          /* (tokens, hidden): input of qkv and of gate and up */
-    float *q, *k, *v;     /* (tokens, heads or kv_heads, head_dim) */
-    float *gate, *up;     /* (tokens, intermediate) */
-    float *sum;           /* (tokens, hidden): what is added to x */
+    ptrdiff_t batch;      /* tokens */
+    float *norm;          /* (batch, hidden): input of qkv and of gate and up */
+    float *q, *k, *v;     /* (batch, heads or kv_heads, head_dim) */
+    float *gate, *up;     /* (batch, intermediate) */
+    float *sum;           /* (batch, hidden): what is added to x */
     float *cosine, *sine; /* (tokens, head_dim / 2) */
     void *attention;
     lbq_store store; /* of one block, where there is no cache */
@@ -31,6 +40,18 @@ intermediate_of(const lbq_decoder *decoder)
         if (decoder->blocks[i]->gate->rows > most)
             most = decoder->blocks[i]->gate->rows;
     return most;
+}
+
+/* Of a window, all tokens with float32 activations: BLAS packs the weights anew for every call.
+ * Else equal batches, whose sizes change no bit as long as attention has no reason to cut keys. */
+static ptrdiff_t
+batch_of(const lbq_decoder *decoder, ptrdiff_t tokens)
+{
+    for (ptrdiff_t i = 0; i < decoder->block_count; i++)
+        if (!decoder->blocks[i]->gate->activation_bits)
+            return tokens;
+    const ptrdiff_t batches = lbq_pieces(tokens, BATCH * lbq_threads());
+    return lbq_pieces(tokens, batches);
 }
 
 /* Takes the scratch from the arena or, where that has no memory yet, counts its bytes: the sizes
@@ -50,17 +71,19 @@ take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, bool cached, lbq_aren
 {
     const lbq_heads *const heads = &decoder->heads;
     const ptrdiff_t d = heads->head_dim, intermediate = intermediate_of(decoder);
-    size_t bytes = take(arena, tokens * decoder->hidden, &s->norm);
-    bytes += take(arena, tokens * decoder->hidden, &s->sum);
-    bytes += take(arena, tokens * heads->heads * d, &s->q);
-    bytes += take(arena, tokens * heads->kv_heads * d, &s->k);
-    bytes += take(arena, tokens * heads->kv_heads * d, &s->v);
-    bytes += take(arena, tokens * intermediate, &s->gate);
-    bytes += take(arena, tokens * intermediate, &s->up);
+    const ptrdiff_t batch = batch_of(decoder, tokens);
+    s->batch = batch;
+    size_t bytes = take(arena, batch * decoder->hidden, &s->norm);
+    bytes += take(arena, batch * decoder->hidden, &s->sum);
+    bytes += take(arena, batch * heads->heads * d, &s->q);
+    bytes += take(arena, batch * heads->kv_heads * d, &s->k);
+    bytes += take(arena, batch * heads->kv_heads * d, &s->v);
+    bytes += take(arena, batch * intermediate, &s->gate);
+    bytes += take(arena, batch * intermediate, &s->up);
     bytes += take(arena, tokens * (d / 2), &s->cosine);
     bytes += take(arena, tokens * (d / 2), &s->sine);
     float *attention = NULL;
-    const size_t attention_bytes = lbq_attention_scratch(heads, tokens);
+    const size_t attention_bytes = lbq_attention_scratch(heads, batch);
     bytes += take(arena, (ptrdiff_t)(attention_bytes / sizeof(float)), &attention);
     s->attention = attention;
     if (!cached) {
@@ -113,7 +136,7 @@ add(float *x, const float *y, ptrdiff_t count)
 
 static lbq_status
 attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
-       const lbq_store *store, const lbq_taps *taps, scratch *s, float *x)
+       const lbq_store *store, const lbq_taps *taps, const scratch *s, float *x)
 {
     const lbq_heads *const heads = &decoder->heads;
     const ptrdiff_t half = heads->head_dim / 2;
@@ -141,7 +164,7 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
 
 static lbq_status
 feed_forward(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
-             const lbq_taps *taps, scratch *s, float *x)
+             const lbq_taps *taps, const scratch *s, float *x)
 {
     float *const n = taps->mlp ? taps->mlp : s->norm;
     float *const y = taps->down ? taps->down : s->gate;
@@ -152,6 +175,37 @@ feed_forward(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t token
     LBQ_TRY(lbq_swiglu(tokens * block->gate->rows, s->gate, s->up, y));
     LBQ_TRY(lbq_linear_forward(block->down, tokens, y, s->sum));
     return add(x, s->sum, tokens * decoder->hidden);
+}
+
+static float *
+later(float *tap, ptrdiff_t count)
+{
+    return tap ? tap + count : NULL;
+}
+
+/* A block on x in place, batch after batch: a token needs no later one. */
+static lbq_status
+run_block(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
+          const lbq_store *store, const lbq_taps *taps, const scratch *s, float *x)
+{
+    const lbq_heads *const heads = &decoder->heads;
+    const ptrdiff_t hidden = decoder->hidden, d = heads->head_dim;
+    for (ptrdiff_t first = 0; first < tokens; first += s->batch) {
+        const ptrdiff_t count = lbq_smaller(s->batch, tokens - first);
+        const lbq_taps here = {
+            .qkv = later(taps->qkv, first * hidden),
+            .mlp = later(taps->mlp, first * hidden),
+            .output = later(taps->output, first * heads->heads * d),
+            .down = later(taps->down, first * block->down->cols),
+        };
+        scratch batch = *s;
+        batch.cosine += first * (d / 2);
+        batch.sine += first * (d / 2);
+        float *const to = x + first * hidden;
+        LBQ_TRY(attend(decoder, block, past + first, count, store, &here, &batch, to));
+        LBQ_TRY(feed_forward(decoder, block, count, &here, &batch, to));
+    }
+    return LBQ_OK;
 }
 
 static void
@@ -266,10 +320,8 @@ lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
     LBQ_TRY(lbq_arena_open(&arena, take_scratch(decoder, tokens, false, &arena, &s)));
     take_scratch(decoder, tokens, false, &arena, &s);
     fill_rope_table(decoder, 0, tokens, &s);
-    const lbq_block *const block = decoder->blocks[index];
-    lbq_status status = attend(decoder, block, 0, tokens, &s.store, taps, &s, x);
-    if (status == LBQ_OK)
-        status = feed_forward(decoder, block, tokens, taps, &s, x);
+    const lbq_status status =
+        run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, taps, &s, x);
     lbq_arena_close(&arena);
     return status;
 }
@@ -303,8 +355,7 @@ run_blocks(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache,
     fill_rope_table(decoder, past, tokens, s);
     for (ptrdiff_t i = 0; i < decoder->block_count; i++) {
         const lbq_store store = cache ? store_of(decoder, cache, i) : s->store;
-        LBQ_TRY(attend(decoder, decoder->blocks[i], past, tokens, &store, &none, s, x));
-        LBQ_TRY(feed_forward(decoder, decoder->blocks[i], tokens, &none, s, x));
+        LBQ_TRY(run_block(decoder, decoder->blocks[i], past, tokens, &store, &none, s, x));
     }
     return LBQ_OK;
 }
@@ -332,8 +383,7 @@ lbq_decoder_forward(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t 
     lbq_status status = lbq_decoder_embed(decoder, tokens, token, x);
     if (status == LBQ_OK)
         status = run_blocks(decoder, tokens, cache, &s, x);
-    const float *const last = x + (tokens - rows) * decoder->hidden;
-    float *const y = hidden ? hidden : s.norm;
+    float *const last = x + (tokens - rows) * decoder->hidden, *const y = hidden ? hidden : last;
     if (status == LBQ_OK)
         status = lbq_decoder_finish(decoder, rows, last, y);
     if (status == LBQ_OK && logits)

@@ -234,6 +234,65 @@ def test_a_packed_head_quantizes_its_input_as_any_layer(isa, tokens):
     assert (logits == expected).all()
 
 
+def quantized_decoder():
+    """Two blocks of 2-bit layers that quantize what they read."""
+    network = network_of(12, head_norms=True)
+    blocks = []
+    for i, block in enumerate(network["blocks"]):
+        layers = []
+        for j, name in enumerate(LAYERS):
+            spec = description(*block[name][0].shape, 2, has_offset=True)
+            panels = pack(spec, *random_parts(spec, seed=7 * i + j))
+            layers.append(_core.linear_packed(panels, None, None, None, **spec, activation_bits=8))
+        blocks.append(_core.block(*(block[name] for name in NORMS), *layers))
+    return _core.decoder(
+        dense(network["embedding"]),
+        network["final_norm"],
+        network["frequency"],
+        None,
+        None,
+        tuple(blocks),
+        heads=HEADS,
+        kv_heads=KV_HEADS,
+        epsilon=1e-5,
+        rope_factor=1.0,
+    )
+
+
+@pytest.mark.parametrize("bits", [None, 8, 32])
+def test_batches_of_a_window_do_not_change_a_bit(isa, bits):
+    """A batch is 128 tokens per thread: three of them, two, and all tokens at once."""
+    decoder, tokens = quantized_decoder(), tokens_of(300)
+    threads = _core.config()["threads"]
+    results = []
+    for count in (1, 2, 3):
+        _core.set_num_threads(threads=count)
+        cache = cache_of(decoder, 320, bits) if bits else None
+        hidden = np.empty((len(tokens), HIDDEN), np.float32)
+        _core.decoder_forward(decoder, tokens, cache, hidden, None, past=0)
+        results.append(hidden)
+    _core.set_num_threads(threads=threads)
+    assert (results[0] == results[1]).all()
+    assert (results[0] == results[2]).all()
+    assert (abs(results[0]).max(-1) > 0).all()
+
+
+def test_taps_of_batches_are_those_of_the_window(isa):
+    decoder = quantized_decoder()
+    x = np.random.default_rng(13).standard_normal((300, HIDDEN), dtype=np.float32)
+    threads = _core.config()["threads"]
+    results = []
+    for count in (1, 3):
+        _core.set_num_threads(threads=count)
+        widths = (HIDDEN, HEADS * HEAD_DIM, HIDDEN, INNER)
+        arrays = [x.copy(), *(np.full((300, width), np.nan, np.float32) for width in widths)]
+        _core.decoder_block(decoder, *arrays, block=1)
+        results.append(arrays)
+    _core.set_num_threads(threads=threads)
+    for batches, whole in zip(*results, strict=True):
+        assert (batches == whole).all()
+
+
 def test_two_threads_may_run_one_decoder():
     decoder = decoder_of(network_of(3))
     inputs = [tokens_of(n) for n in (40, 41, 42, 43)]

@@ -177,13 +177,9 @@ fit_rows(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t co
         lbq_range_fit(job->code, job->range->clip, low, high, scale, offset);
         return LBQ_OK;
     }
-    if (rows.count < LBQ_PANEL)
-        memset(tile, 0, (size_t)(count * LBQ_PANEL) * sizeof *tile);
     for (ptrdiff_t l = rows.count; l < LBQ_PANEL; l++)
         low[l] = high[l] = 0;
-    for (ptrdiff_t l = 0; l < rows.count; l++)
-        for (ptrdiff_t k = 0; k < count; k++)
-            tile[k * LBQ_PANEL + l] = W[l * job->cols + k];
+    lbq_kernel.to_lanes_f32(W, job->cols, rows.count, NULL, NULL, count, tile);
     const lbq_groups groups = {
         .w = tile,
         .importance = job->importance ? job->importance + begin * LBQ_PANEL : NULL,

@@ -14,7 +14,6 @@
 
 enum {
     LANES = LBQ_PANEL,
-    HALF = LANES / 2, /* rows that are read together: a cache has that many ways or more */
     /* Rows of a task: products pack R anew for each. */
     MAX_TILE = 1024,
     FEW = 8, /* columns whose sums stay in registers */
@@ -267,6 +266,8 @@ typedef struct {
     ptrdiff_t width;              /* columns of the widest block */
     bool refit;
     const int64_t *order, *group_of; /* (cols): which column is at a place, and its group */
+    const int64_t *ascending;        /* (cols): the columns of each block, ascending, */
+    const int64_t *place;            /* (cols): and the places of these in the block */
     const float *importance;         /* (cols, LANES) in order, at most 1; or NULL */
     const float *W;
     uint8_t *codes;
@@ -349,6 +350,29 @@ cut_blocks(const lbq_gptq_problem *p, bool refit, const int64_t *group_of, ptrdi
         block_begin[++blocks] = end;
     }
     return blocks;
+}
+
+static int
+compare_columns(const void *a, const void *b)
+{
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* `ascending` and `place` of run_state; `at` (cols) is scratch. */
+static void
+sort_blocks(ptrdiff_t blocks, const ptrdiff_t *block_begin, const int64_t *order,
+            int64_t *ascending, int64_t *place, int64_t *at)
+{
+    memcpy(ascending, order, (size_t)block_begin[blocks] * sizeof *order);
+    for (ptrdiff_t b = 0; b < blocks; b++) {
+        const ptrdiff_t begin = block_begin[b], end = block_begin[b + 1];
+        for (ptrdiff_t j = begin; j < end; j++)
+            at[order[j]] = j - begin;
+        qsort(ascending + begin, (size_t)(end - begin), sizeof *ascending, compare_columns);
+        for (ptrdiff_t j = begin; j < end; j++)
+            place[j] = at[ascending[j]];
+    }
 }
 
 static lbq_status
@@ -443,10 +467,13 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
     const size_t seen_bytes = lbq_padded((size_t)groups);
     const size_t share_bytes = p->importance ? (size_t)cols * LANES * sizeof(float) : 0;
     lbq_arena plan, work;
-    LBQ_TRY(lbq_arena_open(&plan, 2 * order_bytes + begin_bytes + seen_bytes + share_bytes));
+    LBQ_TRY(lbq_arena_open(&plan, 5 * order_bytes + begin_bytes + seen_bytes + share_bytes));
     int64_t *const order = lbq_arena_take(&plan, order_bytes);
     int64_t *const group_of = lbq_arena_take(&plan, order_bytes);
     ptrdiff_t *const block_begin = lbq_arena_take(&plan, begin_bytes);
+    int64_t *const ascending = lbq_arena_take(&plan, order_bytes);
+    int64_t *const place = lbq_arena_take(&plan, order_bytes);
+    int64_t *const at = lbq_arena_take(&plan, order_bytes);
     uint8_t *const seen = lbq_arena_take(&plan, seen_bytes);
     memset(seen, 0, seen_bytes);
     block_begin[0] = 0;
@@ -466,6 +493,9 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
         if (state.blocks == 0)
             status = lbq_fail(LBQ_BAD_VALUE,
                               "order scatters the columns of a group: fit the scales beforehand");
+        sort_blocks(state.blocks, block_begin, order, ascending, place, at);
+        state.ascending = ascending;
+        state.place = place;
         for (ptrdiff_t i = 0; i < state.blocks; i++)
             if (block_begin[i + 1] - block_begin[i] > state.width)
                 state.width = block_begin[i + 1] - block_begin[i];

@@ -152,30 +152,19 @@ NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, pt
     }
 }
 
-/* The weights of the rows [begin, end) of the lanes; zeros for rows that are not there. Column by
- * column: as many cache misses as there are rows are under way at once. */
-static void
-NAME(load_rows)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdiff_t end,
-                ptrdiff_t width, REAL *w)
-{
-    const ptrdiff_t cols = state->problem->cols;
-    const int64_t *const order = state->order + at->column;
-    const float *const W = state->W + at->row * cols;
-    for (ptrdiff_t j = 0; j < width; j++)
-        for (ptrdiff_t l = begin; l < begin + HALF; l++)
-            w[j * LANES + l] = l < end ? (REAL)W[l * cols + order[j]] : 0;
-}
-
 /* One block for the rows of the lanes. */
 static void
 NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL *e,
                   const NAME(scratch) * s)
 {
     const lbq_gptq_problem *const p = state->problem;
-    const int64_t *const order = state->order + at->column;
     const int64_t *const group_of = state->group_of + at->column;
-    for (ptrdiff_t l = 0; l < LANES; l += HALF)
-        NAME(load_rows)(state, at, l, lbq_smaller(l + HALF, at->rows), width, s->w);
+    const int64_t *const columns = state->ascending + at->column;
+    const int64_t *const place = state->place + at->column;
+    const ptrdiff_t first = at->row * p->cols;
+    lbq_kernel.to_lanes_f32(state->W + first, p->cols, at->rows, columns, place, width, s->values);
+    for (ptrdiff_t i = 0; i < width * LANES; i++)
+        s->w[i] = (REAL)s->values[i];
     for (ptrdiff_t begin = 0, end; begin < width; begin = end) {
         end = width;
         if (state->refit) {
@@ -192,10 +181,8 @@ NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL
         }
         NAME(round_columns)(state, at, begin, end, e, s);
     }
-    for (ptrdiff_t half = 0; half < at->rows; half += HALF)
-        for (ptrdiff_t j = 0; j < width; j++)
-            for (ptrdiff_t l = half; l < lbq_smaller(half + HALF, at->rows); l++)
-                state->codes[(at->row + l) * p->cols + order[j]] = s->codes[j * LANES + l];
+    lbq_kernel.from_lanes_u8(
+        s->codes, columns, place, width, at->rows, p->cols, state->codes + first);
 }
 
 /* The columns from the block `first` up to the block `last`, for `rows` rows from `row` on. */

@@ -165,6 +165,28 @@ typedef struct {
        uint8_t *codes))                                                                            \
     /* y[i] = x[i] as a float; count is a multiple of 16; exact. */                                \
     X(widen_i8, void, (const int8_t *x, ptrdiff_t count, float *y))                                \
+    /* Columns of `rows` <= LBQ_PANEL rows, `stride` apart, to lanes: lanes[place[i]][r] =         \
+     * w[r * stride + columns[i]] for i < count, 0 for further rows, with LBQ_PANEL lanes at a     \
+     * place. columns ascending; both NULL: 0, 1, ...; exact. */                                   \
+    X(to_lanes_f32,                                                                                \
+      void,                                                                                        \
+      (const float *w,                                                                             \
+       ptrdiff_t stride,                                                                           \
+       ptrdiff_t rows,                                                                             \
+       const int64_t *columns,                                                                     \
+       const int64_t *place,                                                                       \
+       ptrdiff_t count,                                                                            \
+       float *lanes))                                                                              \
+    /* And back: codes[r * stride + columns[i]] = lanes[place[i]][r]; neither is NULL; exact. */   \
+    X(from_lanes_u8,                                                                               \
+      void,                                                                                        \
+      (const uint8_t *lanes,                                                                       \
+       const int64_t *columns,                                                                     \
+       const int64_t *place,                                                                       \
+       ptrdiff_t count,                                                                            \
+       ptrdiff_t rows,                                                                             \
+       ptrdiff_t stride,                                                                           \
+       uint8_t *codes))                                                                            \
     /* How LBQ_PANEL groups of weights w (count, LBQ_PANEL) fit their grids: with                  \
      * x = w * inverse + start, v = x clipped to 0 and top <= 255 and rounded, ties to even, and   \
      * r = x - v, the sums over a group of importance times r, r v, r^2; importance like w, or     \

@@ -13,6 +13,8 @@ lbq_table_avx2(lbq_kernels *table)
     table->widen_i8 = lbq_widen_i8_avx2;
     table->range_f32 = lbq_range_f32_avx2;
     table->encode_f32 = lbq_encode_f32_avx2;
+    table->to_lanes_f32 = lbq_to_lanes_f32_avx2;
+    table->from_lanes_u8 = lbq_from_lanes_u8_avx2;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx2;
     table->refit_f32 = lbq_refit_f32_avx2;
     table->table_sums_f32 = lbq_table_sums_f32_avx2;

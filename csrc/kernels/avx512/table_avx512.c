@@ -13,6 +13,7 @@ lbq_table_avx512(lbq_kernels *table)
     table->widen_i8 = lbq_widen_i8_avx512;
     table->range_f32 = lbq_range_f32_avx512;
     table->encode_f32 = lbq_encode_f32_avx512;
+    table->to_lanes_f32 = lbq_to_lanes_f32_avx512;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx512;
     table->refit_f32 = lbq_refit_f32_avx512;
     table->table_sums_f32 = lbq_table_sums_f32_avx512;

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "codes/stored.h"
+#include "core/threads.h"
 #include "kernels/kernels.h"
 
 /* --- the groups, and sums over their codes --------------------------------------------------- */
@@ -167,17 +168,7 @@ find_range(groups *g)
         memcpy(g->high, in->high, sizeof g->high);
         return;
     }
-    lanes least, most; /* whose address nobody else has */
-    memcpy(least, in->w, sizeof least);
-    memcpy(most, in->w, sizeof most);
-    for (ptrdiff_t k = 1; k < in->count; k++)
-        for (int l = 0; l < LANES; l++) {
-            const float w = in->w[k * LANES + l];
-            least[l] = w < least[l] ? w : least[l];
-            most[l] = w > most[l] ? w : most[l];
-        }
-    memcpy(g->low, least, sizeof least);
-    memcpy(g->high, most, sizeof most);
+    lbq_kernel.lanes_range_f32(in->w, in->count, g->low, g->high);
     if (!in->together)
         return;
     float low = in->w[0], high = in->w[0];
@@ -381,55 +372,44 @@ power_above(float x)
     return x;
 }
 
-/* Changes the weights as `groups` says. */
+/* Changes the weights as `groups` says, and finds the sums that no scale changes. */
 static void
 centre(groups *g)
 {
-    float *const w = g->in->w;
-    const ptrdiff_t rows = g->in->count + (g->in->rest > 0);
-    lanes inverse;
+    const lbq_groups *const in = g->in;
+    float change[2][LANES];
     for (int l = 0; l < LANES; l++) {
         const float size = fmaxf(fabsf(g->low[l]), fabsf(g->high[l]));
         const float range = g->code->symmetric ? size : g->high[l] - g->low[l];
         g->shift[l] = g->code->symmetric ? 0 : g->low[l] + 0.5f * (g->high[l] - g->low[l]);
         g->unit[l] = power_above(range);
-        inverse[l] = 1 / g->unit[l];
+        change[0][l] = g->shift[l];
+        change[1][l] = 1 / g->unit[l];
+        g->low[l] = (g->low[l] - g->shift[l]) * change[1][l];
+        g->high[l] = (g->high[l] - g->shift[l]) * change[1][l];
     }
-    for (ptrdiff_t k = 0; k < rows; k++)
-        for (int l = 0; l < LANES; l++)
-            w[k * LANES + l] = (w[k * LANES + l] - g->shift[l]) * inverse[l];
-    for (int l = 0; l < LANES; l++) {
-        g->low[l] = (g->low[l] - g->shift[l]) * inverse[l];
-        g->high[l] = (g->high[l] - g->shift[l]) * inverse[l];
-    }
-}
-
-/* Finds the sums that no scale changes. */
-static void
-weigh(groups *g)
-{
-    const lbq_groups *const in = g->in;
     bool some = false;
-    for (ptrdiff_t i = 0; in->importance && i < (in->count + (in->rest > 0)) * LANES; i++)
-        some |= in->importance[i] > 0;
+    for (ptrdiff_t i = 0; in->importance && !some && i < in->count * LANES + in->rest; i++)
+        some = in->importance[i] > 0;
     g->importance = some ? in->importance : NULL;
-    double h[LANES] = {0}, hw[LANES] = {0}, hww[LANES] = {0};
-    for (ptrdiff_t k = 0; k < in->count + (in->rest > 0); k++)
-        for (int l = 0; l < LANES; l++) {
-            const double one = k < in->count || l < in->rest;
-            const double share = g->importance ? (double)g->importance[k * LANES + l] : one;
-            const double w = (double)in->w[k * LANES + l];
-            h[l] += share;
-            hw[l] += share * w;
-            hww[l] += share * w * w;
-        }
-    join(g, h);
-    join(g, hw);
-    join(g, hww);
-    for (int l = 0; l < LANES; l++) {
-        g->h[0][l] = (float)h[l];
-        g->h[1][l] = (float)hw[l];
-        g->h[2][l] = (float)hww[l];
+    double total[3][LANES] = {{0}};
+    for (ptrdiff_t begin = 0, rows; begin < in->count + (in->rest > 0); begin += rows) {
+        const float *h = g->importance ? g->importance + begin * LANES : NULL;
+        float first_ones[LANES], moments[3][LANES];
+        rows = begin < in->count ? lbq_smaller(BLOCK, in->count - begin) : 1;
+        for (int l = 0; l < LANES; l++)
+            first_ones[l] = l < in->rest;
+        if (begin == in->count && !h)
+            h = first_ones;
+        lbq_kernel.centre_f32(in->w + begin * LANES, h, rows, change[0], moments[0]);
+        for (int i = 0; i < 3; i++)
+            for (int l = 0; l < LANES; l++)
+                total[i][l] += (double)moments[i][l];
+    }
+    for (int i = 0; i < 3; i++) {
+        join(g, total[i]);
+        for (int l = 0; l < LANES; l++)
+            g->h[i][l] = (float)total[i][l];
     }
 }
 
@@ -476,7 +456,6 @@ fit_least_error(groups *g, const lbq_range *range, float *scale, float *offset)
 {
     lbq_range_fit(g->code, 1, g->low, g->high, scale, offset);
     centre(g);
-    weigh(g);
     best_fit best;
     search(g, range, &best);
     const double middle = 0.5 * ((double)g->first + (double)g->last);

@@ -5,6 +5,44 @@
 #include "kernels/avx2/avx2.h"
 #include "kernels/refit.h"
 
+void
+lbq_lanes_range_f32_avx2(const float *w, ptrdiff_t count, float *low, float *high)
+{
+    for (int l = 0; l < LBQ_PANEL; l += 8) {
+        __m256 least = _mm256_loadu_ps(w + l), most = least;
+        for (ptrdiff_t k = 1; k < count; k++) {
+            const __m256 x = _mm256_loadu_ps(w + k * LBQ_PANEL + l);
+            least = _mm256_min_ps(x, least);
+            most = _mm256_max_ps(x, most);
+        }
+        _mm256_storeu_ps(low + l, least);
+        _mm256_storeu_ps(high + l, most);
+    }
+}
+
+void
+lbq_centre_f32_avx2(float *w, const float *importance, ptrdiff_t count, const float *change,
+                    float *moments)
+{
+    const __m256 zero = _mm256_setzero_ps(), one = _mm256_set1_ps(1);
+    for (int l = 0; l < LBQ_PANEL; l += 8) {
+        const __m256 shift = _mm256_loadu_ps(change + l);
+        const __m256 inverse = _mm256_loadu_ps(change + LBQ_PANEL + l);
+        __m256 sum[3] = {zero, zero, zero};
+        for (ptrdiff_t i = l; i < count * LBQ_PANEL; i += LBQ_PANEL) {
+            const __m256 x = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(w + i), shift), inverse);
+            const __m256 share = importance ? _mm256_loadu_ps(importance + i) : one;
+            const __m256 hx = _mm256_mul_ps(share, x);
+            _mm256_storeu_ps(w + i, x);
+            sum[0] = _mm256_add_ps(sum[0], share);
+            sum[1] = _mm256_add_ps(sum[1], hx);
+            sum[2] = _mm256_add_ps(sum[2], _mm256_mul_ps(hx, x));
+        }
+        for (int i = 0; i < 3; i++)
+            _mm256_storeu_ps(moments + i * LBQ_PANEL + l, sum[i]);
+    }
+}
+
 static inline __attribute__((always_inline)) void
 add_up(const float *w, const float *h, const int weighted, ptrdiff_t count, const float *grid,
        int top, float *sums)

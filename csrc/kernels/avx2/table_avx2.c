@@ -15,6 +15,8 @@ lbq_table_avx2(lbq_kernels *table)
     table->encode_f32 = lbq_encode_f32_avx2;
     table->to_lanes_f32 = lbq_to_lanes_f32_avx2;
     table->from_lanes_u8 = lbq_from_lanes_u8_avx2;
+    table->lanes_range_f32 = lbq_lanes_range_f32_avx2;
+    table->centre_f32 = lbq_centre_f32_avx2;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx2;
     table->refit_f32 = lbq_refit_f32_avx2;
     table->table_sums_f32 = lbq_table_sums_f32_avx2;

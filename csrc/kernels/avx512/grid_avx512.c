@@ -4,6 +4,39 @@
 #include "kernels/avx512/avx512.h"
 #include "kernels/refit.h"
 
+void
+lbq_lanes_range_f32_avx512(const float *w, ptrdiff_t count, float *low, float *high)
+{
+    __m512 least = _mm512_loadu_ps(w), most = least;
+    for (ptrdiff_t k = 1; k < count; k++) {
+        const __m512 x = _mm512_loadu_ps(w + k * LBQ_PANEL);
+        least = _mm512_min_ps(x, least);
+        most = _mm512_max_ps(x, most);
+    }
+    _mm512_storeu_ps(low, least);
+    _mm512_storeu_ps(high, most);
+}
+
+void
+lbq_centre_f32_avx512(float *w, const float *importance, ptrdiff_t count, const float *change,
+                      float *moments)
+{
+    const __m512 shift = _mm512_loadu_ps(change), inverse = _mm512_loadu_ps(change + LBQ_PANEL);
+    const __m512 zero = _mm512_setzero_ps(), one = _mm512_set1_ps(1);
+    __m512 sum[3] = {zero, zero, zero};
+    for (ptrdiff_t i = 0; i < count * LBQ_PANEL; i += LBQ_PANEL) {
+        const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w + i), shift), inverse);
+        const __m512 share = importance ? _mm512_loadu_ps(importance + i) : one;
+        const __m512 hx = _mm512_mul_ps(share, x);
+        _mm512_storeu_ps(w + i, x);
+        sum[0] = _mm512_add_ps(sum[0], share);
+        sum[1] = _mm512_add_ps(sum[1], hx);
+        sum[2] = _mm512_add_ps(sum[2], _mm512_mul_ps(hx, x));
+    }
+    for (int i = 0; i < 3; i++)
+        _mm512_storeu_ps(moments + i * LBQ_PANEL, sum[i]);
+}
+
 static inline __attribute__((always_inline)) void
 add_up(const float *w, const float *h, const int weighted, ptrdiff_t count, const float *grid,
        int top, float *sums)

@@ -14,6 +14,8 @@ lbq_table_avx512(lbq_kernels *table)
     table->range_f32 = lbq_range_f32_avx512;
     table->encode_f32 = lbq_encode_f32_avx512;
     table->to_lanes_f32 = lbq_to_lanes_f32_avx512;
+    table->lanes_range_f32 = lbq_lanes_range_f32_avx512;
+    table->centre_f32 = lbq_centre_f32_avx512;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx512;
     table->refit_f32 = lbq_refit_f32_avx512;
     table->table_sums_f32 = lbq_table_sums_f32_avx512;

@@ -5,6 +5,39 @@
 #include "kernels/refit.h"
 
 void
+lbq_lanes_range_f32_portable(const float *w, ptrdiff_t count, float *low, float *high)
+{
+    float least[LBQ_PANEL], most[LBQ_PANEL];
+    memcpy(least, w, sizeof least);
+    memcpy(most, w, sizeof most);
+    for (ptrdiff_t k = 1; k < count; k++)
+        for (int l = 0; l < LBQ_PANEL; l++) {
+            const float x = w[k * LBQ_PANEL + l];
+            least[l] = x < least[l] ? x : least[l];
+            most[l] = x > most[l] ? x : most[l];
+        }
+    memcpy(low, least, sizeof least);
+    memcpy(high, most, sizeof most);
+}
+
+void
+lbq_centre_f32_portable(float *w, const float *importance, ptrdiff_t count, const float *change,
+                        float *moments)
+{
+    float sum[3][LBQ_PANEL] = {{0}};
+    for (ptrdiff_t i = 0; i < count * LBQ_PANEL; i++) {
+        const ptrdiff_t l = i % LBQ_PANEL;
+        const float share = importance ? importance[i] : 1;
+        w[i] = (w[i] - change[l]) * change[LBQ_PANEL + l];
+        const float hw = share * w[i];
+        sum[0][l] += share;
+        sum[1][l] += hw;
+        sum[2][l] += hw * w[i];
+    }
+    memcpy(moments, sum, sizeof sum);
+}
+
+void
 lbq_grid_sums_f32_portable(const float *w, const float *importance, ptrdiff_t count,
                            const float *grid, int top, float *sums)
 {

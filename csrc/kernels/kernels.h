@@ -191,15 +191,16 @@ typedef struct {
      * LBQ_PANEL), count >= 1; exact. */                                                           \
     X(lanes_range_f32, void, (const float *w, ptrdiff_t count, float *low, float *high))           \
     /* w (count, LBQ_PANEL) becomes (w - shift) * inverse, with change as [2][group]: shift,       \
-     * inverse. moments as [3][group]: sums of importance times 1, w, w^2 of the new w; importance \
-     * like w, or NULL for ones; exact. */                                                         \
+     * inverse. moments as [3][group]: the sums over k of importance times 1, w, w^2 of the new w, \
+     * the last by fma; importance like w, or NULL for ones; exact. */                             \
     X(centre_f32,                                                                                  \
       void,                                                                                        \
       (float *w, const float *importance, ptrdiff_t count, const float *change, float *moments))   \
     /* How LBQ_PANEL groups of weights w (count, LBQ_PANEL) fit their grids: with                  \
-     * x = w * inverse + start, v = x clipped to 0 and top <= 255 and rounded, ties to even, and   \
-     * r = x - v, the sums over a group of importance times r, r v, r^2; importance like w, or     \
-     * NULL for ones. grid as [2][group]: inverse, start; sums as [3][group]; exact. */            \
+     * x = fma(w, inverse, start), v = x clipped to 0 and top <= 255 and rounded, ties to even, and\
+     * r = x - v, the sums over a group of importance times r, r v, r^2, the last two by fma;      \
+     * importance like w, or NULL for ones. grid as [2][group]: inverse, start; sums as [3][group];\
+     * exact. */                                                                                   \
     X(grid_sums_f32,                                                                               \
       void,                                                                                        \
       (const float *w,                                                                             \

@@ -1,5 +1,4 @@
-/* Sums over the codes of sixteen groups, eight after eight, so that sums stay in registers; without
- * fma, as portable C rounds. */
+/* Sums over sixteen groups and their codes, eight after eight, so that sums stay in registers. */
 #include <immintrin.h>
 
 #include "kernels/avx2/avx2.h"
@@ -36,7 +35,7 @@ lbq_centre_f32_avx2(float *w, const float *importance, ptrdiff_t count, const fl
             _mm256_storeu_ps(w + i, x);
             sum[0] = _mm256_add_ps(sum[0], share);
             sum[1] = _mm256_add_ps(sum[1], hx);
-            sum[2] = _mm256_add_ps(sum[2], _mm256_mul_ps(hx, x));
+            sum[2] = _mm256_fmadd_ps(hx, x, sum[2]);
         }
         for (int i = 0; i < 3; i++)
             _mm256_storeu_ps(moments + i * LBQ_PANEL + l, sum[i]);
@@ -51,15 +50,14 @@ add_up(const float *w, const float *h, const int weighted, ptrdiff_t count, cons
     const __m256 zero = _mm256_setzero_ps(), limit = _mm256_set1_ps((float)top);
     __m256 sum[3] = {zero, zero, zero};
     for (ptrdiff_t k = 0; k < count; k++) {
-        const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(w + k * LBQ_PANEL), inverse);
-        const __m256 x = _mm256_add_ps(scaled, start);
+        const __m256 x = _mm256_fmadd_ps(_mm256_loadu_ps(w + k * LBQ_PANEL), inverse, start);
         __m256 v = _mm256_min_ps(_mm256_max_ps(x, zero), limit);
         v = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         const __m256 r = _mm256_sub_ps(x, v);
         const __m256 hr = weighted ? _mm256_mul_ps(_mm256_loadu_ps(h + k * LBQ_PANEL), r) : r;
         sum[0] = _mm256_add_ps(sum[0], hr);
-        sum[1] = _mm256_add_ps(sum[1], _mm256_mul_ps(hr, v));
-        sum[2] = _mm256_add_ps(sum[2], _mm256_mul_ps(hr, r));
+        sum[1] = _mm256_fmadd_ps(hr, v, sum[1]);
+        sum[2] = _mm256_fmadd_ps(hr, r, sum[2]);
     }
     for (int i = 0; i < 3; i++)
         _mm256_storeu_ps(sums + i * LBQ_PANEL, sum[i]);
@@ -85,7 +83,7 @@ lbq_table_sums_f32_avx2(const float *w, const float *importance, ptrdiff_t count
         const __m256 start = _mm256_loadu_ps(grid + LBQ_PANEL + l), zero = _mm256_setzero_ps();
         __m256 sum[3] = {zero, zero, zero};
         for (ptrdiff_t k = l; k < count * LBQ_PANEL; k += LBQ_PANEL) {
-            const __m256 x = _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(w + k), inverse), start);
+            const __m256 x = _mm256_fmadd_ps(_mm256_loadu_ps(w + k), inverse, start);
             __m256 v = _mm256_set1_ps(first);
             for (int j = 0; j < jumps; j++) {
                 const __m256 above = _mm256_cmp_ps(x, _mm256_set1_ps(middle[j]), _CMP_GT_OQ);
@@ -96,8 +94,8 @@ lbq_table_sums_f32_avx2(const float *w, const float *importance, ptrdiff_t count
             if (importance)
                 hr = _mm256_mul_ps(_mm256_loadu_ps(importance + k), r);
             sum[0] = _mm256_add_ps(sum[0], hr);
-            sum[1] = _mm256_add_ps(sum[1], _mm256_mul_ps(hr, v));
-            sum[2] = _mm256_add_ps(sum[2], _mm256_mul_ps(hr, r));
+            sum[1] = _mm256_fmadd_ps(hr, v, sum[1]);
+            sum[2] = _mm256_fmadd_ps(hr, r, sum[2]);
         }
         for (int i = 0; i < 3; i++)
             _mm256_storeu_ps(sums + i * LBQ_PANEL + l, sum[i]);

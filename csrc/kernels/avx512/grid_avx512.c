@@ -1,4 +1,4 @@
-/* Sums over the codes of sixteen groups, in a vector; without fma, as portable C rounds. */
+/* Sums over sixteen groups and their codes, in a vector. */
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"
@@ -31,7 +31,7 @@ lbq_centre_f32_avx512(float *w, const float *importance, ptrdiff_t count, const 
         _mm512_storeu_ps(w + i, x);
         sum[0] = _mm512_add_ps(sum[0], share);
         sum[1] = _mm512_add_ps(sum[1], hx);
-        sum[2] = _mm512_add_ps(sum[2], _mm512_mul_ps(hx, x));
+        sum[2] = _mm512_fmadd_ps(hx, x, sum[2]);
     }
     for (int i = 0; i < 3; i++)
         _mm512_storeu_ps(moments + i * LBQ_PANEL, sum[i]);
@@ -45,15 +45,14 @@ add_up(const float *w, const float *h, const int weighted, ptrdiff_t count, cons
     const __m512 zero = _mm512_setzero_ps(), limit = _mm512_set1_ps((float)top);
     __m512 sum[3] = {zero, zero, zero};
     for (ptrdiff_t k = 0; k < count; k++) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(w + k * LBQ_PANEL), inverse);
-        const __m512 x = _mm512_add_ps(scaled, start);
+        const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(w + k * LBQ_PANEL), inverse, start);
         __m512 v = _mm512_min_ps(_mm512_max_ps(x, zero), limit);
         v = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         const __m512 r = _mm512_sub_ps(x, v);
         const __m512 hr = weighted ? _mm512_mul_ps(_mm512_loadu_ps(h + k * LBQ_PANEL), r) : r;
         sum[0] = _mm512_add_ps(sum[0], hr);
-        sum[1] = _mm512_add_ps(sum[1], _mm512_mul_ps(hr, v));
-        sum[2] = _mm512_add_ps(sum[2], _mm512_mul_ps(hr, r));
+        sum[1] = _mm512_fmadd_ps(hr, v, sum[1]);
+        sum[2] = _mm512_fmadd_ps(hr, r, sum[2]);
     }
     for (int i = 0; i < 3; i++)
         _mm512_storeu_ps(sums + i * LBQ_PANEL, sum[i]);
@@ -78,8 +77,7 @@ lbq_table_sums_f32_avx512(const float *w, const float *importance, ptrdiff_t cou
     const __m512 zero = _mm512_setzero_ps();
     __m512 sum[3] = {zero, zero, zero};
     for (ptrdiff_t k = 0; k < count; k++) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(w + k * LBQ_PANEL), inverse);
-        const __m512 x = _mm512_add_ps(scaled, start);
+        const __m512 x = _mm512_fmadd_ps(_mm512_loadu_ps(w + k * LBQ_PANEL), inverse, start);
         __m512 v = _mm512_set1_ps(first);
         for (int j = 0; j < jumps; j++) {
             const __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_set1_ps(middle[j]), _CMP_GT_OQ);
@@ -90,8 +88,8 @@ lbq_table_sums_f32_avx512(const float *w, const float *importance, ptrdiff_t cou
         if (importance)
             hr = _mm512_mul_ps(_mm512_loadu_ps(importance + k * LBQ_PANEL), r);
         sum[0] = _mm512_add_ps(sum[0], hr);
-        sum[1] = _mm512_add_ps(sum[1], _mm512_mul_ps(hr, v));
-        sum[2] = _mm512_add_ps(sum[2], _mm512_mul_ps(hr, r));
+        sum[1] = _mm512_fmadd_ps(hr, v, sum[1]);
+        sum[2] = _mm512_fmadd_ps(hr, r, sum[2]);
     }
     for (int i = 0; i < 3; i++)
         _mm512_storeu_ps(sums + i * LBQ_PANEL, sum[i]);

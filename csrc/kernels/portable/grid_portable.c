@@ -1,4 +1,5 @@
-/* Sums over the codes of sixteen groups, for the search of their scales. */
+/* Sums over sixteen groups and their codes, for the search of scales. */
+#include <math.h>
 #include <string.h>
 
 #include "kernels/portable/portable.h"
@@ -32,7 +33,7 @@ lbq_centre_f32_portable(float *w, const float *importance, ptrdiff_t count, cons
         const float hw = share * w[i];
         sum[0][l] += share;
         sum[1][l] += hw;
-        sum[2][l] += hw * w[i];
+        sum[2][l] = fmaf(hw, w[i], sum[2][l]);
     }
     memcpy(moments, sum, sizeof sum);
 }
@@ -45,15 +46,15 @@ lbq_grid_sums_f32_portable(const float *w, const float *importance, ptrdiff_t co
     float sum[3][LBQ_PANEL] = {{0}};
     for (ptrdiff_t k = 0; k < count; k++)
         for (int l = 0; l < LBQ_PANEL; l++) {
-            const float x = w[k * LBQ_PANEL + l] * grid[l] + grid[LBQ_PANEL + l];
+            const float x = fmaf(w[k * LBQ_PANEL + l], grid[l], grid[LBQ_PANEL + l]);
             float v = x > 0 ? x : 0;
             v = v < limit ? v : limit;
             v = (v + 0x1.8p23f) - 0x1.8p23f; /* whole, ties to even, without a call */
             const float r = x - v;
             const float hr = importance ? importance[k * LBQ_PANEL + l] * r : r;
             sum[0][l] += hr;
-            sum[1][l] += hr * v;
-            sum[2][l] += hr * r;
+            sum[1][l] = fmaf(hr, v, sum[1][l]);
+            sum[2][l] = fmaf(hr, r, sum[2][l]);
         }
     memcpy(sums, sum, sizeof sum);
 }
@@ -67,7 +68,7 @@ lbq_table_sums_f32_portable(const float *w, const float *importance, ptrdiff_t c
     for (ptrdiff_t k = 0; k < count; k++) {
         float x[LBQ_PANEL], v[LBQ_PANEL];
         for (int l = 0; l < LBQ_PANEL; l++) {
-            x[l] = w[k * LBQ_PANEL + l] * grid[l] + grid[LBQ_PANEL + l];
+            x[l] = fmaf(w[k * LBQ_PANEL + l], grid[l], grid[LBQ_PANEL + l]);
             v[l] = first;
         }
         for (int j = 0; j < jumps; j++)
@@ -77,8 +78,8 @@ lbq_table_sums_f32_portable(const float *w, const float *importance, ptrdiff_t c
             const float r = x[l] - v[l];
             const float hr = importance ? importance[k * LBQ_PANEL + l] * r : r;
             sum[0][l] += hr;
-            sum[1][l] += hr * v[l];
-            sum[2][l] += hr * r;
+            sum[1][l] = fmaf(hr, v[l], sum[1][l]);
+            sum[2][l] = fmaf(hr, r, sum[2][l]);
         }
     }
     memcpy(sums, sum, sizeof sum);

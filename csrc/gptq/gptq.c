@@ -281,7 +281,7 @@ typedef struct {
     ptrdiff_t row, rows, column;
 } lanes;
 
-/* lbq_kernels.feedback_f32 and round_f32 in float64. */
+/* lbq_kernels.feedback_f32, solve_f32 and round_f32 in float64. */
 static void
 feedback_f64(ptrdiff_t count, ptrdiff_t width, const double *R, ptrdiff_t stride, const double *e,
              ptrdiff_t pitch, double *sum)
@@ -290,6 +290,15 @@ feedback_f64(ptrdiff_t count, ptrdiff_t width, const double *R, ptrdiff_t stride
         for (ptrdiff_t i = 0; i < count; i++)
             for (int l = 0; l < LANES; l++)
                 sum[j * pitch + l] += R[i * stride + j] * e[i * pitch + l];
+}
+
+static void
+solve_f64(ptrdiff_t count, const double *R, ptrdiff_t stride, double *x)
+{
+    for (ptrdiff_t j = 0; j < count; j++)
+        for (ptrdiff_t i = 0; i < j; i++)
+            for (int l = 0; l < LANES; l++)
+                x[j * LANES + l] -= R[i * stride + j] * x[i * LANES + l];
 }
 
 static void
@@ -307,24 +316,28 @@ round_f64(const double *grid, int top, const double *w, const double *shift, uin
 #define NAME(name) name##_f32
 #define GEMM BLAS(cblas_sgemm)
 #define FEEDBACK lbq_kernel.feedback_f32
+#define SOLVE lbq_kernel.solve_f32
 #define ROUND lbq_kernel.round_f32
 #include "gptq/gptq_rows.h"
 #undef REAL
 #undef NAME
 #undef GEMM
 #undef FEEDBACK
+#undef SOLVE
 #undef ROUND
 
 #define REAL double
 #define NAME(name) name##_f64
 #define GEMM BLAS(cblas_dgemm)
 #define FEEDBACK feedback_f64
+#define SOLVE solve_f64
 #define ROUND round_f64
 #include "gptq/gptq_rows.h"
 #undef REAL
 #undef NAME
 #undef GEMM
 #undef FEEDBACK
+#undef SOLVE
 #undef ROUND
 
 /* Cuts the order into blocks of about p->block columns, of whole groups if groups are to be

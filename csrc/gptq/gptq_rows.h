@@ -7,11 +7,11 @@
 
 /* Scratch of one thread, in bytes; and its parts. */
 typedef struct {
-    REAL *errors;        /* (cols, pitch): w - q, and before that the feedback, errors times R */
-    REAL *square;        /* (width, width): the block's own part of R */
-    REAL *w, *x, *minus; /* (width, LANES) */
-    float *values;       /* (width, LANES) */
-    uint8_t *codes;      /* (width, LANES) */
+    REAL *errors;   /* (cols, pitch): w - q, and before that the feedback, errors times R */
+    REAL *square;   /* (width, width): the block's own part of R */
+    REAL *w, *x;    /* (width, LANES) */
+    float *values;  /* (width, LANES) */
+    uint8_t *codes; /* (width, LANES) */
 } NAME(scratch);
 
 static size_t
@@ -20,15 +20,10 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
     const size_t width = (size_t)state->width, real = sizeof(REAL);
     const size_t tile = (size_t)state->problem->cols * (size_t)state->pitch * real;
     const size_t strip = width * LANES * real;
-    const size_t sizes[] = {tile,
-                            width * width * real,
-                            strip,
-                            strip,
-                            strip,
-                            width * LANES * sizeof(float),
-                            width * LANES};
-    size_t at[8] = {0};
-    for (int i = 0; i < 7; i++)
+    const size_t sizes[] = {
+        tile, width * width * real, strip, strip, width * LANES * sizeof(float), width * LANES};
+    size_t at[7] = {0};
+    for (int i = 0; i < 6; i++)
         at[i + 1] = at[i] + lbq_padded(sizes[i]);
     if (scratch)
         *scratch = (NAME(scratch)){
@@ -36,11 +31,10 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
             .square = (REAL *)(base + at[1]),
             .w = (REAL *)(base + at[2]),
             .x = (REAL *)(base + at[3]),
-            .minus = (REAL *)(base + at[4]),
-            .values = (float *)(base + at[5]),
-            .codes = (uint8_t *)(base + at[6]),
+            .values = (float *)(base + at[4]),
+            .codes = (uint8_t *)(base + at[5]),
         };
-    return at[7];
+    return at[6];
 }
 
 /* Scale and offset of the columns [begin, end) of the block, for each row of the lanes, from the
@@ -55,22 +49,7 @@ NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdif
     const REAL *const R = s->square + begin * state->width + begin;
     for (ptrdiff_t j = 0; j < count; j++)
         memcpy(s->x + j * LANES, e + (begin + j) * state->pitch, LANES * sizeof(REAL));
-    for (ptrdiff_t first = 0, last; first < count; first = last) {
-        last = lbq_smaller(first + FEW, count);
-        FEEDBACK(
-            first, last - first, R + first, state->width, s->minus, LANES, s->x + first * LANES);
-        for (ptrdiff_t j = first; j < last; j++) {
-            for (int l = 0; l < LANES; l++)
-                s->minus[j * LANES + l] = -s->x[j * LANES + l];
-            FEEDBACK(1,
-                     last - j - 1,
-                     R + j * state->width + j + 1,
-                     state->width,
-                     s->minus + j * LANES,
-                     LANES,
-                     s->x + (j + 1) * LANES);
-        }
-    }
+    SOLVE(count, R, state->width, s->x);
     for (ptrdiff_t i = 0; i < count * LANES; i++)
         s->values[i] = (float)(s->w[begin * LANES + i] + s->x[i]);
     const lbq_groups groups = {

@@ -247,6 +247,9 @@ typedef struct {
        const float *e,                                                                             \
        ptrdiff_t pitch,                                                                            \
        float *sum))                                                                                \
+    /* x (count, LBQ_PANEL) becomes what times R is x, R (count, count) upper triangular with ones \
+     * on its diagonal: x[j] -= x[i] * R[i * stride + j] for i = 0, 1, ..., j - 1 in turn; exact. */\
+    X(solve_f32, void, (ptrdiff_t count, const float *R, ptrdiff_t stride, float *x))              \
     /* One column of LBQ_PANEL rows, each with its grid: the code is (w + shift - offset) *        \
      * inverse, clipped to 0 and top <= 255, ties to even, and e = w - (scale * code + offset);    \
      * exact. grid as [3][row]: scale, offset, inverse; e may be shift. */                         \

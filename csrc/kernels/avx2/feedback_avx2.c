@@ -41,6 +41,45 @@ lbq_feedback_f32_avx2(ptrdiff_t count, ptrdiff_t width, const float *R, ptrdiff_
         add_columns(1, count, R + j, stride, e, pitch, sum + j * pitch);
 }
 
+/* `columns` of them from `first` on, eight rows, all in registers. */
+static inline __attribute__((always_inline)) void
+solve_columns(const int columns, ptrdiff_t first, const float *R, ptrdiff_t stride, float *x)
+{
+    __m256 total[8];
+#pragma GCC unroll 8
+    for (int j = 0; j < columns; j++)
+        total[j] = _mm256_loadu_ps(x + (first + j) * LBQ_PANEL);
+    for (ptrdiff_t i = 0; i < first; i++) {
+        const __m256 solved = _mm256_loadu_ps(x + i * LBQ_PANEL);
+#pragma GCC unroll 8
+        for (int j = 0; j < columns; j++) {
+            const __m256 r = _mm256_broadcast_ss(R + i * stride + first + j);
+            total[j] = _mm256_sub_ps(total[j], _mm256_mul_ps(r, solved));
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < columns; i++) {
+#pragma GCC unroll 8
+        for (int j = i + 1; j < columns; j++) {
+            const __m256 r = _mm256_broadcast_ss(R + (first + i) * stride + first + j);
+            total[j] = _mm256_sub_ps(total[j], _mm256_mul_ps(r, total[i]));
+        }
+        _mm256_storeu_ps(x + (first + i) * LBQ_PANEL, total[i]);
+    }
+}
+
+void
+lbq_solve_f32_avx2(ptrdiff_t count, const float *R, ptrdiff_t stride, float *x)
+{
+    for (int l = 0; l < LBQ_PANEL; l += 8) {
+        ptrdiff_t j = 0;
+        for (; j + 8 <= count; j += 8)
+            solve_columns(8, j, R, stride, x + l);
+        for (; j < count; j++)
+            solve_columns(1, j, R, stride, x + l);
+    }
+}
+
 void
 lbq_round_f32_avx2(const float *grid, int top, const float *w, const float *shift, uint8_t *codes,
                    float *e)

@@ -18,6 +18,19 @@ lbq_feedback_f32_portable(ptrdiff_t count, ptrdiff_t width, const float *R, ptrd
 }
 
 void
+lbq_solve_f32_portable(ptrdiff_t count, const float *R, ptrdiff_t stride, float *x)
+{
+    for (ptrdiff_t j = 0; j < count; j++) {
+        float total[LBQ_PANEL];
+        memcpy(total, x + j * LBQ_PANEL, sizeof total);
+        for (ptrdiff_t i = 0; i < j; i++)
+            for (int l = 0; l < LBQ_PANEL; l++)
+                total[l] -= R[i * stride + j] * x[i * LBQ_PANEL + l];
+        memcpy(x + j * LBQ_PANEL, total, sizeof total);
+    }
+}
+
+void
 lbq_round_f32_portable(const float *grid, int top, const float *w, const float *shift,
                        uint8_t *codes, float *e)
 {

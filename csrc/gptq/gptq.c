@@ -16,7 +16,8 @@ enum {
     LANES = LBQ_PANEL,
     /* Rows of a task: products pack R anew for each. */
     MAX_TILE = 1024,
-    FEW = 8, /* columns whose sums stay in registers */
+    FEW = 8,   /* columns whose sums stay in registers */
+    SIDE = 64, /* of the tiles in which H is put in order */
 };
 
 /* Of float32's pivots, relative to the diagonal of H. Those above were right to 0.06 %, and the
@@ -91,23 +92,38 @@ typedef struct {
     const double *H;
     const int64_t *order;
     double damping;
-    void *R;         /* (cols, cols), of floats or doubles */
-    double *scratch; /* (cols) */
+    void *R; /* (cols, cols), of floats or doubles */
     bool failed;
 } factoring;
 
-/* Row i of the damped matrix in reversed order, up to its diagonal. */
-static void
-reversed_row(const factoring *job, ptrdiff_t i, double *to)
+static double
+damped(const factoring *job, ptrdiff_t column)
 {
-    const ptrdiff_t n = job->cols, row = job->order[n - 1 - i];
-    for (ptrdiff_t j = 0; j < i; j++) {
-        const ptrdiff_t col = job->order[n - 1 - j];
-        to[j] = row < col ? job->H[row * n + col] : job->H[col * n + row];
-    }
-    const double diagonal = job->H[row * n + row];
-    to[i] = (diagonal > 0 ? diagonal : 1) + job->damping;
+    const double diagonal = job->H[column * job->cols + column];
+    return (diagonal > 0 ? diagonal : 1) + job->damping;
 }
+
+/* The damped matrix in reversed order, up to its diagonal; by tiles, since an order that keeps
+ * groups together finds those of a tile near each other. */
+#define REVERSE(name, real)                                                                        \
+    static void name(const factoring *job, real *R)                                                \
+    {                                                                                              \
+        const ptrdiff_t n = job->cols;                                                             \
+        const double *const H = job->H;                                                            \
+        const int64_t *const from = job->order + n - 1;                                            \
+        for (ptrdiff_t top = 0; top < n; top += SIDE)                                              \
+            for (ptrdiff_t left = 0; left <= top; left += SIDE)                                    \
+                for (ptrdiff_t i = top; i < lbq_smaller(top + SIDE, n); i++)                       \
+                    for (ptrdiff_t j = left; j < lbq_smaller(left + SIDE, i + 1); j++) {           \
+                        const ptrdiff_t row = from[-i], col = from[-j];                            \
+                        R[i * n + j] = (real)(row < col ? H[row * n + col] : H[col * n + row]);    \
+                    }                                                                              \
+        for (ptrdiff_t i = 0; i < n; i++)                                                          \
+            R[i * n + i] = (real)damped(job, from[-i]);                                            \
+    }
+REVERSE(reverse_f32, float)
+REVERSE(reverse_f64, double)
+#undef REVERSE
 
 /* The lower factor C of the matrix in reversed order: then R[i, j] = C[n-1-i, n-1-j] / C[n-1-j,
  * n-1-j], since reversing rows and columns turns lower triangles into upper ones. */
@@ -117,8 +133,7 @@ factor_f64(void *context, ptrdiff_t index, int worker)
     (void)index, (void)worker;
     factoring *const job = context;
     double *const R = job->R;
-    for (ptrdiff_t i = 0; i < job->cols; i++)
-        reversed_row(job, i, R + i * job->cols);
+    reverse_f64(job, R);
     const int order = (int)job->cols;
     int info;
     BLAS(dpotrf_)("U", &order, R, &order, &info, 1);
@@ -137,19 +152,14 @@ factor_f32(void *context, ptrdiff_t index, int worker)
     factoring *const job = context;
     const ptrdiff_t n = job->cols;
     float *const R = job->R;
-    for (ptrdiff_t i = 0; i < n; i++) {
-        reversed_row(job, i, job->scratch);
-        for (ptrdiff_t j = 0; j <= i; j++)
-            R[i * n + j] = (float)job->scratch[j];
-    }
+    reverse_f32(job, R);
     const int order = (int)n;
     int info;
     BLAS(spotrf_)("U", &order, R, &order, &info, 1);
     job->failed = info != 0;
     for (ptrdiff_t j = 0; j < n && !job->failed; j++) {
-        const ptrdiff_t k = job->order[n - 1 - j];
-        const double pivot = (double)R[j * n + j], diagonal = job->H[k * n + k];
-        job->failed = pivot * pivot < LEAST_PIVOT * ((diagonal > 0 ? diagonal : 1) + job->damping);
+        const double pivot = (double)R[j * n + j];
+        job->failed = pivot * pivot < LEAST_PIVOT * damped(job, job->order[n - 1 - j]);
     }
     return LBQ_OK;
 }
@@ -230,7 +240,6 @@ lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double da
         .order = permutation,
         .damping = damping * typical,
         .R = R,
-        .scratch = scratch,
     };
     *report = (lbq_gptq_report){0};
     for (ptrdiff_t j = 0; j < cols; j++)

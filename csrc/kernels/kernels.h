@@ -197,10 +197,10 @@ typedef struct {
       void,                                                                                        \
       (float *w, const float *importance, ptrdiff_t count, const float *change, float *moments))   \
     /* How LBQ_PANEL groups of weights w (count, LBQ_PANEL) fit their grids: with                  \
-     * x = fma(w, inverse, start), v = x clipped to 0 and top <= 255 and rounded, ties to even, and\
-     * r = x - v, the sums over a group of importance times r, r v, r^2, the last two by fma;      \
-     * importance like w, or NULL for ones. grid as [2][group]: inverse, start; sums as [3][group];\
-     * exact. */                                                                                   \
+     * x = fma(w, inverse, start), v = x clipped to 0 and top <= 255 and rounded, ties to even,    \
+     * and r = x - v, the sums over a group of importance times r, r v, r^2, the last two by fma;  \
+     * importance like w, or NULL for ones. grid as [2][group]: inverse, start; sums as            \
+     * [3][group]; exact. */                                                                       \
     X(grid_sums_f32,                                                                               \
       void,                                                                                        \
       (const float *w,                                                                             \
@@ -248,7 +248,8 @@ typedef struct {
        ptrdiff_t pitch,                                                                            \
        float *sum))                                                                                \
     /* x (count, LBQ_PANEL) becomes what times R is x, R (count, count) upper triangular with ones \
-     * on its diagonal: x[j] -= x[i] * R[i * stride + j] for i = 0, 1, ..., j - 1 in turn; exact. */\
+     * on its diagonal: x[j] -= x[i] * R[i * stride + j] for i = 0, 1, ..., j - 1 in turn; exact.  \
+     */                                                                                            \
     X(solve_f32, void, (ptrdiff_t count, const float *R, ptrdiff_t stride, float *x))              \
     /* One column of LBQ_PANEL rows, each with its grid: the code is (w + shift - offset) *        \
      * inverse, clipped to 0 and top <= 255, ties to even, and e = w - (scale * code + offset);    \

@@ -23,10 +23,9 @@ enum { BATCH = 128 };
 /* Scratch of the blocks for a number of tokens, which come in batches. */
 typedef struct {
     ptrdiff_t batch;      /* tokens */
-    float *norm;          /* (batch, hidden): input of qkv and of gate and up */
+    float *norm;          /* (batch, hidden): input of qkv and of gate and up; what x grows by */
     float *q, *k, *v;     /* (batch, heads or kv_heads, head_dim) */
     float *gate, *up;     /* (batch, intermediate) */
-    float *sum;           /* (batch, hidden): what is added to x */
     float *cosine, *sine; /* (tokens, head_dim / 2) */
     void *attention;
     lbq_store store; /* of one block, where there is no cache */
@@ -74,12 +73,15 @@ take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, bool cached, lbq_aren
     const ptrdiff_t batch = batch_of(decoder, tokens);
     s->batch = batch;
     size_t bytes = take(arena, batch * decoder->hidden, &s->norm);
-    bytes += take(arena, batch * decoder->hidden, &s->sum);
-    bytes += take(arena, batch * heads->heads * d, &s->q);
-    bytes += take(arena, batch * heads->kv_heads * d, &s->k);
-    bytes += take(arena, batch * heads->kv_heads * d, &s->v);
-    bytes += take(arena, batch * intermediate, &s->gate);
-    bytes += take(arena, batch * intermediate, &s->up);
+    /* What attention leaves is used up when gate and up begin: they lie in the same place. */
+    lbq_arena same = *arena;
+    size_t attending = take(arena, batch * heads->heads * d, &s->q);
+    attending += take(arena, batch * heads->kv_heads * d, &s->k);
+    attending += take(arena, batch * heads->kv_heads * d, &s->v);
+    size_t feeding = take(&same, batch * intermediate, &s->gate);
+    feeding += take(&same, batch * intermediate, &s->up);
+    bytes += attending > feeding ? attending : feeding;
+    arena->used = arena->used > same.used ? arena->used : same.used;
     bytes += take(arena, tokens * (d / 2), &s->cosine);
     bytes += take(arena, tokens * (d / 2), &s->sine);
     float *attention = NULL;
@@ -158,8 +160,8 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
                      s->k));
     LBQ_TRY(lbq_attention_store(heads, past, tokens, s->k, s->v, store));
     LBQ_TRY(lbq_attention(heads, past, tokens, s->q, store, s->attention, o));
-    LBQ_TRY(lbq_linear_forward(block->output, tokens, o, s->sum));
-    return add(x, s->sum, tokens * decoder->hidden);
+    LBQ_TRY(lbq_linear_forward(block->output, tokens, o, s->norm));
+    return add(x, s->norm, tokens * decoder->hidden);
 }
 
 static lbq_status
@@ -173,8 +175,8 @@ feed_forward(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t token
     float *const outputs[] = {s->gate, s->up};
     LBQ_TRY(lbq_linears_forward(2, layers, tokens, n, outputs));
     LBQ_TRY(lbq_swiglu(tokens * block->gate->rows, s->gate, s->up, y));
-    LBQ_TRY(lbq_linear_forward(block->down, tokens, y, s->sum));
-    return add(x, s->sum, tokens * decoder->hidden);
+    LBQ_TRY(lbq_linear_forward(block->down, tokens, y, s->norm));
+    return add(x, s->norm, tokens * decoder->hidden);
 }
 
 static float *

@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "core/memory.h"
+#include "core/pack.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
 

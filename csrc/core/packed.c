@@ -9,9 +9,10 @@
 #include <string.h>
 
 #include "core/half.h"
+#include "core/pack.h"
 #include "core/threads.h"
 
-enum { BLOCK = 64, WORKSET = 1 << 16 /* weights per task: some 20 us */ };
+enum { WORKSET = 1 << 16 /* weights per task: some 20 us */ };
 
 lbq_status
 lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
@@ -138,51 +139,16 @@ lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_PANEL]
         offset[r] = offset_of(panel, step, r);
 }
 
-static inline uint32_t
-load_word(const uint8_t *from)
-{
-    uint32_t word;
-    memcpy(&word, from, sizeof word);
-    return word;
-}
-
-static inline void
-store_word(uint8_t *to, uint32_t word)
-{
-    memcpy(to, &word, sizeof word);
-}
-
-/* The low `bits` bits of each byte. */
-static inline uint32_t
-low_bits(int bits)
-{
-    return 0x01010101u * ((1u << bits) - 1);
-}
-
 /* The word of a row in a block: four bytes side by side, or `spread` with those of 16 rows. */
 static inline uint32_t
 load_lane(const uint8_t *block, int row, bool spread)
 {
     if (!spread)
-        return load_word(block + 4 * row);
+        return lbq_load_word(block + 4 * row);
     block += row;
     const uint8_t bytes[] = {
         block[0], block[LBQ_PANEL], block[2 * LBQ_PANEL], block[3 * LBQ_PANEL]};
-    return load_word(bytes);
-}
-
-/* `bits` bits from `shift` on of the codes of as many columns as make up a block. */
-static inline void
-pack_block(int bits, const uint8_t *restrict codes, int shift, uint8_t *restrict block)
-{
-    for (int r = 0; r < LBQ_PANEL; r++) {
-        uint32_t lane = 0;
-        for (int p = 0; p < 8 / bits; p++) {
-            const uint32_t word = load_word(codes + p * BLOCK + 4 * r);
-            lane |= (word >> shift & low_bits(bits)) << p * bits;
-        }
-        store_word(block + 4 * r, lane);
-    }
+    return lbq_load_word(bytes);
 }
 
 /* Adds the codes of a row's lanes, shifted left by `shift`, to words `stride` bytes apart. */
@@ -192,11 +158,11 @@ unpack_lanes(int bits, const uint8_t *blocks, int shift, ptrdiff_t columns, int 
 {
     const int planes = 8 / bits;
     for (ptrdiff_t b = 0; b < columns / (4 * planes); b++) {
-        const uint32_t lane = load_lane(blocks + b * BLOCK, row, spread);
+        const uint32_t lane = load_lane(blocks + b * LBQ_BLOCK, row, spread);
         for (int p = 0; p < planes; p++) {
             uint8_t *const to = out + (b * planes + p) * stride;
-            const uint32_t before = shift ? load_word(to) : 0;
-            store_word(to, before | (lane >> p * bits & low_bits(bits)) << shift);
+            const uint32_t before = shift ? lbq_load_word(to) : 0;
+            lbq_store_word(to, before | (lane >> p * bits & lbq_low_bits(bits)) << shift);
         }
     }
 }
@@ -209,9 +175,9 @@ unpack_row(int bits, const uint8_t *blocks, ptrdiff_t columns, int row, uint8_t 
         unpack_lanes(bits, blocks, 0, columns, row, bits == 1, out, stride);
         return;
     }
-    for (ptrdiff_t k = 0; k < columns; k += 32, blocks += 3 * BLOCK) {
+    for (ptrdiff_t k = 0; k < columns; k += 32, blocks += 3 * LBQ_BLOCK) {
         unpack_lanes(2, blocks, 0, 32, row, false, out + k / 4 * stride, stride);
-        unpack_lanes(1, blocks + 2 * BLOCK, 2, 32, row, false, out + k / 4 * stride, stride);
+        unpack_lanes(1, blocks + 2 * LBQ_BLOCK, 2, 32, row, false, out + k / 4 * stride, stride);
     }
 }
 
@@ -220,39 +186,6 @@ lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
 {
     for (int r = 0; r < LBQ_PANEL; r++)
         unpack_row(bits, codes, columns, r, out + 4 * r, 4 * LBQ_PANEL);
-}
-
-void
-lbq_step_pack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
-{
-    const uint8_t *const end = codes + columns * LBQ_PANEL;
-    switch (bits) {
-    case 1:
-        for (; codes < end; codes += 8 * BLOCK, out += BLOCK) {
-            uint8_t lanes[BLOCK];
-            pack_block(1, codes, 0, lanes);
-            for (int i = 0; i < BLOCK; i++)
-                out[i] = lanes[i % LBQ_PANEL * 4 + i / LBQ_PANEL];
-        }
-        break;
-    case 2:
-        for (; codes < end; codes += 4 * BLOCK, out += BLOCK)
-            pack_block(2, codes, 0, out);
-        break;
-    case 3:
-        for (; codes < end; codes += 8 * BLOCK, out += 3 * BLOCK) {
-            pack_block(2, codes, 0, out);
-            pack_block(2, codes + 4 * BLOCK, 0, out + BLOCK);
-            pack_block(1, codes, 2, out + 2 * BLOCK);
-        }
-        break;
-    case 4:
-        for (; codes < end; codes += 2 * BLOCK, out += BLOCK)
-            pack_block(4, codes, 0, out);
-        break;
-    default:
-        memcpy(out, codes, (size_t)(end - codes));
-    }
 }
 
 /* One call's work, cut into runs of panels. */
@@ -380,11 +313,11 @@ pack_panel(const panel_work *work, ptrdiff_t panel)
             memcpy(codes, work->codes_in + (first + r) * packed->cols + begin, (size_t)count);
             uint32_t seen = 0;
             for (ptrdiff_t k = 0; k < g->step; k += 4) {
-                const uint32_t word = load_word(codes + k);
+                const uint32_t word = lbq_load_word(codes + k);
                 seen |= word;
-                store_word(bytes + k * LBQ_PANEL + 4 * r, word);
+                lbq_store_word(bytes + k * LBQ_PANEL + 4 * r, word);
             }
-            if (seen & ~low_bits(packed->bits))
+            if (seen & ~lbq_low_bits(packed->bits))
                 return refuse_code(packed, codes, first + r, begin);
         }
         lbq_step_pack(packed->bits, bytes, g->step, out + s * g->step_bytes);

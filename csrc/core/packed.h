@@ -116,7 +116,4 @@ void lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_P
  * [row][k % 4]. `columns` is a multiple of 16, of 32 for 1 and 3 bits. */
 void lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
 
-/* The inverse, for codes below 2^bits. */
-void lbq_step_pack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
-
 #endif

@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "codes/stored.h"
 #include "core/memory.h"
 #include "core/pack.h"
 #include "core/threads.h"
@@ -225,53 +226,74 @@ quantize_panel(void *context, ptrdiff_t panel, int worker)
 
 /* Of the group from step `step` on; what further rows have is 0. */
 static lbq_status
-store_scales(const quantization *job, panel_rows rows, ptrdiff_t step, const float *scale,
-             const float *offset, uint8_t *panel)
+store_scales(const quantization *job, panel_rows rows, ptrdiff_t step, const float *grid,
+             uint8_t *panel)
 {
     const lbq_packed *const packed = job->packed;
+    const float *const offset = grid + LBQ_PANEL;
     uint8_t *const to = panel + job->geometry.scale_at + step * job->geometry.scale_stride;
     if (packed->scale_bits != 16) {
         memset(to, 0, (size_t)(packed->scale_bits * LBQ_PANEL / 8));
         for (ptrdiff_t l = 0; l < rows.count; l++)
-            LBQ_TRY(lbq_scale_pack(packed, rows.first + l, step, scale[l], offset[l], to));
+            LBQ_TRY(lbq_scale_pack(packed, rows.first + l, step, grid[l], offset[l], to));
         return LBQ_OK;
     }
     uint16_t half[2 * LBQ_PANEL];
-    lbq_kernel.narrow_f16(scale, LBQ_PANEL, half);
-    lbq_kernel.narrow_f16(offset, LBQ_PANEL, half + LBQ_PANEL);
+    lbq_kernel.narrow_f16(grid, 2 * LBQ_PANEL, half);
     for (ptrdiff_t l = rows.count; l < LBQ_PANEL; l++)
         half[l] = half[LBQ_PANEL + l] = 0;
-    memcpy(to, half, packed->has_offset ? sizeof half : sizeof half / 2);
+    memcpy(to, half, sizeof half / 2);
+    if (packed->has_offset)
+        memcpy(to + sizeof half / 2, half + LBQ_PANEL, sizeof half / 2);
     return LBQ_OK;
 }
 
+/* Codes of the step from column `begin` on, as lbq_step_pack takes them; 0 behind `count`. */
 static void
-pack_step(const quantization *job, panel_rows rows, ptrdiff_t step, const float *scale,
-          const float *offset, uint8_t *panel)
+encode_step(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t count,
+            const float *grid, uint8_t *codes)
 {
-    const lbq_packed_geometry *const to = &job->geometry;
-    const ptrdiff_t begin = step * to->step, count = lbq_smaller(to->step, job->cols - begin);
     const float *const W = job->W + rows.first * job->cols + begin;
-    uint8_t codes[LBQ_MAX_STEP * LBQ_PANEL];
-    if (count < to->step || job->code->levels)
-        memset(codes, 0, sizeof codes);
+    if (count < job->geometry.step || job->code->levels)
+        memset(codes, 0, LBQ_MAX_STEP * LBQ_PANEL);
     if (!job->code->levels) {
-        float grid[2 * LBQ_PANEL];
-        memcpy(grid, offset, LBQ_PANEL * sizeof *grid);
-        for (int l = 0; l < LBQ_PANEL; l++)
-            grid[LBQ_PANEL + l] = 1 / scale[l];
-        lbq_kernel.encode_f32(W, job->cols, rows.count, count, grid, job->code->count - 1, codes);
+        /* Where a row has one scale, its range has brought it to the caches; next come others. */
+        const ptrdiff_t ahead = job->geometry.scale_stride ? 0 : LBQ_PANEL * job->cols;
+        const int top = job->code->count - 1;
+        lbq_kernel.encode_f32(W, job->cols, rows.count, count, grid, top, ahead, codes);
+        return;
     }
-    for (ptrdiff_t l = 0; l < rows.count && job->code->levels; l++) {
+    for (ptrdiff_t l = 0; l < rows.count; l++) {
         uint8_t row[LBQ_MAX_STEP] = {0};
-        encode_row(job->code, count, W + l * job->cols, scale[l], offset[l], row);
+        encode_row(job->code, count, W + l * job->cols, grid[l], grid[LBQ_PANEL + l], row);
         for (ptrdiff_t k = 0; k < count; k += 4)
             memcpy(codes + k * LBQ_PANEL + 4 * l, row + k, 4);
     }
-    lbq_step_pack(job->packed->bits, codes, to->step, panel + step * to->step_bytes);
 }
 
-/* Scales are found a step ahead: the processor goes on with them while it encodes. */
+/* Rounds by the range, which for grids of float16 one kernel does: how many steps, and whether all
+ * their weights fit. */
+static ptrdiff_t
+pack_whole_steps(const quantization *job, panel_rows rows, uint8_t *panel, bool *fit)
+{
+    const lbq_code *const code = job->code;
+    const ptrdiff_t step = job->geometry.step, steps = job->cols / step;
+    if (rows.count < LBQ_PANEL || !job->geometry.scale_stride || code->scale_bits != 16 ||
+        code->levels || job->range->method != LBQ_RANGE_MINMAX)
+        return 0;
+    const lbq_cover cover = lbq_cover_of(code, job->range->clip);
+    *fit = lbq_kernel.round_panel(job->W + rows.first * job->cols,
+                                  job->cols,
+                                  steps,
+                                  step,
+                                  largest_weight(code),
+                                  &cover,
+                                  code->count - 1,
+                                  job->packed->bits,
+                                  panel);
+    return steps;
+}
+
 static lbq_status
 pack_panel(void *context, ptrdiff_t panel, int worker)
 {
@@ -279,23 +301,25 @@ pack_panel(void *context, ptrdiff_t panel, int worker)
     const lbq_packed_geometry *const to = &job->geometry;
     const panel_rows rows = rows_of(job, panel);
     uint8_t *const out = job->panels + panel * to->panel_bytes;
-    float scale[2][LBQ_PANEL], offset[2][LBQ_PANEL];
+    float grid[2 * LBQ_PANEL];
     for (int l = 0; l < LBQ_PANEL; l++) {
-        scale[0][l] = scale[1][l] = job->packed->gamma;
-        offset[0][l] = offset[1][l] = -job->packed->zero * job->packed->gamma;
+        grid[l] = job->packed->gamma;
+        grid[LBQ_PANEL + l] = -job->packed->zero * job->packed->gamma;
     }
-    if (job->fixed)
+    bool fit = !job->fixed;
+    ptrdiff_t s = pack_whole_steps(job, rows, out, &fit);
+    if (!fit)
         LBQ_TRY(check_rows(job, rows));
-    for (ptrdiff_t s = 0; s <= to->steps; s++) {
-        const int new = to->scale_stride ? s % 2 : 0, old = to->scale_stride ? !new : 0;
-        if (s < to->steps && !job->fixed && (s == 0 || to->scale_stride)) {
-            const ptrdiff_t begin = s * to->step;
-            const ptrdiff_t count = lbq_smaller(job->group, job->cols - begin);
-            LBQ_TRY(fit_rows(job, rows, begin, count, worker, scale[new], offset[new]));
-            LBQ_TRY(store_scales(job, rows, s, scale[new], offset[new], out));
+    for (; s < to->steps; s++) {
+        const ptrdiff_t begin = s * to->step, left = job->cols - begin;
+        if (!job->fixed && (s == 0 || to->scale_stride)) {
+            const ptrdiff_t width = lbq_smaller(job->group, left);
+            LBQ_TRY(fit_rows(job, rows, begin, width, worker, grid, grid + LBQ_PANEL));
+            LBQ_TRY(store_scales(job, rows, s, grid, out));
         }
-        if (s > 0)
-            pack_step(job, rows, s - 1, scale[old], offset[old], out);
+        uint8_t codes[LBQ_MAX_STEP * LBQ_PANEL];
+        encode_step(job, rows, begin, lbq_smaller(to->step, left), grid, codes);
+        lbq_step_pack(job->packed->bits, codes, to->step, out + s * to->step_bytes);
     }
     return LBQ_OK;
 }

@@ -4,6 +4,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #include "kernels/kernels.h"
 
@@ -14,11 +15,11 @@ typedef double wide[LANES];
 static void
 halves_of(const double *x, int direction, double *stored)
 {
-    uint16_t half[LBQ_PANEL];
-    float value[LBQ_PANEL];
-    lbq_kernel.round_f16(x, direction, half);
-    lbq_kernel.widen_f16(half, LBQ_PANEL, value);
-    for (int l = 0; l < LBQ_PANEL; l++)
+    float value[LANES];
+    for (int l = 0; l < LANES; l++)
+        value[l] = (float)x[l];
+    lbq_kernel.round_f16(value, direction, value);
+    for (int l = 0; l < LANES; l++)
         stored[l] = (double)value[l];
 }
 
@@ -74,24 +75,47 @@ lbq_store_offsets(const lbq_code *code, const double *scale, int direction, doub
     }
 }
 
+/* How far the levels reach to both sides of the fixed zero, infinitely where there is none: that
+ * side asks for nothing. */
+static void
+reach_of(const lbq_code *code, float *above, float *below)
+{
+    const float first = code->levels ? code->levels[0] : 0;
+    const float last = code->levels ? code->levels[code->count - 1] : (float)(code->count - 1);
+    *above = last > code->zero ? last - code->zero : HUGE_VALF;
+    *below = code->zero > first ? code->zero - first : HUGE_VALF;
+}
+
+lbq_cover
+lbq_cover_of(const lbq_code *code, double clip)
+{
+    lbq_cover cover = {
+        .clip = (float)clip,
+        .has_offset = !code->symmetric,
+        .above = (float)(code->count - 1),
+        .below = HUGE_VALF,
+    };
+    if (code->symmetric) {
+        cover.zero = code->zero;
+        reach_of(code, &cover.above, &cover.below);
+    }
+    return cover;
+}
+
 void
 lbq_grids_over(const lbq_code *code, const double *low, const double *high, double *scale,
                double *offset)
 {
-    const int top = code->count - 1;
-    const double first = code->levels ? (double)code->levels[0] : 0;
-    const double last = code->levels ? (double)code->levels[top] : top;
-    const double z = (double)code->zero;
-    /* Where no level lies on a side of the fixed zero, that side asks for nothing. */
-    const double above = last > z ? last - z : HUGE_VAL, below = z > first ? z - first : HUGE_VAL;
+    float above, below;
+    reach_of(code, &above, &below);
     for (int l = 0; l < LANES && code->symmetric; l++) {
-        const double up = high[l] / above, down = -low[l] / below;
+        const double up = high[l] / (double)above, down = -low[l] / (double)below;
         const double most = up > down ? up : down;
         scale[l] = most > 0 ? most : 0;
-        offset[l] = -z * scale[l];
+        offset[l] = -(double)code->zero * scale[l];
     }
     for (int l = 0; l < LANES && !code->symmetric; l++) {
-        scale[l] = (high[l] - low[l]) / last;
+        scale[l] = (high[l] - low[l]) / (code->count - 1);
         offset[l] = low[l];
     }
 }
@@ -127,8 +151,12 @@ void
 lbq_range_fit(const lbq_code *code, double clip, const float *low, const float *high, float *scale,
               float *offset)
 {
-    if (code->scale_bits == 16 && !code->symmetric) {
-        lbq_kernel.cover_f16(low, high, clip, code->count - 1, scale, offset);
+    if (code->scale_bits == 16) {
+        const lbq_cover cover = lbq_cover_of(code, clip);
+        float grid[2 * LANES];
+        lbq_kernel.cover_f16(low, high, &cover, grid);
+        memcpy(scale, grid, sizeof grid / 2);
+        memcpy(offset, grid + LANES, sizeof grid / 2);
         return;
     }
     wide from, to, s, o;

@@ -4,6 +4,7 @@
 #define LBQ_STORED_H
 
 #include "codes/code.h"
+#include "kernels/kernels.h"
 
 /* Where to round: not above x, next to x, not below x. */
 enum { LBQ_DOWN = -1, LBQ_NEAREST, LBQ_UP };
@@ -11,6 +12,9 @@ enum { LBQ_DOWN = -1, LBQ_NEAREST, LBQ_UP };
 /* In place. A lone float32 offset is kept as the zero of the matrix, -zero * scale. */
 void lbq_store_scales(const lbq_code *code, int direction, double *scale);
 void lbq_store_offsets(const lbq_code *code, const double *scale, int direction, double *offset);
+
+/* How float16 grids of the code cover a part `clip` of ranges. */
+lbq_cover lbq_cover_of(const lbq_code *code, double clip);
 
 /* The finest grids over [low, high], not rounded. */
 void lbq_grids_over(const lbq_code *code, const double *low, const double *high, double *scale,

@@ -1,6 +1,7 @@
 /* Conversions in integer arithmetic, the same on every machine. */
 #include "core/half.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "core/threads.h"
@@ -53,6 +54,21 @@ lbq_half_narrow(float value)
     }
     const uint32_t odd = magnitude >> 13 & 1;
     return sign | (uint16_t)((magnitude - (112u << 23) + 0xfff + odd) >> 13);
+}
+
+float
+lbq_half_round(float value, int direction)
+{
+    const float largest = 65504;
+    if (fabsf(value) >= largest)
+        return copysignf(largest, value);
+    const uint16_t half = lbq_half_narrow(value);
+    const float near = lbq_half_widen(half);
+    if (direction == 0 || near == value || (near > value) == (direction > 0))
+        return near;
+    if (near == 0)
+        return direction > 0 ? 0x1p-24f : -0x1p-24f;
+    return lbq_half_widen((near > 0) == (direction > 0) ? half + 1 : half - 1);
 }
 
 typedef struct {

@@ -27,21 +27,31 @@ typedef struct {
     const uint8_t *sums; /* subset_sums of each token, one after the other; for gemv_u1_i8 only */
 } lbq_activations;
 
+/* How grids of float16 cover ranges: with low and high times `clip`, and in float32,
+ *     start = the largest float16 not above low if there are offsets, else 0
+ *     scale = the smallest float16 from 2^-24 on not below (high - start) / above and
+ *             (start - low) / below
+ *     offset = start - zero * scale
+ * where float16 ends at 65504. What the roundings of float32 leave out of the range moves no code.
+ */
+typedef struct {
+    float clip;
+    int has_offset;
+    float zero;         /* the level that stands for 0; 0 if there are offsets */
+    float above, below; /* steps from start to the ends, infinite where there are none */
+} lbq_cover;
+
 /* X(name, result, (parameters)), each with its contract in the comment above it. */
 #define LBQ_KERNELS(X)                                                                             \
     /* y[i] = half x[i] widened to float32; exact. */                                              \
     X(widen_f16, void, (const uint16_t *x, ptrdiff_t count, float *y))                             \
     /* y[i] = x[i] narrowed to float16, ties to even; infinity beyond 65504; exact. */             \
     X(narrow_f16, void, (const float *x, ptrdiff_t count, uint16_t *y))                            \
-    /* LBQ_PANEL numbers to float16: the nearest to (float)x (direction 0), the largest that is    \
-     * not above x (-1), the smallest not below (1); at +-65504 they saturate; exact. */           \
-    X(round_f16, void, (const double *x, int direction, uint16_t *y))                              \
-    /* Grids of float16 that cover LBQ_PANEL ranges, low and high times `clip`, by `top` steps:    \
-     * the largest offset not above low, and the smallest scale from 2^-24 on that is not below    \
-     * (high - low) / top or, if that leaves out high, (high - offset) / top; exact. */            \
-    X(cover_f16,                                                                                   \
-      void,                                                                                        \
-      (const float *low, const float *high, double clip, int top, float *scale, float *offset))    \
+    /* LBQ_PANEL numbers rounded to values of float16: the nearest (direction 0), the largest not  \
+     * above x (-1), the smallest not below it (1), +-65504 at the most; y may be x; exact. */     \
+    X(round_f16, void, (const float *x, int direction, float *y))                                  \
+    /* Grids of float16 over LBQ_PANEL ranges; exact. grid as [2][LBQ_PANEL]: scale, offset. */    \
+    X(cover_f16, void, (const float *low, const float *high, const lbq_cover *cover, float *grid)) \
     /* Per step of a row x: scale = max |x| / limit, q = x * (limit / max |x|), ties to even, and  \
      * total = scale * sum of q; exact. A step below 2^-100 counts as zeros; one with a NaN or an  \
      * infinity gets scale NaN and zeros. q is padded with zeros to whole steps. */                \
@@ -151,9 +161,10 @@ typedef struct {
        float limit,                                                                                \
        float *low,                                                                                 \
        float *high))                                                                               \
-    /* Codes of `rows` <= LBQ_PANEL rows, each with its grid: (w - offset) * inverse, clipped to 0 \
-     * and top <= 255, ties to even, laid out as lbq_step_unpack does; zeros in further rows, and  \
-     * up to whole 16 columns; exact. grid as [2][LBQ_PANEL]: offset, inverse. */                  \
+    /* Codes of `rows` <= LBQ_PANEL rows, each with its grid: (w - offset) (1 / scale), clipped to \
+     * 0 and top <= 255, ties to even, laid out as lbq_step_unpack does; zeros in further rows,    \
+     * and up to whole 16 columns; exact. grid as [2][LBQ_PANEL]: scale, offset. What is wanted    \
+     * next lies `ahead` numbers further on, and may be fetched; 0: nothing. */                    \
     X(encode_f32,                                                                                  \
       void,                                                                                        \
       (const float *w,                                                                             \
@@ -162,7 +173,22 @@ typedef struct {
        ptrdiff_t count,                                                                            \
        const float *grid,                                                                          \
        int top,                                                                                    \
+       ptrdiff_t ahead,                                                                            \
        uint8_t *codes))                                                                            \
+    /* The first steps of a panel, of `count` columns each, a multiple of 16, or of 32 for 1 and 3 \
+     * bits: for each the last three in turn over LBQ_PANEL rows, packed, with scales and, if      \
+     * there are any, offsets as float16. Returns what range_f32 does. */                          \
+    X(round_panel,                                                                                 \
+      int,                                                                                         \
+      (const float *w,                                                                             \
+       ptrdiff_t stride,                                                                           \
+       ptrdiff_t steps,                                                                            \
+       ptrdiff_t count,                                                                            \
+       float limit,                                                                                \
+       const lbq_cover *cover,                                                                     \
+       int top,                                                                                    \
+       int bits,                                                                                   \
+       uint8_t *panel))                                                                            \
     /* y[i] = x[i] as a float; count is a multiple of 16; exact. */                                \
     X(widen_i8, void, (const int8_t *x, ptrdiff_t count, float *y))                                \
     /* Columns of `rows` <= LBQ_PANEL rows, `stride` apart, to lanes: lanes[place[i]][r] =         \

@@ -430,6 +430,26 @@ def test_one_thread_and_many_agree():
     assert all((a == b).all() for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("clip", [1.0, 0.7])
+@pytest.mark.parametrize("count", [2, 3, 16, 256])
+def test_grids_of_halves_are_the_finest_that_cover(isa, count, clip):
+    """But for two roundings of float32 each, a difference and a quotient."""
+    weight, top, slack = spread(320, 24), count - 1, 2.0**-22
+    low = np.float32(clip) * weight.reshape(960, 8).min(1)
+    high = np.float32(clip) * weight.reshape(960, 8).max(1)
+    for symmetric in (False, True):
+        options = {"count": count, "symmetric": symmetric, "method": "minmax", "clip": clip}
+        found = quantize(weight, group=8, **options)[1:3]
+        scale, offset = (a.reshape(-1).astype(np.float16) for a in found)
+        finer = np.nextafter(scale, np.float16(0))
+        reach = 2 * np.maximum(high, -low) if symmetric else high - offset.astype(float)
+        assert (scale.astype(float) * top >= reach * (1 - slack)).all()
+        assert ((finer.astype(float) * top < reach * (1 + slack)) | (scale == 2.0**-24)).all()
+        if not symmetric:
+            assert (offset <= low).all()
+            assert (np.nextafter(offset, np.float16(np.inf)) > low).all()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e5])
 def test_unfit_weights_are_named(bad):
     weight = normal(5, 40)

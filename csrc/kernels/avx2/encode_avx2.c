@@ -1,9 +1,11 @@
-/* Ranges and codes of the rows of a panel: vectors along a row, four rows joined at a time. */
+/* Ranges, grids and codes of the rows of a panel: vectors along a row, four rows joined at a time.
+ */
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
 
 #include "kernels/avx2/avx2.h"
+#include "kernels/round.h"
 
 /* From vectors of eight rows one that holds an extreme of each. */
 #define DEFINE_JOIN(name)                                                                          \
@@ -25,50 +27,57 @@
 DEFINE_JOIN(min)
 DEFINE_JOIN(max)
 
-int
-lbq_range_f32_avx2(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t count, float limit,
-                   float *low, float *high)
+static inline int
+range_rows(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t count,
+           float limit, float *low, float *high)
 {
     const __m256 zero = _mm256_setzero_ps();
     const ptrdiff_t whole = count / 8 * 8;
     __m256 nothing = zero; /* NaN if something is not finite */
-    __m256 within = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
-    for (int first = 0; first < LBQ_PANEL; first += 8) {
-        __m256 bottom[8], top[8];
-        for (int i = 0; i < 8; i++) {
-            const float *const row = w + (first + i < rows ? first + i : rows - 1) * stride;
-            __m256 least = _mm256_set1_ps(row[0]), most = least;
-            for (ptrdiff_t k = 0; k < count; k += 8) {
-                float rest[8];
-                const float *at = row + k;
-                if (k == whole) {
-                    _mm256_storeu_ps(rest, least);
-                    memcpy(rest, at, (size_t)(count - k) * sizeof *at);
-                    at = rest;
-                }
-                const __m256 x = _mm256_loadu_ps(at);
-                least = _mm256_min_ps(least, x);
-                most = _mm256_max_ps(most, x);
-                nothing = _mm256_fmadd_ps(x, zero, nothing);
+    __m256 bottom[LBQ_ROWS], top[LBQ_ROWS];
+    for (int i = 0; i < LBQ_ROWS; i++) {
+        const float *const row = w + (first + i < rows ? first + i : rows - 1) * stride;
+        __m256 least = _mm256_set1_ps(row[0]), most = least, product = zero;
+        for (ptrdiff_t k = 0; k < count; k += 8) {
+            float rest[8];
+            const float *at = row + k;
+            if (k == whole) {
+                _mm256_storeu_ps(rest, least);
+                memcpy(rest, at, (size_t)(count - k) * sizeof *at);
+                at = rest;
             }
-            bottom[i] = least;
-            top[i] = most;
+            const __m256 x = _mm256_loadu_ps(at);
+            least = _mm256_min_ps(least, x);
+            most = _mm256_max_ps(most, x);
+            product = _mm256_fmadd_ps(x, zero, product);
         }
-        const __m256 lowest = min_of_eight(bottom), highest = max_of_eight(top);
-        _mm256_storeu_ps(low + first, lowest);
-        _mm256_storeu_ps(high + first, highest);
-        const __m256 above = _mm256_cmp_ps(lowest, _mm256_set1_ps(-limit), _CMP_GE_OQ);
-        const __m256 below = _mm256_cmp_ps(highest, _mm256_set1_ps(limit), _CMP_LE_OQ);
-        within = _mm256_and_ps(within, _mm256_and_ps(above, below));
+        nothing = _mm256_add_ps(nothing, product);
+        bottom[i] = least;
+        top[i] = most;
     }
-    within = _mm256_and_ps(within, _mm256_cmp_ps(nothing, zero, _CMP_EQ_OQ));
+    const __m256 lowest = min_of_eight(bottom), highest = max_of_eight(top);
+    _mm256_storeu_ps(low, lowest);
+    _mm256_storeu_ps(high, highest);
+    __m256 within = _mm256_cmp_ps(nothing, zero, _CMP_EQ_OQ);
+    within = _mm256_and_ps(within, _mm256_cmp_ps(lowest, _mm256_set1_ps(-limit), _CMP_GE_OQ));
+    within = _mm256_and_ps(within, _mm256_cmp_ps(highest, _mm256_set1_ps(limit), _CMP_LE_OQ));
     return _mm256_movemask_ps(within) == 0xff;
+}
+
+int
+lbq_range_f32_avx2(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t count, float limit,
+                   float *low, float *high)
+{
+    int within = 1;
+    for (int first = 0; first < LBQ_PANEL; first += LBQ_ROWS)
+        within &= range_rows(w, stride, first, rows, count, limit, low + first, high + first);
+    return within;
 }
 
 static inline __m256i
 encode(const float *w, const float *grid, __m256 top)
 {
-    const __m256 offset = _mm256_set1_ps(grid[0]), inverse = _mm256_set1_ps(grid[LBQ_PANEL]);
+    const __m256 inverse = _mm256_set1_ps(grid[0]), offset = _mm256_set1_ps(grid[LBQ_ROWS]);
     const __m256 x = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(w), offset), inverse);
     return _mm256_cvtps_epi32(_mm256_min_ps(x, top)); /* packing saturates what is negative */
 }
@@ -87,7 +96,7 @@ encode_four(const float *w, ptrdiff_t stride, const float *grid, __m256 top)
 static inline void
 encode_block(const float *w, ptrdiff_t stride, const float *grid, __m256 top, uint8_t *codes)
 {
-    for (int r = 0; r < LBQ_PANEL; r += 4)
+    for (int r = 0; r < LBQ_ROWS; r += 4)
         for (int k = 0; k < 16; k += 8) {
             const __m256i four = encode_four(w + r * stride + k, stride, grid + r, top);
             uint8_t *const to = codes + k * LBQ_PANEL + 4 * r;
@@ -96,22 +105,73 @@ encode_block(const float *w, ptrdiff_t stride, const float *grid, __m256 top, ui
         }
 }
 
+/* The same for up to so many rows and columns. */
+static __attribute__((noinline)) void
+encode_rest(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, const float *grid,
+            __m256 top, uint8_t *codes)
+{
+    float padded[LBQ_ROWS * 16];
+    for (int i = 0; i < LBQ_ROWS * 16; i++)
+        padded[i] = -HUGE_VALF;
+    for (ptrdiff_t r = 0; r < rows && r < LBQ_ROWS; r++)
+        memcpy(padded + r * 16, w + r * stride, (size_t)(columns < 16 ? columns : 16) * sizeof *w);
+    encode_block(padded, 16, grid, top, codes);
+}
+
+static inline __attribute__((always_inline)) void
+encode_rows(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t count,
+            const float *grid, int top, ptrdiff_t ahead, uint8_t *codes)
+{
+    const __m256 limit = _mm256_set1_ps((float)top), one = _mm256_set1_ps(1);
+    const ptrdiff_t whole = rows - first < LBQ_ROWS ? 0 : count / 16 * 16;
+    float steps[2 * LBQ_ROWS]; /* 1 / scale, offset */
+    _mm256_storeu_ps(steps, _mm256_div_ps(one, _mm256_loadu_ps(grid + first)));
+    _mm256_storeu_ps(steps + LBQ_ROWS, _mm256_loadu_ps(grid + LBQ_PANEL + first));
+    __asm__("" : "+m"(steps)); /* else gcc takes them out of the vectors again, one by one */
+    w += first * stride;
+    codes += 4 * first;
+    ptrdiff_t k = 0;
+    for (; k < whole; k += 16) {
+        const float *at = w + k;
+        __asm__("" : "+r"(at)); /* else gcc keeps a pointer to each row, most of them in memory */
+        for (int r = 0; r < LBQ_ROWS; r++)
+            _mm_prefetch((const char *)(at + r * stride + ahead), _MM_HINT_T0);
+        encode_block(at, stride, steps, limit, codes + k * LBQ_PANEL);
+    }
+    for (; k < count; k += 16)
+        encode_rest(w + k, stride, rows - first, count - k, steps, limit, codes + k * LBQ_PANEL);
+}
+
 void
 lbq_encode_f32_avx2(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t count,
-                    const float *grid, int top, uint8_t *codes)
+                    const float *grid, int top, ptrdiff_t ahead, uint8_t *codes)
 {
-    const __m256 limit = _mm256_set1_ps((float)top);
-    for (ptrdiff_t k = 0; k < count; k += 16, codes += 16 * LBQ_PANEL) {
-        if (rows == LBQ_PANEL && k + 16 <= count) {
-            encode_block(w + k, stride, grid, limit, codes);
-            continue;
-        }
-        const ptrdiff_t columns = count - k < 16 ? count - k : 16;
-        float padded[LBQ_PANEL * 16];
-        for (int i = 0; i < LBQ_PANEL * 16; i++)
-            padded[i] = -HUGE_VALF;
-        for (ptrdiff_t r = 0; r < rows; r++)
-            memcpy(padded + r * 16, w + r * stride + k, (size_t)columns * sizeof *w);
-        encode_block(padded, 16, grid, limit, codes);
-    }
+    for (int first = 0; first < LBQ_PANEL; first += LBQ_ROWS)
+        encode_rows(w, stride, first, rows, count, grid, top, ahead, codes);
+}
+
+static inline void
+halve(const float *x, int up, uint8_t *half, float *value)
+{
+    const __m256 most = _mm256_set1_ps(65504), least = _mm256_set1_ps(-65504);
+    const __m256 in = _mm256_min_ps(_mm256_max_ps(_mm256_loadu_ps(x), least), most);
+    const __m128i bits = up ? _mm256_cvtps_ph(in, _MM_FROUND_TO_POS_INF)
+                            : _mm256_cvtps_ph(in, _MM_FROUND_TO_NEG_INF);
+    _mm_storeu_si128((__m128i *)half, bits);
+    _mm256_storeu_ps(value, _mm256_cvtph_ps(bits));
+}
+
+static const lbq_by_rows by_rows = {range_rows, encode_rows, halve};
+
+void
+lbq_cover_f16_avx2(const float *low, const float *high, const lbq_cover *cover, float *grid)
+{
+    lbq_cover_by_rows(by_rows, low, high, cover, grid);
+}
+
+int
+lbq_round_panel_avx2(const float *w, ptrdiff_t stride, ptrdiff_t steps, ptrdiff_t count,
+                     float limit, const lbq_cover *cover, int top, int bits, uint8_t *panel)
+{
+    return lbq_round_by_rows(by_rows, w, stride, steps, count, limit, cover, top, bits, panel);
 }

@@ -13,6 +13,7 @@ lbq_table_avx2(lbq_kernels *table)
     table->widen_i8 = lbq_widen_i8_avx2;
     table->range_f32 = lbq_range_f32_avx2;
     table->encode_f32 = lbq_encode_f32_avx2;
+    table->round_panel = lbq_round_panel_avx2;
     table->to_lanes_f32 = lbq_to_lanes_f32_avx2;
     table->from_lanes_u8 = lbq_from_lanes_u8_avx2;
     table->lanes_range_f32 = lbq_lanes_range_f32_avx2;

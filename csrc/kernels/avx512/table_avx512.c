@@ -6,13 +6,13 @@ lbq_table_avx512(lbq_kernels *table)
 {
     table->widen_f16 = lbq_widen_f16_avx512;
     table->narrow_f16 = lbq_narrow_f16_avx512;
-    table->round_f16 = lbq_round_f16_avx512;
-    table->cover_f16 = lbq_cover_f16_avx512;
     table->product_f32 = lbq_product_f32_avx512;
     table->product_i8_f32 = lbq_product_i8_f32_avx512;
     table->widen_i8 = lbq_widen_i8_avx512;
     table->range_f32 = lbq_range_f32_avx512;
     table->encode_f32 = lbq_encode_f32_avx512;
+    table->cover_f16 = lbq_cover_f16_avx512;
+    table->round_panel = lbq_round_panel_avx512;
     table->to_lanes_f32 = lbq_to_lanes_f32_avx512;
     table->lanes_range_f32 = lbq_lanes_range_f32_avx512;
     table->centre_f32 = lbq_centre_f32_avx512;

@@ -246,6 +246,29 @@ def test_per_tensor_is_one_long_group():
     assert mse(weight, tensor.dequantize()) <= mse(weight, whole.dequantize().reshape(8, 64)) * 1.01
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["int1g64", "int2g64", "int2", "int2sym", "ternary", "int3g64", "int4g32sym", "int8", "nf4g64"],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_row_is_rounded_alike_alone_and_among_others(text, weighted):
+    """Sixteen rows are searched side by side, as many as there are."""
+    rng = np.random.default_rng(5)
+    weight = rng.standard_t(3, (333, 64)).astype(np.float32)
+    weight[3] = 0
+    weight[5] *= 1e-4
+    importance = np.exp(2 * rng.standard_normal(64, np.float32)) if weighted else None
+    for norm in (2.0, 2.4):
+        options = {"importance": importance, "norm": norm}
+        whole = quantize(weight, text, **options).dequantize()
+        for rows in (1, 5):
+            parts = [
+                quantize(weight[r : r + rows], text, **options).dequantize()
+                for r in range(0, len(weight), rows)
+            ]
+            assert (np.vstack(parts) == whole).all()
+
+
 def test_error_measures():
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, 5, 7))

@@ -71,6 +71,11 @@ encode_row(const lbq_code *code, ptrdiff_t count, const float *w, float scale, f
     }
 }
 
+/* A group of so many weights is a whole matrix: it is spread over the lanes when its scale is
+ * searched. Shorter ones are rows, whose sums must not depend on whether other rows go with them.
+ */
+enum { LONG = 1 << 15 };
+
 /* Rounding a matrix: to codes, or to panels. */
 typedef struct {
     const lbq_code *code;
@@ -81,7 +86,7 @@ typedef struct {
     const float *importance; /* (cols, LBQ_PANEL); together (cols) */
     float *tiles;            /* (threads, tile) */
     ptrdiff_t tile;
-    bool together; /* the matrix is one row and one group */
+    bool together; /* the matrix is one row and one group, LONG or longer */
     uint8_t *codes;
     float *scale, *offset;
     const lbq_packed *packed;
@@ -369,7 +374,7 @@ over_panels(quantization *job, const float *importance, lbq_task task)
         most = importance[k] > most ? importance[k] : most;
     }
     job->groups = lbq_pieces(cols, group);
-    job->together = rows == 1 && job->groups == 1;
+    job->together = rows == 1 && job->groups == 1 && cols >= LONG;
     const ptrdiff_t width = lbq_smaller(group, cols);
     job->tile = job->together ? (cols / LBQ_PANEL + 1) * LBQ_PANEL : width * LBQ_PANEL;
     const ptrdiff_t wide = job->together ? job->tile : cols * LBQ_PANEL;

@@ -202,7 +202,9 @@ def candidates_error(w, count, symmetric, h, steps=10, shrink=0.9):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("count", [2, 3, 4, 16, 256])
-@pytest.mark.parametrize("shape", [(1, 15), (1, 16), (1, 1000), (19, 33), (3, 600)])
+@pytest.mark.parametrize(
+    "shape", [(1, 15), (1, 16), (1, 1000), (1, 32783), (1, 32784), (19, 33), (3, 600)]
+)
 def test_the_search_in_float32_misses_no_candidate(isa, shape, count, symmetric):
     """Against the candidates in float64: sums of float32 err by some 1e-6 of the error."""
     weight = normal(*shape, seed=count)

@@ -204,16 +204,20 @@ lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *
     return LBQ_OK;
 }
 
+/* By tiles, so that what is written across rows stays in the first-level cache. */
 lbq_status
 lbq_hessian_unfold(ptrdiff_t cols, const double *H, double damping, double *full)
 {
+    enum { SIDE = 32 };
     bool finite = true;
-    for (ptrdiff_t i = 0; i < cols; i++)
-        for (ptrdiff_t k = i; k < cols; k++) {
-            const double value = H[i * cols + k] + (i == k ? damping : 0);
-            finite = finite && isfinite(value);
-            full[i * cols + k] = full[k * cols + i] = value;
-        }
+    for (ptrdiff_t top = 0; top < cols; top += SIDE)
+        for (ptrdiff_t left = top; left < cols; left += SIDE)
+            for (ptrdiff_t i = top; i < lbq_smaller(top + SIDE, cols); i++)
+                for (ptrdiff_t k = i > left ? i : left; k < lbq_smaller(left + SIDE, cols); k++) {
+                    const double value = H[i * cols + k] + (i == k ? damping : 0);
+                    finite = finite && isfinite(value);
+                    full[i * cols + k] = full[k * cols + i] = value;
+                }
     LBQ_REQUIRE(finite, LBQ_BAD_VALUE, "the Hessian has a NaN or an infinity");
     return LBQ_OK;
 }

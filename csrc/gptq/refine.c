@@ -1,4 +1,10 @@
-/* Coordinate descent, rows in parallel; the products of all rows' errors with H in one go. */
+/* Coordinate descent on codes, by tiles of rows.
+ *
+ * A move of column k adds its turn times row k of H to the product of the row's error with H. That
+ * is done at once inside a block of columns and later elsewhere, halves of the columns in turn, as
+ * GPTQ feeds errors forward; but few codes move, so what is added are those rows of H and not a
+ * matrix product. The products are float32. Where their rounding could decide whether a move helps,
+ * the product is found anew in float64, so that codes are those of float64 throughout. */
 #include "gptq/refine.h"
 
 #include <limits.h>
@@ -8,55 +14,131 @@
 #include "core/memory.h"
 #include "core/threads.h"
 #include "gptq/hessian.h"
+#include "kernels/kernels.h"
+
+enum {
+    MAX_TILE = 1024, /* rows of a task: products pack H anew for each */
+    BLOCK = 128,     /* columns between which moves are felt at once: 64 KiB of H */
+    /* Rows and columns of H that are added for all rows of a tile before others: 512 KiB. */
+    DEEP = 4 * BLOCK,
+    WIDE = 256,
+};
+
+/* What float32 may err by in the product of an error e with column k of H, relative to the root of
+ * H_kk times the sum of |e_i| times the root of H_ii: some 25 times what it does err by where
+ * products of random signs add up, about as much as for products of one sign. */
+#define NOISE 0x1p-22f
 
 typedef struct {
     const lbq_code *code;
-    ptrdiff_t cols, group, groups;
+    ptrdiff_t rows, cols, group, groups, blocks, tile;
     const float *W, *scale, *offset;
-    const double *H; /* both triangles, damped */
+    const double *H;        /* both triangles, damped */
+    const float *narrow;    /* the same */
+    const double *diagonal; /* of H, */
+    const float *root;      /* and its square roots */
+    float least_gap;        /* between neighbouring levels */
     int sweeps;
     uint8_t *codes;
-    double *error, *product; /* w - q, and its product with H */
-    ptrdiff_t *moves;        /* (rows) */
+    ptrdiff_t *moves; /* (rows) */
+    char *scratch;    /* of all threads */
+    size_t scratch_bytes;
 } job;
 
-static lbq_status
-error_row(void *context, ptrdiff_t row, int worker)
+/* Some rows, and the scratch of a thread. */
+typedef struct {
+    const job *job;
+    ptrdiff_t row, rows;
+    float *error, *product; /* (rows, cols): w - q, and its product with H */
+    float *noise;           /* (rows): NOISE times the sum over a row */
+    int32_t *column;        /* (rows, cols): the columns that moved in this sweep, ascending, */
+    float *turn;            /* and what that adds to the error */
+    ptrdiff_t *begin;       /* (rows, blocks + 1): where those of each block begin */
+} tile;
+
+static size_t
+tile_bytes(const job *j, char *base, tile *t)
 {
-    const job *const j = context;
-    (void)worker;
-    for (ptrdiff_t k = 0; k < j->cols; k++) {
-        const ptrdiff_t at = row * j->cols + k, g = row * j->groups + k / j->group;
-        LBQ_REQUIRE(isfinite(j->W[at]) && j->codes[at] < j->code->count,
+    const size_t rows = (size_t)j->tile, matrix = lbq_padded(rows * (size_t)j->cols * 4);
+    const size_t noise = lbq_padded(rows * sizeof(float));
+    const size_t begin = lbq_padded(rows * (size_t)(j->blocks + 1) * sizeof(ptrdiff_t));
+    if (t) {
+        t->error = (float *)base;
+        t->product = (float *)(base + matrix);
+        t->column = (int32_t *)(base + 2 * matrix);
+        t->turn = (float *)(base + 3 * matrix);
+        t->noise = (float *)(base + 4 * matrix);
+        t->begin = (ptrdiff_t *)(base + 4 * matrix + noise);
+    }
+    return 4 * matrix + noise + begin;
+}
+
+static inline double
+value_of(const job *j, ptrdiff_t row, ptrdiff_t g, int code)
+{
+    const double level = j->code->levels ? (double)j->code->levels[code] : code;
+    const ptrdiff_t at = row * j->groups + g;
+    return (double)j->scale[at] * level + (double)j->offset[at];
+}
+
+static lbq_status
+load_errors(const tile *t)
+{
+    const job *const j = t->job;
+    for (ptrdiff_t r = 0; r < t->rows; r++) {
+        const ptrdiff_t row = t->row + r;
+        double sum = 0;
+        for (ptrdiff_t g = 0; g < j->groups; g++)
+            for (ptrdiff_t k = g * j->group; k < lbq_smaller((g + 1) * j->group, j->cols); k++) {
+                const ptrdiff_t at = row * j->cols + k;
+                LBQ_REQUIRE(
+                    isfinite(j->W[at]) && j->codes[at] < j->code->count,
                     LBQ_BAD_VALUE,
                     "weight[%td, %td] is %g with code %d, expected finite numbers, codes below %d",
                     row,
                     k,
-                    j->W[at],
+                    (double)j->W[at],
                     j->codes[at],
                     j->code->count);
-        j->error[at] = j->W[at] - lbq_code_decode(j->code, j->codes[at], j->scale[g], j->offset[g]);
+                const double error = (double)j->W[at] - value_of(j, row, g, j->codes[at]);
+                t->error[r * j->cols + k] = (float)error;
+                sum += fabs(error) * (double)j->root[k];
+            }
+        t->noise[r] = NOISE * (float)sum;
     }
     return LBQ_OK;
+}
+
+/* The product of a row's error with column k of H. */
+static double
+exact_product(const job *j, ptrdiff_t row, ptrdiff_t k)
+{
+    const double *const H = j->H + k * j->cols;
+    double sum = 0;
+    for (ptrdiff_t g = 0; g < j->groups; g++)
+        for (ptrdiff_t i = g * j->group; i < lbq_smaller((g + 1) * j->group, j->cols); i++) {
+            const ptrdiff_t at = row * j->cols + i;
+            sum += ((double)j->W[at] - value_of(j, row, g, j->codes[at])) * H[i];
+        }
+    return sum;
 }
 
 /* The move of column k to a neighbouring level that lowers the row's error most: -1, +1, or 0; and
  * what it adds to the error of the weight. */
 static int
-best_move(const job *j, const double *product, const uint8_t *value, double scale, double offset,
-          ptrdiff_t k, double *turn)
+best_move(const job *j, ptrdiff_t row, ptrdiff_t g, ptrdiff_t k, double product, double *turn)
 {
-    const double curvature = j->H[k * j->cols + k];
-    const double here = lbq_code_decode(j->code, *value, scale, offset);
+    const double curvature = j->diagonal[k];
+    const int code = j->codes[row * j->cols + k];
+    const double here = value_of(j, row, g, code);
     /* What a free weight could gain here; rounding must not pass for progress. */
-    double least = curvature > 0 ? -1e-9 * product[k] * product[k] / curvature : 0;
+    double least = curvature > 0 ? -1e-9 * product * product / curvature : 0;
     int best = 0;
     for (int way = -1; way <= 1; way += 2) {
-        const int next = *value + way;
-        if (next < 0 || next >= j->code->count)
+        if (code + way < 0 || code + way >= j->code->count)
             continue;
-        const double t = here - lbq_code_decode(j->code, (uint8_t)next, scale, offset);
-        const double change = t * (2 * product[k] + t * curvature);
+        const double t = here - value_of(j, row, g, code + way);
+        const double change = t * (2 * product + t * curvature);
         if (change < least) {
             least = change;
             *turn = t;
@@ -66,28 +148,152 @@ best_move(const job *j, const double *product, const uint8_t *value, double scal
     return best;
 }
 
+/* Moves the columns [begin, end) of row r, all in one group. Most are turned down by the smallest
+ * step there is, since a move by t helps only if |t| H_kk < 2 |product|. */
+static ptrdiff_t
+move_columns(const tile *t, ptrdiff_t r, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t block,
+             ptrdiff_t moved)
+{
+    const job *const j = t->job;
+    const ptrdiff_t cols = j->cols, row = t->row + r, g = begin / j->group;
+    const ptrdiff_t width = lbq_smaller(BLOCK, cols - block);
+    const float step = fabsf(j->scale[row * j->groups + g]) * j->least_gap;
+    float *const product = t->product + r * cols;
+    for (ptrdiff_t k = begin; k < end; k++) {
+        const float noise = t->noise[r] * j->root[k];
+        if (step * j->root[k] * j->root[k] >= 2.001f * (fabsf(product[k]) + noise))
+            continue;
+        const double p = (double)product[k];
+        double turn = 0, other;
+        int move = best_move(j, row, g, k, p - (double)noise, &turn);
+        if (best_move(j, row, g, k, p + (double)noise, &other) != move)
+            move = best_move(j, row, g, k, exact_product(j, row, k), &turn);
+        if (!move)
+            continue;
+        j->codes[row * cols + k] = (uint8_t)(j->codes[row * cols + k] + move);
+        t->column[r * cols + moved] = (int32_t)k;
+        t->turn[r * cols + moved] = (float)turn;
+        lbq_kernel.add_rows_f32(1,
+                                t->column + r * cols + moved,
+                                t->turn + r * cols + moved,
+                                j->narrow + block,
+                                cols,
+                                width,
+                                product + block);
+        moved++;
+    }
+    return moved;
+}
+
+/* Adds the moves of the blocks [first, last) to the products of the columns [begin, end). */
+static void
+add_moves(const tile *t, ptrdiff_t first, ptrdiff_t last, ptrdiff_t begin, ptrdiff_t end)
+{
+    const job *const j = t->job;
+    for (ptrdiff_t block = first; block < last; block += DEEP / BLOCK)
+        for (ptrdiff_t k = begin; k < end; k += WIDE)
+            for (ptrdiff_t r = 0; r < t->rows; r++) {
+                const ptrdiff_t *const at = t->begin + r * (j->blocks + 1);
+                const ptrdiff_t from = at[block], to = at[lbq_smaller(block + DEEP / BLOCK, last)];
+                lbq_kernel.add_rows_f32(to - from,
+                                        t->column + r * j->cols + from,
+                                        t->turn + r * j->cols + from,
+                                        j->narrow + k,
+                                        j->cols,
+                                        lbq_smaller(WIDE, end - k),
+                                        t->product + r * j->cols + k);
+            }
+}
+
+/* One sweep over the blocks [first, last) of all rows. */
+static void
+sweep_blocks(const tile *t, ptrdiff_t first, ptrdiff_t last)
+{
+    const job *const j = t->job;
+    const ptrdiff_t begin = first * BLOCK, end = lbq_smaller(last * BLOCK, j->cols);
+    if (last - first > 1) {
+        const ptrdiff_t half = first + (last - first) / 2, middle = half * BLOCK;
+        sweep_blocks(t, first, half);
+        add_moves(t, first, half, middle, end);
+        sweep_blocks(t, half, last);
+        add_moves(t, half, last, begin, middle);
+        return;
+    }
+    for (ptrdiff_t r = 0; r < t->rows; r++) {
+        ptrdiff_t *const at = t->begin + r * (j->blocks + 1) + first, moved = at[0];
+        for (ptrdiff_t k = begin, next; k < end; k = next) {
+            next = lbq_smaller((k / j->group + 1) * j->group, end);
+            moved = move_columns(t, r, k, next, begin, moved);
+        }
+        at[1] = moved;
+    }
+}
+
 static lbq_status
-descend_row(void *context, ptrdiff_t row, int worker)
+descend_rows(void *context, ptrdiff_t index, int worker)
 {
     const job *const j = context;
-    (void)worker;
-    double *const product = j->product + row * j->cols;
-    uint8_t *const codes = j->codes + row * j->cols;
-    ptrdiff_t before = -1;
-    j->moves[row] = 0;
-    for (int sweep = 0; sweep < j->sweeps && j->moves[row] > before; sweep++) {
-        before = j->moves[row];
-        for (ptrdiff_t k = 0; k < j->cols; k++) {
-            const ptrdiff_t g = row * j->groups + k / j->group;
-            double turn = 0;
-            const int move = best_move(j, product, codes + k, j->scale[g], j->offset[g], k, &turn);
-            if (!move)
-                continue;
-            codes[k] = (uint8_t)(codes[k] + move);
-            for (ptrdiff_t i = 0; i < j->cols; i++)
-                product[i] += turn * j->H[k * j->cols + i];
-            j->moves[row]++;
+    const ptrdiff_t row = index * j->tile;
+    tile t = {.job = j, .row = row, .rows = lbq_smaller(j->tile, j->rows - row)};
+    tile_bytes(j, j->scratch + (size_t)worker * j->scratch_bytes, &t);
+    LBQ_TRY(load_errors(&t));
+    BLAS(cblas_sgemm)(CblasRowMajor,
+                      CblasNoTrans,
+                      CblasNoTrans,
+                      (int)t.rows,
+                      (int)j->cols,
+                      (int)j->cols,
+                      1,
+                      t.error,
+                      (int)j->cols,
+                      j->narrow,
+                      (int)j->cols,
+                      0,
+                      t.product,
+                      (int)j->cols);
+    for (ptrdiff_t r = 0; r < t.rows; r++)
+        j->moves[row + r] = t.begin[r * (j->blocks + 1)] = 0;
+    bool more = true;
+    for (int sweep = 0; sweep < j->sweeps && more; sweep++) {
+        more = false;
+        sweep_blocks(&t, 0, j->blocks);
+        for (ptrdiff_t r = 0; r < t.rows; r++) {
+            const ptrdiff_t moved = t.begin[r * (j->blocks + 1) + j->blocks];
+            j->moves[row + r] += moved;
+            more = more || moved > 0;
         }
+    }
+    return LBQ_OK;
+}
+
+/* What is derived from H, in a unit that float32 can hold: a power of two above its diagonal. */
+static lbq_status
+prepare(job *j, const double *H, double damping, double *full, float *narrow, double *diagonal,
+        float *root)
+{
+    LBQ_TRY(lbq_hessian_unfold(j->cols, H, damping, full));
+    double most = 0;
+    int exponent;
+    for (ptrdiff_t k = 0; k < j->cols; k++)
+        most = fmax(most, full[k * (j->cols + 1)]);
+    frexp(most, &exponent);
+    const double inverse = ldexp(1, exponent > -1000 ? -exponent : 1000);
+    for (ptrdiff_t i = 0; i < j->cols * j->cols; i++) {
+        full[i] *= inverse;
+        narrow[i] = (float)full[i];
+    }
+    for (ptrdiff_t k = 0; k < j->cols; k++) {
+        diagonal[k] = full[k * (j->cols + 1)];
+        root[k] = (float)sqrt(fmax(diagonal[k], 0));
+    }
+    j->H = full;
+    j->narrow = narrow;
+    j->diagonal = diagonal;
+    j->root = root;
+    j->least_gap = 1;
+    for (int i = 1; j->code->levels && i < j->code->count; i++) {
+        const float gap = j->code->levels[i] - j->code->levels[i - 1];
+        j->least_gap = i == 1 || gap < j->least_gap ? gap : j->least_gap;
     }
     return LBQ_OK;
 }
@@ -104,48 +310,42 @@ lbq_refine(const lbq_code *code, ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t group
                 rows,
                 cols,
                 group);
-    const size_t matrix = lbq_padded((size_t)(rows * cols) * sizeof(double));
-    const size_t gram = lbq_padded((size_t)(cols * cols) * sizeof(double));
-    const size_t counts = lbq_padded((size_t)rows * sizeof(ptrdiff_t));
-    lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, 2 * matrix + gram + counts));
-    double *const full = lbq_arena_take(&arena, gram);
     job j = {
         .code = code,
+        .rows = rows,
         .cols = cols,
         .group = group,
-        .groups = (cols - 1) / group + 1,
+        .groups = lbq_pieces(cols, group),
+        .blocks = lbq_pieces(cols, BLOCK),
+        .tile = lbq_smaller(lbq_pieces(rows, 4), MAX_TILE),
         .W = W,
         .scale = scale,
         .offset = offset,
-        .H = full,
         .sweeps = sweeps,
         .codes = codes,
-        .error = lbq_arena_take(&arena, matrix),
-        .product = lbq_arena_take(&arena, matrix),
-        .moves = lbq_arena_take(&arena, counts),
     };
-    lbq_status status = lbq_hessian_unfold(cols, H, damping, full);
+    const size_t entries = (size_t)cols * (size_t)cols, n = (size_t)cols;
+    const size_t full = lbq_padded(entries * sizeof(double));
+    const size_t narrow = lbq_padded(entries * sizeof(float));
+    const size_t diagonal = lbq_padded(n * sizeof(double)), root = lbq_padded(n * sizeof(float));
+    const size_t counts = lbq_padded((size_t)rows * sizeof(ptrdiff_t));
+    j.scratch_bytes = tile_bytes(&j, NULL, NULL);
+    const size_t scratch = j.scratch_bytes * (size_t)lbq_threads();
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, full + narrow + diagonal + root + counts + scratch));
+    j.moves = lbq_arena_take(&arena, counts);
+    j.scratch = lbq_arena_take(&arena, scratch);
+    double *const both = lbq_arena_take(&arena, full);
+    lbq_status status = prepare(&j,
+                                H,
+                                damping,
+                                both,
+                                lbq_arena_take(&arena, narrow),
+                                lbq_arena_take(&arena, diagonal),
+                                lbq_arena_take(&arena, root));
     if (status == LBQ_OK)
-        status = lbq_parallel(rows, error_row, &j);
+        status = lbq_parallel_blas(lbq_pieces(rows, j.tile), descend_rows, &j);
     *moved = 0;
-    if (status == LBQ_OK) {
-        BLAS(cblas_dgemm)(CblasRowMajor,
-                          CblasNoTrans,
-                          CblasNoTrans,
-                          (int)rows,
-                          (int)cols,
-                          (int)cols,
-                          1,
-                          j.error,
-                          (int)cols,
-                          full,
-                          (int)cols,
-                          0,
-                          j.product,
-                          (int)cols);
-        status = lbq_parallel(rows, descend_row, &j);
-    }
     for (ptrdiff_t r = 0; status == LBQ_OK && r < rows; r++)
         *moved += j.moves[r];
     lbq_arena_close(&arena);

@@ -2,7 +2,8 @@
  *
  * P. Nair, A. Suggala, "CDQuant: Greedy Coordinate Descent for Accurate LLM Quantization", 2024.
  * Sweeps over the columns; moves a code to the level below or above where that lowers
- * (w - q) H (w - q)^T, until no move does or the sweeps are spent. */
+ * (w - q) H (w - q)^T, until no move does or the sweeps are spent. Equal for any number of threads.
+ */
 #ifndef LBQ_REFINE_H
 #define LBQ_REFINE_H
 

@@ -277,6 +277,16 @@ typedef struct {
      * on its diagonal: x[j] -= x[i] * R[i * stride + j] for i = 0, 1, ..., j - 1 in turn; exact.  \
      */                                                                                            \
     X(solve_f32, void, (ptrdiff_t count, const float *R, ptrdiff_t stride, float *x))              \
+    /* y[c] += factor[i] * matrix[row[i] * stride + c] for i < count, c < width. */                \
+    X(add_rows_f32,                                                                                \
+      void,                                                                                        \
+      (ptrdiff_t count,                                                                            \
+       const int32_t *row,                                                                         \
+       const float *factor,                                                                        \
+       const float *matrix,                                                                        \
+       ptrdiff_t stride,                                                                           \
+       ptrdiff_t width,                                                                            \
+       float *y))                                                                                  \
     /* One column of LBQ_PANEL rows, each with its grid: the code is (w + shift - offset) *        \
      * inverse, clipped to 0 and top <= 255, ties to even, and e = w - (scale * code + offset);    \
      * exact. grid as [3][row]: scale, offset, inverse; e may be shift. */                         \

@@ -55,6 +55,52 @@ def test_ends_where_no_single_move_helps(text):
         assert (change >= -2e-9 * product**2 / np.diag(hessian) - 1e-12).all()
 
 
+def descend(weight, hessian, tensor, sweeps):
+    """Codes by the definition, in float64."""
+    codes = tensor.codes.astype(int)
+    levels = np.arange(256.0) if tensor.levels is None else tensor.levels.astype(float)
+    group = tensor.format.group or weight.shape[1]
+    for row, code in enumerate(codes):
+        product = (weight[row] - values_of(codes, tensor)[row]) @ hessian
+        for _ in range(sweeps):
+            for k, curvature in enumerate(np.diag(hessian)):
+                near = [c for c in (code[k] - 1, code[k] + 1) if 0 <= c < tensor.format.levels]
+                turns = tensor.scale[row, k // group].astype(float) * (
+                    levels[code[k]] - levels[near]
+                )
+                changes = turns * (2 * product[k] + turns * curvature)
+                best = np.argmin(changes)
+                if changes[best] < -1e-9 * product[k] ** 2 / curvature:
+                    code[k] = near[best]
+                    product += turns[best] * hessian[k]
+    return codes
+
+
+@pytest.mark.parametrize("text", ["int2g64", "nf4g32", "int3sym"])
+@pytest.mark.parametrize("unit", [1.0, 1e100, 1e-100])
+def test_codes_are_those_of_float64(isa, text, unit):
+    """Several blocks of columns and tiles of rows, in units that float32 lacks."""
+    rng = np.random.default_rng(4)
+    weight = rng.standard_normal((13, 300), np.float32)
+    hessian = oracle.gram(300, 4) + np.outer(*2 * [rng.uniform(0.5, 1, 300)])
+    tensor = quantize(weight, text)
+    codes, _, moves = refined(weight, unit * hessian, tensor, sweeps=2)
+    assert moves > 0
+    assert (codes == descend(weight, hessian, tensor, sweeps=2)).all()
+
+
+def test_close_calls_are_those_of_float64(isa):
+    """Weights halfway between two levels, but for their rounding to float32."""
+    rng = np.random.default_rng(5)
+    tensor = quantize(rng.standard_normal((13, 300), np.float32), "nf4g64")
+    ways = np.where(tensor.codes < 8, 1, -1).astype(np.int8)
+    halfway = values_of(tensor.codes, tensor) / 2 + values_of(tensor.codes + ways, tensor) / 2
+    hessian = np.diag(rng.uniform(0.5, 1, 300))
+    codes, _, moves = refined(halfway.astype(np.float32), hessian, tensor, sweeps=2)
+    assert 0.2 * codes.size < moves < 0.8 * codes.size
+    assert (codes == descend(halfway.astype(np.float32), hessian, tensor, sweeps=2)).all()
+
+
 def test_damping_adds_to_the_diagonal():
     weight = np.random.default_rng(1).standard_normal((5, 40), np.float32)
     hessian = oracle.gram(40, 1)

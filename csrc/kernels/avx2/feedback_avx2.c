@@ -1,4 +1,5 @@
-/* GPTQ's error feedback and rounding, sixteen rows in two vectors. */
+/* GPTQ's error feedback and rounding, sixteen rows in two vectors; the moves
+ * of coordinate descent. */
 #include <immintrin.h>
 
 #include "kernels/avx2/avx2.h"
@@ -100,4 +101,39 @@ lbq_round_f32_avx2(const float *grid, int top, const float *w, const float *shif
     const __m128i bytes =
         _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
     _mm_storeu_si128((__m128i *)codes, bytes);
+}
+
+/* 8 * `vectors` sums, all in registers. */
+static inline __attribute__((always_inline)) void
+add_rows(const int vectors, ptrdiff_t count, const int32_t *row, const float *factor,
+         const float *matrix, ptrdiff_t stride, float *y)
+{
+    __m256 total[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++)
+        total[v] = _mm256_loadu_ps(y + 8 * v);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const __m256 f = _mm256_broadcast_ss(factor + i);
+        const float *const from = matrix + row[i] * stride;
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++)
+            total[v] = _mm256_fmadd_ps(f, _mm256_loadu_ps(from + 8 * v), total[v]);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++)
+        _mm256_storeu_ps(y + 8 * v, total[v]);
+}
+
+void
+lbq_add_rows_f32_avx2(ptrdiff_t count, const int32_t *row, const float *factor, const float *matrix,
+                      ptrdiff_t stride, ptrdiff_t width, float *y)
+{
+    ptrdiff_t c = 0;
+    for (; c + 64 <= width; c += 64)
+        add_rows(8, count, row, factor, matrix + c, stride, y + c);
+    for (; c + 8 <= width; c += 8)
+        add_rows(1, count, row, factor, matrix + c, stride, y + c);
+    for (ptrdiff_t i = 0; i < count; i++)
+        for (ptrdiff_t last = c; last < width; last++)
+            y[last] += factor[i] * matrix[row[i] * stride + last];
 }

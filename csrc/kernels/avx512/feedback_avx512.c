@@ -1,7 +1,9 @@
-/* GPTQ's error feedback and rounding, sixteen rows in a vector. */
+/* GPTQ's error feedback and rounding, sixteen rows in a vector; the moves
+ * of coordinate descent. */
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"
+#include "kernels/avx512/lanes_avx512.h"
 
 /* `columns` sums of sixteen rows, all in registers; without fma, as portable C rounds. */
 static inline __attribute__((always_inline)) void
@@ -87,4 +89,38 @@ lbq_round_f32_avx512(const float *grid, int top, const float *w, const float *sh
     _mm_storeu_si128((__m128i *)codes, _mm512_cvtepi32_epi8(code));
     const __m512 value = _mm512_mul_ps(_mm512_loadu_ps(grid), _mm512_cvtepi32_ps(code));
     _mm512_storeu_ps(e, _mm512_sub_ps(weight, _mm512_add_ps(value, offset)));
+}
+
+/* 16 * `vectors` sums, all in registers; the last vector as the mask has it. */
+static inline __attribute__((always_inline)) void
+add_rows(const int vectors, __mmask16 mask, ptrdiff_t count, const int32_t *row,
+         const float *factor, const float *matrix, ptrdiff_t stride, float *y)
+{
+    __m512 total[8];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++)
+        total[v] = _mm512_maskz_loadu_ps(v < vectors - 1 ? 0xffff : mask, y + 16 * v);
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const __m512 f = _mm512_set1_ps(factor[i]);
+        const float *const from = matrix + row[i] * stride;
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; v++) {
+            const __m512 x = _mm512_maskz_loadu_ps(v < vectors - 1 ? 0xffff : mask, from + 16 * v);
+            total[v] = _mm512_fmadd_ps(f, x, total[v]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; v++)
+        _mm512_mask_storeu_ps(y + 16 * v, v < vectors - 1 ? 0xffff : mask, total[v]);
+}
+
+void
+lbq_add_rows_f32_avx512(ptrdiff_t count, const int32_t *row, const float *factor,
+                        const float *matrix, ptrdiff_t stride, ptrdiff_t width, float *y)
+{
+    ptrdiff_t c = 0;
+    for (; c + 128 <= width; c += 128)
+        add_rows(8, 0xffff, count, row, factor, matrix + c, stride, y + c);
+    for (; c < width; c += 16)
+        add_rows(1, lbq_lanes_avx512(width - c), count, row, factor, matrix + c, stride, y + c);
 }

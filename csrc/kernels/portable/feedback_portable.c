@@ -1,4 +1,5 @@
-/* GPTQ's error feedback and rounding of sixteen rows at a time. */
+/* GPTQ's error feedback and rounding of sixteen rows at a time; the moves
+ * of coordinate descent. */
 #include <string.h>
 
 #include "kernels/portable/portable.h"
@@ -48,4 +49,13 @@ lbq_round_f32_portable(const float *grid, int top, const float *w, const float *
         codes[l] = (uint8_t)level[l];
         e[l] = w[l] - (scale[l] * level[l] + offset[l]);
     }
+}
+
+void
+lbq_add_rows_f32_portable(ptrdiff_t count, const int32_t *row, const float *factor,
+                          const float *matrix, ptrdiff_t stride, ptrdiff_t width, float *y)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        for (ptrdiff_t c = 0; c < width; c++)
+            y[c] += factor[i] * matrix[row[i] * stride + c];
 }

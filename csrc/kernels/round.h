@@ -41,6 +41,7 @@ lbq_cover_rows(lbq_by_rows by, const float *low, const float *high, const lbq_co
         wanted[l] = both > 0x1p-24f ? both : 0x1p-24f;
     }
     by.halve(wanted, 1, halves, scale);
+#pragma GCC unroll 1
     for (int l = 0; l < LBQ_ROWS; l++) {
         grid[l] = scale[l];
         grid[LBQ_PANEL + l] = start[l] - cover->zero * scale[l];

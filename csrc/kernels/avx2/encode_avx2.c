@@ -27,38 +27,61 @@
 DEFINE_JOIN(min)
 DEFINE_JOIN(max)
 
+/* The least and the most of four rows so far, and where none of them had a NaN. */
+typedef struct {
+    __m256 least[4], most[4], numbers;
+} extremes;
+
+static inline void
+look(const float *const *row, ptrdiff_t k, extremes *e)
+{
+    __m256 x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        x[i] = _mm256_loadu_ps(row[i] + k);
+        e->least[i] = _mm256_min_ps(e->least[i], x[i]);
+        e->most[i] = _mm256_max_ps(e->most[i], x[i]);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 4; i += 2)
+        e->numbers = _mm256_and_ps(e->numbers, _mm256_cmp_ps(x[i], x[i + 1], _CMP_ORD_Q));
+}
+
 static inline int
 range_rows(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t count,
            float limit, float *low, float *high)
 {
-    const __m256 zero = _mm256_setzero_ps();
     const ptrdiff_t whole = count / 8 * 8;
-    __m256 nothing = zero; /* NaN if something is not finite */
     __m256 bottom[LBQ_ROWS], top[LBQ_ROWS];
-    for (int i = 0; i < LBQ_ROWS; i++) {
-        const float *const row = w + (first + i < rows ? first + i : rows - 1) * stride;
-        __m256 least = _mm256_set1_ps(row[0]), most = least, product = zero;
-        for (ptrdiff_t k = 0; k < count; k += 8) {
-            float rest[8];
-            const float *at = row + k;
-            if (k == whole) {
-                _mm256_storeu_ps(rest, least);
-                memcpy(rest, at, (size_t)(count - k) * sizeof *at);
-                at = rest;
-            }
-            const __m256 x = _mm256_loadu_ps(at);
-            least = _mm256_min_ps(least, x);
-            most = _mm256_max_ps(most, x);
-            product = _mm256_fmadd_ps(x, zero, product);
+    __m256 within = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+#pragma GCC unroll 2
+    for (int q = 0; q < LBQ_ROWS; q += 4) {
+        const float *row[4], *last[4];
+        float rest[4][8];
+        extremes e = {.numbers = within};
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            const ptrdiff_t r = first + q + i;
+            row[i] = w + (r < rows ? r : rows - 1) * stride;
+            last[i] = rest[i];
+            e.least[i] = e.most[i] = _mm256_set1_ps(row[i][0]);
         }
-        nothing = _mm256_add_ps(nothing, product);
-        bottom[i] = least;
-        top[i] = most;
+        for (ptrdiff_t k = 0; k < whole; k += 8)
+            look(row, k, &e);
+        if (whole < count) {
+            for (int i = 0; i < 4; i++) {
+                _mm256_storeu_ps(rest[i], _mm256_set1_ps(row[i][0]));
+                memcpy(rest[i], row[i] + whole, (size_t)(count - whole) * sizeof **rest);
+            }
+            look(last, 0, &e);
+        }
+        memcpy(bottom + q, e.least, sizeof e.least);
+        memcpy(top + q, e.most, sizeof e.most);
+        within = e.numbers;
     }
     const __m256 lowest = min_of_eight(bottom), highest = max_of_eight(top);
     _mm256_storeu_ps(low, lowest);
     _mm256_storeu_ps(high, highest);
-    __m256 within = _mm256_cmp_ps(nothing, zero, _CMP_EQ_OQ);
     within = _mm256_and_ps(within, _mm256_cmp_ps(lowest, _mm256_set1_ps(-limit), _CMP_GE_OQ));
     within = _mm256_and_ps(within, _mm256_cmp_ps(highest, _mm256_set1_ps(limit), _CMP_LE_OQ));
     return _mm256_movemask_ps(within) == 0xff;

@@ -17,7 +17,8 @@ enum {
     MAX_EDGE = 512,
     LEAST_TILES = 3, /* side by side, so that there are six tasks */
     TOKENS = 2048,
-    ROWS = 64,
+    MAX_ROWS = 512, /* of a task that measures errors: products pack H anew for each */
+    SLAB = 256,     /* columns that it takes at once */
 };
 
 typedef struct {
@@ -146,39 +147,59 @@ lbq_hessian_add(ptrdiff_t tokens, ptrdiff_t cols, const float *X, const float *w
 }
 
 typedef struct {
-    ptrdiff_t rows, cols;
+    ptrdiff_t rows, cols, tile;
     const double *H;
     const float *E;
-    double *scratch; /* 2 * ROWS * cols numbers for each thread */
+    double *scratch; /* tile * (cols + SLAB) numbers for each thread */
     double *sums;    /* one for each task */
 } measuring;
 
+/* e H e^T slab by slab of columns: what stands above the diagonal of H counts twice. */
 static lbq_status
 measure_rows(void *context, ptrdiff_t index, int worker)
 {
     const measuring *const job = context;
-    const ptrdiff_t cols = job->cols, first = index * ROWS;
-    const ptrdiff_t count = lbq_smaller(ROWS, job->rows - first) * cols;
-    double *const e = job->scratch + (ptrdiff_t)worker * 2 * ROWS * cols;
-    double *const product = e + ROWS * cols;
-    for (ptrdiff_t i = 0; i < count; i++)
+    const ptrdiff_t cols = job->cols, first = index * job->tile;
+    const ptrdiff_t rows = lbq_smaller(job->tile, job->rows - first);
+    double *const e = job->scratch + (ptrdiff_t)worker * job->tile * (cols + SLAB);
+    double *const product = e + job->tile * cols;
+    for (ptrdiff_t i = 0; i < rows * cols; i++)
         e[i] = (double)job->E[first * cols + i];
-    BLAS(cblas_dsymm)(CblasRowMajor,
-                      CblasRight,
-                      CblasUpper,
-                      (int)(count / cols),
-                      (int)cols,
-                      1,
-                      job->H,
-                      (int)cols,
-                      e,
-                      (int)cols,
-                      0,
-                      product,
-                      (int)cols);
     double sum = 0;
-    for (ptrdiff_t i = 0; i < count; i++)
-        sum += e[i] * product[i];
+    for (ptrdiff_t begin = 0; begin < cols; begin += SLAB) {
+        const ptrdiff_t width = lbq_smaller(SLAB, cols - begin);
+        BLAS(cblas_dsymm)(CblasRowMajor,
+                          CblasRight,
+                          CblasUpper,
+                          (int)rows,
+                          (int)width,
+                          1,
+                          job->H + begin * (cols + 1),
+                          (int)cols,
+                          e + begin,
+                          (int)cols,
+                          0,
+                          product,
+                          SLAB);
+        if (begin > 0)
+            BLAS(cblas_dgemm)(CblasRowMajor,
+                              CblasNoTrans,
+                              CblasNoTrans,
+                              (int)rows,
+                              (int)width,
+                              (int)begin,
+                              2,
+                              e,
+                              (int)cols,
+                              job->H + begin,
+                              (int)cols,
+                              1,
+                              product,
+                              SLAB);
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (ptrdiff_t k = 0; k < width; k++)
+                sum += e[r * cols + begin + k] * product[r * SLAB + k];
+    }
     job->sums[index] = sum;
     return LBQ_OK;
 }
@@ -186,12 +207,14 @@ measure_rows(void *context, ptrdiff_t index, int worker)
 lbq_status
 lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *E, double *value)
 {
-    const ptrdiff_t tasks = lbq_pieces(rows, ROWS);
+    const ptrdiff_t tile = lbq_smaller(rows / 4 + 1, MAX_ROWS);
+    const ptrdiff_t tasks = lbq_pieces(rows, tile);
     const size_t sum_bytes = (size_t)tasks * sizeof(double);
-    const size_t scratch_bytes = (size_t)lbq_threads() * 2 * ROWS * (size_t)cols * sizeof(double);
+    const size_t scratch_bytes =
+        (size_t)lbq_threads() * (size_t)tile * (size_t)(cols + SLAB) * sizeof(double);
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena, lbq_padded(sum_bytes) + lbq_padded(scratch_bytes)));
-    measuring job = {.rows = rows, .cols = cols, .H = H, .E = E};
+    measuring job = {.rows = rows, .cols = cols, .tile = tile, .H = H, .E = E};
     job.sums = lbq_arena_take(&arena, sum_bytes);
     job.scratch = lbq_arena_take(&arena, scratch_bytes);
     const lbq_status status = lbq_parallel_blas(tasks, measure_rows, &job);

@@ -97,7 +97,7 @@ def test_hessian_refuses_bad_weights(bad):
         accumulate(np.ones((3, 2), np.float32), weights)
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (63, 7), (65, 100), (200, 64)])
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (63, 7), (65, 100), (200, 64), (30, 600)])
 def test_error_matches_oracle(one_and_two_threads, rows, cols):
     rng = np.random.default_rng([rows, cols])
     x = rng.standard_normal((cols + 10, cols))

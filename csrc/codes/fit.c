@@ -31,8 +31,8 @@ typedef struct {
     double norm;
     const float *importance; /* NULL if it is nothing but zeros */
     lanes low, high, unit, shift;
-    float h[3][LANES];                                  /* sums of importance times 1, w, w^2 */
-    float first, last;                                  /* levels */
+    float h[4][LANES]; /* sums of importance times 1, w, w^2; and one over the first */
+    float first, last; /* levels */
     float middle[LBQ_MAX_LEVELS], jump[LBQ_MAX_LEVELS]; /* between neighbouring levels */
 } groups;
 
@@ -134,25 +134,43 @@ sum_groups(const groups *g, const float *grid, const float *scale, sums s)
     }
 }
 
-/* Sums at one scale and offset, and what follows from them. */
+/* A grid as the kernels take it, and what its sums follow from. */
+typedef struct {
+    lanes inverse, start, scale, offset;
+} grid;
+
+/* What follows from the sums at one grid. */
 typedef struct {
     lanes error;         /* sum importance |w - q|^norm */
     lanes scale, offset; /* the least squares refit for these codes; scale 0: there is none */
     lanes refit_error;   /* its sum of squares */
 } trial;                 /* as refit_f32 fills it */
 
-static void
-try(const groups *g, const float *scale, const float *offset, trial *t)
+static grid
+grid_of(const float *scale, const float *offset)
 {
-    const float zero = g->code->symmetric ? g->code->zero : 0;
-    sums s;
-    float grid[2 * LANES];
+    grid at;
     for (int l = 0; l < LANES; l++) {
-        grid[l] = 1 / scale[l];
-        grid[LANES + l] = -offset[l] * grid[l];
+        at.inverse[l] = 1 / scale[l];
+        at.start[l] = -offset[l] * at.inverse[l];
+        at.scale[l] = scale[l];
+        at.offset[l] = offset[l];
     }
-    sum_groups(g, grid, scale, s);
-    lbq_kernel.refit_f32(g->h[0], scale, offset, s[0], g->code->symmetric, zero, t->error);
+    return at;
+}
+
+static float
+fixed_zero(const groups *g)
+{
+    return g->code->symmetric ? g->code->zero : 0;
+}
+
+static void
+try(const groups *g, const grid *at, trial *t)
+{
+    sums s;
+    sum_groups(g, at->inverse, at->scale, s);
+    lbq_kernel.refit_f32(g->h[0], at->inverse, s[0], g->code->symmetric, fixed_zero(g), t->error);
     if (g->norm != 2)
         memcpy(t->error, s[POWER], sizeof t->error);
 }
@@ -275,47 +293,37 @@ typedef double wide[LANES];
 /* --- the search ------------------------------------------------------------------------------ */
 
 typedef struct {
-    lanes error, scale, offset, next_scale, next_offset;
+    lanes error, scale, offset;    /* as improve_f32 keeps them */
+    lanes next_scale, next_offset; /* under another norm than 2: the refit, to be tried next */
 } best_fit;
 
-/* old = new where `keep` has all bits set. */
-static inline void
-take(const int32_t *keep, const float *new, float *old)
-{
-    int32_t a[LANES], b[LANES];
-    memcpy(a, new, sizeof a);
-    memcpy(b, old, sizeof b);
-    for (int l = 0; l < LANES; l++)
-        b[l] = (a[l] & keep[l]) | (b[l] & ~keep[l]);
-    memcpy(old, b, sizeof b);
-}
-
-/* Relative; below it a step is not worth its time. */
-#define LEAST_GAIN 1e-5f
+/* Below it a step is not worth its time. */
+#define ENOUGH (1 - 1e-5f)
 
 /* Keeps what a trial yields where that is better: its refit, or under another norm than 2 the grid
- * itself, with the refit as what to try next. */
+ * itself. */
 static bool
 improves(const groups *g, const float *scale, const float *offset, best_fit *best)
 {
-    trial t;
-    try(g, scale, offset, &t);
-    const bool squares = g->norm == 2;
-    const float *const error = squares ? t.refit_error : t.error;
-    const float *const new_scale = squares ? t.scale : scale;
-    const float *const new_offset = squares ? t.offset : offset;
-    int32_t keep[LANES], improved = 0;
-    for (int l = 0; l < LANES; l++) {
-        const float before = best->error[l];
-        const bool better = (t.scale[l] > 0) & (error[l] < before * (1 - LEAST_GAIN));
-        keep[l] = better ? -1 : 0;
-        improved |= keep[l];
+    const grid at = grid_of(scale, offset);
+    if (g->norm == 2) {
+        sums s;
+        sum_groups(g, at.inverse, at.scale, s);
+        return lbq_kernel.improve_f32(
+            g->h[0], at.inverse, s[0], g->code->symmetric, fixed_zero(g), ENOUGH, best->error);
     }
-    take(keep, error, best->error);
-    take(keep, new_scale, best->scale);
-    take(keep, new_offset, best->offset);
-    take(keep, t.scale, best->next_scale);
-    take(keep, t.offset, best->next_offset);
+    trial t;
+    try(g, &at, &t);
+    bool improved = false;
+    for (int l = 0; l < LANES; l++)
+        if (t.scale[l] > 0 && t.error[l] < best->error[l] * ENOUGH) {
+            improved = true;
+            best->error[l] = t.error[l];
+            best->scale[l] = scale[l];
+            best->offset[l] = offset[l];
+            best->next_scale[l] = t.scale[l];
+            best->next_offset[l] = t.offset[l];
+        }
     return improved;
 }
 
@@ -323,10 +331,11 @@ improves(const groups *g, const float *scale, const float *offset, best_fit *bes
 static void
 descend(const groups *g, int steps, best_fit *best)
 {
+    const bool squares = g->norm == 2;
     for (int i = 0; i < steps; i++) {
         lanes scale, offset;
-        memcpy(scale, best->next_scale, sizeof scale);
-        memcpy(offset, best->next_offset, sizeof offset);
+        memcpy(scale, squares ? best->scale : best->next_scale, sizeof scale);
+        memcpy(offset, squares ? best->offset : best->next_offset, sizeof offset);
         if (!improves(g, scale, offset, best))
             break;
     }
@@ -411,6 +420,8 @@ centre(groups *g)
         for (int l = 0; l < LANES; l++)
             g->h[i][l] = (float)total[i][l];
     }
+    for (int l = 0; l < LANES; l++)
+        g->h[3][l] = 1 / g->h[0][l];
 }
 
 /* The candidate ranges, and from the best of them downhill. */
@@ -481,8 +492,9 @@ fit_least_error(groups *g, const lbq_range *range, float *scale, float *offset)
             narrow_s[l] = (float)(s[l] / (double)g->unit[l]);
             narrow_o[l] = (float)((o[l] - (double)g->shift[l]) / (double)g->unit[l]);
         }
+        const grid at = grid_of(narrow_s, narrow_o);
         trial t;
-        try(g, narrow_s, narrow_o, &t);
+        try(g, &at, &t);
         for (int l = 0; l < LANES; l++)
             if (direction == 0 || (t.error[l] < least[l] && best.error[l] < HUGE_VALF)) {
                 least[l] = t.error[l];

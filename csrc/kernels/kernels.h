@@ -248,20 +248,32 @@ typedef struct {
        const float *middle,                                                                        \
        const float *jump,                                                                          \
        float *sums))                                                                               \
-    /* What follows from the sums of the last two, at scale = 1 / inverse and offset = -start *    \
-     * scale: as [4][group] the sum of importance times (w - q)^2; scale and offset of the least   \
-     * squares refit to the same codes, scale 0 where there is none, and offset -zero * scale if   \
-     * symmetric; and its sum of squares. moments as [3][group]: sums of importance times 1, w,    \
-     * w^2; exact. */                                                                              \
+    /* What follows from the sums of the last two: as [4][group] the sum of importance times       \
+     * (w - q)^2; scale and offset of the least squares refit to the same codes, scale 0 where     \
+     * there is none, and offset -zero * scale if symmetric; and its sum of squares. moments as    \
+     * [4][group]: sums of importance times 1, w, w^2, and one over the first;          grid       \
+     * as [4][group]: after the two above scale = 1 / inverse and offset = -start * scale; exact.  \
+     */                                                                                            \
     X(refit_f32,                                                                                   \
       void,                                                                                        \
       (const float *moments,                                                                       \
-       const float *scale,                                                                         \
-       const float *offset,                                                                        \
+       const float *grid,                                                                          \
        const float *sums,                                                                          \
        int symmetric,                                                                              \
        float zero,                                                                                 \
        float *refit))                                                                              \
+    /* The same refit, kept in best as [3][group] of its sum of squares, scale and offset where    \
+     * there is one with a sum below `enough` times the one there; returns whether any is; exact.  \
+     */                                                                                            \
+    X(improve_f32,                                                                                 \
+      int,                                                                                         \
+      (const float *moments,                                                                       \
+       const float *grid,                                                                          \
+       const float *sums,                                                                          \
+       int symmetric,                                                                              \
+       float zero,                                                                                 \
+       float enough,                                                                               \
+       float *best))                                                                               \
     /* sum[j][l] += R[i * stride + j] * e[i][l] for i = 0, 1, ..., count - 1 in turn, j < width    \
      * and LBQ_PANEL rows l; sum and e are `pitch` floats from one j or i to the next; exact. */   \
     X(feedback_f32,                                                                                \

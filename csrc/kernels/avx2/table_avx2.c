@@ -20,6 +20,7 @@ lbq_table_avx2(lbq_kernels *table)
     table->centre_f32 = lbq_centre_f32_avx2;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx2;
     table->refit_f32 = lbq_refit_f32_avx2;
+    table->improve_f32 = lbq_improve_f32_avx2;
     table->table_sums_f32 = lbq_table_sums_f32_avx2;
     table->feedback_f32 = lbq_feedback_f32_avx2;
     table->solve_f32 = lbq_solve_f32_avx2;

@@ -18,6 +18,7 @@ lbq_table_avx512(lbq_kernels *table)
     table->centre_f32 = lbq_centre_f32_avx512;
     table->grid_sums_f32 = lbq_grid_sums_f32_avx512;
     table->refit_f32 = lbq_refit_f32_avx512;
+    table->improve_f32 = lbq_improve_f32_avx512;
     table->table_sums_f32 = lbq_table_sums_f32_avx512;
     table->feedback_f32 = lbq_feedback_f32_avx512;
     table->solve_f32 = lbq_solve_f32_avx512;

@@ -86,8 +86,15 @@ lbq_table_sums_f32_portable(const float *w, const float *importance, ptrdiff_t c
 }
 
 void
-lbq_refit_f32_portable(const float *moments, const float *scale, const float *offset,
-                       const float *sums, int symmetric, float zero, float *refit)
+lbq_refit_f32_portable(const float *moments, const float *grid, const float *sums, int symmetric,
+                       float zero, float *refit)
 {
-    lbq_refit(moments, scale, offset, sums, symmetric, zero, refit);
+    lbq_refit(moments, grid, sums, symmetric, zero, refit);
+}
+
+int
+lbq_improve_f32_portable(const float *moments, const float *grid, const float *sums, int symmetric,
+                         float zero, float enough, float *best)
+{
+    return lbq_improve(moments, grid, sums, symmetric, zero, enough, best);
 }

@@ -400,9 +400,16 @@ sort_blocks(ptrdiff_t blocks, const ptrdiff_t *block_begin, const int64_t *order
 static lbq_status
 check_weights(const lbq_gptq_problem *p, const float *W)
 {
-    bool finite = true; /* without branches first: that becomes vectors */
-    for (ptrdiff_t i = 0; i < p->rows * p->cols; i++)
-        finite &= fabsf(W[i]) <= FLT_MAX;
+    bool finite = true;
+    float low[LANES], high[LANES];
+    for (ptrdiff_t row = 0; row < p->rows && finite; row += LANES)
+        finite = lbq_kernel.range_f32(W + row * p->cols,
+                                      p->cols,
+                                      lbq_smaller(LANES, p->rows - row),
+                                      p->cols,
+                                      FLT_MAX,
+                                      low,
+                                      high);
     for (ptrdiff_t i = 0; !finite && i < p->rows * p->cols; i++)
         LBQ_REQUIRE(isfinite(W[i]),
                     LBQ_BAD_VALUE,

@@ -49,16 +49,27 @@ weigh(float *x, ptrdiff_t count, float shift)
     return lbq_sum_avx2(total);
 }
 
+/* Eight rows at a time: first all maxima, then all exponentials. */
 void
 lbq_softmax_f32_avx2(ptrdiff_t rows, ptrdiff_t count, float *x, ptrdiff_t stride, float *max,
                      float *sum, float *factor)
 {
-    for (ptrdiff_t r = 0; r < rows; r++, x += stride) {
-        const float found = lbq_max_f32_avx2(x, count);
-        const float shift = found > max[r] ? found : max[r];
-        factor[r] = _mm256_cvtss_f32(lbq_exp2_avx2(_mm256_set1_ps(max[r] - shift)));
-        sum[r] = sum[r] * factor[r] + weigh(x, count, shift);
-        max[r] = shift;
+    for (ptrdiff_t first = 0; first < rows; first += 8, x += 8 * stride) {
+        const ptrdiff_t here = rows - first < 8 ? rows - first : 8;
+        const __m256i mask = lanes(here);
+        _Alignas(32) float shift[8] = {0}, total[8] = {0};
+        for (ptrdiff_t r = 0; r < here; r++)
+            shift[r] = lbq_max_f32_avx2(x + r * stride, count);
+        const __m256 before = _mm256_maskload_ps(max + first, mask);
+        const __m256 shifts = _mm256_max_ps(_mm256_load_ps(shift), before);
+        const __m256 factors = lbq_exp2_avx2(_mm256_sub_ps(before, shifts));
+        _mm256_store_ps(shift, shifts);
+        for (ptrdiff_t r = 0; r < here; r++)
+            total[r] = weigh(x + r * stride, count, shift[r]);
+        const __m256 sums = _mm256_mul_ps(_mm256_maskload_ps(sum + first, mask), factors);
+        _mm256_maskstore_ps(sum + first, mask, _mm256_add_ps(sums, _mm256_load_ps(total)));
+        _mm256_maskstore_ps(max + first, mask, shifts);
+        _mm256_maskstore_ps(factor + first, mask, factors);
     }
 }
 

@@ -13,6 +13,9 @@ enum { HALF = LBQ_PANEL / 2 /* rows of a register */ };
 /* Keeps gcc from reordering a chain of sums, which would take registers it does not have. */
 #define LBQ_BARRIER(sum) __asm__("" : "+x"(sum))
 
+/* Keeps the usual case in line, where gcc would jump to it and back. */
+#define LBQ_LIKELY(condition) __builtin_expect(condition, 1)
+
 /* Four activations of one token in every lane: a load, no shuffle. */
 LBQ_INLINE __m256i
 broadcast_word(const int8_t *q)

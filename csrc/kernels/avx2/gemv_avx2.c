@@ -7,7 +7,7 @@
 #include <stdbool.h>
 
 #include "kernels/avx2/avx2.h"
-#include "kernels/avx2/panel_avx2.h"
+#include "kernels/avx2/gemv_avx2.h"
 
 /* What is stored: codes of so many bits, or 16 + bits for such codes of a table's bytes. 1-bit
  * codes have a file of their own. */
@@ -270,46 +270,6 @@ sum_columns(const code_kind kind, const lookups *table, const uint8_t *codes,
     }
 }
 
-/* y of some tokens as far as it is summed up, [half][token], and what the next step is multiplied
- * with: the panel's scales, offsets behind them, and the tokens' factors. */
-typedef struct {
-    __m256 y[2][4];
-    const uint8_t *scale;
-    const float *factors;
-} progress;
-
-/* The integer sums of a step, [half][token], into the halves of y from `first` on. */
-LBQ_INLINE void
-add_sums(progress *to, const lbq_panel *panel, const int width, const int first, const int halves,
-         const __m256i *dot)
-{
-    __m256 scale[2];
-    if (LBQ_LIKELY(panel->scale_bits == 16))
-        for (int h = 0; h < halves; h++)
-            scale[h] = load_half(to->scale + 2 * HALF * (first + h));
-    else
-        for (int h = 0; h < halves; h++)
-            scale[h] = load_scale(panel, to->scale, first + h);
-    for (int h = 0; h < halves; h++)
-        for (int t = 0; t < width; t++) {
-            __m256 *const y = &to->y[first + h][t];
-            *y = add_step(to->factors + t, width, scale[h], dot[h * width + t], *y);
-        }
-    if (LBQ_LIKELY(panel->has_offset))
-        for (int h = 0; h < halves; h++) {
-            const uint8_t *const at = to->scale + 2 * LBQ_PANEL + 2 * HALF * (first + h);
-            const __m256 offset = load_half(at);
-            for (int t = 0; t < width; t++) {
-                __m256 *const y = &to->y[first + h][t];
-                *y = add_offset(to->factors + t, width, offset, *y);
-            }
-        }
-    if (first + halves == 2) {
-        to->scale += panel->scale_stride;
-        to->factors += 3 * width;
-    }
-}
-
 /* The integer sums of a step, as [half][token]. */
 LBQ_INLINE void
 sum_step(const code_kind kind, const ptrdiff_t step, const lookups *table, const uint8_t *codes,
@@ -379,16 +339,12 @@ gemv(const code_kind kind, const ptrdiff_t step, const int width, const lbq_pane
      const lbq_activations *x, float *y)
 {
     const lookups table = lookups_of(kind, panel);
-    progress sum = {.scale = panel->scale, .factors = x->factors};
-    for (int t = 0; t < width; t++)
-        sum.y[0][t] = sum.y[1][t] = _mm256_setzero_ps();
+    progress sum = start(panel, x->factors, width, width);
     if (width == 1)
         multiply_token(kind, step, &table, panel, x->values, &sum);
     else
         multiply_four(kind, step, &table, panel, x->values, &sum);
-    for (int t = 0; t < width; t++)
-        for (int h = 0; h < 2; h++)
-            _mm256_storeu_ps(y + t * LBQ_PANEL + h * HALF, sum.y[h][t]);
+    store(&sum, width, y);
 }
 
 /* Every length of a step has its own copy, whose loop over the columns is unrolled. */

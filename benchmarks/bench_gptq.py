@@ -1,4 +1,4 @@
-"""Hessians and GPTQ, against what BLAS and LAPACK need for the same flops.
+"""Hessians, GPTQ and coordinate descent, against what BLAS and LAPACK need for the same flops.
 
     python -m benchmarks.bench_gptq
 
@@ -6,7 +6,9 @@ The Hessian's baseline is one float32 syrk of the same shape (NumPy's x.T @ x). 
 float32 Cholesky factorisation, LAPACK's spotrf called directly (np.linalg.cholesky takes several
 times as long), and one product of m n^2 operations: what its arithmetic would cost without
 rounding. Ours is as `lowbitq.gptq` does it, to 2 bits in groups of 64: columns ordered by groups,
-scales fitted by min-max in one column and by least squares in the next.
+scales fitted by min-max in one column and by least squares in the next. Coordinate descent (two
+sweeps over the codes found) and the measure of the error multiply the errors of all weights by the
+Hessian; their baseline is that product in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks.harness import Run, options_parser
 from lowbitq import _core
 from lowbitq.formats import Format
-from lowbitq.gptq import feedback
+from lowbitq.gptq import feedback, gptq
 from lowbitq.quantizers import core_options, fit_shared
 
 TOKENS = 8192
@@ -122,6 +124,41 @@ def gptq_row(run: Run, rows: int, cols: int) -> None:
             run.goal(f"{goal} times BLAS", solved, goal / columns[f"{method} x"], 1.0)
 
 
+def descent_row(run: Run, rows: int, cols: int) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2 * cols, cols), dtype=np.float32)
+    x[:, 1:] += x[:, :-1].copy()
+    dense = x.T @ x
+    hessian = dense.astype(np.float64)
+    weight = rng.standard_normal((rows, cols), dtype=np.float32)
+    inputs = feedback(hessian, group=FORMAT.group)
+    tensor, _ = gptq(weight, inputs, FORMAT, sweeps=0)
+    scale, offset, codes = tensor.scale, tensor.offset, np.empty(weight.shape, np.uint8)
+
+    def descend() -> None:
+        np.copyto(codes, tensor.codes)
+        _core.refine(
+            hessian, weight, None, scale, offset, codes,
+            count=FORMAT.levels, group=FORMAT.group, damping=inputs.damping, sweeps=2,
+        )  # fmt: skip
+
+    times = run.take_turns(
+        {
+            "descent": descend,
+            "error": lambda: _core.hessian_error(hessian, weight),
+            "product": lambda: weight @ dense,
+        },
+        repetitions=max(1, run.options.repetitions // 4),
+    )
+    product = times.pop("product")
+    columns: dict[str, float] = {"rows": rows, "cols": cols}
+    for name, timing in times.items():
+        columns[f"{name} s"] = timing.least
+        columns[f"{name} x"] = timing.least / product.least
+        columns[f"{name} median"] = timing.median / product.median
+    run.row("Coordinate descent and errors, x: over one product", columns)
+
+
 def _over_blas(seconds: dict[str, float], method: str) -> float:
     return (seconds["factor"] + seconds[method]) / (seconds["cholesky"] + seconds["product"])
 
@@ -132,6 +169,8 @@ def main() -> None:
         hessian_row(run, cols)
     for shape in SHAPES:
         gptq_row(run, *shape)
+    for shape in SHAPES:
+        descent_row(run, *shape)
     run.finish()
 
 

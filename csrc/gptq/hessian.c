@@ -5,6 +5,7 @@
  * one syrk of the whole, 384 1.15, 512 1.02. */
 #include "gptq/hessian.h"
 
+#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 #include <string.h>
@@ -227,20 +228,27 @@ lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *
     return LBQ_OK;
 }
 
-/* By tiles, so that what is written across rows stays in the first-level cache. */
+/* By tiles, each through a copy: entries of a column of H share few sets of a cache. */
 lbq_status
 lbq_hessian_unfold(ptrdiff_t cols, const double *H, double damping, double *full)
 {
     enum { SIDE = 32 };
     bool finite = true;
     for (ptrdiff_t top = 0; top < cols; top += SIDE)
-        for (ptrdiff_t left = top; left < cols; left += SIDE)
-            for (ptrdiff_t i = top; i < lbq_smaller(top + SIDE, cols); i++)
-                for (ptrdiff_t k = i > left ? i : left; k < lbq_smaller(left + SIDE, cols); k++) {
+        for (ptrdiff_t left = top; left < cols; left += SIDE) {
+            const ptrdiff_t bottom = lbq_smaller(top + SIDE, cols);
+            const ptrdiff_t right = lbq_smaller(left + SIDE, cols);
+            double copy[SIDE][SIDE + 1];
+            for (ptrdiff_t i = top; i < bottom; i++)
+                for (ptrdiff_t k = i > left ? i : left; k < right; k++) {
                     const double value = H[i * cols + k] + (i == k ? damping : 0);
-                    finite = finite && isfinite(value);
-                    full[i * cols + k] = full[k * cols + i] = value;
+                    finite &= fabs(value) <= DBL_MAX;
+                    full[i * cols + k] = copy[k - left][i - top] = value;
                 }
+            for (ptrdiff_t k = left; k < right; k++)
+                for (ptrdiff_t i = top; i < lbq_smaller(bottom, k); i++)
+                    full[k * cols + i] = copy[k - left][i - top];
+        }
     LBQ_REQUIRE(finite, LBQ_BAD_VALUE, "the Hessian has a NaN or an infinity");
     return LBQ_OK;
 }

@@ -4,6 +4,8 @@
  * one shift per two planes: the sums of planes that lie 2 or 4 bits up come out 4 or 16 times too
  * large and are shifted back once per step. vpdpbusd takes activations broadcast by the load. Codes
  * of a table of levels become bytes by vpshufb. */
+#include <stdbool.h>
+
 #include "kernels/avx512/avx512.h"
 #include "kernels/avx512/panel_avx512.h"
 
@@ -254,68 +256,112 @@ sum_columns(const code_kind kind, const lookup *table, const uint8_t *codes,
     }
 }
 
-/* `columns` of a step at a time, which divides the step. */
+/* y of some tokens as far as it is summed up, and what the next step is multiplied with: the
+ * panel's scales, offsets behind them, and the tokens' factors. */
+typedef struct {
+    __m512 y[4];
+    const uint8_t *scale;
+    const float *factors;
+} progress;
+
+/* The integer sums of a step into y. */
 LBQ_INLINE void
-gemv(const code_kind kind, const ptrdiff_t columns, const int width, const lbq_panel *panel,
-     const lbq_activations *x, float *y)
+add_sums(progress *to, const lbq_panel *panel, const int width, const __m512i *dot)
+{
+    const __m512 scale = load_scale(panel, to->scale);
+    for (int t = 0; t < width; t++)
+        to->y[t] = add_step(to->factors + t, width, scale, dot[t], to->y[t]);
+    if (LBQ_LIKELY(panel->has_offset)) {
+        const __m512 offset = load_half(to->scale + 2 * LBQ_PANEL);
+        for (int t = 0; t < width; t++)
+            to->y[t] = add_offset(to->factors + t, width, offset, to->y[t]);
+    }
+    to->scale += panel->scale_stride;
+    to->factors += 3 * width;
+}
+
+/* The integer sums of a step. */
+LBQ_INLINE void
+sum_step(const code_kind kind, const ptrdiff_t step, const lookup *table, const uint8_t *codes,
+         const lbq_activations *x, const int8_t *q, const int width, __m512i *dot)
 {
     /* How far up the planes lay whose sums are `high`. */
     const int up = kind == U1 ? 1 : kind == U4 ? 4 : kind == U2 || kind == U3 ? 2 : 0;
-    const ptrdiff_t bytes = columns * bits_of(kind) * LBQ_PANEL / 8;
-    const lookup table = lookup_of(kind, panel);
-    const uint8_t *step_codes = panel->codes, *scale_at = panel->scale;
-    const int8_t *q = x->values;
-    const float *factors = x->factors;
-    __m512 total[4];
-    for (int t = 0; t < width; t++)
-        total[t] = _mm512_setzero_ps();
-    for (ptrdiff_t left_steps = panel->steps; left_steps > 0; left_steps--) {
-        const uint8_t *codes = step_codes;
-        sums sum;
-        for (int t = 0; t < 4; t++)
-            sum.low[t] = sum.high[t] = _mm512_setzero_si512();
-        ptrdiff_t left = panel->step;
-        do {
-            sum_columns(kind, &table, codes, columns, x, q, width, &sum);
-            codes += bytes;
-            q += columns * width;
-            left -= columns;
-        } while (left > 0);
-        if (width == 1) {
-            sum.low[0] = _mm512_add_epi32(sum.low[0], sum.low[1]);
-            sum.high[0] = _mm512_add_epi32(sum.high[0], sum.high[1]);
+    /* 1-bit codes fill bytes after 64 columns; the others take turns of as many. */
+    const ptrdiff_t most = step < 64 ? step : 64, turn = width == 1 ? step : most;
+    ptrdiff_t end = step;
+    if (turn < step)
+        __asm__("" : "+r"(end)); /* or gcc unrolls these turns as well, for nothing */
+    sums sum;
+    for (int t = 0; t < 4; t++)
+        sum.low[t] = sum.high[t] = _mm512_setzero_si512();
+#pragma GCC unroll 1
+    for (ptrdiff_t first = 0; first < end; first += turn)
+#pragma GCC unroll 2
+        for (ptrdiff_t k = first; k < first + turn; k += most) {
+            const uint8_t *const at = codes + k * bits_of(kind) * LBQ_PANEL / 8;
+            sum_columns(kind, table, at, most, x, q + k * width, width, &sum);
         }
-        const __m512 scale = load_scale(panel, scale_at);
-        for (int t = 0; t < width; t++) {
-            const __m512i high = _mm512_srai_epi32(sum.high[t], up);
-            const __m512i dot = _mm512_add_epi32(sum.low[t], high);
-            total[t] = add_step(factors + t, width, scale, dot, total[t]);
-        }
-        if (panel->has_offset) {
-            const __m512 offset = load_half(scale_at + 2 * LBQ_PANEL);
-            for (int t = 0; t < width; t++)
-                total[t] = add_offset(factors + t, width, offset, total[t]);
-        }
-        step_codes += panel->step_bytes;
-        scale_at += panel->scale_stride;
-        factors += 3 * width;
+    if (width == 1) {
+        sum.low[0] = _mm512_add_epi32(sum.low[0], sum.low[1]);
+        sum.high[0] = _mm512_add_epi32(sum.high[0], sum.high[1]);
     }
     for (int t = 0; t < width; t++)
-        _mm512_storeu_ps(y + t * LBQ_PANEL, total[t]);
+        dot[t] = _mm512_add_epi32(sum.low[t], _mm512_srai_epi32(sum.high[t], up));
+}
+
+/* A panel whose steps have `step` columns. A step's sums go into y after those of the next step are
+ * made: gemv_avx2.c says why. */
+LBQ_INLINE void
+gemv(const code_kind kind, const ptrdiff_t step, const int width, const lbq_panel *panel,
+     const lbq_activations *x, float *y)
+{
+    const lookup table = lookup_of(kind, panel);
+    const uint8_t *codes = panel->codes;
+    const int8_t *q = x->values;
+    progress sum = {.scale = panel->scale, .factors = x->factors};
+    for (int t = 0; t < width; t++)
+        sum.y[t] = _mm512_setzero_ps();
+    __m512i last[4], dot[4];
+    bool started = false;
+    for (ptrdiff_t left = panel->steps; left > 0; left--) {
+        sum_step(kind, step, &table, codes, x, q, width, dot);
+        if (LBQ_LIKELY(started))
+            add_sums(&sum, panel, width, last);
+        started = true;
+        for (int t = 0; t < width; t++)
+            last[t] = dot[t];
+        codes += panel->step_bytes;
+        q += step * width;
+    }
+    if (started)
+        add_sums(&sum, panel, width, last);
+    for (int t = 0; t < width; t++)
+        _mm512_storeu_ps(y + t * LBQ_PANEL, sum.y[t]);
+}
+
+/* Every length of a step has its own copy, whose loop over the columns is unrolled. */
+LBQ_INLINE void
+gemv_steps(const code_kind kind, const int width, const lbq_panel *panel, const lbq_activations *x,
+           float *y)
+{
+    if (panel->step == 128)
+        gemv(kind, 128, width, panel, x, y);
+    else if (panel->step == 64)
+        gemv(kind, 64, width, panel, x, y);
+    else if (panel->step == 32)
+        gemv(kind, 32, width, panel, x, y);
+    else if (kind != U1 && kind != U3 && kind != T3)
+        gemv(kind, 16, width, panel, x, y);
 }
 
 LBQ_INLINE void
 gemv_any(const code_kind kind, const lbq_panel *panel, const lbq_activations *x, float *y)
 {
-    const ptrdiff_t least = kind == U1 || kind == U3 || kind == T3 ? 32 : 16;
-    if (x->width == 1 && panel->step >= 64)
-        gemv(kind, 64, 1, panel, x, y);
-    else if (x->width == 1)
-        gemv(kind, least, 1, panel, x, y);
-    else if (panel->step >= 64)
-        gemv(kind, 64, 4, panel, x, y);
+    if (x->width == 1)
+        gemv_steps(kind, 1, panel, x, y);
     else
-        gemv(kind, least, 4, panel, x, y);
+        gemv_steps(kind, 4, panel, x, y);
 }
 
 void

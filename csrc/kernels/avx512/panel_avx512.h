@@ -8,6 +8,9 @@
 
 #define LBQ_INLINE static inline __attribute__((always_inline))
 
+/* Keeps the usual case in line, where gcc would jump to it and back. */
+#define LBQ_LIKELY(condition) __builtin_expect(condition, 1)
+
 /* Four activations of one token in every lane: a load, no shuffle. */
 LBQ_INLINE __m512i
 broadcast_word(const int8_t *q)
@@ -27,7 +30,7 @@ load_half(const uint8_t *at)
 LBQ_INLINE __m512
 load_scale(const lbq_panel *panel, const uint8_t *at)
 {
-    if (panel->scale_bits == 16)
+    if (LBQ_LIKELY(panel->scale_bits == 16))
         return load_half(at);
     const __m512 gamma = _mm512_set1_ps(panel->gamma);
     if (panel->scale_bits == 0)

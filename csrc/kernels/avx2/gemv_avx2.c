@@ -277,7 +277,7 @@ sum_step(const code_kind kind, const ptrdiff_t step, const lookups *table, const
 {
     /* 8-bit codes fill 16 bits after 32 columns, the others not before 64. */
     const ptrdiff_t most = kind >= U8 ? 32 : 64, exact = step < most ? step : most;
-    const ptrdiff_t turn = kind < U8 && width == 1 ? step : exact;
+    const ptrdiff_t turn = width == 1 && kind != U8 ? step : exact;
     ptrdiff_t end = step;
     if (turn < step)
         __asm__("" : "+r"(end)); /* or gcc unrolls these turns as well, for nothing */
@@ -285,7 +285,7 @@ sum_step(const code_kind kind, const ptrdiff_t step, const lookups *table, const
         dot[i] = _mm256_setzero_si256();
 #pragma GCC unroll 1
     for (ptrdiff_t first = 0; first < end; first += turn)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (ptrdiff_t k = first; k < first + turn; k += exact) {
             const uint8_t *const at = codes + k * bits_of(kind) * LBQ_PANEL / 8;
             sum_columns(kind, table, at, exact, q + k * width, width, halves, dot);

@@ -261,13 +261,13 @@ def quantized_decoder():
 
 @pytest.mark.parametrize("bits", [None, 8, 32])
 def test_batches_of_a_window_do_not_change_a_bit(isa, bits):
-    """A batch is 128 tokens per thread: three of them, two, and all tokens at once."""
-    decoder, tokens = quantized_decoder(), tokens_of(300)
+    """A batch is 256 tokens per thread: three of them, two, and all tokens at once."""
+    decoder, tokens = quantized_decoder(), tokens_of(600)
     threads = _core.config()["threads"]
     results = []
     for count in (1, 2, 3):
         _core.set_num_threads(threads=count)
-        cache = cache_of(decoder, 320, bits) if bits else None
+        cache = cache_of(decoder, 640, bits) if bits else None
         hidden = np.empty((len(tokens), HIDDEN), np.float32)
         _core.decoder_forward(decoder, tokens, cache, hidden, None, past=0)
         results.append(hidden)
@@ -279,13 +279,13 @@ def test_batches_of_a_window_do_not_change_a_bit(isa, bits):
 
 def test_taps_of_batches_are_those_of_the_window(isa):
     decoder = quantized_decoder()
-    x = np.random.default_rng(13).standard_normal((300, HIDDEN), dtype=np.float32)
+    x = np.random.default_rng(13).standard_normal((600, HIDDEN), dtype=np.float32)
     threads = _core.config()["threads"]
     results = []
     for count in (1, 3):
         _core.set_num_threads(threads=count)
         widths = (HIDDEN, HEADS * HEAD_DIM, HIDDEN, INNER)
-        arrays = [x.copy(), *(np.full((300, width), np.nan, np.float32) for width in widths)]
+        arrays = [x.copy(), *(np.full((600, width), np.nan, np.float32) for width in widths)]
         _core.decoder_block(decoder, *arrays, block=1)
         results.append(arrays)
     _core.set_num_threads(threads=threads)

@@ -251,9 +251,8 @@ typedef struct {
     /* What follows from the sums of the last two: as [4][group] the sum of importance times       \
      * (w - q)^2; scale and offset of the least squares refit to the same codes, scale 0 where     \
      * there is none, and offset -zero * scale if symmetric; and its sum of squares. moments as    \
-     * [4][group]: sums of importance times 1, w, w^2, and one over the first;          grid       \
-     * as [4][group]: after the two above scale = 1 / inverse and offset = -start * scale; exact.  \
-     */                                                                                            \
+     * [4][group]: sums of importance times 1, w, w^2, and one over the first; grid as [4][group]: \
+     * after the two above scale = 1 / inverse and offset = -start * scale; exact. */              \
     X(refit_f32,                                                                                   \
       void,                                                                                        \
       (const float *moments,                                                                       \

@@ -43,8 +43,6 @@ typedef struct {
 
 /* X(name, result, (parameters)), each with its contract in the comment above it. */
 #define LBQ_KERNELS(X)                                                                             \
-    /* y[i] = half x[i] widened to float32; exact. */                                              \
-    X(widen_f16, void, (const uint16_t *x, ptrdiff_t count, float *y))                             \
     /* y[i] = x[i] narrowed to float16, ties to even; infinity beyond 65504; exact. */             \
     X(narrow_f16, void, (const float *x, ptrdiff_t count, uint16_t *y))                            \
     /* LBQ_PANEL numbers rounded to values of float16: the nearest (direction 0), the largest not  \

@@ -13,14 +13,13 @@
 enum { LBQ_ROWS = 8 };
 
 /* What an instruction set does by itself for LBQ_ROWS rows, those of a panel from `first` on:
- * range_f32, encode_f32, and rounding to float16, the largest not above x or `up`, the smallest
- * not below it, +-65504 at the most. */
+ * range_f32, encode_f32, and rounding to float16 down (direction -1) or up (1), at most +-65504. */
 typedef struct {
     int (*range)(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t count,
                  float limit, float *low, float *high);
     void (*encode)(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows,
                    ptrdiff_t count, const float *grid, int top, ptrdiff_t ahead, uint8_t *codes);
-    void (*halve)(const float *x, int up, uint8_t *half, float *value);
+    void (*halve)(const float *x, int direction, uint8_t *half, float *value);
 } lbq_by_rows;
 
 /* cover_f16 of kernels.h for LBQ_ROWS lanes of a grid; as float16 too, as a panel has them. */
@@ -32,7 +31,7 @@ lbq_cover_rows(lbq_by_rows by, const float *low, const float *high, const lbq_co
     for (int l = 0; l < LBQ_ROWS; l++)
         least[l] = cover->clip * low[l] + 0.0f; /* a range may begin with -0 or with 0 */
     if (cover->has_offset)
-        by.halve(least, 0, halves + 2 * LBQ_PANEL, start);
+        by.halve(least, -1, halves + 2 * LBQ_PANEL, start);
 #pragma GCC unroll 1 /* else gcc takes it apart before it looks for vectors */
     for (int l = 0; l < LBQ_ROWS; l++) {
         const float up = (cover->clip * high[l] - start[l]) / cover->above;

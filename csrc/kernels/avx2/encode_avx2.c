@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "kernels/avx2/avx2.h"
+#include "kernels/avx2/halve_avx2.h"
 #include "kernels/round.h"
 
 /* From vectors of eight rows one that holds an extreme of each. */
@@ -173,18 +174,7 @@ lbq_encode_f32_avx2(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t 
         encode_rows(w, stride, first, rows, count, grid, top, ahead, codes);
 }
 
-static inline void
-halve(const float *x, int up, uint8_t *half, float *value)
-{
-    const __m256 most = _mm256_set1_ps(65504), least = _mm256_set1_ps(-65504);
-    const __m256 in = _mm256_min_ps(_mm256_max_ps(_mm256_loadu_ps(x), least), most);
-    const __m128i bits = up ? _mm256_cvtps_ph(in, _MM_FROUND_TO_POS_INF)
-                            : _mm256_cvtps_ph(in, _MM_FROUND_TO_NEG_INF);
-    _mm_storeu_si128((__m128i *)half, bits);
-    _mm256_storeu_ps(value, _mm256_cvtph_ps(bits));
-}
-
-static const lbq_by_rows by_rows = {range_rows, encode_rows, halve};
+static const lbq_by_rows by_rows = {range_rows, encode_rows, lbq_halve_rows_avx2};
 
 void
 lbq_cover_f16_avx2(const float *low, const float *high, const lbq_cover *cover, float *grid)

@@ -4,7 +4,6 @@
 void
 lbq_table_avx2(lbq_kernels *table)
 {
-    table->widen_f16 = lbq_widen_f16_avx2;
     table->narrow_f16 = lbq_narrow_f16_avx2;
     table->round_f16 = lbq_round_f16_avx2;
     table->cover_f16 = lbq_cover_f16_avx2;

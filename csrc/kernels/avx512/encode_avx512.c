@@ -178,12 +178,12 @@ lbq_encode_f32_avx512(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_
 }
 
 static inline void
-halve(const float *x, int up, uint8_t *half, float *value)
+halve(const float *x, int direction, uint8_t *half, float *value)
 {
-    const __m256 most = _mm256_set1_ps(65504), least = _mm256_set1_ps(-65504);
+    const __m256 least = _mm256_set1_ps(-65504), most = _mm256_set1_ps(65504);
     const __m256 in = _mm256_min_ps(_mm256_max_ps(_mm256_loadu_ps(x), least), most);
-    const __m128i bits = up ? _mm256_cvtps_ph(in, _MM_FROUND_TO_POS_INF)
-                            : _mm256_cvtps_ph(in, _MM_FROUND_TO_NEG_INF);
+    const __m128i bits = direction < 0 ? _mm256_cvtps_ph(in, _MM_FROUND_TO_NEG_INF)
+                                       : _mm256_cvtps_ph(in, _MM_FROUND_TO_POS_INF);
     _mm_storeu_si128((__m128i *)half, bits);
     _mm256_storeu_ps(value, _mm256_cvtph_ps(bits));
 }

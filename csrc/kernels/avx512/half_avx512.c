@@ -1,18 +1,8 @@
-/* float16 to and from float32. */
+/* float32 to float16. */
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"
 #include "kernels/avx512/lanes_avx512.h"
-
-void
-lbq_widen_f16_avx512(const uint16_t *x, ptrdiff_t count, float *y)
-{
-    for (ptrdiff_t i = 0; i < count; i += 16) {
-        const __mmask16 mask = lbq_lanes_avx512(count - i);
-        const __m256i half = _mm256_maskz_loadu_epi16(mask, x + i);
-        _mm512_mask_storeu_ps(y + i, mask, _mm512_cvtph_ps(half));
-    }
-}
 
 void
 lbq_narrow_f16_avx512(const float *x, ptrdiff_t count, uint16_t *y)

@@ -4,7 +4,6 @@
 void
 lbq_table_avx512(lbq_kernels *table)
 {
-    table->widen_f16 = lbq_widen_f16_avx512;
     table->narrow_f16 = lbq_narrow_f16_avx512;
     table->product_f32 = lbq_product_f32_avx512;
     table->product_i8_f32 = lbq_product_i8_f32_avx512;

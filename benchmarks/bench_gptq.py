@@ -25,7 +25,7 @@ from benchmarks.harness import Run, options_parser
 from lowbitq import _core
 from lowbitq.formats import Format
 from lowbitq.gptq import feedback, gptq
-from lowbitq.quantizers import core_options, fit_shared
+from lowbitq.quantizers import fit_shared, search_options
 
 TOKENS = 8192
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]  # SmolLM2-135M; larger
@@ -90,8 +90,8 @@ def gptq_row(run: Run, rows: int, cols: int) -> None:
     def solve(method: str) -> None:
         shared = fit_shared(weight, FORMAT, range=method)
         _core.gptq(
-            factor, order, weight, importance, None, codes, scale, offset, group=FORMAT.group,
-            fixed=False, block=128, **core_options(FORMAT, shared, range=method),
+            shared.code(FORMAT), factor, order, weight, importance, codes, scale, offset,
+            group=FORMAT.group, fixed=False, block=128, **search_options(range=method),
         )  # fmt: skip
 
     times = run.take_turns(
@@ -138,8 +138,8 @@ def descent_row(run: Run, rows: int, cols: int) -> None:
     def descend() -> None:
         np.copyto(codes, tensor.codes)
         _core.refine(
-            hessian, weight, None, scale, offset, codes,
-            count=FORMAT.levels, group=FORMAT.group, damping=inputs.damping, sweeps=2,
+            tensor.handle, hessian, weight, scale, offset, codes,
+            group=FORMAT.group, damping=inputs.damping, sweeps=2,
         )  # fmt: skip
 
     times = run.take_turns(

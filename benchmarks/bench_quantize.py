@@ -21,9 +21,9 @@ from benchmarks.peers import ggml
 from lowbitq import _core
 from lowbitq.formats import Format
 from lowbitq.linears import Linear
-from lowbitq.quantizers import Shared, core_options, mse, relative_error
+from lowbitq.quantizers import mse, relative_error, search_options
 from lowbitq.roofline import random_layer
-from lowbitq.tensors import QuantizedTensor, packed_scalars
+from lowbitq.tensors import QuantizedTensor
 
 SHAPE = (4096, 4096)
 SEARCHED_ROWS = 256  # the search takes some hundred times as long as rounding
@@ -51,15 +51,14 @@ def quantizer(text, weight, range):
     """A call that rounds `weight` into the panels of a tensor, and the tensor."""
     format, (rows, cols) = Format.parse(text), weight.shape
     levels = None
-    if format.kind == "nf":
-        levels = np.empty(format.levels, np.float32)
+    if format.has_levels:
+        levels = np.empty(format.level_count, np.float32)
         _core.fixed_levels(levels, kind=format.kind)
-    scalars = packed_scalars(format, rows, cols, 1.0, format.zero)
-    panels = _core.aligned_empty(bytes=_core.packed_bytes(**scalars))
+    panels = _core.aligned_empty(bytes=format.panel_bytes(rows, cols))
     tensor = QuantizedTensor(format, rows, cols, panels, levels)
-    options = core_options(format, Shared(levels, 1.0, format.zero), range=range) | scalars
-    del options["symmetric"]
-    return lambda: _core.quantize_packed(weight, None, levels, panels, **options), tensor
+    code, options = tensor.handle, search_options(range=range)
+    group = format.group or cols
+    return lambda: _core.quantize_packed(code, weight, None, panels, group=group, **options), tensor
 
 
 def bench_rounding(run, library):

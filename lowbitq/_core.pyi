@@ -17,20 +17,26 @@ def float_to_half(x: NDArray[np.float32], y: NDArray[np.uint16], /) -> None: ...
 def random_bits(out: NDArray[np.uint64], /, *, seed: int, stream: int) -> None: ...
 def random_normal(out: NDArray[np.float64], /, *, seed: int, stream: int) -> None: ...
 def aligned_empty(*, bytes: int) -> NDArray[np.uint8]: ...
+def code(
+    levels: NDArray[np.float32] | None,
+    /,
+    *,
+    name: str,
+    symmetric: bool,
+    scale_bits: int,
+    unit: float,
+    zero: float,
+) -> Any: ...
+def codes() -> dict[str, dict[str, Any]]: ...
 def quantize(
+    code: Any,
     weight: NDArray[np.float32],
     importance: NDArray[np.float32] | None,
-    levels: NDArray[np.float32] | None,
-    codes: NDArray[np.uint8],
+    codes: NDArray[np.uint8] | None,
     scale: NDArray[np.float32],
     offset: NDArray[np.float32],
     /,
     *,
-    count: int,
-    symmetric: bool,
-    zero: float,
-    scale_bits: int,
-    gamma: float,
     group: int,
     fixed: bool,
     method: str,
@@ -41,57 +47,50 @@ def quantize(
     norm: float,
 ) -> None: ...
 def quantize_packed(
+    code: Any,
     weight: NDArray[np.float32],
     importance: NDArray[np.float32] | None,
-    levels: NDArray[np.float32] | None,
     panels: NDArray[np.uint8],
     /,
     *,
-    count: int,
+    group: int,
     method: str,
     clip: float,
     percentile: float,
     candidates: int,
     shrink: float,
     norm: float,
+) -> None: ...
+def packed_bytes(
+    *, code: str, rows: int, cols: int, group: int, scale_bits: int, symmetric: bool
+) -> int: ...
+def pack(
+    code: Any,
+    codes: NDArray[np.uint8],
+    scale: NDArray[np.float32] | None,
+    offset: NDArray[np.float32] | None,
+    panels: NDArray[np.uint8],
+    /,
+    *,
     rows: int,
     cols: int,
-    bits: int,
     group: int,
-    scale_bits: int,
-    has_offset: bool,
-    gamma: float,
-    zero: float,
 ) -> None: ...
-def adaround(
-    hessian: NDArray[np.float64],
-    weight: NDArray[np.float32],
-    levels: NDArray[np.float32] | None,
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
-    codes: NDArray[np.uint8],
+def unpack(
+    code: Any,
+    panels: NDArray[np.uint8],
+    codes: NDArray[np.uint8] | None,
+    scale: NDArray[np.float32] | None,
+    offset: NDArray[np.float32] | None,
     /,
     *,
-    count: int,
+    rows: int,
+    cols: int,
     group: int,
-    steps: int,
-    rate: float,
-    strength: float,
-) -> float: ...
-def refine(
-    hessian: NDArray[np.float64],
-    weight: NDArray[np.float32],
-    levels: NDArray[np.float32] | None,
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
-    codes: NDArray[np.uint8],
-    /,
-    *,
-    count: int,
-    group: int,
-    damping: float,
-    sweeps: int,
-) -> int: ...
+) -> None: ...
+def packed_dequantize(
+    code: Any, panels: NDArray[np.uint8], weight: NDArray[np.float32], /, *, group: int
+) -> None: ...
 def kmeans(
     values: NDArray[np.float64],
     weights: NDArray[np.float64] | None,
@@ -102,82 +101,19 @@ def entropy_range(
     counts: NDArray[np.float64], kept: NDArray[np.int64], /, *, levels: int
 ) -> None: ...
 def fixed_levels(levels: NDArray[np.float32], /, *, kind: str) -> None: ...
-def packed_bytes(
-    *,
-    rows: int,
-    cols: int,
-    bits: int,
-    group: int,
-    scale_bits: int,
-    has_offset: bool,
-    gamma: float,
-    zero: float,
-) -> int: ...
-def pack(
-    codes: NDArray[np.uint8],
-    scale: NDArray[np.float32] | None,
-    offset: NDArray[np.float32] | None,
-    panels: NDArray[np.uint8],
-    /,
-    *,
-    rows: int,
-    cols: int,
-    bits: int,
-    group: int,
-    scale_bits: int,
-    has_offset: bool,
-    gamma: float,
-    zero: float,
-) -> None: ...
-def unpack(
-    panels: NDArray[np.uint8],
-    codes: NDArray[np.uint8] | None,
-    scale: NDArray[np.float32] | None,
-    offset: NDArray[np.float32] | None,
-    /,
-    *,
-    rows: int,
-    cols: int,
-    bits: int,
-    group: int,
-    scale_bits: int,
-    has_offset: bool,
-    gamma: float,
-    zero: float,
-) -> None: ...
-def packed_dequantize(
-    panels: NDArray[np.uint8],
-    levels: NDArray[np.float32] | None,
-    weight: NDArray[np.float32],
-    /,
-    *,
-    rows: int,
-    cols: int,
-    bits: int,
-    group: int,
-    scale_bits: int,
-    has_offset: bool,
-    gamma: float,
-    zero: float,
-) -> None: ...
 def linear_dense(
     weight: NDArray[np.float32], bias: NDArray[np.float32] | None, rotation: Any | None, /
 ) -> Any: ...
 def linear_packed(
+    code: Any,
     panels: NDArray[np.uint8],
-    levels: NDArray[np.float32] | None,
     bias: NDArray[np.float32] | None,
     rotation: Any | None,
     /,
     *,
     rows: int,
     cols: int,
-    bits: int,
     group: int,
-    scale_bits: int,
-    has_offset: bool,
-    gamma: float,
-    zero: float,
     activation_bits: int,
 ) -> Any: ...
 def linear_forward(layer: Any, x: NDArray[np.float32], y: NDArray[np.float32], /) -> None: ...
@@ -198,31 +134,53 @@ def gptq_factor(
     median: bool,
 ) -> dict[str, Any]: ...
 def gptq(
+    code: Any,
     factor: NDArray[np.float32] | NDArray[np.float64],
     order: NDArray[np.int64] | None,
     weight: NDArray[np.float32],
     importance: NDArray[np.float32] | None,
-    levels: NDArray[np.float32] | None,
     codes: NDArray[np.uint8],
     scale: NDArray[np.float32],
     offset: NDArray[np.float32],
     /,
     *,
-    count: int,
-    symmetric: bool,
-    zero: float,
-    scale_bits: int,
-    gamma: float,
     group: int,
     fixed: bool,
+    block: int,
     method: str,
     clip: float,
     percentile: float,
     candidates: int,
     shrink: float,
     norm: float,
-    block: int,
 ) -> None: ...
+def adaround(
+    code: Any,
+    hessian: NDArray[np.float64],
+    weight: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    /,
+    *,
+    group: int,
+    steps: int,
+    rate: float,
+    strength: float,
+) -> float: ...
+def refine(
+    code: Any,
+    hessian: NDArray[np.float64],
+    weight: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    codes: NDArray[np.uint8],
+    /,
+    *,
+    group: int,
+    damping: float,
+    sweeps: int,
+) -> int: ...
 def rmsnorm(
     x: NDArray[np.float32],
     gain: NDArray[np.float32] | None,

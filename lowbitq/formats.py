@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
-PANEL_ROWS = 16  # rows are stored in panels of this many, the last one padded
-ROW_STEP = 64  # columns per step where a whole row shares one scale
+from lowbitq import _core
+
+_CODES = _core.codes()
+
+
+def _spans() -> str:
+    """The codes for a message: "int1 to int8, ternary"."""
+    kinds: dict[str, list[str]] = {}
+    for name, code in _CODES.items():
+        kinds.setdefault(code["kind"], []).append(name)
+    return ", ".join(" to ".join(dict.fromkeys([k[0], k[-1]])) for k in kinds.values())
+
 
 GRAMMAR = (
-    "a code (int1 to int8, ternary, binary, nf4, log2 to log4, kmeans1 to kmeans4), then "
+    f"a code ({_spans()}), then "
     "optionally g16, g32, g64, g128 (columns per scale; none: one scale per row) or tensor (one "
     "scale for the matrix), then optionally sym (no offset), then optionally s4 or s8 (integer "
     "scales of that many bits); for example int4g64, int2g16s4, ternary"
 )
 
 _TEXT = re.compile(
-    r"(?P<code>int[1-8]|ternary|binary|nf4|log[2-4]|kmeans[1-4])"
+    rf"(?P<code>{'|'.join(map(re.escape, _CODES))})"
     r"(?:g(?P<group>16|32|64|128)|(?P<tensor>tensor))?(?P<sym>sym)?(?:s(?P<scale>4|8))?"
 )
 
@@ -34,7 +45,7 @@ class Format:
     per_tensor : bool, default=False
         One scale for the whole matrix; excludes `group`.
     symmetric : bool, default=True
-        No offset: the levels lie around zero. Only ``int`` codes can be asymmetric.
+        No offset: the levels lie around zero. Few codes, of kind ``int``, can be asymmetric.
     scale_bits : int, default=16
         16: a scale is a float16. 8 or 4: an integer times one float of the matrix. 0: there is only
         that float (`per_tensor`).
@@ -47,7 +58,7 @@ class Format:
     Examples
     --------
     >>> format = Format.parse("int4g64")
-    >>> format.bits, format.levels, format.group, format.symmetric
+    >>> format.bits, format.level_count, format.group, format.symmetric
     (4, 16, 64, False)
     >>> format.bits_per_weight(64, 576)
     4.5
@@ -62,7 +73,7 @@ class Format:
     scale_bits: int = 16
 
     def __post_init__(self) -> None:
-        if not (match := _TEXT.fullmatch(self.code)) or match["code"] != self.code:
+        if self.code not in _CODES:
             raise ValueError(f"unknown code {self.code!r}; expected {GRAMMAR}")
         if self.group not in (None, 16, 32, 64, 128):
             raise ValueError(f"group is {self.group}, expected 16, 32, 64, 128 or None")
@@ -71,7 +82,7 @@ class Format:
         if self.scale_bits not in ((0,) if self.per_tensor else (16, 8, 4)):
             expected = "0 with one scale per tensor" if self.per_tensor else "16, 8 or 4"
             raise ValueError(f"scale_bits is {self.scale_bits}, expected {expected}")
-        if not self.symmetric and (not self.code.startswith("int") or self.scale_bits in (8, 4)):
+        if not self.symmetric and (not self._properties["offsets"] or self.scale_bits in (8, 4)):
             raise ValueError(f"{self.code} with {self.scale_bits}-bit scales stores no offset")
         if self.group == 16 and self.bits in (1, 3):
             raise ValueError(f"{self.code} needs groups of 32, 64 or 128 columns, found 16")
@@ -111,39 +122,77 @@ class Format:
             code=match["code"],
             group=int(match["group"]) if match["group"] else None,
             per_tensor=whole,
-            symmetric=bool(match["sym"] or match["scale"] or not match["code"].startswith("int")),
+            symmetric=bool(match["sym"] or match["scale"] or not _CODES[match["code"]]["offsets"]),
             scale_bits=0 if whole else int(match["scale"] or 16),
         )
 
     def __str__(self) -> str:
         group = "tensor" if self.per_tensor else f"g{self.group}" if self.group else ""
         scale = f"s{self.scale_bits}" if self.scale_bits in (8, 4) else ""
-        implied = bool(scale) or self.kind != "int"
+        implied = bool(scale) or not self._properties["offsets"]
         return self.code + group + ("sym" if self.symmetric and not implied else "") + scale
 
     @property
-    def kind(self) -> str:
-        """The code without its number of bits: ``"int"``, ``"nf"``, ``"ternary"``."""
-        return self.code.rstrip("12345678")
+    def _properties(self) -> dict[str, Any]:
+        return _CODES[self.code]
 
     @property
-    def levels(self) -> int:
-        """Number of values that a code can stand for."""
-        return {"ternary": 3, "binary": 2}.get(self.code) or 1 << int(self.code[-1])
+    def kind(self) -> str:
+        """The code without its rate: ``"int"``, ``"nf"``, ``"ternary"``."""
+        return str(self._properties["kind"])
+
+    @property
+    def level_count(self) -> int:
+        """Number of values that a word of the code has."""
+        return int(self._properties["level_count"])
 
     @property
     def bits(self) -> int:
-        """Stored bits of one code: 1, 2, 3, 4 or 8."""
-        exact = (self.levels - 1).bit_length()
-        return exact if exact <= 4 else 8
+        """Stored bits of one word: 1, 2, 3, 4 or 8."""
+        return int(self._properties["bits"])
 
     @property
     def zero(self) -> float:
-        """The code, fractions allowed, that stands for zero where there is no offset.
+        """The level, fractions allowed, that stands for zero where there is no offset.
 
         The middle of a uniform grid; 0 for codes with a table of levels.
         """
-        return (self.levels - 1) / 2 if self.kind in ("int", "ternary", "binary") else 0.0
+        return float(self._properties["zero"])
+
+    @property
+    def zero_is_free(self) -> bool:
+        """Whether another level than `zero` may stand for zero."""
+        return self.symmetric and bool(self._properties["offsets"])
+
+    @property
+    def has_levels(self) -> bool:
+        """Whether a table says what words stand for."""
+        return bool(self._properties["table"] != "none")
+
+    @property
+    def learns_levels(self) -> bool:
+        """Whether that table is learned from the weights."""
+        return bool(self._properties["table"] == "learned")
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the next word is the next level, so that ranges and neighbours make sense."""
+        return bool(self._properties["ordered"])
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether each group stores an offset."""
+        return not self.symmetric and not self.per_tensor
+
+    @property
+    def run(self) -> int:
+        """Columns whose words are chosen together."""
+        return int(self._properties["cols"])
+
+    def code_shape(self, rows: int, cols: int) -> tuple[int, int]:
+        """Shape of the codes of a (rows, cols) matrix: padded to blocks chosen together."""
+        block = int(self._properties["rows"])
+        return -(-rows // block) * block, -(-cols // self.run) * self.run
 
     def groups(self, cols: int) -> int:
         """Number of scales in a row of `cols` columns; 1 if the matrix has only one."""
@@ -152,8 +201,9 @@ class Format:
     def stored_bytes(self, rows: int, cols: int) -> int:
         """Bytes of a (rows, cols) matrix: codes, scales, offsets, tables and all padding.
 
-        Rows are padded to whole panels of 16 and columns to whole steps of ``group`` (64 where a
-        row has one scale). A learned table of levels and the one float of a tensor count too.
+        Rows are padded to whole panels of 16, or blocks of more rows, and columns to whole steps of
+        ``group`` (64 where a row has one scale). A learned table of levels and the one float of a
+        tensor count too.
 
         Examples
         --------
@@ -162,15 +212,20 @@ class Format:
         """
         if rows < 1 or cols < 1:
             raise ValueError(f"a matrix of shape ({rows}, {cols}) is empty")
-        grouped = self.group is not None and self.group < cols
-        step = self.group if self.group is not None and grouped else ROW_STEP
-        steps = -(-cols // step)
-        bits = steps * step * self.bits
-        bits += (steps if grouped else 1) * (self.scale_bits + 16 * self._has_offsets)
-        panels = -(-rows // PANEL_ROWS) * PANEL_ROWS * bits // 8
         shared = (self.scale_bits < 16) + (self.per_tensor and not self.symmetric)
-        table = self.levels if self.kind == "kmeans" else 0
-        return panels + 4 * (shared + table)
+        table = self.level_count if self.learns_levels else 0
+        return self.panel_bytes(rows, cols) + 4 * (shared + table)
+
+    def panel_bytes(self, rows: int, cols: int) -> int:
+        """Bytes of codes, scales and offsets alone, padding included."""
+        return _core.packed_bytes(
+            code=self.code,
+            rows=rows,
+            cols=cols,
+            group=self.group or max(cols, 1),
+            scale_bits=self.scale_bits,
+            symmetric=self.symmetric,
+        )
 
     def bits_per_weight(self, rows: int, cols: int) -> float:
         """Stored bits, everything counted, divided by ``rows * cols``.
@@ -183,7 +238,3 @@ class Format:
         4.251953125
         """
         return 8 * self.stored_bytes(rows, cols) / (rows * cols)
-
-    @property
-    def _has_offsets(self) -> bool:
-        return not self.symmetric and not self.per_tensor

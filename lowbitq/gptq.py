@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.formats import Format
-from lowbitq.quantizers import core_options, fit_shared
+from lowbitq.quantizers import fit_shared, search_options
 from lowbitq.tensors import QuantizedTensor
 
 ORDERS = ("none", "act", "group")
@@ -53,6 +53,7 @@ def feedback(
     hessian: NDArray[np.float64],
     *,
     group: int | None = None,
+    run: int = 1,
     order: str = "group",
     damping: float = 0.01,
     damping_by: str = "median",
@@ -67,6 +68,8 @@ def feedback(
         scale does not matter.
     group : int or None, default=None
         Columns that share a scale in the format to come.
+    run : int, default=1
+        Columns whose words are chosen together, ``Format.run``: the order keeps them together.
     order : {"group", "act", "none"}, default="group"
         ``"act"``: columns by falling diagonal, so that those that matter most are rounded while
         most others can still absorb their error; scales are then fitted beforehand. ``"group"``:
@@ -109,10 +112,11 @@ def feedback(
     if arithmetic not in ("float32", "float64"):
         raise ValueError(f"arithmetic is {arithmetic!r}, expected 'float32' or 'float64'")
     diagonal = np.diagonal(hessian)
-    columns = _order(diagonal, group or len(diagonal), order)
-    factor = np.empty(hessian.shape, arithmetic)
+    padded = np.pad(hessian, (0, -len(hessian) % run)) if len(hessian) % run else hessian
+    columns = _order(np.diagonal(padded), group or len(padded), run, order)
+    factor = np.empty(padded.shape, arithmetic)
     report = _core.gptq_factor(
-        hessian, columns, factor, damping=damping, median=damping_by == "median"
+        padded, columns, factor, damping=damping, median=damping_by == "median"
     )
     keeps = order != "act"
     return Feedback(
@@ -120,18 +124,21 @@ def feedback(
     )
 
 
-def _order(diagonal: NDArray[np.float64], group: int, order: str) -> NDArray[np.int64] | None:
+def _order(
+    diagonal: NDArray[np.float64], group: int, run: int, order: str
+) -> NDArray[np.int64] | None:
     if order not in ORDERS:
         raise ValueError(f"order is {order!r}, expected one of {', '.join(map(repr, ORDERS))}")
     if order == "none":
         return None
-    by_column = np.argsort(-diagonal, kind="stable")
-    if order == "act" or group >= len(diagonal):
-        return by_column
-    of_group = np.arange(len(diagonal)) // group
-    mean = np.bincount(of_group, diagonal) / np.bincount(of_group)
-    rank = np.argsort(np.argsort(-mean, kind="stable"), kind="stable")
-    return by_column[np.argsort(rank[of_group[by_column]], kind="stable")]
+    mean = diagonal.reshape(-1, run).mean(1)
+    by_run = np.argsort(-mean, kind="stable")
+    if order == "group" and group < len(diagonal):
+        of_group = np.arange(len(mean)) * run // group
+        mean = np.bincount(of_group, mean) / np.bincount(of_group)
+        rank = np.argsort(np.argsort(-mean, kind="stable"), kind="stable")
+        by_run = by_run[np.argsort(rank[of_group[by_run]], kind="stable")]
+    return (by_run[:, None] * run + np.arange(run)).ravel()
 
 
 def gptq(
@@ -153,7 +160,7 @@ def gptq(
     weight : ndarray of shape (rows, cols), float32, C-contiguous
         Left unchanged.
     inputs : Feedback
-        Of the layer's inputs, made for the same group.
+        Of the layer's inputs, made for the same group and run.
     format : Format or str
         For example ``"int3g64"``.
     range : str, default="mse"
@@ -164,7 +171,8 @@ def gptq(
         Whether those errors are weighted by the diagonal of the Hessian.
     sweeps : int, default=0
         Passes of coordinate descent over the finished codes. Two take 4 to 5 % off the error of
-        SmolLM2 at 2 bits and more off its perplexity; see `lowbitq.Plan`.
+        SmolLM2 at 2 bits and more off its perplexity; see `lowbitq.Plan`. Codes whose words have no
+        order are left as they are.
 
     Returns
     -------
@@ -198,38 +206,41 @@ def gptq(
     live = np.where(inputs.dead, np.float32(0), weight)
     diagonal = np.diagonal(inputs.hessian).astype(np.float32) if importance else None
     shared = fit_shared(live, format, range=range, importance=diagonal, norm=norm)
-    codes = np.empty(live.shape, np.uint8)
-    scale = np.full((len(live), format.groups(cols)), shared.gamma, np.float32)
+    code, group = shared.code(format), format.group or cols
+    options = search_options(shared.clip, range, norm=norm)
+    scale = np.full((len(live), format.groups(cols)), shared.unit, np.float32)
     offset = -np.float32(shared.zero) * scale
-    options = core_options(format, shared, range=range, norm=norm)
-    options["group"] = format.group or cols
     fixed = format.per_tensor
     if not (fixed or inputs.keeps_groups):
-        _core.quantize(live, diagonal, shared.levels, codes, scale, offset, fixed=False, **options)
+        _core.quantize(
+            code, live, diagonal, None, scale, offset, group=group, fixed=False, **options
+        )
         fixed = True
+    pad = len(inputs.factor) - cols
+    codes = np.empty(format.code_shape(*live.shape), np.uint8)
     _core.gptq(
+        code,
         inputs.factor,
         inputs.order,
-        live,
-        diagonal,
-        shared.levels,
+        np.pad(live, [(0, 0), (0, pad)]) if pad else live,
+        np.pad(diagonal, (0, pad)) if pad and diagonal is not None else diagonal,
         codes,
         scale,
         offset,
+        group=group,
         fixed=fixed,
         block=_BLOCK,
         **options,
     )
-    if sweeps:
+    if sweeps and format.ordered:
         _core.refine(
+            code,
             inputs.hessian,
             live,
-            shared.levels,
             scale,
             offset,
             codes,
-            count=format.levels,
-            group=options["group"],
+            group=group,
             damping=inputs.damping,
             sweeps=sweeps,
         )
@@ -237,10 +248,11 @@ def gptq(
         format,
         codes,
         None if format.per_tensor else scale,
-        None if format.symmetric or format.per_tensor else offset,
+        offset if format.has_offsets else None,
         levels=shared.levels,
-        gamma=shared.gamma,
+        unit=shared.unit,
         zero=shared.zero,
+        shape=live.shape,
     )
     size = _core.hessian_error(inputs.hessian, live)
     error = _core.hessian_error(inputs.hessian, live - tensor.dequantize())

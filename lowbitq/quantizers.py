@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from lowbitq import _core
 from lowbitq.formats import Format
 from lowbitq.grids import entropy_clip
-from lowbitq.tensors import QuantizedTensor, packed_scalars
+from lowbitq.tensors import QuantizedTensor, code_of
 
 RANGES = ("mse", "minmax", "percentile", "kl")
 
@@ -27,9 +27,9 @@ class Shared:
     Parameters
     ----------
     levels : ndarray of shape (2**bits,), float32, or None
-        The table of a ``kmeans``, ``nf4`` or ``log`` format.
-    gamma : float
-        Unit of integer scales; the scale itself where the matrix has only one; else 1.
+        The table of a format that has one.
+    unit : float
+        Of integer scales; the scale itself where the matrix has only one; else 1.
     zero : float
         Where no offset is stored, ``offset = -zero * scale``.
     clip : float
@@ -37,9 +37,15 @@ class Shared:
     """
 
     levels: NDArray[np.float32] | None
-    gamma: float
+    unit: float
     zero: float
     clip: float = 1.0
+
+    def code(self, format: Format, **changes: Any) -> Any:
+        """The C handle of a format's code with these levels, unit and zero."""
+        return code_of(
+            format, **{"levels": self.levels, "unit": self.unit, "zero": self.zero} | changes
+        )
 
 
 def quantize(
@@ -123,15 +129,17 @@ def quantize(
         norm=norm,
         zero=zero,
     )
-    options = core_options(
-        format, shared, range=range, percentile=percentile, clip_ratio=clip_ratio, norm=norm
-    )
     rows, cols = weight.shape
-    scalars = packed_scalars(format, rows, cols, shared.gamma, shared.zero)
-    panels = _core.aligned_empty(bytes=_core.packed_bytes(**scalars))
-    del options["symmetric"]  # has_offset says that
-    _core.quantize_packed(weight, importance, shared.levels, panels, **(options | scalars))
-    return QuantizedTensor(format, rows, cols, panels, shared.levels, shared.gamma, shared.zero)
+    panels = _core.aligned_empty(bytes=format.panel_bytes(rows, cols))
+    _core.quantize_packed(
+        shared.code(format),
+        weight,
+        importance,
+        panels,
+        group=format.group or cols,
+        **search_options(shared.clip * clip_ratio, range, percentile, norm),
+    )
+    return QuantizedTensor(format, rows, cols, panels, shared.levels, shared.unit, shared.zero)
 
 
 def adaround(
@@ -203,13 +211,12 @@ def adaround(
     nearest = quantize(weight, format, importance=diagonal, **options)
     scale, offset, codes = nearest.scale, nearest.offset, np.empty(weight.shape, np.uint8)
     _core.adaround(
+        nearest.handle,
         hessian,
         weight,
-        nearest.levels,
         scale,
         offset,
         codes,
-        count=format.levels,
         group=format.group or weight.shape[1],
         steps=steps,
         rate=rate,
@@ -219,9 +226,9 @@ def adaround(
         format,
         codes,
         None if format.per_tensor else scale,
-        None if format.symmetric or format.per_tensor else offset,
+        offset if format.has_offsets else None,
         levels=nearest.levels,
-        gamma=nearest.gamma,
+        unit=nearest.unit,
         zero=nearest.zero,
     )
 
@@ -284,7 +291,7 @@ def fit_shared(
     _check(weight, importance, range, format, zero)
     zero = format.zero if zero is None else zero
     shared = Shared(_fixed_levels(format), 1.0, float(np.float32(zero)))
-    if range != "kl" and format.kind != "kmeans" and format.scale_bits == 16:
+    if range != "kl" and not format.learns_levels and format.scale_bits == 16:
         return shared
     _check_finite(weight)
     search = {"range": range, "percentile": percentile, "clip_ratio": clip_ratio, "norm": norm}
@@ -292,52 +299,39 @@ def fit_shared(
     sample = _Sample(np.ascontiguousarray(some), importance, format, search)
     if range == "kl":
         shared = replace(shared, clip=sample.entropy_clip())
-    if format.kind == "kmeans":
+    if format.learns_levels:
         shared = replace(shared, levels=sample.learn_levels(shared))
     if format.scale_bits in (8, 4):
-        shared = replace(shared, gamma=sample.fit_gamma(shared))
+        shared = replace(shared, unit=sample.fit_unit(shared))
     if format.per_tensor:
         shared = _Sample(weight, importance, format, search).fit_tensor(shared)
     return shared
 
 
-def core_options(
-    format: Format,
-    shared: Shared,
-    *,
-    range: str = "mse",
-    percentile: float = 99.9,
-    clip_ratio: float = 1.0,
-    norm: float = 2.0,
+def search_options(
+    clip: float = 1.0, range: str = "mse", percentile: float = 99.9, norm: float = 2.0
 ) -> dict[str, Any]:
-    """Keyword arguments by which `_core.quantize` and `_core.gptq` describe code and range.
+    """Keyword arguments by which `_core.quantize` and `_core.gptq` describe how scales are found.
 
     Parameters
     ----------
-    format : Format
-    shared : Shared
-    range, percentile, clip_ratio, norm
+    clip : float, default=1.0
+        Part of the range that is kept.
+    range, percentile, norm
         As for `quantize`.
 
     Returns
     -------
     dict
-        Without ``group`` and ``fixed``.
 
     Examples
     --------
-    >>> options = core_options(Format.parse("int3g64"), Shared(None, 1.0, 3.5))
-    >>> options["count"], options["symmetric"], options["method"]
-    (8, False, 'mse')
+    >>> search_options(range="kl")["method"]
+    'minmax'
     """
     return {
-        "count": format.levels,
-        "symmetric": format.symmetric,
-        "zero": shared.zero if format.symmetric else 0.0,
-        "scale_bits": format.scale_bits,
-        "gamma": shared.gamma if format.scale_bits in (8, 4) else 0.0,
         "method": "minmax" if range == "kl" else range,
-        "clip": shared.clip * clip_ratio,
+        "clip": clip,
         "percentile": percentile,
         # Refits do the rest: 200 candidates gain 0.1 % on normal and heavy-tailed weights. 5 would
         # take 10 % less time, but nf4 errs by 0.5 % more.
@@ -469,9 +463,11 @@ def _check(
         raise ValueError(f"importance has shape {importance.shape}, expected ({weight.shape[1]},)")
     if range not in RANGES:
         raise ValueError(f"range is {range!r}, expected one of {', '.join(RANGES)}")
-    if range == "kl" and format.levels < 4:
+    if range != "mse" and not format.ordered:
+        raise ValueError(f"range is {range!r}, but format {format} has none: expected 'mse'")
+    if range == "kl" and format.level_count < 4:
         raise ValueError(f"range is 'kl', which needs two magnitudes, but format {format} has one")
-    if zero is not None and not (format.kind == "int" and format.symmetric):
+    if zero is not None and not format.zero_is_free:
         raise ValueError(f"zero is {zero}, but format {format} does not let it be chosen")
 
 
@@ -486,9 +482,9 @@ def _check_finite(weight: NDArray[np.float32]) -> None:
 
 
 def _fixed_levels(format: Format) -> NDArray[np.float32] | None:
-    if format.kind not in ("nf", "log"):
+    if not format.has_levels or format.learns_levels:
         return None
-    levels = np.empty(format.levels, np.float32)
+    levels = np.empty(format.level_count, np.float32)
     _core.fixed_levels(levels, kind=format.kind)
     return levels
 
@@ -514,33 +510,54 @@ class _Sample:
         starts = np.arange(0, x.shape[1], self.group)
         return np.asarray(function.reduceat(x, starts, axis=1))
 
+    def options(self, shared: Shared) -> dict[str, Any]:
+        clip = shared.clip * self.search["clip_ratio"]
+        others = {name: x for name, x in self.search.items() if name != "clip_ratio"}
+        return search_options(clip, **others)
+
     def round(self, shared: Shared, **changes: Any) -> tuple[NDArray[np.float32], float]:
         """Scales (rows, groups), and the sum of weighted squared errors with them."""
         rows, cols = self.weight.shape
-        codes = np.empty((rows, cols), np.uint8)
+        code = shared.code(self.format, **changes)
+        codes = np.empty(self.format.code_shape(rows, cols), np.uint8)
         scale, offset = np.empty((2, rows, -(-cols // self.group)), np.float32)
-        options = core_options(self.format, shared, **self.search)
-        options |= {"group": self.group, "fixed": False, **changes}
-        _core.quantize(self.weight, self.importance, shared.levels, codes, scale, offset, **options)
-        values = codes if shared.levels is None else shared.levels[codes]
+        _core.quantize(
+            code,
+            self.weight,
+            self.importance,
+            codes,
+            scale,
+            offset,
+            group=self.group,
+            fixed=False,
+            **self.options(shared),
+        )
+        values = self.levels_of(codes, shared)
         error = self.widen(scale) * values + self.widen(offset) - self.weight
         squares = np.square(error, dtype=np.float64).sum(0)
         return scale, float(squares.sum() if self.importance is None else squares @ self.importance)
 
+    def levels_of(self, codes: NDArray[np.uint8], shared: Shared) -> NDArray[Any]:
+        if self.format.ordered:
+            return codes if shared.levels is None else shared.levels[codes]
+        plain = replace(self.format, group=None, per_tensor=True, symmetric=True, scale_bits=0)
+        shape = self.weight.shape
+        return QuantizedTensor.pack(plain, codes, zero=0.0, shape=shape).dequantize()
+
     def entropy_clip(self) -> float:
         largest = self.over_groups(np.maximum, abs(self.weight))
         relative = self.weight / self.widen(np.where(largest > 0, largest, 1))
-        return entropy_clip(relative, levels=self.format.levels // 2)
+        return entropy_clip(relative, levels=self.format.level_count // 2)
 
     def learn_levels(self, shared: Shared) -> NDArray[np.float32]:
         """Levels and scales in turn, each the best for the other, while that lowers the error."""
         squares = self.over_groups(np.add, np.square(self.weight, dtype=np.float64))
         scale = np.sqrt(squares)  # the levels take up the factor; only a short last group feels it
-        best, least = np.zeros(self.format.levels, np.float32), np.inf
+        best, least = np.zeros(self.format.level_count, np.float32), np.inf
         for _ in range(8):
             wide = self.widen(np.where(scale > 0, scale, 1).astype(np.float64))
             share = np.square(wide) * (1 if self.importance is None else self.importance)
-            levels = np.empty(self.format.levels)
+            levels = np.empty(self.format.level_count)
             _core.kmeans((self.weight / wide).ravel(), share.ravel(), levels)
             table = (levels / (abs(levels).max() or 1)).astype(np.float32)
             scale, error = self.round(replace(shared, levels=table), scale_bits=0)
@@ -549,21 +566,28 @@ class _Sample:
             best, least = table, error
         return best
 
-    def fit_gamma(self, shared: Shared) -> float:
+    def fit_unit(self, shared: Shared) -> float:
         """The largest scale divided by the largest integer, or less if that pays for the others."""
-        scale, _ = self.round(shared, gamma=0.0)
+        scale, _ = self.round(shared, unit=0.0)
         whole = float(scale.max()) / ((1 << self.format.scale_bits) - 1)
         units = [float(np.float32(part * whole)) for part in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)]
-        return min(units, key=lambda gamma: self.round(replace(shared, gamma=gamma))[1])
+        return min(units, key=lambda unit: self.round(shared, unit=unit)[1])
 
     def fit_tensor(self, shared: Shared) -> Shared:
         """The only scale, and the zero of an asymmetric format: the matrix is one long group."""
         flat = self.weight.reshape(1, -1)
         each = None if self.importance is None else np.tile(self.importance, len(self.weight))
-        codes = np.empty(flat.shape, np.uint8)
         scale, offset = np.empty((2, 1, 1), np.float32)
-        options = core_options(self.format, shared, **self.search)
-        options |= {"group": flat.size, "fixed": False}
-        _core.quantize(flat, each, shared.levels, codes, scale, offset, **options)
+        _core.quantize(
+            shared.code(self.format),
+            flat,
+            each,
+            None,
+            scale,
+            offset,
+            group=flat.size,
+            fixed=False,
+            **self.options(shared),
+        )
         zero = shared.zero if self.format.symmetric else float(-offset[0, 0] / scale[0, 0])
-        return replace(shared, gamma=float(scale[0, 0]), zero=zero)
+        return replace(shared, unit=float(scale[0, 0]), zero=zero)

@@ -230,10 +230,11 @@ def random_layer(format: Format, rows: int, cols: int) -> QuantizedLinear:
     >>> random_layer(Format.parse("int2g64"), 32, 128).shape
     (32, 128)
     """
-    codes = np.random.default_rng(0).integers(0, format.levels, (rows, cols), dtype=np.uint8)
+    shape = format.code_shape(rows, cols)
+    codes = np.random.default_rng(0).integers(0, format.level_count, shape, dtype=np.uint8)
     scale = np.full((rows, format.groups(cols)), 2.0**-6, np.float32)
     offset = None if format.symmetric else -scale
-    return QuantizedLinear(QuantizedTensor.pack(format, codes, scale, offset))
+    return QuantizedLinear(QuantizedTensor.pack(format, codes, scale, offset, shape=(rows, cols)))
 
 
 def copy_layer(layer: QuantizedLinear) -> QuantizedLinear:

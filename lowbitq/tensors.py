@@ -32,9 +32,9 @@ class QuantizedTensor:
         Codes, scales and offsets in panels of 16 rows (csrc/core/packed.h); a file holds the same
         bytes. Fastest at a 64-byte boundary.
     levels : ndarray of shape (2**bits,), float32, or None
-        What the codes stand for; None: themselves. Formats of kind ``nf``, ``log`` and ``kmeans``
-        have levels, the others do not.
-    gamma : float, default=1.0
+        What the codes stand for; None: the code itself says so. Formats that have a table
+        (``Format.has_levels``) have levels, the others do not.
+    unit : float, default=1.0
         What integer scales are multiples of; with one scale per tensor, that scale.
     zero : float or None, default=None
         Where no offset is stored, offset = -zero * scale. None: ``format.zero``.
@@ -59,19 +59,16 @@ class QuantizedTensor:
     cols: int
     panels: NDArray[np.uint8] = field(repr=False)
     levels: NDArray[np.float32] | None = field(default=None, repr=False)
-    gamma: float = 1.0
+    unit: float = 1.0
     zero: float | None = None
+    handle: Any = field(init=False, repr=False)  # of the code, for _core
 
     def __post_init__(self) -> None:
         format = Format.parse(self.format)
         object.__setattr__(self, "format", format)
         object.__setattr__(self, "zero", _float32(format.zero if self.zero is None else self.zero))
-        object.__setattr__(self, "gamma", _float32(self.gamma))
-        if (self.levels is not None) != _has_levels(format):
-            found, expected = ("given", "none") if self.levels is not None else ("None", "a table")
-            raise ValueError(f"levels is {found}, expected {expected} with format {format}")
-        if self.levels is not None and not np.isfinite(self.levels).all():
-            raise ValueError("levels has a NaN or an infinity")
+        object.__setattr__(self, "unit", _float32(self.unit))
+        object.__setattr__(self, "handle", code_of(format, self.levels, self.unit, self.zero))
         self.linear(activation_bits=None)  # checks dtypes, sizes and numbers
 
     @classmethod
@@ -83,8 +80,9 @@ class QuantizedTensor:
         offset: NDArray[np.float32] | None = None,
         *,
         levels: NDArray[np.float32] | None = None,
-        gamma: float = 1.0,
+        unit: float = 1.0,
         zero: float | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> QuantizedTensor:
         """Store given codes, scales and offsets; nothing is rounded.
 
@@ -92,17 +90,19 @@ class QuantizedTensor:
         ----------
         format : Format or str
             What to store them as.
-        codes : ndarray of shape (rows, cols), uint8
-            Below ``format.levels`` each (``2**format.bits`` is not checked against it).
+        codes : ndarray of shape ``format.code_shape(rows, cols)``, uint8
+            Below ``format.level_count`` each (``2**format.bits`` is not checked against it).
         scale : ndarray of shape (rows, groups), float32, or None
-            As its stored form holds it exactly: a float16, or an integer times `gamma`. None only
-            with one scale per tensor, which is `gamma`.
+            As its stored form holds it exactly: a float16, or an integer times `unit`. None only
+            with one scale per tensor, which is `unit`.
         offset : ndarray of shape (rows, groups), float32, or None
             A float16 each; None for formats without offsets.
         levels : ndarray of shape (2**bits,), float32, or None, default=None
             Values of the codes, for formats that have a table.
-        gamma, zero : float
+        unit, zero : float
             See the class.
+        shape : (int, int) or None, default=None
+            (rows, cols); None: that of `codes`.
 
         Returns
         -------
@@ -121,15 +121,15 @@ class QuantizedTensor:
         if (scale is None) != format.per_tensor:
             expected = "None" if format.per_tensor else "an array"
             raise ValueError(f"format {format} expects scale to be {expected}")
-        if (offset is not None) != _has_offset(format):
-            expected = "an array" if _has_offset(format) else "None"
+        if (offset is not None) != format.has_offsets:
+            expected = "an array" if format.has_offsets else "None"
             raise ValueError(f"format {format} expects offset to be {expected}")
-        rows, cols = codes.shape
-        zero = format.zero if zero is None else zero
-        scalars = packed_scalars(format, rows, cols, _float32(gamma), _float32(zero))
-        panels = _core.aligned_empty(bytes=_core.packed_bytes(**scalars))
-        _core.pack(codes, scale, offset, panels, **scalars)
-        return cls(format, rows, cols, panels, levels, gamma, zero)
+        rows, cols = codes.shape if shape is None else shape
+        code = code_of(format, levels, unit, zero)
+        panels = _core.aligned_empty(bytes=format.panel_bytes(rows, cols))
+        group = format.group or max(cols, 1)
+        _core.pack(code, codes, scale, offset, panels, rows=rows, cols=cols, group=group)
+        return cls(format, rows, cols, panels, levels, unit, zero)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -148,23 +148,23 @@ class QuantizedTensor:
 
     @property
     def codes(self) -> NDArray[np.uint8]:
-        """Codes of shape (rows, cols), uint8, unpacked anew each time."""
-        codes = np.empty(self.shape, np.uint8)
-        _core.unpack(self.panels, codes, None, None, **self._scalars)
+        """Codes of shape ``format.code_shape(rows, cols)``, uint8, unpacked on each access."""
+        codes = np.empty(self.format.code_shape(self.rows, self.cols), np.uint8)
+        _core.unpack(self.handle, self.panels, codes, None, None, **self._layout)
         return codes
 
     @property
     def scale(self) -> NDArray[np.float32]:
-        """Scales of shape (rows, groups), float32, unpacked anew each time."""
+        """Scales of shape (rows, groups), float32, unpacked on each access."""
         scale = np.empty((self.rows, self.format.groups(self.cols)), np.float32)
-        _core.unpack(self.panels, None, scale, None, **self._scalars)
+        _core.unpack(self.handle, self.panels, None, scale, None, **self._layout)
         return scale
 
     @property
     def offset(self) -> NDArray[np.float32]:
         """Offsets of shape (rows, groups), float32: stored ones, or ``-zero * scale``."""
         offset = np.empty((self.rows, self.format.groups(self.cols)), np.float32)
-        _core.unpack(self.panels, None, None, offset, **self._scalars)
+        _core.unpack(self.handle, self.panels, None, None, offset, **self._layout)
         return offset
 
     def dequantize(self) -> NDArray[np.float32]:
@@ -176,7 +176,7 @@ class QuantizedTensor:
             ``scale * level + offset``, rounded once.
         """
         weight = np.empty(self.shape, np.float32)
-        _core.packed_dequantize(self.panels, self.levels, weight, **self._scalars)
+        _core.packed_dequantize(self.handle, self.panels, weight, group=self._layout["group"])
         return weight
 
     def __matmul__(self, x: ArrayLike) -> NDArray[np.float32]:
@@ -219,12 +219,12 @@ class QuantizedTensor:
             For `_core.linear_forward` and the decoder.
         """
         return _core.linear_packed(
+            self.handle,
             self.panels,
-            self.levels,
             bias,
             rotation,
             activation_bits=activation_bits or 0,
-            **self._scalars,
+            **self._layout,
         )
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
@@ -244,7 +244,7 @@ class QuantizedTensor:
             "format": str(self.format),
             "rows": self.rows,
             "cols": self.cols,
-            "gamma": self.gamma,
+            "gamma": self.unit,
             "zero": self.zero,
         }
         return arrays, metadata
@@ -286,14 +286,15 @@ class QuantizedTensor:
                     f"{name} of a packed matrix is {metadata[name]!r}, expected {kind.__name__}"
                 )
         try:
-            return cls(levels=arrays.get("levels"), panels=arrays["panels"], **metadata)
+            fields = {"unit" if name == "gamma" else name: x for name, x in metadata.items()}
+            return cls(levels=arrays.get("levels"), panels=arrays["panels"], **fields)
         except (TypeError, ValueError, OverflowError) as error:
             raise _core.FormatError(f"damaged packed matrix: {error}") from error
 
     @property
-    def _scalars(self) -> dict[str, Any]:
-        assert self.zero is not None
-        return packed_scalars(self.format, self.rows, self.cols, self.gamma, self.zero)
+    def _layout(self) -> dict[str, int]:
+        group = self.format.group or max(self.cols, 1)
+        return {"rows": self.rows, "cols": self.cols, "group": group}
 
 
 def _float32(value: float) -> float:
@@ -302,42 +303,49 @@ def _float32(value: float) -> float:
         return float(np.float32(value))
 
 
-def _has_levels(format: Format) -> bool:
-    return format.kind in ("nf", "log", "kmeans")
-
-
-def _has_offset(format: Format) -> bool:
-    return not format.symmetric and not format.per_tensor
-
-
-def packed_scalars(
-    format: Format, rows: int, cols: int, gamma: float, zero: float
-) -> dict[str, Any]:
-    """Keyword arguments by which `_core` describes a packed matrix.
+def code_of(
+    format: Format,
+    levels: NDArray[np.float32] | None = None,
+    unit: float = 1.0,
+    zero: float | None = None,
+    *,
+    scale_bits: int | None = None,
+) -> Any:
+    """Make the C handle of a code and of how its scales are stored.
 
     Parameters
     ----------
     format : Format
-    rows, cols : int
-    gamma, zero : float
-        See `QuantizedTensor`.
+    levels, unit, zero
+        As for `QuantizedTensor`.
+    scale_bits : int or None, default=None
+        None: ``format.scale_bits``.
 
     Returns
     -------
-    dict
+    capsule
+        For `_core.quantize` and the like; it keeps `levels` alive.
 
     Examples
     --------
-    >>> packed_scalars(Format.parse("int2"), 16, 100, 1.0, 0.0)["group"]
-    100
+    >>> scale, offset = np.empty((2, 1, 1), np.float32)
+    >>> weight = np.array([[-3.0, -1.0, 1.0, 3.0]], np.float32)
+    >>> options = {"clip": 1.0, "percentile": 100.0, "candidates": 1, "shrink": 0.0, "norm": 2.0}
+    >>> _core.quantize(
+    ...     code_of(Format("int2")), weight, None, None, scale, offset,
+    ...     group=4, fixed=False, method="minmax", **options,
+    ... )
+    >>> scale
+    array([[2.]], dtype=float32)
     """
-    return {
-        "rows": rows,
-        "cols": cols,
-        "bits": format.bits,
-        "group": format.group or max(cols, 1),
-        "scale_bits": format.scale_bits,
-        "has_offset": _has_offset(format),
-        "gamma": gamma,
-        "zero": zero,
-    }
+    if (levels is not None) != format.has_levels:
+        found, expected = ("given", "none") if levels is not None else ("None", "a table")
+        raise ValueError(f"levels is {found}, expected {expected} with format {format}")
+    return _core.code(
+        levels,
+        name=format.code,
+        symmetric=format.symmetric,
+        scale_bits=format.scale_bits if scale_bits is None else scale_bits,
+        unit=_float32(unit),
+        zero=_float32(format.zero if zero is None else zero),
+    )

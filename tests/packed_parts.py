@@ -7,7 +7,7 @@ import numpy as np
 from lowbitq import _core
 
 
-def description(rows, cols, bits, group=None, scale_bits=16, has_offset=False, gamma=1.0, zero=0.0):
+def description(rows, cols, bits, group=None, scale_bits=16, has_offset=False, unit=1.0, zero=0.0):
     return {
         "rows": rows,
         "cols": cols,
@@ -15,7 +15,7 @@ def description(rows, cols, bits, group=None, scale_bits=16, has_offset=False, g
         "group": group or cols,
         "scale_bits": scale_bits,
         "has_offset": has_offset,
-        "gamma": gamma,
+        "unit": unit,
         "zero": zero,
     }
 
@@ -30,19 +30,42 @@ def random_parts(spec, seed=0):
         scale = rng.uniform(0.01, 1, (rows, groups)).astype(np.float16).astype(np.float32)
     else:
         integers = rng.integers(0, 1 << spec["scale_bits"], (rows, groups)).astype(np.float32)
-        scale = np.float32(spec["gamma"]) * integers
+        scale = np.float32(spec["unit"]) * integers
     offset = rng.normal(size=(rows, groups)).astype(np.float16).astype(np.float32)
     return codes, scale, offset
 
 
+def code_of(spec, levels=None):
+    """A handle of the code, with a table or without."""
+    return _core.code(
+        levels,
+        name=f"{'int' if levels is None else 'kmeans'}{spec['bits']}",
+        symmetric=not spec["has_offset"],
+        scale_bits=spec["scale_bits"],
+        unit=spec["unit"],
+        zero=spec["zero"],
+    )
+
+
+def layout(spec):
+    """Where the matrix lies, as _core wants it."""
+    return {name: spec[name] for name in ("rows", "cols", "group")}
+
+
+def packed_bytes(spec):
+    stored = {"scale_bits": spec["scale_bits"], "symmetric": not spec["has_offset"]}
+    return _core.packed_bytes(code=f"int{spec['bits']}", **layout(spec), **stored)
+
+
 def pack(spec, codes, scale, offset):
-    panels = _core.aligned_empty(bytes=_core.packed_bytes(**spec))
+    panels = _core.aligned_empty(bytes=packed_bytes(spec))
     panels[:] = 0xA5
     _core.pack(
+        code_of(spec),
         codes,
         scale if spec["scale_bits"] else None,
         offset if spec["has_offset"] else None,
         panels,
-        **spec,
+        **layout(spec),
     )
     return panels

@@ -31,8 +31,8 @@ def test_text_round_trip(text):
     assert str(format) == text
     assert Format.parse(format) is format
     assert Format.parse(str(format)) == format
-    assert format.levels <= 1 << format.bits
-    assert format.zero in (0, (format.levels - 1) / 2)
+    assert format.level_count <= 1 << format.bits
+    assert format.zero in (0, (format.level_count - 1) / 2)
 
 
 def test_implied_sym_may_be_spelled_out():

@@ -106,6 +106,15 @@ def test_c_neither_prints_nor_exits(path):
         assert not re.findall(r"\bPy[A-Z]\w+|\bNPY_\w+", source)
 
 
+@pytest.mark.parametrize("path", C_FILES, ids=named)
+def test_only_codes_reads_the_fields_of_a_code(path):
+    source = without_comments(path.read_text())
+    inside = path.relative_to(CSRC).parts[0] == "codes"
+    assert inside or not re.findall(
+        r"\bcode\s*(?:->|\.)\s*(?:levels|count|symmetric|zero)\b", source
+    )
+
+
 def test_instruction_sets_do_not_share_code():
     for path in sorted((CSRC / "kernels").glob("*/*.[ch]")):
         own = path.parent.name
@@ -151,6 +160,21 @@ def test_python_imports_point_up(path):
             assert above, f"line {line}: {module or 'lowbitq'} imports {name}, which stands below"
         elif top in ONLY_IN:
             assert ONLY_IN[top] == module, f"line {line}: {top} belongs to {ONLY_IN[top]}"
+
+
+@pytest.mark.parametrize("path", PYTHON_FILES, ids=named)
+def test_kinds_of_code_are_told_apart_in_formats_alone(path):
+    from lowbitq._core import codes
+
+    kinds = {code["kind"] for code in codes().values()}
+    for node in ast.walk(ast.parse(path.read_text())):
+        told = isinstance(node, ast.Compare) or (
+            isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "startswith"
+        )
+        names = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)} & kinds
+        assert module_name(path) == "formats" or not (told and names), (
+            f"line {node.lineno}: {names}"
+        )
 
 
 @pytest.mark.parametrize("path", PYTHON_FILES, ids=named)

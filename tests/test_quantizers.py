@@ -8,8 +8,6 @@ import pytest
 
 from lowbitq.formats import Format
 from lowbitq.quantizers import (
-    Shared,
-    core_options,
     dequantize,
     fit_shared,
     max_error,
@@ -49,7 +47,7 @@ def test_every_format(text, shape):
     expected = oracle.decode(tensor.codes, tensor.scale, tensor.offset, group, tensor.levels)
     # One rounding of a product and a sum to float32.
     assert abs(values - expected).max() <= 2**-23 * (abs(expected).max() + abs(tensor.offset).max())
-    assert tensor.codes.max() < tensor.format.levels
+    assert tensor.codes.max() < tensor.format.level_count
     assert (tensor.scale > 0).all()
     zero_error = 1.0 + 1e-6
     assert relative_error(weight, values) <= zero_error, "worse than zeros"
@@ -161,7 +159,7 @@ def test_integer_scales_of_eight_bits_cost_two_percent_at_most():
         assert errors[1] <= 1.02 * errors[0]
         assert errors[2] <= 2 * errors[0]
     tensor = quantize(weight, "int4g16s4")
-    whole = tensor.scale / np.float32(tensor.gamma)
+    whole = tensor.scale / np.float32(tensor.unit)
     assert abs(whole - np.rint(whole)).max() <= 1e-5
     assert tensor.bits_per_weight == 4.25 + 32 / weight.size
 
@@ -187,7 +185,7 @@ def test_nf4_and_log_beside_uniform():
     assert nf4 <= 0.0115
     assert uniform < nf4 < log
     values = quantize(weight, "log4tensor")
-    ratio = abs(values.dequantize()[values.dequantize() != 0]) / np.float32(values.gamma)
+    ratio = abs(values.dequantize()[values.dequantize() != 0]) / np.float32(values.unit)
     assert abs(np.log2(ratio) - np.rint(np.log2(ratio))).max() <= 1e-6
 
 
@@ -223,16 +221,14 @@ def test_ranges():
     assert power[0] < power[1]
 
 
-def test_shared_parameters_and_core_options():
+def test_shared_parameters():
     weight = normal(32, 128)
     assert fit_shared(weight, "int4g64").levels is None
-    assert fit_shared(weight, "int4g64").gamma == 1
-    shared = fit_shared(weight, "int4g16s4")
-    assert core_options(Format.parse("int4g16s4"), shared)["gamma"] == shared.gamma
-    assert core_options(Format.parse("int4g16"), Shared(None, 1.0, 0.0))["gamma"] == 0
+    assert fit_shared(weight, "int4g64").unit == 1
+    assert quantize(weight, "int4g16s4").unit == fit_shared(weight, "int4g16s4").unit
     tensor = quantize(weight, "int4tensor")
     shared = fit_shared(weight, "int4tensor")
-    assert (tensor.gamma, tensor.zero) == (shared.gamma, shared.zero)
+    assert (tensor.unit, tensor.zero) == (shared.unit, shared.zero)
 
 
 def test_per_tensor_is_one_long_group():
@@ -240,9 +236,9 @@ def test_per_tensor_is_one_long_group():
     whole = quantize(weight.reshape(1, 512), "int4")
     tensor = quantize(weight, "int4tensor")
     assert tensor.scale.shape == (8, 1)
-    assert (tensor.scale == tensor.gamma).all()
+    assert (tensor.scale == tensor.unit).all()
     # One is stored in float16, the other in float32.
-    assert abs(tensor.gamma / whole.scale[0, 0] - 1) <= 2**-10
+    assert abs(tensor.unit / whole.scale[0, 0] - 1) <= 2**-10
     assert mse(weight, tensor.dequantize()) <= mse(weight, whole.dequantize().reshape(8, 64)) * 1.01
 
 

@@ -27,14 +27,14 @@ def random_tensor(text, rows, cols, seed=0):
     format = Format.parse(text)
     rng = np.random.default_rng([seed, rows, cols])
     shape = rows, format.groups(cols)
-    codes = rng.integers(0, format.levels, (rows, cols)).astype(np.uint8)
-    gamma, zero = np.float32(0.0123), np.float32(format.zero)
+    codes = rng.integers(0, format.level_count, (rows, cols)).astype(np.uint8)
+    unit, zero = np.float32(0.0123), np.float32(format.zero)
     if format.scale_bits == 16:
         scale = rng.uniform(0.01, 1, shape).astype(np.float16).astype(np.float32)
     elif format.scale_bits == 0:
-        scale = np.full((rows, 1), gamma)
+        scale = np.full((rows, 1), unit)
     else:
-        scale = gamma * rng.integers(0, 1 << format.scale_bits, shape).astype(np.float32)
+        scale = unit * rng.integers(0, 1 << format.scale_bits, shape).astype(np.float32)
     stored = not format.symmetric and not format.per_tensor
     offset = rng.normal(size=shape).astype(np.float16).astype(np.float32) if stored else None
     table = format.kind in ("nf", "log", "kmeans")
@@ -45,7 +45,7 @@ def random_tensor(text, rows, cols, seed=0):
         None if format.per_tensor else scale,
         offset,
         levels=levels,
-        gamma=gamma,
+        unit=unit,
     )
     return tensor, (codes, scale, -zero * scale if offset is None else offset, levels)
 
@@ -100,7 +100,7 @@ def test_files_give_the_tensor_back(text):
     arrays, metadata = tensor.to_arrays()
     again = QuantizedTensor.from_arrays(arrays, json.loads(json.dumps(metadata)))
     assert again.format == tensor.format
-    assert (again.gamma, again.zero) == (tensor.gamma, tensor.zero)
+    assert (again.unit, again.zero) == (tensor.unit, tensor.zero)
     assert again.panels is tensor.panels
     assert (again.dequantize() == tensor.dequantize()).all()
 
@@ -174,8 +174,8 @@ def test_what_does_not_fit_is_named():
         pack("int4g32sym", codes, scale, levels=np.zeros(16, np.float32))
     with pytest.raises(TypeError, match="codes has dtype"):
         pack("int4g32sym", codes.astype(np.int64), scale)
-    with pytest.raises(ValueError, match="gamma"):
-        pack("int4tensor", codes, gamma=np.nan)
+    with pytest.raises(ValueError, match="unit"):
+        pack("int4tensor", codes, unit=np.nan)
     tensor = pack("int4g32sym", codes, scale)
     with pytest.raises(TypeError, match="x has dtype float64, expected float32"):
         tensor @ np.zeros(40)

@@ -426,7 +426,7 @@ centre(groups *g)
 
 /* The candidate ranges, and from the best of them downhill. */
 static void
-search(const groups *g, const lbq_range *range, best_fit *best)
+search(const groups *g, const lbq_search *range, best_fit *best)
 {
     lanes whole_scale, whole_offset, origin;
     wide low, high, scales, offsets;
@@ -463,7 +463,7 @@ search(const groups *g, const lbq_range *range, best_fit *best)
 }
 
 static void
-fit_least_error(groups *g, const lbq_range *range, float *scale, float *offset)
+fit_least_error(groups *g, const lbq_search *range, float *scale, float *offset)
 {
     lbq_range_fit(g->code, 1, g->low, g->high, scale, offset);
     centre(g);
@@ -524,10 +524,14 @@ groups_of(const lbq_code *code, double norm, const lbq_groups *in)
 }
 
 void
-lbq_code_fit(const lbq_code *code, const lbq_range *range, const lbq_groups *in, float *scale,
+lbq_code_fit(const lbq_code *code, const lbq_search *range, const lbq_groups *in, float *scale,
              float *offset)
 {
     assert(in->count + in->rest > 0 && (code->symmetric || !code->levels));
+    if (range->method == LBQ_RANGE_MINMAX && in->low && in->high) {
+        lbq_range_fit(code, range->clip, in->low, in->high, scale, offset);
+        return;
+    }
     groups g = groups_of(code, range->norm, in);
     lanes low, high;
     switch (range->method) {

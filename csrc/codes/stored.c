@@ -35,12 +35,12 @@ float_of(double x, int direction)
 static double
 multiple_of(const lbq_code *code, double x, int direction)
 {
-    const double exact = x / code->gamma;
+    const double exact = x / code->unit;
     const double whole = direction == LBQ_UP     ? ceil(exact)
                          : direction == LBQ_DOWN ? floor(exact)
                                                  : rint(exact);
     const double most = (1 << code->scale_bits) - 1;
-    return (float)(fmin(fmax(whole, 1), most) * code->gamma);
+    return (float)(fmin(fmax(whole, 1), most) * code->unit);
 }
 
 void
@@ -50,7 +50,7 @@ lbq_store_scales(const lbq_code *code, int direction, double *scale)
         halves_of(scale, direction, scale);
         for (int l = 0; l < LBQ_PANEL; l++)
             scale[l] = scale[l] > 0x1p-24 ? scale[l] : 0x1p-24;
-    } else if (code->scale_bits == 0 || code->gamma == 0) {
+    } else if (code->scale_bits == 0 || code->unit == 0) {
         for (int l = 0; l < LBQ_PANEL; l++)
             scale[l] = fmax(float_of(scale[l], direction), FLT_MIN);
     } else {
@@ -171,6 +171,45 @@ lbq_range_fit(const lbq_code *code, double clip, const float *low, const float *
     } else {
         lone_grids_over(code, from, to, s, o);
     }
+    for (int l = 0; l < LANES; l++) {
+        scale[l] = (float)s[l];
+        offset[l] = (float)o[l];
+    }
+}
+
+/* Sums of importance (NULL: ones) and of importance w^2, of each lane. */
+static void
+second_moments(const lbq_groups *in, const float *importance, double *total, double *squares)
+{
+    memset(total, 0, sizeof(wide));
+    memset(squares, 0, sizeof(wide));
+    for (ptrdiff_t i = 0; i < in->count * LANES + in->rest; i++) {
+        const double w = (double)in->w[i], h = importance ? (double)importance[i] : 1;
+        total[i % LANES] += h;
+        squares[i % LANES] += h * w * w;
+    }
+    for (int l = 1; in->together && l < LANES; l++) {
+        total[0] += total[l];
+        squares[0] += squares[l];
+    }
+    for (int l = 1; in->together && l < LANES; l++) {
+        total[l] = total[0];
+        squares[l] = squares[0];
+    }
+}
+
+void
+lbq_fit_deviation(const lbq_code *code, const lbq_groups *groups, double deviation, float *scale,
+                  float *offset)
+{
+    wide total, squares, s, o = {0};
+    second_moments(groups, groups->importance, total, squares);
+    if (total[0] == 0) /* importance is nothing but zeros */
+        second_moments(groups, NULL, total, squares);
+    for (int l = 0; l < LANES; l++)
+        s[l] = sqrt(squares[l] / total[l]) / deviation;
+    lbq_store_scales(code, LBQ_NEAREST, s);
+    lbq_store_offsets(code, s, LBQ_NEAREST, o);
     for (int l = 0; l < LANES; l++) {
         scale[l] = (float)s[l];
         offset[l] = (float)o[l];

@@ -1,5 +1,5 @@
 /* Scales and offsets of LBQ_PANEL groups as they are stored: float16, float32, or multiples of
- * gamma. */
+ * unit. */
 #ifndef LBQ_STORED_H
 #define LBQ_STORED_H
 
@@ -12,6 +12,10 @@ enum { LBQ_DOWN = -1, LBQ_NEAREST, LBQ_UP };
 /* In place. A lone float32 offset is kept as the zero of the matrix, -zero * scale. */
 void lbq_store_scales(const lbq_code *code, int direction, double *scale);
 void lbq_store_offsets(const lbq_code *code, const double *scale, int direction, double *offset);
+
+/* Fits a code whose levels have this standard deviation to that of groups about zero. */
+void lbq_fit_deviation(const lbq_code *code, const lbq_groups *groups, double deviation,
+                       float *scale, float *offset);
 
 /* How float16 grids of the code cover a part `clip` of ranges. */
 lbq_cover lbq_cover_of(const lbq_code *code, double clip);

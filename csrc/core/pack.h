@@ -22,6 +22,13 @@ lbq_store_word(uint8_t *to, uint32_t word)
     memcpy(to, &word, sizeof word);
 }
 
+/* Where unpacked codes, [k / 4][row][k % 4], have that of column k and row r of a panel. */
+static inline ptrdiff_t
+lbq_word_at(ptrdiff_t k, ptrdiff_t r)
+{
+    return (k / 4 * LBQ_PANEL + r) * 4 + k % 4;
+}
+
 /* The low `bits` bits of each byte. */
 static inline uint32_t
 lbq_low_bits(int bits)

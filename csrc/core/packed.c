@@ -49,20 +49,19 @@ lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
                 LBQ_BAD_VALUE,
                 "offsets need scale_bits = 16, got %d",
                 scale_bits);
-    LBQ_REQUIRE(!packed->levels || bits <= 4,
+    LBQ_REQUIRE(isfinite(packed->unit) && isfinite(packed->zero),
                 LBQ_BAD_VALUE,
-                "a level table needs at most 4 bits, got %d",
-                bits);
-    LBQ_REQUIRE(isfinite(packed->gamma) && isfinite(packed->zero),
-                LBQ_BAD_VALUE,
-                "gamma is %g and zero is %g, expected finite numbers",
-                (double)packed->gamma,
+                "unit is %g and zero is %g, expected finite numbers",
+                (double)packed->unit,
                 (double)packed->zero);
+    assert(packed->block_rows == 1 || packed->block_rows % LBQ_PANEL == 0);
+    assert(16 % packed->block_cols == 0);
 
     const bool per_step = group < cols;
     lbq_packed_geometry g = {.step = lbq_packed_step(packed)};
     g.steps = lbq_pieces(cols, g.step);
-    g.panels = lbq_pieces(rows, LBQ_PANEL);
+    g.strip = lbq_pieces(packed->block_rows, LBQ_PANEL);
+    g.panels = lbq_pieces(rows, LBQ_PANEL * g.strip) * g.strip;
     g.code_bytes = g.step * bits * LBQ_PANEL / 8;
     const ptrdiff_t scale_bytes = scale_bits * LBQ_PANEL / 8;
     const ptrdiff_t offset_bytes = packed->has_offset ? LBQ_PANEL * 2 : 0;
@@ -88,7 +87,7 @@ lbq_packed_panel(const lbq_packed *packed, const lbq_packed_geometry *geometry, 
         .scale_stride = geometry->scale_stride,
         .scale_bits = packed->scale_bits,
         .has_offset = packed->has_offset,
-        .gamma = packed->gamma,
+        .unit = packed->unit,
         .zero = packed->zero,
     };
 }
@@ -109,11 +108,11 @@ scale_of(const lbq_panel *panel, ptrdiff_t step, int row)
     case 16:
         return half_at(at, row);
     case 8:
-        return panel->gamma * (float)at[row];
+        return panel->unit * (float)at[row];
     case 4:
-        return panel->gamma * (float)(at[row / 2] >> row % 2 * 4 & 15);
+        return panel->unit * (float)(at[row / 2] >> row % 2 * 4 & 15);
     default:
-        return panel->gamma;
+        return panel->unit;
     }
 }
 
@@ -198,7 +197,6 @@ typedef struct {
     uint8_t *panels_out;
     uint8_t *codes_out;
     float *scale_out, *offset_out;
-    float *weight_out;
 } panel_work;
 
 typedef lbq_status (*panel_function)(const panel_work *work, ptrdiff_t panel);
@@ -251,15 +249,15 @@ static lbq_status
 pack_multiple(const lbq_packed *packed, float value, ptrdiff_t row, ptrdiff_t group, uint8_t *to)
 {
     const int r = (int)(row % LBQ_PANEL), largest = (1 << packed->scale_bits) - 1;
-    const float multiple = packed->gamma != 0 ? rintf(value / packed->gamma) : 0;
-    LBQ_REQUIRE(multiple >= 0 && multiple <= (float)largest && packed->gamma * multiple == value,
+    const float multiple = packed->unit != 0 ? rintf(value / packed->unit) : 0;
+    LBQ_REQUIRE(multiple >= 0 && multiple <= (float)largest && packed->unit * multiple == value,
                 LBQ_BAD_VALUE,
-                "scale of row %td, group %td is %.9g, no multiple from 0 to %d of gamma = %.9g",
+                "scale of row %td, group %td is %.9g, no multiple from 0 to %d of unit = %.9g",
                 row,
                 group,
                 (double)value,
                 largest,
-                (double)packed->gamma);
+                (double)packed->unit);
     if (packed->scale_bits == 8)
         to[r] = (uint8_t)multiple;
     else
@@ -303,14 +301,15 @@ pack_panel(const panel_work *work, ptrdiff_t panel)
     const lbq_packed_geometry *const g = &work->geometry;
     uint8_t *const out = work->panels_out + panel * g->panel_bytes;
     memset(out, 0, (size_t)g->panel_bytes);
-    const ptrdiff_t first = panel * LBQ_PANEL;
+    const ptrdiff_t first = panel * LBQ_PANEL, cols = lbq_packed_code_cols(packed);
+    const ptrdiff_t words = lbq_smaller(LBQ_PANEL, lbq_packed_code_rows(packed) - first);
     const ptrdiff_t rows = lbq_smaller(LBQ_PANEL, packed->rows - first);
     for (ptrdiff_t s = 0; s < g->steps; s++) {
-        const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, packed->cols - begin);
+        const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, cols - begin);
         uint8_t bytes[LBQ_MAX_STEP * LBQ_PANEL] = {0};
-        for (ptrdiff_t r = 0; r < rows; r++) {
+        for (ptrdiff_t r = 0; r < words; r++) {
             uint8_t codes[LBQ_MAX_STEP] = {0};
-            memcpy(codes, work->codes_in + (first + r) * packed->cols + begin, (size_t)count);
+            memcpy(codes, work->codes_in + (first + r) * cols + begin, (size_t)count);
             uint32_t seen = 0;
             for (ptrdiff_t k = 0; k < g->step; k += 4) {
                 const uint32_t word = lbq_load_word(codes + k);
@@ -341,7 +340,8 @@ unpack_panel(const panel_work *work, ptrdiff_t panel)
     const lbq_packed *const packed = work->packed;
     const lbq_packed_geometry *const g = &work->geometry;
     const lbq_panel view = lbq_packed_panel(packed, g, panel);
-    const ptrdiff_t first = panel * LBQ_PANEL;
+    const ptrdiff_t first = panel * LBQ_PANEL, cols = lbq_packed_code_cols(packed);
+    const ptrdiff_t words = lbq_smaller(LBQ_PANEL, lbq_packed_code_rows(packed) - first);
     const ptrdiff_t rows = lbq_smaller(LBQ_PANEL, packed->rows - first);
     for (ptrdiff_t i = 0; i < work->groups; i++) {
         float scale[LBQ_PANEL], offset[LBQ_PANEL];
@@ -355,54 +355,13 @@ unpack_panel(const panel_work *work, ptrdiff_t panel)
         }
     }
     for (ptrdiff_t s = 0; work->codes_out && s < g->steps; s++) {
-        const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, packed->cols - begin);
-        for (ptrdiff_t r = 0; r < rows; r++) {
+        const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, cols - begin);
+        for (ptrdiff_t r = 0; r < words; r++) {
             uint8_t codes[LBQ_MAX_STEP];
             unpack_row(packed->bits, view.codes + s * g->step_bytes, g->step, (int)r, codes, 4);
-            memcpy(work->codes_out + (first + r) * packed->cols + begin, codes, (size_t)count);
+            memcpy(work->codes_out + (first + r) * cols + begin, codes, (size_t)count);
         }
     }
-    return LBQ_OK;
-}
-
-/* `count` codes of one group. Up to 4 bits its values are tabulated: 16 fmaf instead of 64. */
-static void
-dequantize(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t count, float scale,
-           float offset, float *weight)
-{
-    if (packed->bits > 4) {
-        for (ptrdiff_t k = 0; k < count; k++)
-            weight[k] = fmaf(scale, (float)codes[k], offset);
-        return;
-    }
-    float value[16];
-    for (int code = 0; code < 1 << packed->bits; code++)
-        value[code] = fmaf(scale, packed->levels ? packed->levels[code] : (float)code, offset);
-    for (ptrdiff_t k = 0; k < count; k++)
-        weight[k] = value[codes[k]];
-}
-
-static void
-dequantize_row(const lbq_packed *packed, const lbq_panel *panel, int row, float *weight)
-{
-    const ptrdiff_t step = panel->step;
-    for (ptrdiff_t s = 0; s < panel->steps; s++) {
-        uint8_t codes[LBQ_MAX_STEP];
-        unpack_row(packed->bits, panel->codes + s * panel->step_bytes, step, row, codes, 4);
-        const float scale = scale_of(panel, s, row), offset = offset_of(panel, s, row);
-        const ptrdiff_t count = lbq_smaller(step, packed->cols - s * step);
-        dequantize(packed, codes, count, scale, offset, weight + s * step);
-    }
-}
-
-static lbq_status
-dequantize_panel(const panel_work *work, ptrdiff_t panel)
-{
-    const lbq_packed *const packed = work->packed;
-    const lbq_panel view = lbq_packed_panel(packed, &work->geometry, panel);
-    const ptrdiff_t first = panel * LBQ_PANEL;
-    for (ptrdiff_t r = 0; r < lbq_smaller(LBQ_PANEL, packed->rows - first); r++)
-        dequantize_row(packed, &view, (int)r, work->weight_out + (first + r) * packed->cols);
     return LBQ_OK;
 }
 
@@ -426,22 +385,4 @@ lbq_unpack(const lbq_packed *packed, uint8_t *codes, float *scale, float *offset
     panel_work work = {
         .packed = packed, .codes_out = codes, .scale_out = scale, .offset_out = offset};
     return over_panels(&work, unpack_panel);
-}
-
-lbq_status
-lbq_packed_dequantize(const lbq_packed *packed, float *weight)
-{
-    panel_work work = {.packed = packed, .weight_out = weight};
-    return over_panels(&work, dequantize_panel);
-}
-
-lbq_status
-lbq_packed_row(const lbq_packed *packed, ptrdiff_t row, float *weight)
-{
-    assert(row >= 0 && row < packed->rows);
-    lbq_packed_geometry geometry = {0};
-    LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
-    const lbq_panel panel = lbq_packed_panel(packed, &geometry, row / LBQ_PANEL);
-    dequantize_row(packed, &panel, (int)(row % LBQ_PANEL), weight);
-    return LBQ_OK;
 }

@@ -1,9 +1,10 @@
 /* The packed layout of a quantized matrix: one for every instruction set, on disk as in memory.
  *
- *     W[r,k] ~ scale[r,g] * level[code[r,k]] + offset[r,g],    g = k / group
- *
- * Rows come in panels of 16, the last one padded. A panel is cut along k into steps of `step`
- * columns, the last one padded with zero codes. A step holds its codes in 64-byte blocks in which
+ * Where the words of a code lie, one for each weight, and the scales and offsets of their groups,
+ * g = k / group; what they stand for is the business of codes/matrix.h. Rows come in panels of 16,
+ * the last one padded; where the words of a block of more rows depend on each other, panels are
+ * padded to whole blocks. A panel is cut along k into steps of `step` columns, the last one padded
+ * with zero codes. A step holds its codes in 64-byte blocks in which
  * every 32-bit lane r holds four k-bytes of row r, so that a kernel broadcasts four activations
  * and multiplies; only 1-bit codes have the 16 rows of a k-byte together, so that a kernel looks
  * up sums of four activations, 16 rows at once:
@@ -19,8 +20,8 @@
  * Scales follow, 16 of them, then 16 float16 offsets if there are any: after each step where
  * every `group` columns have their own (group = step), once at the panel's end where a row has
  * one (group >= cols), nowhere where the whole matrix has one (scale_bits = 0). scale_bits = 16:
- * float16. 8 and 4: unsigned integers times `gamma`; 4-bit scales of rows 2i and 2i+1 share byte i,
- * the even row in the low half. 0: the scale is `gamma`. Without offsets, offset[r,g] is -zero *
+ * float16. 8 and 4: unsigned integers times `unit`; 4-bit scales of rows 2i and 2i+1 share byte i,
+ * the even row in the low half. 0: the scale is `unit`. Without offsets, offset[r,g] is -zero *
  * scale[r,g], computed in float32. */
 #ifndef LBQ_PACKED_H
 #define LBQ_PACKED_H
@@ -36,19 +37,21 @@ enum { LBQ_PANEL = 16, LBQ_ROW_STEP = 64, LBQ_MAX_STEP = 128 };
 typedef struct {
     const uint8_t *panels; /* geometry.bytes of them; fastest at a 64-byte boundary */
     ptrdiff_t rows, cols;
-    ptrdiff_t group;     /* 16, 32, 64, 128; or >= cols: one group per row */
-    int bits;            /* 1, 2, 3, 4, 8 */
-    int scale_bits;      /* 16, 8, 4, 0 */
-    bool has_offset;     /* only with scale_bits = 16 */
-    float gamma, zero;   /* see above */
-    const float *levels; /* 2^bits values, bits <= 4; NULL: the level is the code */
+    ptrdiff_t group;            /* 16, 32, 64, 128; or >= cols: one group per row */
+    int block_rows, block_cols; /* whose words depend on each other, 1 x 1 if none do; block_rows
+                                   up to 16 or whole panels, block_cols up to 16 */
+    int bits;                   /* of a word: 1, 2, 3, 4, 8 */
+    int scale_bits;             /* 16, 8, 4, 0 */
+    bool has_offset;            /* only with scale_bits = 16 */
+    float unit, zero;           /* see above */
 } lbq_packed;
 
 /* Where things lie; all sizes in bytes but step and steps. */
 typedef struct {
     ptrdiff_t step;         /* columns per step, lbq_packed_step() */
     ptrdiff_t steps;        /* per panel */
-    ptrdiff_t panels;       /* rows / 16, rounded up */
+    ptrdiff_t strip;        /* panels of a block, at least 1 */
+    ptrdiff_t panels;       /* rows / 16, rounded up to whole strips */
     ptrdiff_t code_bytes;   /* of one step */
     ptrdiff_t step_bytes;   /* from one step to the next */
     ptrdiff_t scale_at;     /* scales of step 0, from the start of the panel; offsets follow */
@@ -64,12 +67,26 @@ lbq_packed_step(const lbq_packed *packed)
     return packed->group < packed->cols ? packed->group : LBQ_ROW_STEP;
 }
 
-/* LBQ_BAD_VALUE unless bits, group, scale_bits, has_offset and levels fit together as above (1
- * and 3 bits need steps of whole 32 columns) and gamma and zero are finite; LBQ_BAD_SHAPE for
- * sizes below 1 or above 2^31 - 1. */
+/* Rows and columns of words: those of the matrix, padded to whole blocks. */
+static inline ptrdiff_t
+lbq_packed_code_rows(const lbq_packed *packed)
+{
+    return (packed->rows + packed->block_rows - 1) / packed->block_rows * packed->block_rows;
+}
+
+static inline ptrdiff_t
+lbq_packed_code_cols(const lbq_packed *packed)
+{
+    return (packed->cols + packed->block_cols - 1) / packed->block_cols * packed->block_cols;
+}
+
+/* LBQ_BAD_VALUE unless bits, group, block_cols, scale_bits and has_offset fit together as above (1
+ * and 3 bits need steps of whole 32 columns) and unit and zero are finite; LBQ_BAD_SHAPE for sizes
+ * below 1 or above 2^31 - 1. */
 lbq_status lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry);
 
-/* Codes (rows, cols), scale and offset (rows, groups), float32, into the panels. A scale or offset
+/* Codes, of as many rows and columns as there are words, scale and offset (rows, groups), float32,
+ * into the panels. A scale or offset
  * that its stored form cannot hold exactly is refused (LBQ_BAD_VALUE), as is a code over 2^bits -
  * 1: rounding is the quantizer's business. scale is not read where scale_bits = 0, offset where
  * has_offset is false. `panels` is written, packed->panels ignored. */
@@ -81,15 +98,9 @@ lbq_status lbq_pack(const lbq_packed *packed, const uint8_t *codes, const float 
 lbq_status lbq_scale_pack(const lbq_packed *packed, ptrdiff_t row, ptrdiff_t group, float scale,
                           float offset, uint8_t *to);
 
-/* The inverse of lbq_pack; each output may be NULL. `scale` gets gamma where none is stored,
+/* The inverse of lbq_pack; each output may be NULL. `scale` gets unit where none is stored,
  * `offset` gets -zero * scale. */
 lbq_status lbq_unpack(const lbq_packed *packed, uint8_t *codes, float *scale, float *offset);
-
-/* W (rows, cols) by the formula, each weight fma(scale, level, offset) rounded once. */
-lbq_status lbq_packed_dequantize(const lbq_packed *packed, float *weight);
-
-/* Row `row` of W alone, (cols), with the same bits. */
-lbq_status lbq_packed_row(const lbq_packed *packed, ptrdiff_t row, float *weight);
 
 /* One panel as kernels read it: pointers to what belongs to its step 0. */
 typedef struct {
@@ -100,9 +111,8 @@ typedef struct {
     ptrdiff_t scale_stride; /* from one step's scales, or offsets, to the next */
     int scale_bits;
     bool has_offset; /* else they are -zero * scale */
-    float gamma, zero;
-    const uint8_t
-        *bytes; /* 16: what a code stands for, to kernels that multiply a table; or NULL */
+    float unit, zero;
+    const uint8_t *bytes; /* 16: what a code stands for, to kernels that multiply a table */
 } lbq_panel;
 
 lbq_panel lbq_packed_panel(const lbq_packed *packed, const lbq_packed_geometry *geometry,

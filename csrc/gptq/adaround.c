@@ -59,8 +59,8 @@ bracket_row(void *context, ptrdiff_t row, int worker)
                     w);
         const int nearest = lbq_code_encode(j->code, w, scale, offset);
         const double value = lbq_code_decode(j->code, (uint8_t)nearest, scale, offset);
-        const int below = nearest - ((w - value) * scale < 0);
-        const int lower = below < 0 ? 0 : below > j->code->count - 2 ? j->code->count - 2 : below;
+        const int below = nearest - ((w - value) * scale < 0), last = lbq_level_count(j->code) - 2;
+        const int lower = below < 0 ? 0 : below > last ? last : below;
         const double base = lbq_code_decode(j->code, (uint8_t)lower, scale, offset);
         const double next = lbq_code_decode(j->code, (uint8_t)(lower + 1), scale, offset);
         const double place = next == base ? 0.5 : clamp((w - base) / (next - base), 0, 1);
@@ -250,7 +250,7 @@ lbq_adaround(const lbq_code *code, const lbq_adaround_options *options, ptrdiff_
              ptrdiff_t cols, ptrdiff_t group, const float *W, const double *H, const float *scale,
              const float *offset, uint8_t *codes, double *softness)
 {
-    LBQ_TRY(lbq_code_check(code));
+    LBQ_TRY(lbq_code_check_ordered(code));
     LBQ_REQUIRE(rows > 0 && cols > 0 && group > 0 && rows <= INT32_MAX && cols <= INT32_MAX,
                 LBQ_BAD_SHAPE,
                 "%td rows, %td columns in groups of %td",

@@ -269,6 +269,9 @@ lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double da
 typedef struct {
     const lbq_gptq_problem *problem;
     ptrdiff_t groups;
+    ptrdiff_t strip, run;  /* rows and columns that are rounded together */
+    ptrdiff_t code_rows;   /* rows in whole blocks */
+    size_t encoding_bytes; /* of scratch */
     ptrdiff_t tile, pitch; /* rows of a task; an odd number of cache lines that holds them */
     ptrdiff_t blocks;
     const ptrdiff_t *block_begin; /* (blocks + 1) */
@@ -285,12 +288,12 @@ typedef struct {
     size_t scratch_bytes;
 } run_state;
 
-/* A few rows of one block: which ones, and the place of its first column in the order. */
+/* A strip of one block: which rows, and the place of the block's first column in the order. */
 typedef struct {
     ptrdiff_t row, rows, column;
 } lanes;
 
-/* lbq_kernels.feedback_f32, solve_f32 and round_f32 in float64. */
+/* lbq_kernels.feedback_f32 and solve_f32 in float64. */
 static void
 feedback_f64(ptrdiff_t count, ptrdiff_t width, const double *R, ptrdiff_t stride, const double *e,
              ptrdiff_t pitch, double *sum)
@@ -310,15 +313,37 @@ solve_f64(ptrdiff_t count, const double *R, ptrdiff_t stride, double *x)
                 x[j * LANES + l] -= R[i * stride + j] * x[i * LANES + l];
 }
 
+/* A block by the code's kind; e is the feedback before. */
 static void
-round_f64(const double *grid, int top, const double *w, const double *shift, uint8_t *codes,
-          double *e)
+encode_f32(const run_state *state, ptrdiff_t rows, const float *lanes_of, const float *w,
+           uint8_t *words, float *e, void *scratch)
 {
-    for (int l = 0; l < LANES; l++) {
-        const double x = (w[l] + shift[l] - grid[LANES + l]) * grid[2 * LANES + l];
-        codes[l] = (uint8_t)(x > 0 ? x < top ? rint(x) : top : 0);
-        e[l] = w[l] - (grid[l] * codes[l] + grid[LANES + l]);
+    const lbq_code *const code = state->problem->code;
+    const lbq_grid grid = {.rows = rows, .lanes = lanes_of};
+    code->kind->encode(code, &grid, w, e, state->pitch, words, e, scratch);
+}
+
+static void
+encode_f64(const run_state *state, ptrdiff_t rows, const double *lanes_of, const double *w,
+           uint8_t *words, double *e, void *scratch)
+{
+    const lbq_code *const code = state->problem->code;
+    const ptrdiff_t strip = state->strip, run = state->run;
+    if (code->kind->encode_f64) {
+        code->kind->encode_f64(code, lanes_of, w, e, words, e);
+        return;
     }
+    float lanes_f32[3 * LBQ_STRIP], w_f32[LBQ_MAX_RUN * LBQ_STRIP], e_f32[LBQ_MAX_RUN * LBQ_STRIP];
+    for (ptrdiff_t l = 0; l < 3 * strip; l++)
+        lanes_f32[l] = (float)lanes_of[l];
+    for (ptrdiff_t i = 0; i < run * strip; i++) {
+        w_f32[i] = (float)w[i];
+        e_f32[i] = (float)e[i / strip * state->pitch + i % strip];
+    }
+    const lbq_grid grid = {.rows = rows, .lanes = lanes_f32};
+    code->kind->encode(code, &grid, w_f32, e_f32, strip, words, e_f32, scratch);
+    for (ptrdiff_t i = 0; i < run * strip; i++)
+        e[i / strip * state->pitch + i % strip] = (double)e_f32[i];
 }
 
 #define REAL float
@@ -326,52 +351,68 @@ round_f64(const double *grid, int top, const double *w, const double *shift, uin
 #define GEMM BLAS(cblas_sgemm)
 #define FEEDBACK lbq_kernel.feedback_f32
 #define SOLVE lbq_kernel.solve_f32
-#define ROUND lbq_kernel.round_f32
 #include "gptq/gptq_rows.h"
 #undef REAL
 #undef NAME
 #undef GEMM
 #undef FEEDBACK
 #undef SOLVE
-#undef ROUND
 
 #define REAL double
 #define NAME(name) name##_f64
 #define GEMM BLAS(cblas_dgemm)
 #define FEEDBACK feedback_f64
 #define SOLVE solve_f64
-#define ROUND round_f64
 #include "gptq/gptq_rows.h"
 #undef REAL
 #undef NAME
 #undef GEMM
 #undef FEEDBACK
 #undef SOLVE
-#undef ROUND
 
-/* Cuts the order into blocks of about p->block columns, of whole groups if groups are to be
- * fitted; returns their number, or 0 if the order scatters a group. */
+/* Cuts the order into blocks of about p->block columns, of whole groups if groups are to be fitted
+ * and of whole runs in any case; returns their number, or 0 if the order scatters a group. */
 static ptrdiff_t
-cut_blocks(const lbq_gptq_problem *p, bool refit, const int64_t *group_of, ptrdiff_t *block_begin,
-           uint8_t *seen)
+cut_blocks(const run_state *state, const int64_t *order, ptrdiff_t *block_begin, uint8_t *seen)
 {
+    const lbq_gptq_problem *const p = state->problem;
+    const ptrdiff_t unit = state->refit ? p->group : state->run;
     ptrdiff_t blocks = 0;
     for (ptrdiff_t begin = 0, end; begin < p->cols; begin = end) {
-        end = lbq_smaller(begin + p->block, p->cols);
-        for (ptrdiff_t run = begin, next; refit && run < p->cols; run = next) {
-            for (next = run; next < p->cols && group_of[next] == group_of[run];)
+        end = begin;
+        for (ptrdiff_t first = begin, next; first < p->cols; first = next) {
+            for (next = first; next < p->cols && order[next] / unit == order[first] / unit;)
                 next++;
-            if (run > begin && next - begin > p->block) {
-                end = run;
+            if (first > begin && next - begin > p->block)
                 break;
-            }
-            if (seen[group_of[run]]++)
+            if (seen[order[first] / unit]++)
                 return 0;
             end = next;
         }
         block_begin[++blocks] = end;
     }
     return blocks;
+}
+
+/* That the columns of a word stand together, ascending. */
+static lbq_status
+check_runs(const run_state *state, const int64_t *order)
+{
+    const ptrdiff_t run = state->run, cols = state->problem->cols;
+    LBQ_REQUIRE(cols % run == 0 && (state->groups == 1 || state->problem->group % run == 0),
+                LBQ_BAD_SHAPE,
+                "%td columns in groups of %td are not whole runs of %td",
+                cols,
+                state->problem->group,
+                run);
+    for (ptrdiff_t j = 0; j < cols; j++)
+        LBQ_REQUIRE(order[j] == order[j / run * run] + j % run && order[j] % run == j % run,
+                    LBQ_BAD_VALUE,
+                    "order[%td] is %lld: it scatters the %td columns of a word",
+                    j,
+                    (long long)order[j],
+                    run);
+    return LBQ_OK;
 }
 
 static int
@@ -434,7 +475,7 @@ fit_rows(void *context, ptrdiff_t index, int worker)
             w[j * LANES + l] = l < rows ? W[l * p->cols + state->order[j]] : 0;
     const lbq_groups groups = {.w = w, .importance = state->importance, .count = p->cols};
     float scale[LANES], offset[LANES];
-    lbq_code_fit(p->code, p->range, &groups, scale, offset);
+    p->code->kind->fit(p->code, p->search, &groups, scale, offset);
     memcpy(state->scale + first, scale, (size_t)rows * sizeof *scale);
     memcpy(state->offset + first, offset, (size_t)rows * sizeof *offset);
     return LBQ_OK;
@@ -475,25 +516,31 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
                 cols,
                 p->group,
                 p->block);
-    LBQ_TRY(lbq_code_check(p->code));
+    LBQ_TRY(lbq_code_check(p->code, p->fixed ? NULL : p->search));
     LBQ_TRY(check_weights(p, W));
+    const lbq_code_kind *const kind = p->code->kind;
+    const ptrdiff_t strip = lbq_strip_rows(p->code);
     run_state state = {
         .problem = p,
         .groups = groups,
+        .strip = strip,
+        .run = kind->cols,
+        .code_rows = lbq_pieces(p->rows, kind->rows) * kind->rows,
+        .encoding_bytes = kind->scratch ? kind->scratch(p->code) : 0,
         .refit = !p->fixed && groups > 1,
         .W = W,
         .codes = codes,
         .scale = scale,
         .offset = offset,
-        /* Four tasks or more, so that threads end together; whole lanes. A function of the rows
-         * alone. */
-        .tile = lbq_smaller(lbq_pieces(lbq_pieces(p->rows, 4), LANES) * LANES, MAX_TILE),
+        /* At least four tasks, to balance threads; whole strips. Depends on rows only, so results
+         * do not depend on the thread count. */
+        .tile = lbq_smaller(lbq_pieces(lbq_pieces(p->rows, 4), strip) * strip, MAX_TILE),
     };
     state.pitch = state.tile + (state.tile % (2 * LANES) == 0 ? LANES : 0);
 
     const size_t order_bytes = lbq_padded((size_t)cols * sizeof(int64_t));
     const size_t begin_bytes = lbq_padded((size_t)(cols + 1) * sizeof(ptrdiff_t));
-    const size_t seen_bytes = lbq_padded((size_t)groups);
+    const size_t seen_bytes = lbq_padded((size_t)(state.refit ? groups : cols / state.run + 1));
     const size_t share_bytes = p->importance ? (size_t)cols * LANES * sizeof(float) : 0;
     lbq_arena plan, work;
     LBQ_TRY(lbq_arena_open(&plan, 5 * order_bytes + begin_bytes + seen_bytes + share_bytes));
@@ -507,6 +554,8 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
     memset(seen, 0, seen_bytes);
     block_begin[0] = 0;
     lbq_status status = copy_order(cols, p->order, order);
+    if (status == LBQ_OK)
+        status = check_runs(&state, order);
     if (status == LBQ_OK && p->importance) {
         float *const shares = lbq_arena_take(&plan, share_bytes);
         spread_importance(p, order, shares);
@@ -518,7 +567,7 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
         state.order = order;
         state.group_of = group_of;
         state.block_begin = block_begin;
-        state.blocks = cut_blocks(p, state.refit, group_of, block_begin, seen);
+        state.blocks = cut_blocks(&state, order, block_begin, seen);
         if (state.blocks == 0)
             status = lbq_fail(LBQ_BAD_VALUE,
                               "order scatters the columns of a group: fit the scales beforehand");

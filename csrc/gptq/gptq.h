@@ -1,11 +1,11 @@
 /* GPTQ: rounding with feedback, so that later columns absorb the error of earlier ones.
  *
- * Minimises tr(E H E^T), E = W - Q, one column after another. With H = R D R^T, R unit upper
- * triangular, the objective is sum_j D_j |W_j + sum_{i<j} E_i R_ij - Q_j|^2, so column j is
- * rounded from W_j + sum_{i<j} E_i R_ij. That is the published algorithm (E. Frantar, S. Ashkboos,
- * T. Hoefler, D. Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
- * Transformers", 2023), which takes the upper Cholesky factor of H^-1, without the inverse
- * (J. Chee, Y. Cai, V. Kuleshov, C. De Sa, "QuIP", 2023, theorem 6): a quarter of the work.
+ * Minimises tr(E H E^T), E = W - Q, one column, or the columns of a word, after another. With H = R
+ * D R^T, R unit upper triangular, the objective is sum_j D_j |W_j + sum_{i<j} E_i R_ij - Q_j|^2, so
+ * column j is rounded from W_j + sum_{i<j} E_i R_ij. That is the published algorithm (E. Frantar,
+ * S. Ashkboos, T. Hoefler, D. Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
+ * Pre-trained Transformers", 2023), which takes the upper Cholesky factor of H^-1, without the
+ * inverse (J. Chee, Y. Cai, V. Kuleshov, C. De Sa, "QuIP", 2023, theorem 6): a quarter of the work.
  *
  * `order` (cols) is the order in which columns are rounded, a permutation; NULL: as they stand.
  * Results are equal bit for bit for any number of threads. */
@@ -39,7 +39,7 @@ lbq_status lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order
 
 typedef struct {
     const lbq_code *code;
-    const lbq_range *range;
+    const lbq_search *search;
     ptrdiff_t rows, cols;
     ptrdiff_t group;         /* columns k with the same k / group share scale and offset */
     const int64_t *order;    /* as given to lbq_gptq_factor */
@@ -50,11 +50,12 @@ typedef struct {
     ptrdiff_t block;         /* columns between matrix products, rounded up to whole groups */
 } lbq_gptq_problem;
 
-/* Rounds W (rows, cols): codes (rows, cols), scale and offset (rows, groups), groups =
- * ceil(cols / group). A group is fitted when its first column's turn comes, to the weights as the
- * feedback has moved them until then; so unless `fixed`, or a row is one group, the order keeps
- * the columns of a group together (else LBQ_BAD_VALUE). W is zero in dead columns.
- * LBQ_BAD_VALUE for a NaN or infinity in W. */
+/* Rounds W (rows, cols): codes (rows in whole blocks, cols), scale and offset (rows, groups),
+ * groups = ceil(cols / group). A group is fitted when its first column's turn comes, to the weights
+ * as the feedback has moved them until then; so unless `fixed`, or a row is one group, the order
+ * keeps the columns of a group together (else LBQ_BAD_VALUE). cols and group are whole words of the
+ * code, and the order keeps their columns together and ascending; inside a word the feedback is
+ * that of earlier words. W is zero in dead columns. LBQ_BAD_VALUE for a NaN or infinity in W. */
 lbq_status lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float *scale,
                     float *offset);
 

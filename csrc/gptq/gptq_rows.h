@@ -3,15 +3,17 @@
  * Everything is transposed, a column's rows being neighbours, so that sums run over whole vectors
  * of rows. The blocks of columns are halved: the left half is rounded, one matrix product adds its
  * errors to what the right half is fed, and the right half is rounded; so most products are large.
- * In a block LANES rows go together and what is summed stays in the first-level cache. */
+ * In a block the rows of a strip go together and what is summed stays in the first-level cache. */
 
 /* Scratch of one thread, in bytes; and its parts. */
 typedef struct {
     REAL *errors;   /* (cols, pitch): w - q, and before that the feedback, errors times R */
     REAL *square;   /* (width, width): the block's own part of R */
-    REAL *w, *x;    /* (width, LANES) */
+    REAL *w;        /* (width, strip) */
+    REAL *x;        /* (width, LANES) */
     float *values;  /* (width, LANES) */
-    uint8_t *codes; /* (width, LANES) */
+    uint8_t *codes; /* (width, strip) */
+    void *encoding; /* of the code's kind */
 } NAME(scratch);
 
 static size_t
@@ -19,11 +21,16 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
 {
     const size_t width = (size_t)state->width, real = sizeof(REAL);
     const size_t tile = (size_t)state->problem->cols * (size_t)state->pitch * real;
-    const size_t strip = width * LANES * real;
-    const size_t sizes[] = {
-        tile, width * width * real, strip, strip, width * LANES * sizeof(float), width * LANES};
-    size_t at[7] = {0};
-    for (int i = 0; i < 6; i++)
+    const size_t strip = width * (size_t)state->strip, panel = width * LANES;
+    const size_t sizes[] = {tile,
+                            width * width * real,
+                            strip * real,
+                            panel * real,
+                            panel * sizeof(float),
+                            strip,
+                            state->encoding_bytes};
+    size_t at[8] = {0};
+    for (int i = 0; i < 7; i++)
         at[i + 1] = at[i] + lbq_padded(sizes[i]);
     if (scratch)
         *scratch = (NAME(scratch)){
@@ -33,135 +40,146 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
             .x = (REAL *)(base + at[3]),
             .values = (float *)(base + at[4]),
             .codes = (uint8_t *)(base + at[5]),
+            .encoding = base + at[6],
         };
-    return at[6];
+    return at[7];
 }
 
-/* Scale and offset of the columns [begin, end) of the block, for each row of the lanes, from the
- * weights as published GPTQ would have changed them by now: w + x with x R_gg = feedback, R_gg
- * the group's own square of R. */
+/* Scale and offset of the columns [begin, end) of the block, for each row of a panel of the strip,
+ * from the weights as published GPTQ would have changed them by now: w + x with x R_gg = feedback,
+ * R_gg the group's own square of R. */
 static void
-NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdiff_t end,
-                const REAL *e, const NAME(scratch) * s)
+NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t panel, ptrdiff_t begin,
+                ptrdiff_t end, const REAL *e, const NAME(scratch) * s)
 {
     const lbq_gptq_problem *const p = state->problem;
     const ptrdiff_t group = state->group_of[at->column + begin], count = end - begin;
+    const ptrdiff_t first = panel * LANES, rows = lbq_smaller(LANES, at->rows - first);
     const REAL *const R = s->square + begin * state->width + begin;
     for (ptrdiff_t j = 0; j < count; j++)
-        memcpy(s->x + j * LANES, e + (begin + j) * state->pitch, LANES * sizeof(REAL));
+        memcpy(s->x + j * LANES, e + (begin + j) * state->pitch + first, LANES * sizeof(REAL));
     SOLVE(count, R, state->width, s->x);
-    for (ptrdiff_t i = 0; i < count * LANES; i++)
-        s->values[i] = (float)(s->w[begin * LANES + i] + s->x[i]);
+    for (ptrdiff_t j = 0; j < count; j++)
+        for (int l = 0; l < LANES; l++)
+            s->values[j * LANES + l] =
+                (float)(s->w[(begin + j) * state->strip + first + l] + s->x[j * LANES + l]);
     const lbq_groups groups = {
         .w = s->values,
         .importance = state->importance ? state->importance + (at->column + begin) * LANES : NULL,
         .count = count,
     };
     float scale[LANES], offset[LANES];
-    lbq_code_fit(p->code, p->range, &groups, scale, offset);
-    for (ptrdiff_t l = 0; l < at->rows; l++) {
-        state->scale[(at->row + l) * state->groups + group] = scale[l];
-        state->offset[(at->row + l) * state->groups + group] = offset[l];
+    p->code->kind->fit(p->code, p->search, &groups, scale, offset);
+    for (ptrdiff_t l = 0; l < rows; l++) {
+        state->scale[(at->row + first + l) * state->groups + group] = scale[l];
+        state->offset[(at->row + first + l) * state->groups + group] = offset[l];
     }
 }
 
-/* The grids of one group, for lbq_kernels.round_f32. */
+/* The grids of one group, as lbq_grid has them. */
 static void
 NAME(load_grid)(const run_state *state, const lanes *at, ptrdiff_t group, REAL *grid)
 {
-    for (int l = 0; l < LANES; l++) {
+    for (ptrdiff_t l = 0; l < state->strip; l++) {
         const ptrdiff_t from = (at->row + l) * state->groups + group;
         grid[l] = l < at->rows ? (REAL)state->scale[from] : 1;
-        grid[LANES + l] = l < at->rows ? (REAL)state->offset[from] : 0;
-        grid[2 * LANES + l] = 1 / grid[l];
+        grid[state->strip + l] = l < at->rows ? (REAL)state->offset[from] : 0;
+        grid[2 * state->strip + l] = 1 / grid[l];
     }
 }
 
-/* Like lbq_kernels.round_f32, to the levels of a table. */
+/* Adds the errors of the columns [begin, end) of the block to what [first, last) are fed. */
 static void
-NAME(round_to_levels)(const lbq_code *code, const REAL *grid, const REAL *w, const REAL *shift,
-                      uint8_t *codes, REAL *e)
+NAME(feed)(const run_state *state, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t first, ptrdiff_t last,
+           REAL *e, const NAME(scratch) * s)
 {
-    for (int l = 0; l < LANES; l++) {
-        const double scale = (double)grid[l], offset = (double)grid[LANES + l];
-        codes[l] = lbq_code_encode(code, (double)(w[l] + shift[l]), scale, offset);
-        e[l] = w[l] - (REAL)lbq_code_decode(code, codes[l], scale, offset);
-    }
+    const ptrdiff_t width = state->width, pitch = state->pitch;
+    for (ptrdiff_t l = 0; l < state->strip; l += LANES)
+        FEEDBACK(end - begin,
+                 last - first,
+                 s->square + begin * width + first,
+                 width,
+                 e + begin * pitch + l,
+                 pitch,
+                 e + first * pitch + l);
 }
 
 /* Rounds the columns [begin, end) of the block, a few at a time: sums over all columns before
- * those few stay in registers. */
+ * those few stay in registers. Inside a run nothing is fed forward. */
 static void
 NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdiff_t end,
                     REAL *e, const NAME(scratch) * s)
 {
-    const lbq_gptq_problem *const p = state->problem;
     const int64_t *const group_of = state->group_of + at->column;
-    const ptrdiff_t width = state->width, pitch = state->pitch;
+    const ptrdiff_t strip = state->strip, run = state->run, pitch = state->pitch;
+    const ptrdiff_t few = run > FEW ? run : FEW;
     ptrdiff_t group = -1;
-    REAL grid[3 * LANES];
+    REAL grid[3 * LBQ_STRIP];
     for (ptrdiff_t first = begin, last; first < end; first = last) {
-        last = lbq_smaller(first + FEW, end);
-        FEEDBACK(first - begin,
-                 last - first,
-                 s->square + begin * width + first,
-                 width,
-                 e + begin * pitch,
-                 pitch,
-                 e + first * pitch);
-        for (ptrdiff_t j = first; j < last; j++) {
+        last = lbq_smaller(first + few, end);
+        NAME(feed)(state, begin, first, first, last, e, s);
+        for (ptrdiff_t j = first; j < last; j += run) {
             if (group != group_of[j]) {
                 group = group_of[j];
                 NAME(load_grid)(state, at, group, grid);
             }
-            const REAL *const w = s->w + j * LANES, *const shift = e + j * pitch;
-            uint8_t *const codes = s->codes + j * LANES;
-            if (p->code->levels)
-                NAME(round_to_levels)(p->code, grid, w, shift, codes, e + j * pitch);
-            else
-                ROUND(grid, p->code->count - 1, w, shift, codes, e + j * pitch);
-            FEEDBACK(1,
-                     last - j - 1,
-                     s->square + j * width + j + 1,
-                     width,
-                     e + j * pitch,
-                     pitch,
-                     e + (j + 1) * pitch);
+            NAME(encode)(state,
+                         at->rows,
+                         grid,
+                         s->w + j * strip,
+                         s->codes + j * strip,
+                         e + j * pitch,
+                         s->encoding);
+            NAME(feed)(state, j, j + run, j + run, last, e, s);
         }
     }
 }
 
-/* One block for the rows of the lanes. */
+/* One block for the rows of the strip. */
 static void
-NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL *e,
+NAME(round_strip)(const run_state *state, const lanes *at, ptrdiff_t width, REAL *e,
                   const NAME(scratch) * s)
 {
     const lbq_gptq_problem *const p = state->problem;
     const int64_t *const group_of = state->group_of + at->column;
     const int64_t *const columns = state->ascending + at->column;
     const int64_t *const place = state->place + at->column;
-    const ptrdiff_t first = at->row * p->cols;
-    lbq_kernel.to_lanes_f32(state->W + first, p->cols, at->rows, columns, place, width, s->values);
-    for (ptrdiff_t i = 0; i < width * LANES; i++)
-        s->w[i] = (REAL)s->values[i];
+    const ptrdiff_t strip = state->strip;
+    for (ptrdiff_t l = 0; l < strip; l += LANES) {
+        const float *const W = state->W + (at->row + l) * p->cols;
+        const ptrdiff_t rows = at->rows > l ? lbq_smaller(LANES, at->rows - l) : 0;
+        if (rows)
+            lbq_kernel.to_lanes_f32(W, p->cols, rows, columns, place, width, s->values);
+        for (ptrdiff_t i = 0; i < width; i++)
+            for (int lane = 0; lane < LANES; lane++)
+                s->w[i * strip + l + lane] = rows ? (REAL)s->values[i * LANES + lane] : 0;
+    }
     for (ptrdiff_t begin = 0, end; begin < width; begin = end) {
         end = width;
         if (state->refit) {
             for (end = begin + 1; end < width && group_of[end] == group_of[begin];)
                 end++;
-            FEEDBACK(begin,
-                     end - begin,
-                     s->square + begin,
-                     state->width,
-                     e,
-                     state->pitch,
-                     e + begin * state->pitch);
-            NAME(fit_group)(state, at, begin, end, e, s);
+            NAME(feed)(state, 0, begin, begin, end, e, s);
+            for (ptrdiff_t panel = 0; panel * LANES < at->rows; panel++)
+                NAME(fit_group)(state, at, panel, begin, end, e, s);
         }
         NAME(round_columns)(state, at, begin, end, e, s);
     }
-    lbq_kernel.from_lanes_u8(
-        s->codes, columns, place, width, at->rows, p->cols, state->codes + first);
+    for (ptrdiff_t l = 0; l < strip; l += LANES) {
+        const uint8_t *codes = s->codes;
+        uint8_t *const panel = (uint8_t *)s->values;
+        for (ptrdiff_t i = 0; i < width && strip > LANES; i++)
+            memcpy(panel + i * LANES, s->codes + i * strip + l, LANES);
+        if (strip > LANES)
+            codes = panel;
+        lbq_kernel.from_lanes_u8(codes,
+                                 columns,
+                                 place,
+                                 width,
+                                 lbq_smaller(LANES, state->code_rows - at->row - l),
+                                 p->cols,
+                                 state->codes + (at->row + l) * p->cols);
+    }
 }
 
 /* The columns from the block `first` up to the block `last`, for `rows` rows from `row` on. */
@@ -196,9 +214,9 @@ NAME(round_blocks)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdif
         memcpy(s->square + (i - begin) * state->width,
                R + i * cols + begin,
                (size_t)(end - begin) * sizeof(REAL));
-    for (ptrdiff_t l = 0; l < rows; l += LANES) {
-        const lanes at = {row + l, lbq_smaller(LANES, rows - l), begin};
-        NAME(round_lanes)(state, &at, end - begin, s->errors + begin * pitch + l, s);
+    for (ptrdiff_t l = 0; l < rows; l += state->strip) {
+        const lanes at = {row + l, lbq_smaller(state->strip, rows - l), begin};
+        NAME(round_strip)(state, &at, end - begin, s->errors + begin * pitch + l, s);
     }
 }
 

@@ -76,7 +76,7 @@ tile_bytes(const job *j, char *base, tile *t)
 static inline double
 value_of(const job *j, ptrdiff_t row, ptrdiff_t g, int code)
 {
-    const double level = j->code->levels ? (double)j->code->levels[code] : code;
+    const double level = (double)lbq_level_of(j->code, code);
     const ptrdiff_t at = row * j->groups + g;
     return (double)j->scale[at] * level + (double)j->offset[at];
 }
@@ -92,14 +92,14 @@ load_errors(const tile *t)
             for (ptrdiff_t k = g * j->group; k < lbq_smaller((g + 1) * j->group, j->cols); k++) {
                 const ptrdiff_t at = row * j->cols + k;
                 LBQ_REQUIRE(
-                    isfinite(j->W[at]) && j->codes[at] < j->code->count,
+                    isfinite(j->W[at]) && j->codes[at] < lbq_level_count(j->code),
                     LBQ_BAD_VALUE,
                     "weight[%td, %td] is %g with code %d, expected finite numbers, codes below %d",
                     row,
                     k,
                     (double)j->W[at],
                     j->codes[at],
-                    j->code->count);
+                    lbq_level_count(j->code));
                 const double error = (double)j->W[at] - value_of(j, row, g, j->codes[at]);
                 t->error[r * j->cols + k] = (float)error;
                 sum += fabs(error) * (double)j->root[k];
@@ -135,7 +135,7 @@ best_move(const job *j, ptrdiff_t row, ptrdiff_t g, ptrdiff_t k, double product,
     double least = curvature > 0 ? -1e-9 * product * product / curvature : 0;
     int best = 0;
     for (int way = -1; way <= 1; way += 2) {
-        if (code + way < 0 || code + way >= j->code->count)
+        if (code + way < 0 || code + way >= lbq_level_count(j->code))
             continue;
         const double t = here - value_of(j, row, g, code + way);
         const double change = t * (2 * product + t * curvature);
@@ -290,9 +290,8 @@ prepare(job *j, const double *H, double damping, double *full, float *narrow, do
     j->narrow = narrow;
     j->diagonal = diagonal;
     j->root = root;
-    j->least_gap = 1;
-    for (int i = 1; j->code->levels && i < j->code->count; i++) {
-        const float gap = j->code->levels[i] - j->code->levels[i - 1];
+    for (int i = 1; i < lbq_level_count(j->code); i++) {
+        const float gap = lbq_level_of(j->code, i) - lbq_level_of(j->code, i - 1);
         j->least_gap = i == 1 || gap < j->least_gap ? gap : j->least_gap;
     }
     return LBQ_OK;
@@ -303,7 +302,7 @@ lbq_refine(const lbq_code *code, ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t group
            const double *H, double damping, int sweeps, const float *scale, const float *offset,
            uint8_t *codes, ptrdiff_t *moved)
 {
-    LBQ_TRY(lbq_code_check(code));
+    LBQ_TRY(lbq_code_check_ordered(code));
     LBQ_REQUIRE(rows > 0 && cols > 0 && group > 0 && rows <= INT_MAX && cols <= INT_MAX,
                 LBQ_BAD_SHAPE,
                 "%td rows, %td columns in groups of %td",

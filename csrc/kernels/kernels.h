@@ -21,7 +21,7 @@ typedef struct {
     const int8_t *values; /* q as [k / 4][width][k % 4], -127 to 127, zero beyond the last column */
     /* [step][3][width]: scale; total = scale * sum of q over the step; shift = -zero * total, zero
      * being that of the weight, or 0 if it has offsets. With a table of levels, step * scale and
-     * (base - zero) * total instead of scale and shift (linear/levels.h) */
+     * (base - zero) * total instead of scale and shift (lbq_byte_levels) */
     const float *factors;
     ptrdiff_t width;
     const uint8_t *sums; /* subset_sums of each token, one after the other; for gemv_u1_i8 only */

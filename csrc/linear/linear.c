@@ -6,7 +6,6 @@
 #include "linear/linear.h"
 
 #include <assert.h>
-#include <math.h>
 #include <string.h>
 
 #include "core/blas.h"
@@ -41,15 +40,8 @@ lbq_linear_check(const lbq_linear *layer)
                 activation_bits);
     if (layer->dense)
         return LBQ_OK;
-    const lbq_packed *const packed = &layer->packed;
     lbq_packed_geometry geometry;
-    LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
-    for (int i = 0; packed->levels && i < 1 << packed->bits; i++)
-        LBQ_REQUIRE(isfinite(packed->levels[i]),
-                    LBQ_BAD_VALUE,
-                    "levels has %g, expected finite numbers",
-                    (double)packed->levels[i]);
-    return LBQ_OK;
+    return lbq_packed_geometry_of(&layer->matrix.packed, &geometry);
 }
 
 /* y = x W^T + beta y for W (rows, cols). */
@@ -81,7 +73,7 @@ multiply_dense(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float 
 enum { DECODED_FLOATS = 1 << 20, DECODED_PANELS = 16 };
 
 typedef struct {
-    const lbq_packed *packed;
+    const lbq_matrix *matrix;
     const lbq_packed_geometry *geometry;
     ptrdiff_t first;  /* panel */
     ptrdiff_t stride; /* 16 * panels decoded at a time */
@@ -89,46 +81,39 @@ typedef struct {
 } decoding;
 
 static lbq_status
-decode_task(void *context, ptrdiff_t index, int worker)
+decode_strip(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
     const decoding *const d = context;
-    const lbq_packed *const packed = d->packed;
-    const lbq_panel panel = lbq_packed_panel(packed, d->geometry, d->first + index);
-    for (ptrdiff_t s = 0; s < panel.steps; s++) {
-        uint8_t codes[LBQ_MAX_STEP * LBQ_PANEL];
-        float scale[LBQ_PANEL], offset[LBQ_PANEL];
-        lbq_step_unpack_fast(packed->bits, panel.codes + s * panel.step_bytes, panel.step, codes);
-        lbq_panel_scale(&panel, s, scale);
-        lbq_panel_offset(&panel, s, offset);
-        const ptrdiff_t begin = s * panel.step, left = packed->cols - begin;
-        lbq_kernel.decode_f32(codes,
-                              left < panel.step ? left : panel.step,
-                              packed->levels,
-                              scale,
-                              offset,
-                              d->stride,
-                              d->weight + begin * d->stride + index * LBQ_PANEL);
-    }
+    const lbq_packed_geometry *const g = d->geometry;
+    const ptrdiff_t panel = index * g->strip;
+    for (ptrdiff_t s = 0; s < g->steps; s++)
+        lbq_matrix_values(d->matrix,
+                          g,
+                          d->first + panel,
+                          s,
+                          d->stride,
+                          d->weight + s * g->step * d->stride + panel * LBQ_PANEL);
     return LBQ_OK;
 }
 
 static lbq_status
 multiply_decoded(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
 {
-    const lbq_packed *const packed = &layer->packed;
+    const lbq_packed *const packed = &layer->matrix.packed;
     lbq_packed_geometry geometry;
     LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
     ptrdiff_t panels = DECODED_FLOATS / LBQ_PANEL / packed->cols + 1;
     panels = panels < DECODED_PANELS ? panels : DECODED_PANELS;
+    panels = lbq_pieces(panels, geometry.strip) * geometry.strip;
     panels = panels < geometry.panels ? panels : geometry.panels;
-    decoding d = {packed, &geometry, 0, panels * LBQ_PANEL, NULL};
+    decoding d = {&layer->matrix, &geometry, 0, panels * LBQ_PANEL, NULL};
     LBQ_TRY(lbq_allocate(sizeof(float) * (size_t)(packed->cols * d.stride), &d.weight));
     lbq_status status = LBQ_OK;
     for (; d.first < geometry.panels && status == LBQ_OK; d.first += panels) {
         const ptrdiff_t left = geometry.panels - d.first;
         const ptrdiff_t row = d.first * LBQ_PANEL, rows = packed->rows - row;
-        status = lbq_parallel(left < panels ? left : panels, decode_task, &d);
+        status = lbq_parallel(lbq_smaller(left, panels) / geometry.strip, decode_strip, &d);
         BLAS(cblas_sgemm)(CblasRowMajor,
                           CblasNoTrans,
                           CblasNoTrans,
@@ -230,12 +215,9 @@ lbq_status
 lbq_linear_rows(const lbq_linear *layer, ptrdiff_t count, const int32_t *row, float *weight)
 {
     const ptrdiff_t cols = layer->cols;
-    for (ptrdiff_t i = 0; i < count; i++) {
-        float *const to = weight + i * cols;
-        if (layer->dense)
-            memcpy(to, layer->dense + row[i] * cols, (size_t)cols * sizeof(float));
-        else
-            LBQ_TRY(lbq_packed_row(&layer->packed, row[i], to));
-    }
+    if (!layer->dense)
+        LBQ_TRY(lbq_matrix_rows(&layer->matrix, count, row, weight));
+    for (ptrdiff_t i = 0; layer->dense && i < count; i++)
+        memcpy(weight + i * cols, layer->dense + row[i] * cols, (size_t)cols * sizeof(float));
     return layer->rotation ? lbq_rotate_back(layer->rotation, count, weight) : LBQ_OK;
 }

@@ -1,22 +1,22 @@
 /* A linear layer: y = W act(R x) + b, with W dense or packed.
  *
  * R is an optional input rotation, act the activation quantizer: none (float32), or int8 with a
- * scale and a sum per step of the packed weight (activation_bits = 8; 4 uses the range -7..7). A
- * table of levels is then rounded to 8 bits too (linear/levels.h). */
+ * scale and a sum per step of the packed weight (activation_bits = 8; 4 uses the range -7..7).
+ * Levels are then rounded to 8 bits too (lbq_byte_levels). */
 #ifndef LBQ_LINEAR_H
 #define LBQ_LINEAR_H
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include "core/packed.h"
+#include "codes/matrix.h"
 #include "core/status.h"
 #include "rotate/rotation.h"
 
 typedef struct {
     ptrdiff_t rows, cols;
     const float *dense;           /* W (rows, cols), or NULL: */
-    lbq_packed packed;            /* the packed W */
+    lbq_matrix matrix;            /* the packed W */
     const float *bias;            /* (rows) or NULL */
     const lbq_rotation *rotation; /* of the input, or NULL */
     int activation_bits;          /* 0: float32; 8 or 4, packed only */

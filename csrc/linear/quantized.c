@@ -2,9 +2,10 @@
  *
  * A token is rotated and quantized while it is in the L1 cache, once for all layers that read it;
  * what depends on a weight's grid is kept once per grid. Up to four tokens a panel is read once,
- * straight from its codes (gemv). More come in tiles of LBQ_TILE tokens: a pair of panels is
- * unpacked some hundred columns at a time into the L1 cache, where it meets tile after tile
- * (gemm), whose sums go from there to their place. The order of the float operations is the same.
+ * straight from its codes (gemv), if their kind can. More come in tiles of LBQ_TILE tokens: a pair
+ * of panels, or a strip if that is more, is expanded to bytes some hundred columns at a time into
+ * the L1 cache, where it meets tile after tile (gemm), whose sums go from there to their place. The
+ * order of the float operations is the same.
  */
 #include "linear/quantized.h"
 
@@ -14,12 +15,12 @@
 #include "core/memory.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
-#include "linear/levels.h"
 
 enum {
-    FEW = 4,              /* tokens that gemv takes at once */
-    UNPACKED_COLS = 640,  /* two panels of so many columns take five eighths of a 32 KiB L1 */
-    PAIR = 2,             /* panels unpacked at a time */
+    FEW = 4,             /* tokens that gemv takes at once */
+    EXPANDED_COLS = 640, /* two panels of so many columns take five eighths of a 32 KiB L1 */
+    PAIR = 2,            /* panels multiplied at a time */
+    STRIP = LBQ_STRIP / LBQ_PANEL,
     BAND = 8,             /* panels of a gemm task */
     BLOCK = 32,           /* tiles of a gemm task; with 640 columns they take 160 KiB of L2 */
     SPLIT = 1 << 19,      /* fewer multiplications, some 10 us, stay on one thread */
@@ -27,15 +28,14 @@ enum {
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
 };
 
-typedef void (*gemv_kernel)(const lbq_panel *, const lbq_activations *, float *);
-
 /* One of the layers. A unit is what is not split among threads: a panel for gemv, a band for
  * gemm. Units of all layers are counted together. */
 typedef struct {
-    const lbq_packed *packed;
+    const lbq_matrix *matrix;
     lbq_packed_geometry geometry;
-    lbq_byte_levels levels;
-    gemv_kernel gemv;
+    lbq_gemv gemv; /* NULL: there is none */
+    ptrdiff_t rows;
+    ptrdiff_t together; /* panels expanded at a time */
     const float *bias;
     float *y;
     ptrdiff_t factors; /* where those with its levels begin */
@@ -66,27 +66,6 @@ typedef struct {
     uint8_t *sums;
     ptrdiff_t per_task; /* tiles, units or blocks of units, in the loop that runs */
 } product;
-
-void
-lbq_step_unpack_fast(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
-{
-    switch (bits) {
-    case 1:
-        lbq_kernel.unpack_u1(codes, columns, out);
-        break;
-    case 2:
-        lbq_kernel.unpack_u2(codes, columns, out);
-        break;
-    case 3:
-        lbq_kernel.unpack_u3(codes, columns, out);
-        break;
-    case 4:
-        lbq_kernel.unpack_u4(codes, columns, out);
-        break;
-    default:
-        memcpy(out, codes, (size_t)(columns * LBQ_PANEL));
-    }
-}
 
 static lbq_activations
 tile_at(const product *job, const part *of, ptrdiff_t tile)
@@ -203,38 +182,17 @@ static void
 add_bias(const part *of, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t token, ptrdiff_t tokens)
 {
     const ptrdiff_t row = panel * LBQ_PANEL;
-    const ptrdiff_t rows = lbq_smaller(panels * LBQ_PANEL, of->packed->rows - row);
+    const ptrdiff_t rows = lbq_smaller(panels * LBQ_PANEL, of->rows - row);
     for (ptrdiff_t t = token; of->bias && t < token + tokens; t++)
         for (ptrdiff_t r = row; r < row + rows; r++)
-            of->y[t * of->packed->rows + r] += of->bias[r];
-}
-
-static gemv_kernel
-gemv_for(int bits, bool lookup)
-{
-    if (lookup)
-        return bits == 2   ? lbq_kernel.gemv_t2_i8
-               : bits == 3 ? lbq_kernel.gemv_t3_i8
-                           : lbq_kernel.gemv_t4_i8;
-    switch (bits) {
-    case 1:
-        return lbq_kernel.gemv_u1_i8;
-    case 2:
-        return lbq_kernel.gemv_u2_i8;
-    case 3:
-        return lbq_kernel.gemv_u3_i8;
-    case 4:
-        return lbq_kernel.gemv_u4_i8;
-    default:
-        return lbq_kernel.gemv_u8_i8;
-    }
+            of->y[t * of->rows + r] += of->bias[r];
 }
 
 static lbq_panel
 panel_at(const part *of, ptrdiff_t index)
 {
-    lbq_panel panel = lbq_packed_panel(of->packed, &of->geometry, index);
-    panel.bytes = of->levels.bytes;
+    lbq_panel panel = lbq_packed_panel(&of->matrix->packed, &of->geometry, index);
+    panel.bytes = of->matrix->code->bytes.table;
     return panel;
 }
 
@@ -242,7 +200,7 @@ panel_at(const part *of, ptrdiff_t index)
 static void
 multiply_panels(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels)
 {
-    const ptrdiff_t bytes = of->geometry.panel_bytes, rows = of->packed->rows;
+    const ptrdiff_t bytes = of->geometry.panel_bytes, rows = of->rows;
     const ptrdiff_t whole = job->tokens == 1 ? rows / LBQ_PANEL : 0;
     const lbq_activations x = tile_at(job, of, 0);
     lbq_panel panel = panel_at(of, first);
@@ -283,7 +241,7 @@ static void
 store_tile(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels, ptrdiff_t tile,
            const float *sums)
 {
-    const ptrdiff_t rows = of->packed->rows, row = first * LBQ_PANEL, token = tile * LBQ_TILE;
+    const ptrdiff_t rows = of->rows, row = first * LBQ_PANEL, token = tile * LBQ_TILE;
     const ptrdiff_t tokens = lbq_smaller(LBQ_TILE, job->tokens - token);
     const ptrdiff_t whole = lbq_smaller(panels, rows / LBQ_PANEL - first);
     float *const y = of->y + token * rows + row;
@@ -295,29 +253,36 @@ store_tile(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels
         memcpy(y + t * rows + whole * LBQ_PANEL, sums + (whole * LBQ_TILE + t) * LBQ_PANEL, rest);
 }
 
-/* `panels` panels from `first` on, one or two, times `tiles` tiles; sums is scratch. */
+/* Panels from `first` on, those expanded together, times `tiles` tiles; bytes, sums are scratch. */
 static void
-multiply_pair(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels,
-              ptrdiff_t first_tile, ptrdiff_t tiles, uint8_t *codes, float *sums)
+multiply_together(const product *job, const part *of, ptrdiff_t first, ptrdiff_t first_tile,
+                  ptrdiff_t tiles, uint8_t *bytes, float *sums)
 {
-    const int stored_bits = of->packed->bits, bits = of->levels.lookup ? 8 : stored_bits;
-    const ptrdiff_t step = job->step, passes = lbq_pieces(job->padded, UNPACKED_COLS);
-    const ptrdiff_t steps = lbq_pieces(job->steps, passes);
-    lbq_panel panel[PAIR];
+    const lbq_packed_geometry *const g = &of->geometry;
+    const ptrdiff_t most = PAIR * EXPANDED_COLS / of->together / LBQ_MAX_STEP * LBQ_MAX_STEP;
+    const ptrdiff_t passes = lbq_pieces(job->padded, most), steps = lbq_pieces(job->steps, passes);
+    const ptrdiff_t panels = lbq_smaller(of->together, lbq_pieces(of->rows, LBQ_PANEL) - first);
+    const ptrdiff_t tile_sums = passes == 1 ? 0 : of->together * TILE_SUMS;
+    lbq_panel panel[STRIP];
     for (ptrdiff_t p = 0; p < panels; p++)
         panel[p] = panel_at(of, first + p);
     for (ptrdiff_t s = 0; s < job->steps; s += steps) {
         const ptrdiff_t end = lbq_smaller(s + steps, job->steps);
-        uint8_t *to = codes;
-        for (ptrdiff_t p = 0; p < panels; p++)
-            for (ptrdiff_t i = s; i < end; i++, to += step * LBQ_PANEL)
-                lbq_step_unpack_fast(stored_bits, panel[p].codes + i * panel->step_bytes, step, to);
-        if (of->levels.lookup)
-            lbq_kernel.lookup_u8(of->levels.bytes, to - codes, codes);
+        const ptrdiff_t panel_bytes = (end - s) * job->step * LBQ_PANEL;
+        for (ptrdiff_t p = 0; p < panels; p += g->strip)
+            lbq_matrix_bytes(of->matrix, g, first + p, s, end, bytes + p * panel_bytes);
         for (ptrdiff_t i = 0; i < tiles; i++) {
             const lbq_activations x = tile_at(job, of, first_tile + i);
-            float *const y = passes == 1 ? sums : sums + i * PAIR * TILE_SUMS;
-            lbq_kernel.gemm_u8_i8(panel, panels, bits, codes, s, end, &x, y);
+            float *const y = sums + i * tile_sums;
+            for (ptrdiff_t p = 0; p < panels; p += PAIR)
+                lbq_kernel.gemm_u8_i8(panel + p,
+                                      lbq_smaller(PAIR, panels - p),
+                                      of->matrix->code->bytes.bits,
+                                      bytes + p * panel_bytes,
+                                      s,
+                                      end,
+                                      &x,
+                                      y + p * TILE_SUMS);
             if (end == job->steps)
                 store_tile(job, of, first, panels, first_tile + i, y);
         }
@@ -327,12 +292,12 @@ multiply_pair(const product *job, const part *of, ptrdiff_t first, ptrdiff_t pan
 /* A band of panels times a block of tiles. */
 static void
 multiply_band(const product *job, const part *of, ptrdiff_t first, ptrdiff_t first_tile,
-              uint8_t *codes, float *sums)
+              uint8_t *bytes, float *sums)
 {
-    const ptrdiff_t end = lbq_smaller(first + BAND, of->geometry.panels);
+    const ptrdiff_t end = lbq_smaller(first + BAND, lbq_pieces(of->rows, LBQ_PANEL));
     const ptrdiff_t tiles = lbq_smaller(BLOCK, job->tiles - first_tile);
-    for (ptrdiff_t p = first; p < end; p += PAIR)
-        multiply_pair(job, of, p, lbq_smaller(PAIR, end - p), first_tile, tiles, codes, sums);
+    for (ptrdiff_t p = first; p < end; p += of->together)
+        multiply_together(job, of, p, first_tile, tiles, bytes, sums);
     const ptrdiff_t token = first_tile * LBQ_TILE;
     add_bias(of, first, end - first, token, lbq_smaller(tiles * LBQ_TILE, job->tokens - token));
 }
@@ -344,16 +309,16 @@ gemm_task(void *context, ptrdiff_t index, int worker)
     const product *const job = context;
     const ptrdiff_t count = job->units * lbq_pieces(job->tiles, BLOCK);
     const ptrdiff_t end = lbq_smaller((index + 1) * job->per_task, count);
-    const size_t sum_bytes = sizeof(float) * BLOCK * PAIR * TILE_SUMS;
-    const size_t code_bytes = PAIR * LBQ_PANEL * UNPACKED_COLS;
+    const size_t sum_bytes = sizeof(float) * BLOCK * STRIP * TILE_SUMS;
+    const size_t expanded_bytes = PAIR * LBQ_PANEL * EXPANDED_COLS;
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, sum_bytes + code_bytes));
+    LBQ_TRY(lbq_arena_open(&arena, sum_bytes + expanded_bytes));
     float *const sums = lbq_arena_take(&arena, sum_bytes);
-    uint8_t *const codes = lbq_arena_take(&arena, code_bytes);
+    uint8_t *const bytes = lbq_arena_take(&arena, expanded_bytes);
     for (ptrdiff_t i = index * job->per_task; i < end; i++) {
         const part *const of = part_of(job, i % job->units);
         const ptrdiff_t first = (i % job->units - of->first_unit) * BAND;
-        multiply_band(job, of, first, i / job->units * BLOCK, codes, sums);
+        multiply_band(job, of, first, i / job->units * BLOCK, bytes, sums);
     }
     lbq_arena_close(&arena);
     return LBQ_OK;
@@ -385,28 +350,37 @@ run(product *job)
     return split(job, gemm_task, tasks, BAND * LBQ_PANEL * row * width * tiles);
 }
 
+static lbq_gemv
+gemv_of(const lbq_linear *layer)
+{
+    const lbq_code *const code = layer->matrix.code;
+    return code->kind->gemv ? code->kind->gemv(code) : NULL;
+}
+
 /* Puts the layer behind the `index` parts that are there. */
 static lbq_status
 add_part(product *job, ptrdiff_t index, const lbq_linear *layer, float *y)
 {
-    const lbq_packed *const packed = &layer->packed;
+    const lbq_matrix *const matrix = &layer->matrix;
+    const lbq_byte_levels *const levels = &matrix->code->bytes;
     part *const to = &job->parts[index];
     *to = (part){
-        .packed = packed,
-        .levels = lbq_byte_levels_of(packed),
+        .matrix = matrix,
+        .gemv = gemv_of(layer),
+        .rows = layer->rows,
         .bias = layer->bias,
         .y = y,
         .first_unit = job->units,
     };
-    LBQ_TRY(lbq_packed_geometry_of(packed, &to->geometry));
-    to->gemv = gemv_for(packed->bits, to->levels.lookup);
-    to->units = job->width < LBQ_TILE ? to->geometry.panels : lbq_pieces(to->geometry.panels, BAND);
+    LBQ_TRY(lbq_packed_geometry_of(&matrix->packed, &to->geometry));
+    to->together = to->geometry.strip > PAIR ? to->geometry.strip : PAIR;
+    to->units = lbq_pieces(layer->rows, LBQ_PANEL * (job->width < LBQ_TILE ? 1 : BAND));
     job->units += to->units;
-    if (packed->bits == 1 && job->width < LBQ_TILE)
+    if (to->gemv == lbq_kernel.gemv_u1_i8 && job->width < LBQ_TILE)
         job->sums_bytes = 8 * (size_t)job->tile_bytes;
 
-    const float base = to->levels.base - (packed->has_offset ? 0 : packed->zero);
-    const float step = to->levels.step;
+    const float base = levels->base - (matrix->packed.has_offset ? 0 : matrix->packed.zero);
+    const float step = levels->step;
     ptrdiff_t g = 0;
     while (g < job->grid_count && (job->grids[g].base != base || job->grids[g].step != step))
         g++;
@@ -420,7 +394,8 @@ bool
 lbq_same_activations(const lbq_linear *a, const lbq_linear *b)
 {
     return a->rotation == b->rotation && a->activation_bits == b->activation_bits &&
-           (!a->activation_bits || lbq_packed_step(&a->packed) == lbq_packed_step(&b->packed));
+           (!a->activation_bits ||
+            lbq_packed_step(&a->matrix.packed) == lbq_packed_step(&b->matrix.packed));
 }
 
 lbq_status
@@ -429,16 +404,19 @@ lbq_multiply_quantized(ptrdiff_t count, const lbq_linear *const *layers,
                        float *const *y)
 {
     assert(count <= LBQ_SHARED);
+    bool few = tokens <= FEW;
+    for (ptrdiff_t i = 0; i < count; i++)
+        few = few && gemv_of(layers[i]);
     product job = {
         .hadamard = hadamard,
         .limit = (1 << (layers[0]->activation_bits - 1)) - 1,
         .tokens = tokens,
         .cols = layers[0]->cols,
-        .step = lbq_packed_step(&layers[0]->packed),
+        .step = lbq_packed_step(&layers[0]->matrix.packed),
         .x = x,
-        .width = tokens == 1     ? 1
-                 : tokens <= FEW ? FEW
-                                 : LBQ_TILE,
+        .width = !few          ? LBQ_TILE
+                 : tokens == 1 ? 1
+                               : FEW,
     };
     job.steps = lbq_pieces(job.cols, job.step);
     job.tiles = lbq_pieces(tokens, job.width);

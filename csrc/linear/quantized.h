@@ -17,14 +17,11 @@ enum { LBQ_SHARED = 4 /* layers that one product takes at most */ };
 bool lbq_same_activations(const lbq_linear *a, const lbq_linear *b);
 
 /* y[i] (tokens, rows) = W_i act(R x) + b_i for each of `count` layers with the same activations,
- * which are rotated and quantized once, each step to integers of activation_bits, 8 or 4. A table
- * of levels is rounded to bytes (linear/levels.h). `hadamard` is R, or NULL for 1, whatever the
+ * which are rotated and quantized once, each step to integers of activation_bits, 8 or 4; levels
+ * are bytes (lbq_byte_levels). `hadamard` is R, or NULL for 1, whatever the
  * layers say. */
 lbq_status lbq_multiply_quantized(ptrdiff_t count, const lbq_linear *const *layers,
                                   const lbq_hadamard *hadamard, ptrdiff_t tokens, const float *x,
                                   float *const *y);
-
-/* lbq_step_unpack by the kernels in use. */
-void lbq_step_unpack_fast(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
 
 #endif

@@ -1,77 +1,277 @@
-/* Bindings of csrc/codes. */
+/* Bindings of csrc/codes, and of the packed layout. */
+#include <float.h>
 #include <string.h>
 
-#include "codes/code.h"
+#include "codes/quantize.h"
+#include "core/memory.h"
 #include "python/code_args.h"
 #include "python/module.h"
 
-LBQ_BINDING(quantize)
+LBQ_BINDING(code)
 {
-    lbq_array W;
-    lbq_code_args to;
+    lbq_array levels;
+    const char *name;
+    int symmetric;
+    Py_ssize_t scale_bits;
+    double unit, zero;
     const lbq_arg spec[] = {
-        LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
-        LBQ_CODE_ARGS(to),
+        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
+        LBQ_TEXT("name", &name),
+        LBQ_BOOL("symmetric", &symmetric),
+        LBQ_INT("scale_bits", &scale_bits, 0, 16),
+        LBQ_FLOAT("unit", &unit, -FLT_MAX, FLT_MAX),
+        LBQ_FLOAT("zero", &zero, -FLT_MAX, FLT_MAX),
     };
-    LBQ_PARSE("quantize", spec);
-    lbq_code code;
-    lbq_range range;
-    const lbq_status status = lbq_code_from_args(&to, W.dims[1], &code, &range);
+    LBQ_PARSE("code", spec);
+    lbq_code code, *block = NULL;
+    lbq_status status = lbq_code_find(name, &code);
+    if (status == LBQ_OK)
+        status = lbq_code_set(&code,
+                              levels.data,
+                              levels.dims[0],
+                              symmetric,
+                              (float)zero,
+                              (int)scale_bits,
+                              (float)unit);
+    if (status == LBQ_OK)
+        status = lbq_allocate(sizeof *block, &block);
     if (status != LBQ_OK)
         return lbq_result(module, status);
-    LBQ_RUN(lbq_quantize(&code,
-                         &range,
-                         W.dims[0],
-                         W.dims[1],
-                         to.group,
-                         to.fixed,
-                         W.data,
-                         to.importance.data,
-                         to.codes.data,
-                         to.scale.data,
-                         to.offset.data));
+    *block = code;
+    return lbq_handle_new("lowbitq.code", block, args);
+}
+
+LBQ_BINDING(codes)
+{
+    static const char *const tables[] = {"none", "fixed", "learned"};
+    (void)module;
+    if (lbq_parse("codes", NULL, 0, args, kwargs) < 0)
+        return NULL;
+    PyObject *const all = PyDict_New();
+    char name[LBQ_NAME];
+    for (int i = 0; all && lbq_code_name(i, name); i++) {
+        lbq_code code;
+        if (lbq_code_find(name, &code) != LBQ_OK)
+            break;
+        const lbq_code_kind *const kind = code.kind;
+        PyObject *const one = Py_BuildValue("{s:s,s:i,s:i,s:d,s:i,s:i,s:N,s:N,s:s}",
+                                            "kind",
+                                            kind->name,
+                                            "bits",
+                                            code.bits,
+                                            "level_count",
+                                            lbq_level_count(&code),
+                                            "zero",
+                                            (double)lbq_code_zero(&code),
+                                            "rows",
+                                            kind->rows,
+                                            "cols",
+                                            kind->cols,
+                                            "ordered",
+                                            PyBool_FromLong(kind->ordered),
+                                            "offsets",
+                                            PyBool_FromLong(kind->offsets),
+                                            "table",
+                                            tables[kind->table]);
+        const int failed = !one || PyDict_SetItemString(all, name, one) < 0;
+        Py_XDECREF(one);
+        if (failed) {
+            Py_DECREF(all);
+            return NULL;
+        }
+    }
+    return all;
 }
 
 static lbq_status
-quantize_packed(const lbq_range_args *found, Py_ssize_t count, lbq_packed *packed,
-                const lbq_array *W, const lbq_array *importance, const lbq_array *levels,
-                const lbq_array *panels)
+quantize(const lbq_code *code, const lbq_search_args *found, const lbq_array *W,
+         const lbq_array *importance, ptrdiff_t group, bool fixed, const lbq_array *codes,
+         const lbq_array *scale, const lbq_array *offset)
 {
-    const lbq_code code = {
-        .count = (int)count,
-        .symmetric = !packed->has_offset,
-        .zero = packed->zero,
-        .levels = levels->data,
-        .scale_bits = packed->scale_bits,
-        .gamma = packed->gamma,
+    lbq_search search;
+    const ptrdiff_t rows = W->dims[0], cols = W->dims[1];
+    const lbq_packed layout = lbq_code_layout(code, rows, cols, group);
+    LBQ_TRY(lbq_search_from_args(found, &search));
+    LBQ_TRY(lbq_check_parts(&layout, codes, scale, offset));
+    return lbq_quantize(code,
+                        &search,
+                        rows,
+                        cols,
+                        group,
+                        fixed,
+                        W->data,
+                        importance->data,
+                        codes->data,
+                        scale->data,
+                        offset->data);
+}
+
+LBQ_BINDING(quantize)
+{
+    const lbq_code *code;
+    lbq_array W, importance, codes, scale, offset;
+    lbq_search_args search;
+    Py_ssize_t group;
+    int fixed;
+    const lbq_arg spec[] = {
+        LBQ_CODE(&code),
+        LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
+        LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
+        LBQ_OUT_OR_NONE("codes", &codes, NPY_UINT8, "RK"),
+        LBQ_INOUT("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_INOUT("offset", &offset, NPY_FLOAT32, "rg"),
+        LBQ_GROUP(&group),
+        LBQ_BOOL("fixed", &fixed),
+        LBQ_SEARCH_ARGS(search),
     };
-    lbq_range range;
-    LBQ_TRY(lbq_range_from_args(found, &range));
-    LBQ_TRY(lbq_check_levels(levels, count));
-    LBQ_TRY(lbq_check_axis(W, "weight", 0, "rows", packed->rows));
-    LBQ_TRY(lbq_check_axis(W, "weight", 1, "cols", packed->cols));
-    LBQ_TRY(lbq_packed_attach(packed, panels));
-    return lbq_quantize_packed(&code, &range, packed, W->data, importance->data, panels->data);
+    LBQ_PARSE("quantize", spec);
+    LBQ_RUN(quantize(code, &search, &W, &importance, group, fixed, &codes, &scale, &offset));
+}
+
+static lbq_status
+quantize_packed(const lbq_code *code, const lbq_search_args *found, ptrdiff_t group,
+                const lbq_array *W, const lbq_array *importance, const lbq_array *panels)
+{
+    lbq_search search;
+    lbq_matrix matrix;
+    LBQ_TRY(lbq_search_from_args(found, &search));
+    LBQ_TRY(lbq_matrix_of(code, W->dims[0], W->dims[1], group, panels, &matrix));
+    return lbq_quantize_packed(
+        code, &search, &matrix.packed, W->data, importance->data, panels->data);
 }
 
 LBQ_BINDING(quantize_packed)
 {
-    lbq_array W, importance, levels, panels;
-    Py_ssize_t count;
-    lbq_range_args range;
-    lbq_packed_args to;
+    const lbq_code *code;
+    lbq_array W, importance, panels;
+    lbq_search_args search;
+    Py_ssize_t group;
     const lbq_arg spec[] = {
+        LBQ_CODE(&code),
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
         LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
-        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
         LBQ_OUT("panels", &panels, NPY_UINT8, "b"),
-        LBQ_INT("count", &count, 2, 256),
-        LBQ_RANGE_ARGS(range),
-        LBQ_PACKED_ARGS(to),
+        LBQ_GROUP(&group),
+        LBQ_SEARCH_ARGS(search),
     };
     LBQ_PARSE("quantize_packed", spec);
-    lbq_packed packed = lbq_packed_from_args(&to);
-    LBQ_RUN(quantize_packed(&range, count, &packed, &W, &importance, &levels, &panels));
+    LBQ_RUN(quantize_packed(code, &search, group, &W, &importance, &panels));
+}
+
+LBQ_BINDING(packed_bytes)
+{
+    const char *name;
+    Py_ssize_t rows, cols, group, scale_bits;
+    int symmetric;
+    const lbq_arg spec[] = {
+        LBQ_TEXT("code", &name),
+        LBQ_INT("rows", &rows, 1, INT32_MAX),
+        LBQ_INT("cols", &cols, 1, INT32_MAX),
+        LBQ_GROUP(&group),
+        LBQ_INT("scale_bits", &scale_bits, 0, 16),
+        LBQ_BOOL("symmetric", &symmetric),
+    };
+    LBQ_PARSE("packed_bytes", spec);
+    lbq_code code;
+    lbq_packed_geometry geometry;
+    lbq_status status = lbq_code_find(name, &code);
+    if (status == LBQ_OK) {
+        lbq_packed layout = lbq_code_layout(&code, rows, cols, group);
+        layout.scale_bits = (int)scale_bits;
+        layout.has_offset = !symmetric && scale_bits == 16;
+        status = lbq_packed_geometry_of(&layout, &geometry);
+    }
+    return status == LBQ_OK ? PyLong_FromSsize_t(geometry.bytes) : lbq_result(module, status);
+}
+
+static lbq_status
+pack(const lbq_matrix *matrix, const lbq_array *codes, const lbq_array *scale,
+     const lbq_array *offset, const lbq_array *panels)
+{
+    const lbq_packed *const packed = &matrix->packed;
+    LBQ_TRY(lbq_check_parts(packed, codes, scale, offset));
+    LBQ_REQUIRE(scale->data || packed->scale_bits == 0,
+                LBQ_BAD_VALUE,
+                "scale is None, but scale_bits is %d",
+                packed->scale_bits);
+    LBQ_REQUIRE(offset->data || !packed->has_offset,
+                LBQ_BAD_VALUE,
+                "offset is None, but the code stores offsets");
+    return lbq_pack(packed, codes->data, scale->data, offset->data, panels->data);
+}
+
+/* Where a packed matrix lies. */
+#define LAYOUT_ARGS                                                                                \
+    LBQ_INT("rows", &rows, 1, INT32_MAX), LBQ_INT("cols", &cols, 1, INT32_MAX), LBQ_GROUP(&group)
+
+LBQ_BINDING(pack)
+{
+    const lbq_code *code;
+    lbq_array codes, scale, offset, panels;
+    Py_ssize_t rows, cols, group;
+    const lbq_arg spec[] = {
+        LBQ_CODE(&code),
+        LBQ_IN("codes", &codes, NPY_UINT8, "RK"),
+        LBQ_IN_OR_NONE("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_IN_OR_NONE("offset", &offset, NPY_FLOAT32, "rg"),
+        LBQ_OUT("panels", &panels, NPY_UINT8, "b"),
+        LAYOUT_ARGS,
+    };
+    LBQ_PARSE("pack", spec);
+    lbq_matrix matrix;
+    const lbq_status status = lbq_matrix_of(code, rows, cols, group, &panels, &matrix);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(pack(&matrix, &codes, &scale, &offset, &panels));
+}
+
+static lbq_status
+unpack(const lbq_packed *packed, const lbq_array *codes, const lbq_array *scale,
+       const lbq_array *offset)
+{
+    LBQ_TRY(lbq_check_parts(packed, codes, scale, offset));
+    return lbq_unpack(packed, codes->data, scale->data, offset->data);
+}
+
+LBQ_BINDING(unpack)
+{
+    const lbq_code *code;
+    lbq_array panels, codes, scale, offset;
+    Py_ssize_t rows, cols, group;
+    const lbq_arg spec[] = {
+        LBQ_CODE(&code),
+        LBQ_IN("panels", &panels, NPY_UINT8, "b"),
+        LBQ_OUT_OR_NONE("codes", &codes, NPY_UINT8, "RK"),
+        LBQ_OUT_OR_NONE("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_OUT_OR_NONE("offset", &offset, NPY_FLOAT32, "rg"),
+        LAYOUT_ARGS,
+    };
+    LBQ_PARSE("unpack", spec);
+    lbq_matrix matrix;
+    const lbq_status status = lbq_matrix_of(code, rows, cols, group, &panels, &matrix);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(unpack(&matrix.packed, &codes, &scale, &offset));
+}
+
+LBQ_BINDING(packed_dequantize)
+{
+    const lbq_code *code;
+    lbq_array panels, weight;
+    Py_ssize_t group;
+    const lbq_arg spec[] = {
+        LBQ_CODE(&code),
+        LBQ_IN("panels", &panels, NPY_UINT8, "b"),
+        LBQ_OUT("weight", &weight, NPY_FLOAT32, "rk"),
+        LBQ_GROUP(&group),
+    };
+    LBQ_PARSE("packed_dequantize", spec);
+    lbq_matrix matrix;
+    const lbq_status status =
+        lbq_matrix_of(code, weight.dims[0], weight.dims[1], group, &panels, &matrix);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(lbq_matrix_dequantize(&matrix, weight.data));
 }
 
 LBQ_BINDING(kmeans)
@@ -142,16 +342,34 @@ LBQ_BINDING(entropy_range)
 
 /* clang-format off */
 PyMethodDef lbq_methods_codes[] = {
+    LBQ_METHOD(code,
+               "code(levels, /, *, name, symmetric, scale_bits, unit, zero)\n--\n\n"
+               "A handle of the code called name, such as 'int4', and of how its scales are stored.")
+    LBQ_METHOD(codes,
+               "codes()\n--\n\n"
+               "What there is to know about each code, by its name.")
     LBQ_METHOD(quantize,
-               "quantize(weight, importance, levels, codes, scale, offset, /, *, count, symmetric, "
-               "zero, scale_bits, gamma, group, fixed, method, clip, percentile, candidates, "
-               "shrink, norm)\n--\n\n"
-               "Round weight (r, k) to codes (r, k) group by group, fitting scale and offset "
+               "quantize(code, weight, importance, codes, scale, offset, /, *, group, fixed, "
+               LBQ_SEARCH_TEXT ")\n--\n\n"
+               "Round weight (r, k) to codes (whole blocks) group by group, fitting scale and offset "
                "(r, g) by method 'minmax', 'percentile' or 'mse', or with those given.")
     LBQ_METHOD(quantize_packed,
-               "quantize_packed(weight, importance, levels, panels, /, *, count, method, clip, "
-               "percentile, candidates, shrink, norm, " LBQ_PACKED_TEXT ")\n--\n\n"
+               "quantize_packed(code, weight, importance, panels, /, *, group, " LBQ_SEARCH_TEXT
+               ")\n--\n\n"
                "Round weight (r, k) into panels (b) that hold what quantize and pack would give.")
+    LBQ_METHOD(packed_bytes,
+               "packed_bytes(*, code, rows, cols, group, scale_bits, symmetric)\n--\n\n"
+               "Size of the panels of a packed matrix.")
+    LBQ_METHOD(pack,
+               "pack(code, codes, scale, offset, panels, /, *, rows, cols, group)\n--\n\n"
+               "Codes (whole blocks), scale and offset (rows, groups) into panels; inexact ones are "
+               "refused.")
+    LBQ_METHOD(unpack,
+               "unpack(code, panels, codes, scale, offset, /, *, rows, cols, group)\n--\n\n"
+               "The inverse of pack; outputs may be None.")
+    LBQ_METHOD(packed_dequantize,
+               "packed_dequantize(code, panels, weight, /, *, group)\n--\n\n"
+               "Values (rows, cols) of a packed matrix.")
     LBQ_METHOD(kmeans,
                "kmeans(values, weights, levels, /)\n--\n\n"
                "Fill levels (l) with the ascending numbers next to which values (n) lie.")

@@ -63,68 +63,85 @@ LBQ_BINDING(gptq_factor)
                                                  : lbq_result(module, status);
 }
 
+static lbq_status
+gptq(lbq_gptq_problem *problem, const lbq_search_args *found, const lbq_array *W,
+     const lbq_array *codes, const lbq_array *scale, const lbq_array *offset)
+{
+    lbq_search search;
+    const lbq_packed layout =
+        lbq_code_layout(problem->code, problem->rows, problem->cols, problem->group);
+    LBQ_TRY(lbq_search_from_args(found, &search));
+    LBQ_TRY(lbq_check_parts(&layout, codes, scale, offset));
+    problem->search = &search;
+    return lbq_gptq(problem, W->data, codes->data, scale->data, offset->data);
+}
+
 LBQ_BINDING(gptq)
 {
-    lbq_array R, order, W;
-    lbq_code_args to;
-    Py_ssize_t block;
+    const lbq_code *code;
+    lbq_array R, order, W, importance, codes, scale, offset;
+    lbq_search_args search;
+    Py_ssize_t group, block;
+    int fixed;
     const lbq_arg spec[] = {
+        LBQ_CODE(&code),
         LBQ_IN("factor", &R, LBQ_FLOAT32_OR_64, "kk"),
         LBQ_IN_OR_NONE("order", &order, NPY_INT64, "k"),
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
-        LBQ_CODE_ARGS(to),
+        LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
+        LBQ_OUT("codes", &codes, NPY_UINT8, "RK"),
+        LBQ_INOUT("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_INOUT("offset", &offset, NPY_FLOAT32, "rg"),
+        LBQ_GROUP(&group),
+        LBQ_BOOL("fixed", &fixed),
         LBQ_INT("block", &block, 1, 1 << 20),
+        LBQ_SEARCH_ARGS(search),
     };
     LBQ_PARSE("gptq", spec);
-    lbq_code code;
-    lbq_range range;
-    const lbq_status status = lbq_code_from_args(&to, W.dims[1], &code, &range);
-    if (status != LBQ_OK)
-        return lbq_result(module, status);
-    const lbq_gptq_problem problem = {
-        .code = &code,
-        .range = &range,
+    lbq_gptq_problem problem = {
+        .code = code,
         .rows = W.dims[0],
         .cols = W.dims[1],
-        .group = to.group,
+        .group = group,
         .order = order.data,
         .R = R.data,
-        .importance = to.importance.data,
-        .fixed = to.fixed,
+        .importance = importance.data,
+        .fixed = fixed,
         .float64 = R.dtype == NPY_FLOAT64,
         .block = block,
     };
-    LBQ_RUN(lbq_gptq(&problem, W.data, to.codes.data, to.scale.data, to.offset.data));
+    LBQ_RUN(gptq(&problem, &search, &W, &codes, &scale, &offset));
 }
 
 LBQ_BINDING(adaround)
 {
-    lbq_array H, W, levels, scale, offset, codes;
-    Py_ssize_t count, group, steps;
+    const lbq_code *code;
+    lbq_array H, W, scale, offset, codes;
+    Py_ssize_t group, steps;
     double rate, strength, softness;
     const lbq_arg spec[] = {
+        LBQ_CODE(&code),
         LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
-        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
         LBQ_IN("scale", &scale, NPY_FLOAT32, "rg"),
         LBQ_IN("offset", &offset, NPY_FLOAT32, "rg"),
         LBQ_OUT("codes", &codes, NPY_UINT8, "rk"),
-        LBQ_INT("count", &count, 2, 256),
-        LBQ_INT("group", &group, 1, PY_SSIZE_T_MAX),
+        LBQ_GROUP(&group),
         LBQ_INT("steps", &steps, 0, 1000000),
         LBQ_FLOAT("rate", &rate, 0, 100),
         LBQ_FLOAT("strength", &strength, 0, 1e6),
     };
     LBQ_PARSE("adaround", spec);
-    const lbq_code code = {.count = (int)count, .levels = levels.data};
+    const ptrdiff_t rows = W.dims[0], cols = W.dims[1];
+    const lbq_packed layout = lbq_code_layout(code, rows, cols, group);
     const lbq_adaround_options options = {.steps = (int)steps, .rate = rate, .strength = strength};
-    lbq_status status = lbq_check_groups(&levels, count, &scale, W.dims[1], group);
+    lbq_status status = lbq_check_parts(&layout, &codes, &scale, &offset);
     if (status != LBQ_OK)
         return lbq_result(module, status);
-    Py_BEGIN_ALLOW_THREADS status = lbq_adaround(&code,
+    Py_BEGIN_ALLOW_THREADS status = lbq_adaround(code,
                                                  &options,
-                                                 W.dims[0],
-                                                 W.dims[1],
+                                                 rows,
+                                                 cols,
                                                  group,
                                                  W.data,
                                                  H.data,
@@ -138,30 +155,31 @@ LBQ_BINDING(adaround)
 
 LBQ_BINDING(refine)
 {
-    lbq_array H, W, levels, scale, offset, codes;
-    Py_ssize_t count, group, sweeps;
+    const lbq_code *code;
+    lbq_array H, W, scale, offset, codes;
+    Py_ssize_t group, sweeps;
     double damping;
     const lbq_arg spec[] = {
+        LBQ_CODE(&code),
         LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
-        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
         LBQ_IN("scale", &scale, NPY_FLOAT32, "rg"),
         LBQ_IN("offset", &offset, NPY_FLOAT32, "rg"),
         LBQ_INOUT("codes", &codes, NPY_UINT8, "rk"),
-        LBQ_INT("count", &count, 2, 256),
-        LBQ_INT("group", &group, 1, PY_SSIZE_T_MAX),
+        LBQ_GROUP(&group),
         LBQ_FLOAT("damping", &damping, 0, 1e300),
         LBQ_INT("sweeps", &sweeps, 0, 1000000),
     };
     LBQ_PARSE("refine", spec);
-    const lbq_code code = {.count = (int)count, .levels = levels.data};
-    lbq_status status = lbq_check_groups(&levels, count, &scale, W.dims[1], group);
+    const ptrdiff_t rows = W.dims[0], cols = W.dims[1];
+    const lbq_packed layout = lbq_code_layout(code, rows, cols, group);
+    lbq_status status = lbq_check_parts(&layout, &codes, &scale, &offset);
     if (status != LBQ_OK)
         return lbq_result(module, status);
     ptrdiff_t moved;
-    Py_BEGIN_ALLOW_THREADS status = lbq_refine(&code,
-                                               W.dims[0],
-                                               W.dims[1],
+    Py_BEGIN_ALLOW_THREADS status = lbq_refine(code,
+                                               rows,
+                                               cols,
                                                group,
                                                W.data,
                                                H.data,
@@ -178,13 +196,12 @@ LBQ_BINDING(refine)
 /* clang-format off */
 PyMethodDef lbq_methods_gptq[] = {
     LBQ_METHOD(refine,
-               "refine(hessian, weight, levels, scale, offset, codes, /, *, count, group, damping, "
-               "sweeps)\n--\n\n"
+               "refine(code, hessian, weight, scale, offset, codes, /, *, group, damping, sweeps)\n--\n\n"
                "Move codes (r, k) to neighbouring levels while that lowers the outputs' error; "
                "returns how many moves it made.")
     LBQ_METHOD(adaround,
-               "adaround(hessian, weight, levels, scale, offset, codes, /, *, count, group, steps, "
-               "rate, strength)\n--\n\n"
+               "adaround(code, hessian, weight, scale, offset, codes, /, *, group, steps, rate, "
+               "strength)\n--\n\n"
                "Choose between each weight's neighbours by the outputs; returns the largest "
                "distance from 0 or 1 that the soft bits kept.")
     LBQ_METHOD(hessian_add,
@@ -198,9 +215,8 @@ PyMethodDef lbq_methods_gptq[] = {
                "Fill factor (k, k), of float32 or float64, for gptq; returns damping, retries, dead "
                "columns and whether it took float64 as a dict.")
     LBQ_METHOD(gptq,
-               "gptq(factor, order, weight, importance, levels, codes, scale, offset, /, *, count, "
-               "symmetric, zero, scale_bits, gamma, group, fixed, method, clip, percentile, "
-               "candidates, shrink, norm, block)\n--\n\n"
+               "gptq(code, factor, order, weight, importance, codes, scale, offset, /, *, group, "
+               "fixed, block, " LBQ_SEARCH_TEXT ")\n--\n\n"
                "Round weight (r, k) with error feedback, in the arithmetic of factor: codes (r, k), "
                "scale and offset (r, g).")
     LBQ_METHODS_END,

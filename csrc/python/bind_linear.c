@@ -1,136 +1,8 @@
-/* Bindings of the packed layout and of csrc/linear. */
+/* Bindings of csrc/linear. */
 #include "core/memory.h"
-#include "core/packed.h"
 #include "linear/linear.h"
 #include "python/code_args.h"
 #include "python/module.h"
-
-/* Gives the matrix its panels and levels, if they have its sizes. */
-static lbq_status
-attach(lbq_packed *packed, const lbq_array *panels, const lbq_array *levels)
-{
-    LBQ_TRY(lbq_packed_attach(packed, panels));
-    LBQ_REQUIRE(!levels->data || levels->dims[0] == 1 << packed->bits,
-                LBQ_BAD_SHAPE,
-                "levels has %td values, expected %d for %d bits",
-                levels->dims[0],
-                1 << packed->bits,
-                packed->bits);
-    packed->levels = levels->data;
-    return LBQ_OK;
-}
-
-/* codes (rows, cols); scale and offset, where given, (rows, groups). */
-static lbq_status
-check_unpacked(const lbq_packed *packed, const lbq_array *codes, const lbq_array *scale,
-               const lbq_array *offset)
-{
-    const ptrdiff_t rows = packed->rows, cols = packed->cols, group = packed->group;
-    const ptrdiff_t groups = group >= cols ? 1 : (cols + group - 1) / group;
-    const lbq_array *const arrays[] = {codes, scale, offset};
-    const char *const names[] = {"codes", "scale", "offset"};
-    for (int i = 0; i < 3; i++) {
-        if (!arrays[i]->data)
-            continue;
-        LBQ_TRY(lbq_check_axis(arrays[i], names[i], 0, "rows", rows));
-        LBQ_TRY(i == 0 ? lbq_check_axis(arrays[i], names[i], 1, "cols", cols)
-                       : lbq_check_axis(arrays[i], names[i], 1, "groups", groups));
-    }
-    return LBQ_OK;
-}
-
-LBQ_BINDING(packed_bytes)
-{
-    lbq_packed_args s;
-    const lbq_arg spec[] = {LBQ_PACKED_ARGS(s)};
-    LBQ_PARSE("packed_bytes", spec);
-    const lbq_packed packed = lbq_packed_from_args(&s);
-    lbq_packed_geometry geometry;
-    const lbq_status status = lbq_packed_geometry_of(&packed, &geometry);
-    return status == LBQ_OK ? PyLong_FromSsize_t(geometry.bytes) : lbq_result(module, status);
-}
-
-static lbq_status
-pack(lbq_packed *packed, const lbq_array *codes, const lbq_array *scale, const lbq_array *offset,
-     const lbq_array *panels)
-{
-    LBQ_TRY(lbq_packed_attach(packed, panels));
-    LBQ_TRY(check_unpacked(packed, codes, scale, offset));
-    LBQ_REQUIRE(scale->data || packed->scale_bits == 0,
-                LBQ_BAD_VALUE,
-                "scale is None, but scale_bits is %d",
-                packed->scale_bits);
-    LBQ_REQUIRE(offset->data || !packed->has_offset,
-                LBQ_BAD_VALUE,
-                "offset is None, but has_offset is True");
-    return lbq_pack(packed, codes->data, scale->data, offset->data, panels->data);
-}
-
-LBQ_BINDING(pack)
-{
-    lbq_array codes, scale, offset, panels;
-    lbq_packed_args s;
-    const lbq_arg spec[] = {
-        LBQ_IN("codes", &codes, NPY_UINT8, "rk"),
-        LBQ_IN_OR_NONE("scale", &scale, NPY_FLOAT32, "rg"),
-        LBQ_IN_OR_NONE("offset", &offset, NPY_FLOAT32, "rg"),
-        LBQ_OUT("panels", &panels, NPY_UINT8, "b"),
-        LBQ_PACKED_ARGS(s),
-    };
-    LBQ_PARSE("pack", spec);
-    lbq_packed packed = lbq_packed_from_args(&s);
-    LBQ_RUN(pack(&packed, &codes, &scale, &offset, &panels));
-}
-
-static lbq_status
-unpack(lbq_packed *packed, const lbq_array *panels, const lbq_array *codes, const lbq_array *scale,
-       const lbq_array *offset)
-{
-    LBQ_TRY(lbq_packed_attach(packed, panels));
-    LBQ_TRY(check_unpacked(packed, codes, scale, offset));
-    return lbq_unpack(packed, codes->data, scale->data, offset->data);
-}
-
-LBQ_BINDING(unpack)
-{
-    lbq_array panels, codes, scale, offset;
-    lbq_packed_args s;
-    const lbq_arg spec[] = {
-        LBQ_IN("panels", &panels, NPY_UINT8, "b"),
-        LBQ_OUT_OR_NONE("codes", &codes, NPY_UINT8, "rk"),
-        LBQ_OUT_OR_NONE("scale", &scale, NPY_FLOAT32, "rg"),
-        LBQ_OUT_OR_NONE("offset", &offset, NPY_FLOAT32, "rg"),
-        LBQ_PACKED_ARGS(s),
-    };
-    LBQ_PARSE("unpack", spec);
-    lbq_packed packed = lbq_packed_from_args(&s);
-    LBQ_RUN(unpack(&packed, &panels, &codes, &scale, &offset));
-}
-
-static lbq_status
-dequantize(lbq_packed *packed, const lbq_array *panels, const lbq_array *levels,
-           const lbq_array *weight)
-{
-    LBQ_TRY(attach(packed, panels, levels));
-    LBQ_TRY(lbq_check_axis(weight, "weight", 0, "rows", packed->rows));
-    LBQ_TRY(lbq_check_axis(weight, "weight", 1, "cols", packed->cols));
-    return lbq_packed_dequantize(packed, weight->data);
-}
-
-LBQ_BINDING(packed_dequantize)
-{
-    lbq_array panels, levels, weight;
-    lbq_packed_args s;
-    const lbq_arg spec[] = {
-        LBQ_IN("panels", &panels, NPY_UINT8, "b"),
-        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
-        LBQ_OUT("weight", &weight, NPY_FLOAT32, "rk"),
-        LBQ_PACKED_ARGS(s),
-    };
-    LBQ_PARSE("packed_dequantize", spec);
-    lbq_packed packed = lbq_packed_from_args(&s);
-    LBQ_RUN(dequantize(&packed, &panels, &levels, &weight));
-}
 
 /* A handle that owns a copy of `layer`, whose pointers `args` keeps alive. */
 static PyObject *
@@ -168,30 +40,31 @@ LBQ_BINDING(linear_dense)
 
 LBQ_BINDING(linear_packed)
 {
-    lbq_array panels, levels, bias;
+    const lbq_code *code;
+    lbq_array panels, bias;
     const lbq_rotation *rotation;
-    lbq_packed_args s;
-    Py_ssize_t activation_bits;
+    Py_ssize_t rows, cols, group, activation_bits;
     const lbq_arg spec[] = {
+        LBQ_CODE(&code),
         LBQ_IN("panels", &panels, NPY_UINT8, "b"),
-        LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
         LBQ_IN_OR_NONE("bias", &bias, NPY_FLOAT32, "r"),
         LBQ_HANDLE_OR_NONE("rotation", &rotation, "lowbitq.rotation"),
-        LBQ_PACKED_ARGS(s),
+        LBQ_INT("rows", &rows, 1, INT32_MAX),
+        LBQ_INT("cols", &cols, 1, INT32_MAX),
+        LBQ_GROUP(&group),
         LBQ_INT("activation_bits", &activation_bits, 0, 8),
     };
     LBQ_PARSE("linear_packed", spec);
     lbq_linear layer = {
-        .rows = s.rows,
-        .cols = s.cols,
-        .packed = lbq_packed_from_args(&s),
+        .rows = rows,
+        .cols = cols,
         .bias = bias.data,
         .rotation = rotation,
         .activation_bits = (int)activation_bits,
     };
-    lbq_status status = attach(&layer.packed, &panels, &levels);
+    lbq_status status = lbq_matrix_of(code, rows, cols, group, &panels, &layer.matrix);
     if (status == LBQ_OK && bias.data)
-        status = lbq_check_axis(&bias, "bias", 0, "rows", s.rows);
+        status = lbq_check_axis(&bias, "bias", 0, "rows", rows);
     return status == LBQ_OK ? new_handle(module, &layer, args) : lbq_result(module, status);
 }
 
@@ -251,23 +124,11 @@ LBQ_BINDING(linears_forward)
 
 /* clang-format off */
 PyMethodDef lbq_methods_linear[] = {
-    LBQ_METHOD(packed_bytes,
-        "packed_bytes(*, " LBQ_PACKED_TEXT ")\n--\n\n"
-        "Size of the panels of a packed matrix.")
-    LBQ_METHOD(pack,
-        "pack(codes, scale, offset, panels, /, *, " LBQ_PACKED_TEXT ")\n--\n\n"
-        "Codes (rows, cols), scale and offset (rows, groups) into panels; inexact ones are refused.")
-    LBQ_METHOD(unpack,
-        "unpack(panels, codes, scale, offset, /, *, " LBQ_PACKED_TEXT ")\n--\n\n"
-        "The inverse of pack; outputs may be None.")
-    LBQ_METHOD(packed_dequantize,
-        "packed_dequantize(panels, levels, weight, /, *, " LBQ_PACKED_TEXT ")\n--\n\n"
-        "Values (rows, cols) of a packed matrix.")
     LBQ_METHOD(linear_dense,
         "linear_dense(weight, bias, rotation, /)\n--\n\n"
         "A handle of the layer y = W R x + b in float32.")
     LBQ_METHOD(linear_packed,
-        "linear_packed(panels, levels, bias, rotation, /, *, " LBQ_PACKED_TEXT ", activation_bits)\n--\n\n"
+        "linear_packed(code, panels, bias, rotation, /, *, rows, cols, group, activation_bits)\n--\n\n"
         "A handle of the layer y = W act(R x) + b with packed W; activation_bits 0, 4 or 8.")
     LBQ_METHOD(linear_forward,
         "linear_forward(layer, x, y, /)\n--\n\n"

@@ -9,17 +9,19 @@ import oracle
 import pytest
 
 from lowbitq import _core
+from lowbitq.formats import Format
 from lowbitq.quantizers import adaround, quantize
+from lowbitq.tensors import code_of
 
 
-def rounded(weight, hessian, scale, offset, count, group=None, **options):
-    """Codes between guards, and the softness."""
+def rounded(weight, hessian, scale, offset, group=None, **options):
+    """Codes of 2 bits between guards, and the softness."""
     options = {"steps": 300, "rate": 0.1, "strength": 10.0} | options
     codes = np.full((len(weight) + 2, weight.shape[1]), 255, np.uint8)
     group = group or weight.shape[1]
     upper = np.where(np.tri(len(hessian), k=-1), np.nan, hessian)  # the rest is not read
     softness = _core.adaround(
-        upper, weight, None, scale, offset, codes[1:-1], count=count, group=group, **options
+        code_of(Format("int2")), upper, weight, scale, offset, codes[1:-1], group=group, **options
     )
     assert (codes[[0, -1]] == 255).all(), "wrote outside codes"
     return codes[1:-1], softness
@@ -33,7 +35,7 @@ def test_small_problems_reach_the_optimum():
         cols = 4 + seed % 9
         hessian = oracle.gram(cols, seed)
         weight = rng.standard_normal((1, cols), np.float32)
-        codes, softness = rounded(weight, hessian, scale, offset, 4)
+        codes, softness = rounded(weight, hessian, scale, offset)
         lower = np.clip(np.floor((weight - offset) / scale), 0, 2)
         every = lower + np.array(list(itertools.product([0, 1], repeat=cols)))
         best = oracle.output_loss(weight, every * scale + offset, hessian).min()
@@ -104,6 +106,4 @@ def test_bad_input_is_named():
     scale = np.ones((2, 1), np.float32)
     weight[1, 2] = np.nan
     with pytest.raises(ValueError, match=r"weight\[1, 2\] is nan"):
-        rounded(
-            np.where(np.arange(8).reshape(2, 4) == 6, np.nan, weight), np.eye(4), scale, -scale, 4
-        )
+        rounded(np.where(np.arange(8).reshape(2, 4) == 6, np.nan, weight), np.eye(4), scale, -scale)

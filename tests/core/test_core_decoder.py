@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import oracle
 import pytest
-from packed_parts import description, pack, random_parts
+from packed_parts import code_of, description, layout, pack, random_parts
 
 from lowbitq import _core
 from lowbitq.rotations import Rotation
@@ -173,9 +173,9 @@ PACKED = [
     description(VOCAB, HIDDEN, 8, 16, has_offset=True),
     description(VOCAB, HIDDEN, 8, 16, zero=127.5),
     description(VOCAB, HIDDEN, 3, zero=3.5),
-    description(VOCAB, HIDDEN, 4, 16, scale_bits=4, gamma=0.03, zero=7.5),
-    description(VOCAB, HIDDEN, 2, scale_bits=8, gamma=0.03, zero=1.5),
-    description(VOCAB, HIDDEN, 1, scale_bits=0, gamma=0.5, zero=0.5),
+    description(VOCAB, HIDDEN, 4, 16, scale_bits=4, unit=0.03, zero=7.5),
+    description(VOCAB, HIDDEN, 2, scale_bits=8, unit=0.03, zero=1.5),
+    description(VOCAB, HIDDEN, 1, scale_bits=0, unit=0.5, zero=0.5),
 ]
 
 
@@ -183,8 +183,11 @@ def packed_embedding(spec, levels=None, activation_bits=0):
     """A layer and the weights it stands for."""
     panels = pack(spec, *random_parts(spec))
     weight = np.empty((VOCAB, HIDDEN), np.float32)
-    _core.packed_dequantize(panels, levels, weight, **spec)
-    layer = _core.linear_packed(panels, levels, None, None, **spec, activation_bits=activation_bits)
+    code = code_of(spec, levels)
+    _core.packed_dequantize(code, panels, weight, group=spec["group"])
+    layer = _core.linear_packed(
+        code, panels, None, None, **layout(spec), activation_bits=activation_bits
+    )
     return layer, weight
 
 
@@ -243,7 +246,11 @@ def quantized_decoder():
         for j, name in enumerate(LAYERS):
             spec = description(*block[name][0].shape, 2, has_offset=True)
             panels = pack(spec, *random_parts(spec, seed=7 * i + j))
-            layers.append(_core.linear_packed(panels, None, None, None, **spec, activation_bits=8))
+            layers.append(
+                _core.linear_packed(
+                    code_of(spec), panels, None, None, **layout(spec), activation_bits=8
+                )
+            )
         blocks.append(_core.block(*(block[name] for name in NORMS), *layers))
     return _core.decoder(
         dense(network["embedding"]),

@@ -10,13 +10,16 @@ import pytest
 
 from lowbitq import NumericalError, _core
 
+LOG = np.array([-1, -0.5, -0.25, 0, 0.125, 0.25, 0.5, 1], np.float32)
+# Name of the code, symmetric, zero.
 CODES = {
-    "int3": {"count": 8, "symmetric": False, "zero": 0.0},
-    "int2sym": {"count": 4, "symmetric": True, "zero": 1.5},
-    "ternary": {"count": 3, "symmetric": True, "zero": 1.0},
-    "int8": {"count": 256, "symmetric": False, "zero": 0.0},
+    "int3": ("int3", False, 0.0),
+    "int2sym": ("int2", True, 1.5),
+    "ternary": ("ternary", True, 1.0),
+    "int8": ("int8", False, 0.0),
 }
-RANGE = {
+COUNTS = {"int3": 8, "int2sym": 4, "ternary": 3, "int8": 256}
+SEARCH = {
     "method": "mse",
     "clip": 1.0,
     "percentile": 100.0,
@@ -24,8 +27,14 @@ RANGE = {
     "shrink": 0.8,
     "norm": 2.0,
 }
-STORED = {"scale_bits": 16, "gamma": 0.0}
-LOG = np.array([-1, -0.5, 0, 0.25, 0.5, 1], np.float32)
+
+
+def code_of(text):
+    levels = LOG if text == "log" else None
+    name, symmetric, zero = CODES.get(
+        text, ("kmeans3" if levels is not None else text, levels is not None, 0.0)
+    )
+    return _core.code(levels, name=name, symmetric=symmetric, zero=zero, scale_bits=16, unit=0.0)
 
 
 def layer(rows, cols, seed):
@@ -37,8 +46,8 @@ def layer(rows, cols, seed):
 
 
 def run(
-    hessian, weight, group, code="int3", order=None, damping=0.01, median=False, levels=None,
-    importance=None, scales=None, block=128, float64=True, **other
+    hessian, weight, group, code="int3", order=None, damping=0.01, median=False,
+    importance=None, scales=None, block=128, float64=True,
 ):  # fmt: skip
     """Codes, scale and offset (both (rows, groups)) and the report of C."""
     factor = np.full(hessian.shape, np.nan, np.float64 if float64 else np.float32)
@@ -48,10 +57,9 @@ def run(
     scale, offset = np.full((2, len(weight) + 2, groups), np.nan, np.float32)
     if scales is not None:
         scale[1:-1], offset[1:-1] = scales
-    options = CODES.get(code, {}) | RANGE | STORED | other
     _core.gptq(
-        factor, order, weight, importance, levels, codes[1:-1], scale[1:-1], offset[1:-1],
-        group=group, fixed=scales is not None, block=block, **options
+        code_of(code), factor, order, weight, importance, codes[1:-1], scale[1:-1], offset[1:-1],
+        group=group, fixed=scales is not None, block=block, **SEARCH
     )  # fmt: skip
     for array in (codes, scale, offset):
         guards = array[[0, -1]]
@@ -67,20 +75,19 @@ def decode(codes, scale, offset, group, levels=None):
 
 def published(hessian, weight, group, code, order=None, damping=0.01):
     """The oracle with the library's own fit of a group."""
-    options = CODES[code]
 
     def fit(values):
         values = np.ascontiguousarray(values, np.float32)
         scale, offset = np.empty((2, len(values), 1), np.float32)
         _core.quantize(
-            values, None, None, np.empty(values.shape, np.uint8), scale, offset,
-            group=values.shape[1], fixed=False, **options, **RANGE, **STORED
+            code_of(code), values, None, None, scale, offset,
+            group=values.shape[1], fixed=False, **SEARCH
         )  # fmt: skip
         return scale[:, 0].astype(np.float64), offset[:, 0].astype(np.float64)
 
     return oracle.gptq(
         hessian, weight, group, np.arange(len(hessian)) if order is None else order, fit,
-        lambda w, s, o: np.clip(np.rint((w - o) / s), 0, options["count"] - 1),
+        lambda w, s, o: np.clip(np.rint((w - o) / s), 0, COUNTS[code] - 1),
         lambda c, s, o: s * c + o, damping,
     )  # fmt: skip
 
@@ -134,10 +141,9 @@ def test_the_number_of_threads_does_not_change_anything(float64):
 def test_every_instruction_set_rounds_alike(isa, code, cols):
     """One column and one row more or less than vectors hold, groups that do not fill a block."""
     hessian, weight = layer(33, cols, 0)
-    other = {"levels": LOG, "count": 6, "symmetric": True, "zero": 0.0} if code == "log" else {}
-    found = run(hessian, weight, 24, code, block=50, float64=False, **other)
+    found = run(hessian, weight, 24, code, block=50, float64=False)
     _core.use_isa(isa="portable")  # the fixture brings back what was in use
-    expected = run(hessian, weight, 24, code, block=50, float64=False, **other)
+    expected = run(hessian, weight, 24, code, block=50, float64=False)
     for one, two in zip(found[:3], expected[:3], strict=True):
         assert np.array_equal(one, two)
 
@@ -217,10 +223,9 @@ def test_factor_reads_only_the_upper_triangle():
 @pytest.mark.parametrize(("code", "levels"), [("int2sym", None), ("ternary", None), ("log", LOG)])
 def test_gptq_beats_rounding_on_its_own_objective(code, levels):
     hessian, weight = layer(32, 128, 4)
-    other = {} if levels is None else {"count": len(levels), "symmetric": True, "zero": 0.0}
     errors = []
     for h in (hessian, np.diag(np.diag(hessian))):  # a diagonal Hessian feeds nothing back
-        codes, scale, offset, _ = run(h, weight, 32, code, levels=levels, **other)
+        codes, scale, offset, _ = run(h, weight, 32, code)
         error = (weight - decode(codes, scale, offset, 32, levels)).astype(np.float32)
         errors.append(_core.hessian_error(hessian, error))
     assert errors[0] < 0.7 * errors[1]
@@ -232,8 +237,7 @@ def test_a_diagonal_hessian_is_plain_rounding():
     expected = np.empty_like(codes)
     s, o = np.empty((2, 7, 3), np.float32)
     _core.quantize(
-        weight, None, None, expected, s, o, group=32, fixed=False,
-        **CODES["int3"], **RANGE, **STORED
+        code_of("int3"), weight, None, expected, s, o, group=32, fixed=False, **SEARCH
     )  # fmt: skip
     assert np.array_equal(codes, expected)
     assert np.array_equal(scale, s)
@@ -342,7 +346,7 @@ def test_errors_of_the_synthetic_layer(outliers, bits):
     weight = rng.standard_t(5, (rows, cols)) / math.sqrt(cols)
     hessian = x.T @ x / tokens
     rotation = rng.choice([-1.0, 1.0], cols)[:, None] * hadamard(cols)
-    grid = {"count": 2**bits, "symmetric": False, "zero": 0.0}
+    grid = {2: "int2", 3: "int3", 4: "int4"}[bits]
 
     for R, published_error in zip((np.eye(cols), rotation), PUBLISHED[outliers, bits], strict=True):
         H, W = R.T @ hessian @ R, (weight @ R).astype(np.float32)
@@ -360,9 +364,9 @@ def test_errors_of_the_synthetic_layer(outliers, bits):
         assert reference == pytest.approx(published_error, rel=0.05)
 
         scales = scale.astype(np.float32), (-scale * zero).astype(np.float32)
-        same, s, o, _ = run(H, W, group, "", scales=scales, **grid)
+        same, s, o, _ = run(H, W, group, grid, scales=scales)
         # Scales rounded to float32 decide ties otherwise, whose columns then go their own way.
         assert relative_error(decode(same, s, o, group)) == pytest.approx(reference, rel=0.01)
 
-        own, s, o, _ = run(H, W, group, "", **grid)
+        own, s, o, _ = run(H, W, group, grid)
         assert relative_error(decode(own, s, o, group)) <= reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
-from packed_parts import description, pack, random_parts
+from packed_parts import code_of, description, layout, pack, random_parts
 
 from lowbitq import _core
 from lowbitq.rotations import Rotation
@@ -47,13 +47,14 @@ class Layer:
         self.bias = np.random.default_rng(1).normal(size=rows).astype(np.float32)
         self.panels = pack(self.spec, self.codes, self.scale, offset)
         self.limit = (1 << (activation_bits - 1)) - 1 if activation_bits else None
+        self.code = code_of(self.spec, levels)
         self.handle = _core.linear_packed(
+            self.code,
             self.panels,
-            levels,
             self.bias,
             rotation and rotation.handle,
             activation_bits=activation_bits,
-            **self.spec,
+            **layout(self.spec),
         )
 
     def forward(self, x):
@@ -66,6 +67,11 @@ class Layer:
     def expected(self, x):
         parts = self.codes, self.scale, self.offset, self.spec["group"]
         return oracle.quantized_linear(*parts, x, self.bias, self.limit, self.levels)
+
+
+def linear_of(spec, panels, levels=None):
+    code = code_of(spec, levels)
+    return _core.linear_packed(code, panels, None, None, activation_bits=8, **layout(spec))
 
 
 def random_levels(bits):
@@ -170,7 +176,7 @@ def test_integer_sums_are_exact_at_extreme_codes(isa, bits, group):
     codes[3] = 0
     scale = np.ones((rows, -(-cols // spec["group"])), np.float32)
     panels = pack(spec, codes, scale, None)
-    layer = _core.linear_packed(panels, None, None, None, activation_bits=8, **spec)
+    layer = linear_of(spec, panels)
     for tokens in (1, 2, 4, 8):
         x = np.full((tokens, cols), 127, np.float32)
         x[-1] = -127
@@ -190,7 +196,7 @@ def test_integer_sums_are_exact_at_extreme_levels(isa, bits, group):
     codes[3] = 0
     scale = np.ones((rows, -(-cols // spec["group"])), np.float32)
     panels = pack(spec, codes, scale, None)
-    layer = _core.linear_packed(panels, levels, None, None, activation_bits=8, **spec)
+    layer = linear_of(spec, panels, levels)
     for tokens in (1, 2, 4, 8):
         x = np.full((tokens, cols), 127, np.float32)
         x[-1] = -127
@@ -234,7 +240,7 @@ def test_float_activations_agree_with_dequantized_weights(isa, rows, cols, group
     levels = rng.normal(size=1 << code[0]).astype(np.float32) if table else None
     layer = Layer(rows, cols, group, code, activation_bits=0, levels=levels)
     weight = np.empty((rows, cols), np.float32)
-    _core.packed_dequantize(layer.panels, levels, weight, **layer.spec)
+    _core.packed_dequantize(layer.code, layer.panels, weight, group=layer.spec["group"])
     for tokens in (1, 5):
         x = activations(tokens, cols)
         expected, bound = oracle.float_linear(weight, x, layer.bias)
@@ -340,7 +346,9 @@ def test_panels_need_no_alignment(isa):
     layer = Layer(40, 200, 64, (3, 16, True, 0))
     shifted = np.zeros(len(layer.panels) + 1, np.uint8)[1:]
     shifted[:] = layer.panels
-    other = _core.linear_packed(shifted, None, layer.bias, None, activation_bits=8, **layer.spec)
+    other = _core.linear_packed(
+        layer.code, shifted, layer.bias, None, activation_bits=8, **layout(layer.spec)
+    )
     for tokens in (1, 9):
         x = activations(tokens, 200)
         y = np.empty((tokens, 40), np.float32)
@@ -374,11 +382,9 @@ def test_parts_that_do_not_fit_are_refused():
     make = _core.linear_packed
     x, y = np.zeros((1, 100), np.float32), np.zeros((1, 20), np.float32)
     with pytest.raises(ValueError, match="activation_bits is 5, expected 0, 4 or 8"):
-        make(layer.panels, None, None, None, activation_bits=5, **layer.spec)
-    with pytest.raises(ValueError, match="levels has nan, expected finite numbers"):
-        make(layer.panels, y[0, :16] * np.nan, None, None, activation_bits=8, **layer.spec)
+        make(layer.code, layer.panels, None, None, activation_bits=5, **layout(layer.spec))
     with pytest.raises(ValueError, match="axis 0 of bias has size 19, expected rows = 20"):
-        make(layer.panels, None, y[0, :19], None, activation_bits=8, **layer.spec)
+        make(layer.code, layer.panels, y[0, :19], None, activation_bits=8, **layout(layer.spec))
     with pytest.raises(ValueError, match="axis 1 of x has size 20, expected cols = 100"):
         _core.linear_forward(layer.handle, y, y)
     with pytest.raises(ValueError, match="axis 1 of y has size 100, expected rows = 20"):

@@ -19,10 +19,8 @@ def refined(weight, hessian, tensor, damping=0.0, sweeps=50):
     codes = np.full((len(weight) + 2, weight.shape[1]), 255, np.uint8)
     codes[1:-1] = tensor.codes
     upper = np.where(np.tri(len(hessian), k=-1), np.nan, hessian)  # the rest is not read
-    options = {"count": tensor.format.levels, "group": group, "damping": damping}
-    moves = _core.refine(
-        upper, weight, tensor.levels, scale, offset, codes[1:-1], sweeps=sweeps, **options
-    )
+    options = {"group": group, "damping": damping, "sweeps": sweeps}
+    moves = _core.refine(tensor.handle, upper, weight, scale, offset, codes[1:-1], **options)
     assert (codes[[0, -1]] == 255).all(), "wrote outside codes"
     return codes[1:-1], values_of(codes[1:-1], tensor), moves
 
@@ -45,9 +43,9 @@ def test_ends_where_no_single_move_helps(text):
     assert moves > 0
     assert (after <= before * (1 + 1e-9)).all()
     assert after.sum() < 0.8 * before.sum()
-    assert codes.max() < tensor.format.levels
+    assert codes.max() < tensor.format.level_count
     for way in (-1, 1):
-        moved = np.clip(codes.astype(int) + way, 0, tensor.format.levels - 1).astype(np.uint8)
+        moved = np.clip(codes.astype(int) + way, 0, tensor.format.level_count - 1).astype(np.uint8)
         turn = values - values_of(moved, tensor)
         product = (weight - values) @ hessian
         change = turn * (2 * product + turn * np.diag(hessian))
@@ -64,7 +62,7 @@ def descend(weight, hessian, tensor, sweeps):
         product = (weight[row] - values_of(codes, tensor)[row]) @ hessian
         for _ in range(sweeps):
             for k, curvature in enumerate(np.diag(hessian)):
-                near = [c for c in (code[k] - 1, code[k] + 1) if 0 <= c < tensor.format.levels]
+                near = [c for c in (code[k] - 1, code[k] + 1) if 0 <= c < tensor.format.level_count]
                 turns = tensor.scale[row, k // group].astype(float) * (
                     levels[code[k]] - levels[near]
                 )
@@ -129,9 +127,10 @@ def test_bad_input_is_named():
     weight, hessian = np.ones((2, 4), np.float32), np.eye(4)
     tensor = quantize(weight, "int2sym")
     codes, scale, offset = tensor.codes, tensor.scale, tensor.offset
-    options = {"count": 4, "group": 4, "damping": 0.0, "sweeps": 1}
+    options = {"group": 4, "damping": 0.0, "sweeps": 1}
     codes[1, 3] = 4
     with pytest.raises(ValueError, match=r"weight\[1, 3\] is 1 with code 4"):
-        _core.refine(hessian, weight, None, scale, offset, codes, **options)
+        _core.refine(tensor.handle, hessian, weight, scale, offset, codes, **options)
+    bad = np.full((4, 4), np.inf)
     with pytest.raises(ValueError, match="Hessian has a NaN"):
-        _core.refine(np.full((4, 4), np.inf), weight, None, scale, offset, tensor.codes, **options)
+        _core.refine(tensor.handle, bad, weight, scale, offset, tensor.codes, **options)

@@ -52,9 +52,9 @@ load_scale(const lbq_panel *panel, const uint8_t *at, const int half)
 {
     if (panel->scale_bits == 16)
         return load_half(at + 2 * HALF * half);
-    const __m256 gamma = _mm256_set1_ps(panel->gamma);
+    const __m256 unit = _mm256_set1_ps(panel->unit);
     if (panel->scale_bits == 0)
-        return gamma;
+        return unit;
     __m128i bytes;
     if (panel->scale_bits == 8) {
         bytes = _mm_loadl_epi64((const __m128i *)(at + HALF * half));
@@ -63,7 +63,7 @@ load_scale(const lbq_panel *panel, const uint8_t *at, const int half)
         const __m128i odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), low);
         bytes = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), odd);
     }
-    return _mm256_mul_ps(gamma, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
+    return _mm256_mul_ps(unit, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
 }
 
 /* y of a token and half a panel plus a step with integer sums `dot`; `factors` are the token's. */

@@ -32,9 +32,9 @@ load_scale(const lbq_panel *panel, const uint8_t *at)
 {
     if (LBQ_LIKELY(panel->scale_bits == 16))
         return load_half(at);
-    const __m512 gamma = _mm512_set1_ps(panel->gamma);
+    const __m512 unit = _mm512_set1_ps(panel->unit);
     if (panel->scale_bits == 0)
-        return gamma;
+        return unit;
     __m128i bytes;
     if (panel->scale_bits == 8) {
         bytes = _mm_loadu_si128((const __m128i *)at);
@@ -43,7 +43,7 @@ load_scale(const lbq_panel *panel, const uint8_t *at)
         const __m128i odd = _mm_and_si128(_mm_srli_epi16(pairs, 4), low);
         bytes = _mm_unpacklo_epi8(_mm_and_si128(pairs, low), odd);
     }
-    return _mm512_mul_ps(gamma, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
+    return _mm512_mul_ps(unit, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
 }
 
 /* y of a token and a panel plus a step with the integer sums `dot`; `factors` are the token's. */

@@ -1,0 +1,155 @@
+/* Words of packed matrices to bytes and to values, a strip at a time. */
+#include "codes/matrix.h"
+
+#include <assert.h>
+#include <string.h>
+
+#include "core/memory.h"
+#include "core/pack.h"
+#include "core/threads.h"
+
+enum { WORKSET = 1 << 16 /* weights per task: some 20 us */ };
+
+typedef void (*unpacker)(const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
+
+/* lbq_step_unpack by the kernels in use. */
+static void
+unpack_step(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
+{
+    static unpacker *const unpack[] = {
+        NULL,
+        &lbq_kernel.unpack_u1,
+        &lbq_kernel.unpack_u2,
+        &lbq_kernel.unpack_u3,
+        &lbq_kernel.unpack_u4,
+    };
+    if (packed->bits == 8)
+        memcpy(out, codes, (size_t)(columns * LBQ_PANEL));
+    else
+        (*unpack[packed->bits])(codes, columns, out);
+}
+
+/* Words of a strip, over some steps. */
+static void
+unpack_strip(const lbq_matrix *matrix, const lbq_packed_geometry *g, ptrdiff_t panel,
+             ptrdiff_t first, ptrdiff_t end, uint8_t *words)
+{
+    for (ptrdiff_t p = panel; p < panel + g->strip; p++) {
+        const lbq_panel view = lbq_packed_panel(&matrix->packed, g, p);
+        for (ptrdiff_t s = first; s < end; s++, words += g->step * LBQ_PANEL)
+            unpack_step(&matrix->packed, view.codes + s * g->step_bytes, g->step, words);
+    }
+}
+
+void
+lbq_matrix_bytes(const lbq_matrix *matrix, const lbq_packed_geometry *geometry, ptrdiff_t panel,
+                 ptrdiff_t first, ptrdiff_t end, uint8_t *bytes)
+{
+    const lbq_code *const code = matrix->code;
+    unpack_strip(matrix, geometry, panel, first, end, bytes);
+    if (code->kind->expand)
+        code->kind->expand(code, (end - first) * geometry->step, bytes);
+}
+
+void
+lbq_decode_bytes(const lbq_code *code, const lbq_grid *grid, uint8_t *words, ptrdiff_t step,
+                 ptrdiff_t columns, ptrdiff_t stride, float *w)
+{
+    const ptrdiff_t rows = lbq_strip_rows(code);
+    if (code->kind->expand)
+        code->kind->expand(code, step, words);
+    for (ptrdiff_t r = 0; r < rows; r += LBQ_PANEL)
+        lbq_kernel.decode_f32(words + r * step,
+                              columns,
+                              NULL,
+                              grid->lanes + r,
+                              grid->lanes + rows + r,
+                              stride,
+                              w + r);
+}
+
+void
+lbq_matrix_values(const lbq_matrix *matrix, const lbq_packed_geometry *geometry, ptrdiff_t panel,
+                  ptrdiff_t step, ptrdiff_t stride, float *w)
+{
+    const lbq_code *const code = matrix->code;
+    const ptrdiff_t rows = geometry->strip * LBQ_PANEL, columns = geometry->step;
+    const ptrdiff_t left = matrix->packed.cols - step * columns;
+    uint8_t words[LBQ_MAX_STEP * LBQ_STRIP];
+    float lanes[2 * LBQ_STRIP];
+    for (ptrdiff_t p = 0; p < geometry->strip; p++) {
+        const lbq_panel view = lbq_packed_panel(&matrix->packed, geometry, panel + p);
+        lbq_panel_scale(&view, step, lanes + p * LBQ_PANEL);
+        lbq_panel_offset(&view, step, lanes + rows + p * LBQ_PANEL);
+    }
+    unpack_strip(matrix, geometry, panel, step, step + 1, words);
+    const lbq_grid grid = {.rows = rows, .lanes = lanes};
+    code->kind->decode(code, &grid, words, columns, lbq_smaller(columns, left), stride, w);
+}
+
+/* --- values of whole rows --------------------------------------------------------------------- */
+
+typedef struct {
+    const lbq_matrix *matrix;
+    lbq_packed_geometry geometry;
+    ptrdiff_t strips_per_task;
+    float *weight;
+} dequantization;
+
+/* The rows [row, row + rows) of a strip, to weight (rows, cols). */
+static void
+values_of_rows(const lbq_matrix *matrix, const lbq_packed_geometry *g, ptrdiff_t strip,
+               ptrdiff_t row, ptrdiff_t rows, float *weight)
+{
+    const ptrdiff_t cols = matrix->packed.cols, lanes = g->strip * LBQ_PANEL;
+    for (ptrdiff_t s = 0; s < g->steps; s++) {
+        float w[LBQ_MAX_STEP * LBQ_STRIP];
+        lbq_matrix_values(matrix, g, strip * g->strip, s, lanes, w);
+        const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, cols - begin);
+        for (ptrdiff_t r = 0; r < rows; r++)
+            for (ptrdiff_t k = 0; k < count; k++)
+                weight[r * cols + begin + k] = w[k * lanes + row + r];
+    }
+}
+
+static lbq_status
+dequantize_task(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    const dequantization *const job = context;
+    const lbq_packed *const packed = &job->matrix->packed;
+    const ptrdiff_t lanes = job->geometry.strip * LBQ_PANEL;
+    const ptrdiff_t begin = index * job->strips_per_task;
+    for (ptrdiff_t i = begin; i < begin + job->strips_per_task; i++) {
+        const ptrdiff_t first = i * lanes, rows = lbq_smaller(lanes, packed->rows - first);
+        if (rows > 0)
+            values_of_rows(
+                job->matrix, &job->geometry, i, 0, rows, job->weight + first * packed->cols);
+    }
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_matrix_dequantize(const lbq_matrix *matrix, float *weight)
+{
+    dequantization job = {.matrix = matrix, .weight = weight};
+    LBQ_TRY(lbq_packed_geometry_of(&matrix->packed, &job.geometry));
+    const ptrdiff_t lanes = job.geometry.strip * LBQ_PANEL;
+    job.strips_per_task = WORKSET / lanes / matrix->packed.cols + 1;
+    const ptrdiff_t strips = lbq_pieces(matrix->packed.rows, lanes);
+    return lbq_parallel(lbq_pieces(strips, job.strips_per_task), dequantize_task, &job);
+}
+
+lbq_status
+lbq_matrix_rows(const lbq_matrix *matrix, ptrdiff_t count, const int32_t *row, float *weight)
+{
+    lbq_packed_geometry g;
+    LBQ_TRY(lbq_packed_geometry_of(&matrix->packed, &g));
+    const ptrdiff_t lanes = g.strip * LBQ_PANEL;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        assert(row[i] >= 0 && row[i] < matrix->packed.rows);
+        float *const to = weight + i * matrix->packed.cols;
+        values_of_rows(matrix, &g, row[i] / lanes, row[i] % lanes, 1, to);
+    }
+    return LBQ_OK;
+}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from lowbitq import _core
 from lowbitq._core import FormatError
 from lowbitq.models.decoder import Model
-from lowbitq.models.tokenizer import Tokenizer
+from lowbitq.texts import Text, windows
 
-Text = str | os.PathLike[str] | Sequence[str] | NDArray[np.integer[Any]]
 Array = NDArray[np.float32]
 
 # The linear layers of a block by the tap that holds their input.
@@ -151,93 +150,6 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise
     except Exception as error:  # zipfile and NumPy raise what they like on damaged files
         raise FormatError(f"{path}: {error}") from error
-
-
-def windows(
-    tokenizer: Tokenizer | None,
-    text: Text,
-    *,
-    samples: int = 128,
-    window: int = 2048,
-    seed: int = 0,
-) -> NDArray[np.int32]:
-    """Cut a text into windows at random places, spread evenly over it.
-
-    Parameters
-    ----------
-    tokenizer : Tokenizer or None
-        None is enough if `text` is tokens.
-    text : str, path, sequence of str or ndarray of int
-        The text itself; the path of a file in UTF-8 (a str that ends in ``.txt``); several texts,
-        which are joined; or tokens: one long row, or windows of shape (samples, window) as they
-        are to be used.
-    samples, window : int
-        How many windows of how many tokens. A tokenizer that begins texts with a token of its own
-        has it begin each window.
-    seed : int, default=0
-        The same seed gives the same tokens.
-
-    Returns
-    -------
-    ndarray of shape (samples, window), int32
-
-    Raises
-    ------
-    ValueError
-        If the text is empty or has too few tokens.
-
-    Examples
-    --------
-    >>> windows(None, np.arange(100), samples=2, window=4, seed=1)
-    array([[24, 25, 26, 27],
-           [94, 95, 96, 97]], dtype=int32)
-    """
-    if samples < 1 or window < 2:
-        raise ValueError(f"samples = {samples}, window = {window}: expected at least 1 and 2")
-    if isinstance(text, np.ndarray) and text.ndim == 2:
-        return np.ascontiguousarray(text, np.int32)
-    tokens = tokenize(tokenizer, text)
-    begins = tokenizer is not None and tokenizer.adds_bos and not isinstance(text, np.ndarray)
-    length = window - begins
-    needed = length + samples - 1
-    if len(tokens) < needed:
-        raise ValueError(
-            f"text has {len(tokens)} tokens; {samples} windows of {window} need at least {needed}"
-        )
-    # One window begins in each of `samples` equal parts of the places where one can.
-    places = len(tokens) - length + 1
-    parts = np.arange(samples) + np.random.default_rng(seed).random(samples)
-    starts = (parts * places / samples).astype(np.int64)
-    cut = np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
-    if begins:
-        assert tokenizer is not None
-        assert tokenizer.bos_id is not None
-        cut = np.insert(cut, 0, tokenizer.bos_id, axis=1)
-    return np.ascontiguousarray(cut, np.int32)
-
-
-def tokenize(tokenizer: Tokenizer | None, text: Text) -> NDArray[np.integer[Any]]:
-    """Return the tokens (t,) of a text in any of the forms that `windows` takes."""
-    if isinstance(text, np.ndarray):
-        if text.ndim != 1 or text.dtype.kind not in "iu":
-            raise ValueError(
-                f"tokens have shape {text.shape} and dtype {text.dtype}, expected (t,) integers"
-            )
-        return text
-    if isinstance(text, os.PathLike) or (isinstance(text, str) and text.endswith(".txt")):
-        text = Path(text).read_text(encoding="utf-8")
-    if not isinstance(text, str):
-        parts = list(text) if isinstance(text, Sequence) else [text]
-        if not all(isinstance(part, str) for part in parts):
-            raise TypeError(
-                f"text is {type(text).__name__}, expected str, path, sequence of str or ndarray"
-            )
-        text = "\n\n".join(parts)
-    if not text.strip():
-        raise ValueError("text is empty")
-    if tokenizer is None:
-        raise ValueError("the model has no tokenizer: give tokens instead of text")
-    return tokenizer.encode(text)
 
 
 class Hessian:

@@ -13,12 +13,10 @@ import importlib.util
 import json
 import math
 import os
-import pydoc_data.topics
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from tqdm import tqdm
 
 import lowbitq as lq
 from lowbitq import plots, roofline
+from lowbitq.texts import Texts, read_texts
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
 
@@ -397,49 +396,6 @@ def _demo_line(row: dict[str, Any]) -> str:
         f"{row['perplexity']['value']:10.2f} {f'{low:.1f} to {high:.1f}':>15} "
         f"{row['kl']['value']:7.4f} {row['agreement']['value']:9.1%} "
         f"{'-' if seconds is None else format(seconds, '.0f'):>7}\n"
-    )
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What to calibrate on and what to predict, with their names for people."""
-
-    calibration: str
-    held_out: str
-    calibrated_on: str
-    predicted: str
-
-
-def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
-    """Text from a file (in two halves, or the same for both), LOWBITQ_DATA or Python's help."""
-    if path is not None:
-        text = path.read_text(encoding="utf-8")
-        if not halves:
-            return Texts(text, text, str(path), str(path))
-        middle = len(text) // 2
-        return Texts(
-            text[:middle], text[middle:], f"the first half of {path}", f"the second half of {path}"
-        )
-    folder = os.environ.get("LOWBITQ_DATA")
-    if folder:
-        calibration, held_out = (
-            (Path(folder) / name).read_text(encoding="utf-8")
-            for name in ("wikitext2-valid.txt", "wikitext2-test.txt")
-        )
-        return Texts(calibration, held_out, "wikitext2-valid.txt", "wikitext2-test.txt")
-    topics = [
-        [paragraph.strip("\n") for paragraph in text.split("\n\n")]
-        for _, text in sorted(pydoc_data.topics.topics.items())
-    ]
-    # Topics share a fifth of their paragraphs: what was calibrated on is not predicted.
-    first = [paragraph for topic in topics[::2] for paragraph in topic]
-    second = [paragraph for topic in topics[1::2] for paragraph in topic]
-    seen = set(first)
-    return Texts(
-        "\n\n".join(first),
-        "\n\n".join(paragraph for paragraph in second if paragraph not in seen),
-        "one half of Python's help topics",
-        "the other half of Python's help topics",
     )
 
 

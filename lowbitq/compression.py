@@ -20,10 +20,8 @@ from lowbitq.calibration import (
     READERS,
     Hessian,
     Statistics,
-    Text,
     load_arrays,
     save_arrays,
-    windows,
 )
 from lowbitq.formats import Format
 from lowbitq.gptq import Feedback, feedback, gptq
@@ -34,6 +32,7 @@ from lowbitq.plans import Plan
 from lowbitq.quantizers import quantize, relative_error
 from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
+from lowbitq.texts import Text, default_text, windows
 
 Array = NDArray[np.float32]
 Record = dict[str, Any]
@@ -87,7 +86,7 @@ def compress(
     stats : Statistics, default=None
         From `calibrate`: its tokens are used.
     text : str, path, sequence of str or ndarray of int, default=None
-        Calibration text, as for `lowbitq.calibration.windows`. None: Python's own
+        Calibration text, as for `lowbitq.texts.windows`. None: Python's own
         ``pydoc_data.topics``, English about Python of which every machine has a copy. Text like
         the one that matters gives a better model.
     samples, window : int
@@ -207,19 +206,6 @@ def _tokens(
         window=window,
         seed=plan.seed,
     )
-
-
-def default_text() -> str:
-    """Return the calibration text for want of any other: the topics of Python's own help.
-
-    Returns
-    -------
-    str
-        About 700 kB of English and code.
-    """
-    from pydoc_data import topics
-
-    return "\n\n".join(topics.topics.values())
 
 
 def _unfinished(source: Model, plan: Plan) -> QuantizedModel:

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.calibration import Text, tokenize
 from lowbitq.models.decoder import Model
+from lowbitq.texts import Text, tokenize
 
 Progress: TypeAlias = Callable[[int, int], object]
 
@@ -192,7 +192,7 @@ def perplexity(
     ----------
     model : Model
     text : str, path, sequence of str or ndarray of int of shape (t,)
-        As for `lowbitq.calibration.windows`. A tokenizer that begins texts with a BOS token puts
+        As for `lowbitq.texts.windows`. A tokenizer that begins texts with a BOS token puts
         one at the start of the text; none is added to windows.
     window : int, default=2048
         Tokens per window. What is left at the end is not scored, unless it is all there is.

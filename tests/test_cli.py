@@ -123,30 +123,6 @@ def test_demo_model_is_that_of_the_environment(monkeypatch):
     assert cli.demo_model() == Path("/somewhere/model.gguf")
 
 
-def test_text_of_a_file_is_halved(tmp_path):
-    (tmp_path / "text.txt").write_text("abcdef", encoding="utf-8")
-    texts = cli.read_texts(tmp_path / "text.txt", halves=True)
-    assert (texts.calibration, texts.held_out) == ("abc", "def")
-    assert cli.read_texts(tmp_path / "text.txt").held_out == "abcdef"
-
-
-def test_text_of_the_data_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOWBITQ_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"wikitext2-valid\.txt"):
-        cli.read_texts(None)
-    (tmp_path / "wikitext2-valid.txt").write_text("valid")
-    (tmp_path / "wikitext2-test.txt").write_text("test")
-    texts = cli.read_texts(None)
-    assert (texts.calibration, texts.held_out) == ("valid", "test")
-
-
-def test_text_of_last_resort_shares_no_topic(monkeypatch):
-    monkeypatch.delenv("LOWBITQ_DATA", raising=False)
-    texts = cli.read_texts(None)
-    assert min(len(texts.calibration), len(texts.held_out)) > 100_000
-    assert not set(texts.calibration.split("\n\n")) & set(texts.held_out.split("\n\n"))
-
-
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.txt"

@@ -14,7 +14,7 @@ from random_model import random_model, random_tokens
 
 from lowbitq._core import FormatError
 from lowbitq.calibration import calibrate
-from lowbitq.compression import compress, default_text
+from lowbitq.compression import compress
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.plans import Plan
@@ -244,10 +244,6 @@ def test_refusals():
     model.embedding.weight[5, 6] = np.inf
     with pytest.raises(ValueError, match=r"embed_tokens has a NaN or an infinity at \[5, 6\]"):
         compress(model, "int4g32", text=TOKENS)
-
-
-def test_the_default_text_is_long():
-    assert len(default_text()) > 300_000
 
 
 # --- work_dir -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from lowbitq import _core, generation
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.tokenizer import Tokenizer
+from lowbitq.models.tokens import token_array
 from lowbitq.rotations import Rotation
 
 AnyLinear = Linear | QuantizedLinear
@@ -432,23 +433,16 @@ class Model:
 
     def _tokens(self, tokens: ArrayLike, past: int = 0) -> NDArray[np.int32]:
         """Return tokens as the C decoder wants them."""
-        array = np.asarray(tokens)
-        if array.ndim != 1 or not array.size:
+        array = token_array(tokens, self.config.vocab_size)
+        if not array.size:
             raise ValueError(f"tokens has shape {array.shape}, expected (t,) with t >= 1")
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"tokens has dtype {array.dtype}, expected integers")
-        low, high = int(array.min()), int(array.max())
-        if low < 0 or high >= self.config.vocab_size:
-            raise ValueError(
-                f"tokens has {low if low < 0 else high}, expected 0 to {self.config.vocab_size - 1}"
-            )
         window = self.config.sliding_window
         if window is not None and past + array.size > window:
             raise ValueError(
                 f"{past + array.size} tokens exceed the sliding window of {window}, "
                 "beyond which attention is not implemented"
             )
-        return np.ascontiguousarray(array, np.int32)
+        return array
 
     def _decoder(self) -> Any:
         """Return the C decoder of the model as it is now."""

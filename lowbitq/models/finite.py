@@ -1,0 +1,77 @@
+"""Whether every number of a model is finite, and if not, which one is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq.linears import Linear
+from lowbitq.models.decoder import EMBEDDING, HEAD, LINEARS, AnyLinear, Model
+from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
+from lowbitq.models.quantized import RESIDUAL_ROTATION
+from lowbitq.rotations import Rotation
+
+
+def check_finite(model: Model) -> None:
+    """Raise ValueError if a number of a model is a NaN or an infinity.
+
+    Parameters
+    ----------
+    model : Model
+        Of quantized layers, scales and offsets are looked at.
+
+    Raises
+    ------
+    ValueError
+        Names the first such tensor on the way from the embedding to the head, as Hugging Face does,
+        and the place in it.
+
+    Examples
+    --------
+    >>> model.final_norm[7] = np.nan  # doctest: +SKIP
+    >>> check_finite(model)  # doctest: +SKIP
+    Traceback (most recent call last):
+    ValueError: model.norm.weight has a NaN or an infinity at [7]
+    """
+    for name, array in _arrays(model):
+        finite = np.isfinite(array)
+        if not finite.all():
+            place = np.unravel_index(finite.argmin(), finite.shape)
+            raise ValueError(
+                f"{name} has a NaN or an infinity at [{', '.join(str(int(i)) for i in place)}]"
+            )
+
+
+def _arrays(model: Model) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    yield from _layer_arrays(EMBEDDING, model.embedding)
+    yield from _rotation_arrays(RESIDUAL_ROTATION, model.residual_rotation)
+    for index, block in enumerate(model.blocks):
+        for field, (name, _) in NORM_NAMES.items():
+            if (gain := getattr(block, field)) is not None:
+                yield HF_BLOCK.format(index, name) + ".weight", gain
+        for key, folder in LINEARS.items():
+            yield from _layer_arrays(HF_BLOCK.format(index, f"{folder}.{key}"), block.linears[key])
+    yield OUTER_NAMES["final_norm"][0], model.final_norm
+    if model.head is not None:
+        yield from _layer_arrays(HEAD, model.head)
+
+
+def _layer_arrays(name: str, linear: AnyLinear) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    yield from _rotation_arrays(f"{name}.rotation", linear.rotation)
+    if isinstance(linear, Linear):
+        yield f"{name}.weight", linear.weight
+    else:
+        yield f"{name}.scale", linear.tensor.scale
+        yield f"{name}.offset", linear.tensor.offset
+    if linear.bias is not None:
+        yield f"{name}.bias", linear.bias
+
+
+def _rotation_arrays(
+    name: str, rotation: Rotation | None
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    if rotation is not None:
+        for part, array in rotation.to_arrays().items():
+            yield f"{name}.{part}", array

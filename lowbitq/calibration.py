@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq._core import FormatError
+from lowbitq._core import FormatError, NumericalError
 from lowbitq.models.decoder import Model
+from lowbitq.models.finite import check_finite
 from lowbitq.texts import Text, windows
 
 Array = NDArray[np.float32]
@@ -212,14 +213,20 @@ def calibrate(
     Raises
     ------
     ValueError
-        If the text is empty or has too few tokens.
+        If a number of the model is a NaN or an infinity, or text and `window` do not fit the model
+        (as for `windows`).
+    NumericalError
+        If what a layer reads is a NaN, an infinity or too large to square in float32.
 
     Examples
     --------
     >>> stats = calibrate(model, "wikitext2-valid.txt", samples=32)  # doctest: +SKIP
     >>> stats.max_abs["model.layers.11.mlp.down_proj"].max()  # doctest: +SKIP
     """
-    tokens = windows(model.tokenizer, text, samples=samples, window=window, seed=seed)
+    check_finite(model)
+    tokens = windows(
+        model.tokenizer, text, samples=samples, window=window, seed=seed, config=model.config
+    )
     residual = np.stack([model.embed(row) for row in tokens])
     stats = Statistics(tokens, {}, {}, [])
     report = _reporter(progress, len(model.blocks))
@@ -275,7 +282,13 @@ class _Seen:
         self.hessian: Hessian | None = None
 
     def add(self, sample: int, x: Array) -> None:
-        squares = np.square(x).sum(0, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            squares = np.square(x).sum(0, dtype=np.float64)
+        if not (finite := np.isfinite(squares)).all():
+            raise NumericalError(
+                f"the input of {self.layer} has a NaN, an infinity or a number too large to square "
+                f"in channel {finite.argmin()} of sample {sample}"
+            )
         largest = abs(x).max(0)
         typical = float(np.sqrt(np.median(squares) / len(x)))
         for channel in np.flatnonzero(largest > MASSIVE * typical):

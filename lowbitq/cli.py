@@ -279,7 +279,7 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measure a model, alone or against another."""
-    text = read_texts(options.text).held_out if options.text is None else options.text
+    text = read_texts(options.text).held_out
     model = _load(options.model)
     reference = _load(options.reference) if options.reference else None
     with _bar("evaluating") as progress:

@@ -27,12 +27,13 @@ from lowbitq.formats import Format
 from lowbitq.gptq import Feedback, feedback, gptq
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Model
+from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.plans import Plan
 from lowbitq.quantizers import quantize, relative_error
 from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
-from lowbitq.texts import Text, default_text, windows
+from lowbitq.texts import Text, fallback_texts, windows
 
 Array = NDArray[np.float32]
 Record = dict[str, Any]
@@ -85,10 +86,10 @@ def compress(
         A format stands for ``Plan.uniform(model, format, **options)``.
     stats : Statistics, default=None
         From `calibrate`: its tokens are used.
-    text : str, path, sequence of str or ndarray of int, default=None
-        Calibration text, as for `lowbitq.texts.windows`. None: Python's own
-        ``pydoc_data.topics``, English about Python of which every machine has a copy. Text like
-        the one that matters gives a better model.
+    text : str, path, sequence of str or of paths, or array_like of int, default=None
+        Calibration text, as for `lowbitq.texts.windows`. None: half of Python's own
+        ``pydoc_data.topics``, English about Python of which every machine has a copy; it has room
+        for about 30 windows of 2048 tokens. Text like the one that matters gives a better model.
     samples, window : int
         Windows of how many tokens to take from the text.
     work_dir : path, default=None
@@ -112,7 +113,8 @@ def compress(
     Raises
     ------
     ValueError
-        If the plan does not fit the model, the text has too few tokens, or `work_dir` belongs to
+        If the plan does not fit the model, a number of the model is a NaN or an infinity, text and
+        `window` do not fit the model (as for `lowbitq.texts.windows`), or `work_dir` belongs to
         another model, plan or text.
     TypeError
         If options are given beside a Plan.
@@ -179,12 +181,10 @@ def _check(model: Model, plan: Plan) -> None:
     if set(names) != set(plan.layers):
         missing = sorted(set(names) - set(plan.layers)) or sorted(set(plan.layers) - set(names))
         raise ValueError(f"the plan is for another model: {missing[0]!r} is in only one of them")
-    for name, linear in [*_outer(model, plan), *model.linears()]:
+    for _, linear in [*_outer(model, plan), *model.linears()]:
         if not isinstance(linear, Linear):
             raise ValueError("model is quantized already; compress the float original")
-        if not (finite := np.isfinite(linear.weight)).all():
-            row, column = np.argwhere(~finite)[0]
-            raise ValueError(f"{name} has a NaN or an infinity at [{row}, {column}]")
+    check_finite(model)
 
 
 def _tokens(
@@ -196,15 +196,18 @@ def _tokens(
     window: int,
 ) -> NDArray[np.int32]:
     if stats is not None:
+        if not isinstance(stats, Statistics):
+            raise TypeError(f"stats is {type(stats).__name__}, expected Statistics; is it text=?")
         if text is not None:
             raise TypeError("text and stats are both given; the tokens of stats would be used")
-        return stats.tokens
+        text = stats.tokens
     return windows(
         model.tokenizer,
-        default_text() if text is None else text,
+        fallback_texts().calibration if text is None else text,
         samples=samples,
         window=window,
         seed=plan.seed,
+        config=model.config,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbitq._core import FormatError
+from lowbitq.models.config import ModelConfig
 from lowbitq.models.tokenizer import Tokenizer
+from lowbitq.models.tokens import token_array
 
-Text = str | os.PathLike[str] | Sequence[str] | NDArray[np.integer[Any]]
+Part = str | os.PathLike[str]
+Text = Part | Sequence[Part] | Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]]
+
+# One word with a slash, or one line that ends in a suffix; prose of this kind is no text to
+# calibrate on. 255 bytes is the longest name of a file, and some languages write without spaces.
+_PATH_LIKE = re.compile(r"\S*/\S*|.*\.[A-Za-z]\w{0,9}", re.ASCII)
+_LONGEST_NAME = 255
 
 
 def windows(
@@ -23,6 +34,7 @@ def windows(
     samples: int = 128,
     window: int = 2048,
     seed: int = 0,
+    config: ModelConfig | None = None,
 ) -> NDArray[np.int32]:
     """Cut a text into windows at random places, spread evenly over it.
 
@@ -30,15 +42,19 @@ def windows(
     ----------
     tokenizer : Tokenizer or None
         None is enough if `text` is tokens.
-    text : str, path, sequence of str or ndarray of int
-        The text itself; the path of a file in UTF-8 (a str that ends in ``.txt``); several texts,
-        which are joined; or tokens: one long row, or windows of shape (samples, window) as they
-        are to be used.
+    text : str, path, sequence of str or of paths, or array_like of int
+        The text itself; the path of a file in UTF-8; several texts or files, which are joined by an
+        empty line; or tokens: one long row, or windows of shape (samples, window) as they are to be
+        used. `plain_text` says which str is a path.
     samples, window : int
         How many windows of how many tokens. A tokenizer that begins texts with a token of its own
-        has it begin each window.
+        has it begin each window. A text with fewer than ``samples * window`` tokens gives as many
+        windows as it has room for, which do not overlap, and a warning.
     seed : int, default=0
         The same seed gives the same tokens.
+    config : ModelConfig, default=None
+        Of the model that is to read the windows: tokens must be in its vocabulary, and `window` not
+        beyond its positions. None: not checked.
 
     Returns
     -------
@@ -47,7 +63,12 @@ def windows(
     Raises
     ------
     ValueError
-        If the text is empty or has too few tokens.
+        If the text is empty or has no room for one window, the windows are longer than the model's
+        positions, or a token is not in its vocabulary.
+    TypeError
+        If `text` is none of the above, or tokens are not integers.
+    OSError, FormatError
+        If a file cannot be read or is not in UTF-8.
 
     Examples
     --------
@@ -55,65 +76,200 @@ def windows(
     array([[24, 25, 26, 27],
            [94, 95, 96, 97]], dtype=int32)
     """
-    if samples < 1 or window < 2:
-        raise ValueError(f"samples = {samples}, window = {window}: expected at least 1 and 2")
-    if isinstance(text, np.ndarray) and text.ndim == 2:
-        return np.ascontiguousarray(text, np.int32)
-    tokens = tokenize(tokenizer, text)
-    begins = tokenizer is not None and tokenizer.adds_bos and not isinstance(text, np.ndarray)
-    length = window - begins
-    needed = length + samples - 1
-    if len(tokens) < needed:
-        raise ValueError(
-            f"text has {len(tokens)} tokens; {samples} windows of {window} need at least {needed}"
-        )
-    # One window begins in each of `samples` equal parts of the places where one can.
-    places = len(tokens) - length + 1
-    parts = np.arange(samples) + np.random.default_rng(seed).random(samples)
-    starts = (parts * places / samples).astype(np.int64)
-    cut = np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
-    if begins:
-        assert tokenizer is not None
-        assert tokenizer.bos_id is not None
-        cut = np.insert(cut, 0, tokenizer.bos_id, axis=1)
-    return np.ascontiguousarray(cut, np.int32)
-
-
-def tokenize(tokenizer: Tokenizer | None, text: Text) -> NDArray[np.integer[Any]]:
-    """Return the tokens (t,) of a text in any of the forms that `windows` takes."""
-    if isinstance(text, np.ndarray):
-        if text.ndim != 1 or text.dtype.kind not in "iu":
+    check_count("samples", samples, 1)
+    check_count("window", window, 2)
+    vocab_size = None if config is None else config.vocab_size
+    tokens = tokenize(tokenizer, text, vocab_size, axes=(1, 2))
+    if tokens.ndim == 2:
+        if len(tokens) < 1 or tokens.shape[1] < 2:
             raise ValueError(
-                f"tokens have shape {text.shape} and dtype {text.dtype}, expected (t,) integers"
+                f"text has shape {tokens.shape}, expected at least one window of at least 2 tokens"
             )
-        return text
-    if isinstance(text, os.PathLike) or (isinstance(text, str) and text.endswith(".txt")):
-        text = Path(text).read_text(encoding="utf-8")
-    if not isinstance(text, str):
-        parts = list(text) if isinstance(text, Sequence) else [text]
-        if not all(isinstance(part, str) for part in parts):
-            raise TypeError(
-                f"text is {type(text).__name__}, expected str, path, sequence of str or ndarray"
-            )
-        text = "\n\n".join(parts)
-    if not text.strip():
-        raise ValueError("text is empty")
+        check_positions(tokens.shape[1], config)
+        return tokens
+    check_positions(window, config)
+    if tokenizer is None or not tokenizer.adds_bos or is_tokens(text):
+        return tokens[_places(len(tokens), samples, window, seed)]
+    # Each window has a BOS of its own; the one that begins the text is not cut with it.
+    bos = tokenizer.bos_id
+    assert bos is not None
+    begun = int(tokens[:1].tolist() == [bos])
+    places = _places(len(tokens), samples, window, seed, begun=begun, own=1)
+    return np.insert(tokens[places], 0, bos, axis=1)
+
+
+def _places(
+    count: int, samples: int, window: int, seed: int, *, begun: int = 0, own: int = 0
+) -> NDArray[np.int64]:
+    """Choose the windows of a text of `count` tokens; those before `begun` are in none.
+
+    Returns
+    -------
+    ndarray of shape (samples, window - own), int64
+        The places of their tokens; fewer samples, with a warning, where there is no room.
+    """
+    length = window - own
+    room = (count - begun) // length
+    if room < 1:
+        raise ValueError(
+            f"text has {count} tokens, fewer than one window of {window}: "
+            "give a longer text or a smaller window"
+        )
+    last = count - length
+    if samples <= room:
+        # One window begins in each of `samples` equal parts of the places where one can.
+        parts = np.arange(samples) + np.random.default_rng(seed).random(samples)
+        starts = np.maximum((parts * (last + 1) / samples).astype(np.int64), begun)
+    else:
+        warnings.warn(
+            f"text has {count} tokens, but {samples} windows of {window} need {samples * window}: "
+            f"only the {room} windows that it has room for are used; give a longer text or "
+            f"samples={room}",
+            stacklevel=4,
+        )
+        starts = begun + np.arange(room) * (last - begun) // max(room - 1, 1)
+    return starts[:, None] + np.arange(length)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raise TypeError or ValueError unless a number of windows or tokens is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected at least {least}")
+
+
+def check_positions(window: int, config: ModelConfig | None, *, of: str = "model") -> None:
+    """Raise ValueError if windows are longer than the positions of a model."""
+    if config is not None and window > config.max_positions:
+        raise ValueError(
+            f"window is {window}, but the {of} has {config.max_positions} positions: "
+            f"give window={config.max_positions} or less"
+        )
+
+
+def is_tokens(text: Text) -> bool:
+    """Whether a text is given as tokens: an array, or a sequence without a str or path in it."""
+    if isinstance(text, str | bytes | bytearray | memoryview):  # sequences, and np.str_ an array
+        return False
+    if isinstance(text, Sequence):
+        return len(text) > 0 and not any(isinstance(part, str | os.PathLike) for part in text)
+    return hasattr(text, "__array__")
+
+
+def tokenize(
+    tokenizer: Tokenizer | None,
+    text: Text,
+    vocab_size: int | None = None,
+    *,
+    axes: Sequence[int] = (1,),
+) -> NDArray[np.int32]:
+    """Return the tokens of a text in any of the forms that `windows` takes.
+
+    Parameters
+    ----------
+    tokenizer, text
+        As for `windows`.
+    vocab_size : int, default=None
+        Of the model: every token must be below it.
+    axes : sequence of int, default=(1,)
+        Numbers of axes that given tokens may have.
+
+    Returns
+    -------
+    ndarray of shape (t,), or of the shape of the given tokens, int32
+    """
+    if is_tokens(text):
+        return token_array(text, vocab_size, name="text", axes=axes)
+    plain = plain_text(text)
     if tokenizer is None:
         raise ValueError("the model has no tokenizer: give tokens instead of text")
-    return tokenizer.encode(text)
+    return token_array(tokenizer.encode(plain), vocab_size, name="text")
 
 
-def default_text() -> str:
-    """Return the calibration text for want of any other: the topics of Python's own help.
+def plain_text(text: Text) -> str:
+    """Return a text that is not given as tokens as one str.
+
+    Parameters
+    ----------
+    text : str, path, or sequence of them
+        A str is taken for the path of a file if one of that name exists, or if it is one word with
+        a slash or one line that ends in a suffix, such as ``wiki.test.raw``, of 255 characters at
+        most. Any other str is the text itself; a line break at the end makes every str one. The
+        strs of a sequence are paths if all are, else all are texts.
 
     Returns
     -------
     str
-        About 700 kB of English and code.
-    """
-    from pydoc_data import topics
+        The texts, with an empty line between them.
 
-    return "\n\n".join(topics.topics.values())
+    Raises
+    ------
+    TypeError
+        If `text` is something else.
+    ValueError
+        If it is blank.
+    OSError, FormatError
+        As `read_text`.
+    """
+    given: Any = [text] if isinstance(text, str | os.PathLike) else text
+    if not isinstance(given, Sequence) or not all(
+        isinstance(part, str | os.PathLike) for part in given
+    ):
+        raise TypeError(
+            f"text is {type(text).__name__}, expected str, path, sequence of str or of paths, or "
+            "array of int"
+        )
+    parts: list[Part] = list(given)
+    paths = all(_is_path(part) for part in parts)
+    joined = "\n\n".join(
+        part if isinstance(part, str) and not paths else read_text(part) for part in parts
+    )
+    if not joined.strip():
+        raise ValueError("text is empty")
+    return joined
+
+
+def _is_path(part: Part) -> bool:
+    if not isinstance(part, str) or os.path.exists(part):
+        return True
+    return len(part) <= _LONGEST_NAME and _PATH_LIKE.fullmatch(part) is not None
+
+
+def read_text(path: Part) -> str:
+    """Read a file in UTF-8; line ends become ``\\n``.
+
+    Parameters
+    ----------
+    path : str or path
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    FormatError
+        If it is not in UTF-8, with the byte offset.
+    ValueError
+        If there is no text in it.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        remedy = "; if this is the text itself, end it with a line break"
+        raise FileNotFoundError(
+            f"{path}: no such file{remedy if isinstance(path, str) else ''}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: byte {error.start}: not UTF-8") from error
+    except ValueError as error:  # a NUL or half of a surrogate pair in the name
+        raise ValueError(f"{os.fspath(path)!r} cannot be the name of a file: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 @dataclass(frozen=True)
@@ -129,7 +285,7 @@ class Texts:
 def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
     """Text from a file (in two halves, or the same for both), LOWBITQ_DATA or Python's help."""
     if path is not None:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         if not halves:
             return Texts(text, text, str(path), str(path))
         middle = len(text) // 2
@@ -138,18 +294,27 @@ def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
         )
     folder = os.environ.get("LOWBITQ_DATA")
     if folder:
-        calibration, held_out = (
-            (Path(folder) / name).read_text(encoding="utf-8")
-            for name in ("wikitext2-valid.txt", "wikitext2-test.txt")
-        )
-        return Texts(calibration, held_out, "wikitext2-valid.txt", "wikitext2-test.txt")
+        names = "wikitext2-valid.txt", "wikitext2-test.txt"
+        calibration, held_out = (read_text(Path(folder) / name) for name in names)
+        return Texts(calibration, held_out, *names)
+    return fallback_texts()
+
+
+def fallback_texts() -> Texts:
+    """Return English that every machine has: the topics of Python's own help, in two halves.
+
+    Returns
+    -------
+    Texts
+        About 60,000 tokens to calibrate on and 40,000 to predict. Topics share a fifth of their
+        paragraphs; those of the first half are left out of the second.
+    """
     from pydoc_data import topics
 
     paragraphs = [
         [paragraph.strip("\n") for paragraph in text.split("\n\n")]
         for _, text in sorted(topics.topics.items())
     ]
-    # Topics share a fifth of their paragraphs: what was calibrated on is not predicted.
     first = [paragraph for topic in paragraphs[::2] for paragraph in topic]
     second = [paragraph for topic in paragraphs[1::2] for paragraph in topic]
     seen = set(first)

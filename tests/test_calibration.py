@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from random_model import random_model, random_tokens
 
-from lowbitq._core import FormatError
+from lowbitq._core import FormatError, NumericalError
 from lowbitq.calibration import Statistics, calibrate
 
 
@@ -69,6 +69,14 @@ def test_a_massive_activation_is_found():
     assert found[1].position == abs(column).argmax()
     assert found[1].value == column[found[1].position]
     assert found[1].ratio > 1000
+
+
+@pytest.mark.parametrize("gain", [1e25, 3e38])
+def test_an_input_beyond_float32_is_named(gain):
+    model = random_model(layers=2)
+    model.blocks[1].mlp_norm[7] = gain
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.gate_proj .* channel 7 of"):
+        calibrate(model, random_tokens(40).reshape(2, 20))
 
 
 @pytest.mark.parametrize("hessians", [False, True])

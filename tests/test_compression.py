@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from random_model import random_model, random_tokens
 
 from lowbitq._core import FormatError
-from lowbitq.calibration import calibrate
+from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.quantized import QuantizedModel
@@ -232,18 +234,73 @@ def test_refusals():
         compress(model, "int9g32", text=TOKENS)
     with pytest.raises(TypeError, match="colour"):
         compress(model, "int4g32", text=TOKENS, colour="red")
-    with pytest.raises(ValueError, match="need at least 67"):
-        compress(model, "int4g32", text=np.arange(50), samples=4, window=64)
     small = compress(model, "int4g32", method="rtn")
     with pytest.raises(ValueError, match="already"):
         compress(small, "int4g32", text=TOKENS)
-    model.blocks[1].linears["q_proj"].weight[3, 4] = np.nan
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj has a NaN .* at \[3, 4\]"):
-        compress(model, "int4g32", text=TOKENS)
+    with pytest.raises(TypeError, match="stats is str, expected Statistics"):
+        compress(model, "int4g32", "a text")
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (TOKENS + 0.5, TypeError, "text has dtype float64"),
+        (TOKENS > 5, TypeError, "text has dtype bool"),
+        (TOKENS + 100, ValueError, r"text has \d+, expected 0 to 99"),
+        (TOKENS.astype(np.int64) + 2**32, ValueError, r"text has 42949673\d\d, expected 0 to 99"),
+        (TOKENS[0] - 50, ValueError, r"text has -\d+, expected 0 to 99"),
+        (TOKENS[:, :1], ValueError, r"text has shape \(8, 1\), expected at least one window"),
+        (TOKENS[:0], ValueError, r"text has shape \(0, 64\), expected at least one window"),
+        (np.arange(50), ValueError, "text has 50 tokens, fewer than one window of 64"),
+        (np.zeros((1, 2049), int), ValueError, "window is 2049, but the model has 2048 positions"),
+        ("text", ValueError, "no tokenizer"),
+    ],
+)
+def test_text_is_checked_before_work_begins(tmp_path, text, error, message):
+    model, work = random_model(), tmp_path / "work"
+    with pytest.raises(error, match=message):
+        compress(model, "int4g32", text=text, samples=4, window=64, work_dir=work)
+    with pytest.raises(error, match=message):
+        calibrate(model, text, samples=4, window=64)
+    if isinstance(text, np.ndarray) and text.ndim == 2:
+        with pytest.raises(error, match=message):
+            compress(model, "int4g32", Statistics(text, {}, {}, []), work_dir=work)
+    assert not work.exists()
+
+
+def test_windows_are_not_longer_than_the_positions():
+    """The default is 2048: the error says what to give instead."""
     model = random_model()
-    model.embedding.weight[5, 6] = np.inf
-    with pytest.raises(ValueError, match=r"embed_tokens has a NaN or an infinity at \[5, 6\]"):
-        compress(model, "int4g32", text=TOKENS)
+    model.config = replace(model.config, max_positions=1024)
+    for run in (calibrate, lambda model, text: compress(model, "int4g32", text=text)):
+        with pytest.raises(ValueError, match=r"window is 2048, but .* 1024 .* give window=1024"):
+            run(model, np.arange(5000) % 100)
+
+
+@pytest.mark.parametrize("options", [
+    {"method": "gptq"}, {"method": "rtn"}, {"method": "rtn", "embedding": None},
+    {"rotation": "none"},
+])  # fmt: skip
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_is_not_finite_is_refused(options, value):
+    """Wherever it is not; in a matrix, a norm within, and one that no block reads."""
+    for name, place, array in [
+        ("model.layers.1.self_attn.q_proj.weight", (3, 4), lambda m: linear_of(m, 1).weight),
+        ("model.embed_tokens.weight", (5, 6), lambda m: m.embedding.weight),
+        ("model.layers.2.input_layernorm.weight", (9,), lambda m: m.blocks[2].attention_norm),
+        ("model.norm.weight", (7,), lambda m: m.final_norm),
+    ]:
+        model = random_model()
+        array(model)[place] = value
+        where = f"{name} has a NaN or an infinity at [{', '.join(map(str, place))}]"
+        with pytest.raises(ValueError, match=re.escape(where)):
+            compress(model, "int4g32", text=TOKENS, **options)
+        with pytest.raises(ValueError, match=re.escape(where)):
+            calibrate(model, TOKENS)
+
+
+def linear_of(model, index):
+    return model.blocks[index].linears["q_proj"]
 
 
 # --- work_dir -------------------------------------------------------------------------------------

@@ -302,6 +302,23 @@ class Tokenizer:
         with refusing(self._source):
             return self._backend.decode(array.tolist(), skip_special_tokens=skip_special)
 
+    def vocabulary(self) -> dict[str, int]:
+        """Return all tokens, added ones too.
+
+        Returns
+        -------
+        dict of str to int
+            From the string that stands for a token to its number.
+
+        Examples
+        --------
+        >>> from tokenizers import Tokenizer as Backend, models
+        >>> Tokenizer(Backend(models.WordLevel({"hi": 0}))).vocabulary()
+        {'hi': 0}
+        """
+        with refusing(self._source):
+            return self._backend.get_vocab()
+
     def stream(
         self, tokens: Iterable[int], *, after: ArrayLike = (), skip_special: bool = False
     ) -> Iterator[str]:

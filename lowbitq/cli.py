@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import lowbitq as lq
 from lowbitq import plots, roofline
-from lowbitq.texts import Texts, read_texts
+from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
 
@@ -332,7 +332,16 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Quantize SmolLM2-135M three times and compare the results, each as it comes."""
     path = demo_model()
     texts = read_texts(options.text, halves=True)
-    calibration = f"{options.samples} windows of {options.window} tokens of {texts.calibrated_on}"
+    model = _load(path)
+    tokens = windows(
+        model.tokenizer,
+        texts.calibration,
+        samples=options.samples,
+        window=options.window,
+        seed=options.seed,
+        config=model.config,
+    )
+    calibration = f"{len(tokens)} windows of {options.window} tokens of {texts.calibrated_on}"
     head = [
         f"{path.name}: {DEMO_NOTE}",
         f"Hadamard rotation and GPTQ on {calibration}. Prediction of {texts.predicted}.",
@@ -341,7 +350,6 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{'KL':>7} {'agreement':>9} {'seconds':>7}",
     ]
     _show(options, "\n".join([*head, ""]))
-    model = _load(path)
     rows = []
     for name in ("float32", "int4g64", "int3g64", "int2g64"):
         tested, seconds = model, None
@@ -350,9 +358,7 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             tested = small = lq.compress(
                 model,
                 name,
-                text=texts.calibration,
-                samples=options.samples,
-                window=options.window,
+                text=tokens,
                 progress=sys.stderr.isatty(),
                 seed=options.seed,
             )

@@ -250,6 +250,24 @@ def test_evaluate(capsys, tiny_folder, text_file, quantize):
     assert "ln ratio" in shown
 
 
+@pytest.mark.parametrize("command", [["evaluate"], ["quantize", "out"]])
+def test_text_in_another_encoding_is_one_line(capsys, tiny_folder, tmp_path, command):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"na\xefve")
+    code, out, err = run(capsys, command[0], tiny_folder, *command[1:], "--text", path)
+    assert (code, out, err) == (1, "", [f"lowbitq: {path}: byte 2: not UTF-8"])
+
+
+def test_windows_longer_than_the_positions_are_one_line(capsys, tiny_folder, text_file):
+    arguments = ["evaluate", tiny_folder, "--text", text_file, "--window", 5000]
+    text_file.write_text("A word. " * 1000)
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err == [
+        "lowbitq: window is 5000, but the model has 4096 positions: give window=4096 or less"
+    ]
+
+
 def test_generate(capsys, tiny_folder):
     arguments = ["generate", tiny_folder, "Hello", "--max-new-tokens", 5]
     text = lq.load(tiny_folder).generate("Hello", max_new_tokens=5)
@@ -303,6 +321,7 @@ def test_demo(capsys, tiny_folder, text_file, tmp_path, monkeypatch):
     code, out, _ = run(capsys, *arguments, "--save", tmp_path / "models")
     assert code == 0
     assert "Q4_1" in out
+    assert "4 windows of 64 tokens of the first half" in out
     table = [line.split() for line in out.splitlines()]
     formats = ["float32", "int4g64", "int3g64", "int2g64"]
     assert [row[0] for row in table if row and row[0] in formats] == 2 * formats

@@ -15,7 +15,7 @@ from lowbitq import _core
 from lowbitq._core import FormatError, NumericalError
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
-from lowbitq.texts import Text, windows
+from lowbitq.texts import Text, check_count, windows
 
 Array = NDArray[np.float32]
 
@@ -223,6 +223,7 @@ def calibrate(
     >>> stats = calibrate(model, "wikitext2-valid.txt", samples=32)  # doctest: +SKIP
     >>> stats.max_abs["model.layers.11.mlp.down_proj"].max()  # doctest: +SKIP
     """
+    check_count("first_tokens", first_tokens, 0)
     check_finite(model)
     tokens = windows(
         model.tokenizer, text, samples=samples, window=window, seed=seed, config=model.config

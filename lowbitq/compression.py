@@ -29,6 +29,7 @@ from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
+from lowbitq.models.tokens import token_array
 from lowbitq.plans import Plan
 from lowbitq.quantizers import quantize, relative_error
 from lowbitq.rotations import Rotation, rotate
@@ -91,7 +92,7 @@ def compress(
         ``pydoc_data.topics``, English about Python of which every machine has a copy; it has room
         for about 30 windows of 2048 tokens. Text like the one that matters gives a better model.
     samples, window : int
-        Windows of how many tokens to take from the text.
+        How many windows of how many tokens to take from the text, if it has room for them.
     work_dir : path, default=None
         A folder to keep finished blocks in. A second call with the same arguments goes on from
         there; the result is the same as without an interruption.
@@ -200,7 +201,8 @@ def _tokens(
             raise TypeError(f"stats is {type(stats).__name__}, expected Statistics; is it text=?")
         if text is not None:
             raise TypeError("text and stats are both given; the tokens of stats would be used")
-        text = stats.tokens
+        vocab_size = model.config.vocab_size
+        text = token_array(stats.tokens, vocab_size, name="stats.tokens", axes=(2,))
     return windows(
         model.tokenizer,
         fallback_texts().calibration if text is None else text,

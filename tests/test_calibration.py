@@ -56,6 +56,13 @@ def test_calibrate_shows_a_bar_if_asked(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_bad_counts_are_refused():
+    for options in ({"first_tokens": -1}, {"samples": 0}, {"window": 1}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected at least"):
+            calibrate(random_model(), random_tokens(40), **options)
+
+
 def test_a_massive_activation_is_found():
     model = random_model(layers=1)
     model.blocks[0].attention_norm[7] = 1e5

@@ -263,7 +263,9 @@ def test_text_is_checked_before_work_begins(tmp_path, text, error, message):
     with pytest.raises(error, match=message):
         calibrate(model, text, samples=4, window=64)
     if isinstance(text, np.ndarray) and text.ndim == 2:
-        with pytest.raises(error, match=message):
+        with pytest.raises(
+            error, match=re.sub("^text has (?!shape)", "stats.tokens has ", message)
+        ):
             compress(model, "int4g32", Statistics(text, {}, {}, []), work_dir=work)
     assert not work.exists()
 

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.threads:
             lq.set_num_threads(options.threads)
-        result, text = options.run(options)
+        with _warnings_in_one_line():
+            result, text = options.run(options)
         print(json.dumps(result, allow_nan=False) if options.json else text)
     except CommandError as error:
         return _fail(error.code, str(error))
@@ -91,8 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"lowbitq: {' '.join(message.split())}", file=sys.stderr)
+    _complain(message)
     return code
+
+
+def _complain(message: object) -> None:
+    print(f"lowbitq: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show warnings as errors are shown, without the line of code that they come from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _complain(message)
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -101,7 +101,7 @@ def windows(
 def _places(
     count: int, samples: int, window: int, seed: int, *, begun: int = 0, own: int = 0
 ) -> NDArray[np.int64]:
-    """Choose the windows of a text of `count` tokens; those before `begun` are in none.
+    """Choose the windows of a text of `count` tokens; no window holds those before `begun`.
 
     Returns
     -------

@@ -164,6 +164,17 @@ def test_quantize_saves_what_was_verified(capsys, quantize):
     assert layers[0]["format"] == result["embedding"]
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(quantize, text_file):
+    command, out = quantize
+    text_file.write_text("abcdefghij" * 20)
+    code, _, err = command()
+    assert code == 0
+    (line,) = err
+    assert line.startswith("lowbitq: text has 200 tokens, but 4 windows of 64 need 256: only the 3")
+    assert out.is_dir()
+
+
 @pytest.mark.parametrize(("asked", "bits"), [("none", 32), ("int4g32", 5)])
 def test_quantize_treats_the_embedding_as_asked(quantize, asked, bits):
     command, out = quantize

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lowbitq._core import FormatError
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.tokenizer import Tokenizer
-from lowbitq.models.tokens import token_array
+from lowbitq.models.tokens import check_sliding_window, token_array
 
 Part = str | os.PathLike[str]
 Text = Part | Sequence[Part] | Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]]
@@ -80,14 +80,17 @@ def windows(
     check_count("window", window, 2)
     vocab_size = None if config is None else config.vocab_size
     tokens = tokenize(tokenizer, text, vocab_size, axes=(1, 2))
-    if tokens.ndim == 2:
-        if len(tokens) < 1 or tokens.shape[1] < 2:
-            raise ValueError(
-                f"text has shape {tokens.shape}, expected at least one window of at least 2 tokens"
-            )
-        check_positions(tokens.shape[1], config)
+    given = tokens.ndim == 2
+    if given and (len(tokens) < 1 or tokens.shape[1] < 2):
+        raise ValueError(
+            f"text has shape {tokens.shape}, expected at least one window of at least 2 tokens"
+        )
+    if config is not None:
+        length = tokens.shape[1] if given else window
+        check_positions(length, config)
+        check_sliding_window(length, config)
+    if given:
         return tokens
-    check_positions(window, config)
     if tokenizer is None or not tokenizer.adds_bos or is_tokens(text):
         return tokens[_places(len(tokens), samples, window, seed)]
     # Each window has a BOS of its own; the one that begins the text is not cut with it.
@@ -139,9 +142,9 @@ def check_count(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} is {value}, expected at least {least}")
 
 
-def check_positions(window: int, config: ModelConfig | None, *, of: str = "model") -> None:
+def check_positions(window: int, config: ModelConfig, *, of: str = "model") -> None:
     """Raise ValueError if windows are longer than the positions of a model."""
-    if config is not None and window > config.max_positions:
+    if window > config.max_positions:
         raise ValueError(
             f"window is {window}, but the {of} has {config.max_positions} positions: "
             f"give window={config.max_positions} or less"

@@ -279,6 +279,14 @@ def test_windows_are_not_longer_than_the_positions():
             run(model, np.arange(5000) % 100)
 
 
+def test_windows_are_not_longer_than_the_sliding_window(tmp_path):
+    model, work = random_model(), tmp_path / "work"
+    model.config = replace(model.config, sliding_window=63)
+    with pytest.raises(ValueError, match="64 tokens exceed the sliding window of 63"):
+        compress(model, "int4g32", text=TOKENS, work_dir=work)
+    assert not work.exists()
+
+
 @pytest.mark.parametrize("options", [
     {"method": "gptq"}, {"method": "rtn"}, {"method": "rtn", "embedding": None},
     {"rotation": "none"},

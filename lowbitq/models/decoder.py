@@ -13,7 +13,7 @@ from lowbitq import _core, generation
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.tokenizer import Tokenizer
-from lowbitq.models.tokens import token_array
+from lowbitq.models.tokens import check_sliding_window, token_array
 from lowbitq.rotations import Rotation
 
 AnyLinear = Linear | QuantizedLinear
@@ -436,12 +436,7 @@ class Model:
         array = token_array(tokens, self.config.vocab_size)
         if not array.size:
             raise ValueError(f"tokens has shape {array.shape}, expected (t,) with t >= 1")
-        window = self.config.sliding_window
-        if window is not None and past + array.size > window:
-            raise ValueError(
-                f"{past + array.size} tokens exceed the sliding window of {window}, "
-                "beyond which attention is not implemented"
-            )
+        check_sliding_window(past + array.size, self.config)
         return array
 
     def _decoder(self) -> Any:

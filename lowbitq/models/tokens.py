@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbitq.models.config import ModelConfig
+
 _SHAPES = {1: "(t,)", 2: "(samples, window)"}
 
 
@@ -62,3 +64,13 @@ def token_array(
         if low < 0 or high >= limit:
             raise ValueError(f"{name} has {low if low < 0 else high}, expected 0 to {limit - 1}")
     return np.ascontiguousarray(array, np.int32)
+
+
+def check_sliding_window(count: int, config: ModelConfig) -> None:
+    """Raise ValueError if a model would attend over more tokens than its sliding window has."""
+    window = config.sliding_window
+    if window is not None and count > window:
+        raise ValueError(
+            f"{count} tokens exceed the sliding window of {window}, "
+            "beyond which attention is not implemented"
+        )

@@ -33,18 +33,20 @@ from lowbitq.evaluation import (
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
-from lowbitq.plans import Plan
+from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.quantizers import dequantize, quantize
 from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
 
 __all__ = [
     "Block",
+    "CopyPlan",
     "Divergence",
     "Estimate",
     "Evaluation",
     "Format",
     "FormatError",
+    "LayerPlan",
     "Linear",
     "Model",
     "ModelConfig",
@@ -55,6 +57,7 @@ __all__ = [
     "QuantizedModel",
     "QuantizedTensor",
     "Rotation",
+    "Rounding",
     "Statistics",
     "Tokenizer",
     "agreement",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,79 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
         raise FormatError(f"{path}: {error}") from error
 
 
+class Stream:
+    """Windows of text on their way through the blocks of a model.
+
+    The one walk over blocks: whoever looks at layers as the model runs goes along with it. It holds
+    the residual stream at the entrance of a block, ``4 samples window hidden`` bytes. Layers of
+    `model` may be replaced meanwhile, so a later tap can see what earlier layers, quantized
+    already, send it; two streams side by side carry a model and its quantized prefix in lockstep.
+
+    Parameters
+    ----------
+    model : Model
+    tokens : ndarray of shape (samples, window), integers
+
+    Attributes
+    ----------
+    model : Model
+    index : int
+        The block at whose entrance the windows are.
+    hidden : ndarray of shape (samples, window, hidden), float32
+        The residual stream there.
+
+    Examples
+    --------
+    >>> stream = Stream(model, tokens)  # doctest: +SKIP
+    >>> for index in stream:  # doctest: +SKIP
+    ...     for taps in stream.taps():
+    ...         print(index, taps["down"].max())
+    """
+
+    def __init__(self, model: Model, tokens: NDArray[np.int32]) -> None:
+        self.model = model
+        self.index = 0
+        self.hidden = np.stack([model.embed(row) for row in tokens])
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the number of each block, and enter the next one unless that has been done."""
+        blocks = len(self.model.blocks)
+        for here in range(self.index, blocks):
+            yield here
+            if self.index == here and here + 1 < blocks:
+                self.advance()
+
+    def taps(self, *, advance: bool = False) -> Iterator[dict[str, Array]]:
+        """Run the block on each window.
+
+        Parameters
+        ----------
+        advance : bool, default=False
+            Whether the windows leave the block by it. False: they stay where they are.
+
+        Yields
+        ------
+        dict of str to ndarray of shape (window, in), float32
+            What the layers read, by the names of `READERS`, before a rotation of their own. The
+            arrays are written to again for the next window.
+        """
+        taps: dict[str, Array] = {}
+        scratch = None if advance else np.empty_like(self.hidden[0])
+        for hidden in self.hidden:
+            if scratch is not None:
+                scratch[:] = hidden
+                hidden = scratch
+            self.model.block_forward(self.index, hidden, taps)
+            yield taps
+        self.index += advance
+
+    def advance(self) -> None:
+        """Take all windows through the block."""
+        for hidden in self.hidden:
+            self.model.block_forward(self.index, hidden)
+        self.index += 1
+
+
 class Hessian:
     """Sum of ``w x x^T`` over the inputs of a layer, the first tokens of a window weighted."""
 
@@ -228,15 +301,13 @@ def calibrate(
     tokens = windows(
         model.tokenizer, text, samples=samples, window=window, seed=seed, config=model.config
     )
-    residual = np.stack([model.embed(row) for row in tokens])
+    stream = Stream(model, tokens)
     stats = Statistics(tokens, {}, {}, [])
     report = _reporter(progress, len(model.blocks))
-    for index in range(len(model.blocks)):
+    for index in stream:
         prefix = f"model.layers.{index}."
-        taps: dict[str, Array] = {}
         seen: dict[str, _Seen] = {}
-        for sample, hidden in enumerate(residual):
-            model.block_forward(index, hidden, taps)
+        for sample, taps in enumerate(stream.taps(advance=True)):
             for tap, x in taps.items():
                 if tap not in seen:
                     seen[tap] = _Seen(prefix + READERS[tap][0], x.shape[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -20,24 +19,21 @@ from lowbitq.calibration import (
     READERS,
     Hessian,
     Statistics,
+    Stream,
     load_arrays,
     save_arrays,
 )
+from lowbitq.encoding import LayerInputs, Record, encode
 from lowbitq.formats import Format
-from lowbitq.gptq import Feedback, feedback, gptq
 from lowbitq.linears import Linear, QuantizedLinear
-from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Model
+from lowbitq.models.decoder import EMBEDDING, HEAD, Block, Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.tokens import token_array
 from lowbitq.plans import Plan
-from lowbitq.quantizers import quantize, relative_error
 from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
 from lowbitq.texts import Text, fallback_texts, windows
-
-Array = NDArray[np.float32]
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -132,48 +128,47 @@ def compress(
     >>> compress(model, "int4g64sym", method="rtn", rotation="none")  # doctest: +SKIP
     """
     if not isinstance(plan, Plan):
-        plan = Plan.uniform(model, plan, **options)
+        plan = Plan.uniform(dict(model.linears()), plan, **options)
     elif options:
         raise TypeError(f"{next(iter(options))!r} belongs into the plan that is given")
     _check(model, plan)
     tokens = None
-    if plan.method == "gptq":
+    if plan.needs_text:
         tokens = _tokens(model, plan, stats, text, samples, window)
 
     source = rotate(model, plan.rotation, plan.seed)
-    prefix = source.copy()
     result = _unfinished(source, plan)
     store = None if work_dir is None else _Store(Path(work_dir), model, plan, tokens)
 
     outer = _outer(source, plan)
-    with _reporting(progress, plan.method, len(outer) + len(plan.layers)) as report:
-        for name, linear in outer:
-            packed, record = _quantize_outer(linear, source.residual_rotation, plan)
-            result.replace_linear(name, packed)
+    with _reporting(progress, len(outer) + len(plan.layers)) as report:
+
+        def finish(name: str, layer: QuantizedLinear, record: Record) -> None:
+            result.replace_linear(name, layer)
             result.records[name] = record
             report(name, record)
-        residual = None if tokens is None else np.stack([result.embed(row) for row in tokens])
-        for index, block in enumerate(source.blocks):
-            finished = store.load(index) if store else None
-            if finished is None:
-                hessians = None
-                if residual is not None:
-                    hessians = _hessians(source, index, residual, plan)
-                finished = {}
-                for name, tensor, record in _quantize_block(index, block, hessians, plan):
-                    finished[name] = tensor, record
-                    report(name, record)
+
+        for name, linear in outer:
+            finish(name, *_encode_outer(linear, source.residual_rotation, plan))
+        prefix = source.copy()
+        prefix.embedding = result.embedding
+        stream = None if tokens is None else Stream(prefix, tokens)
+        for index in range(len(source.blocks)) if stream is None else stream:
+            block = source.blocks[index]
+            found = store.load(index, block, plan) if store else None
+            if found is None:
+                inputs = None if stream is None else _inputs(stream, plan)
+                found = {}
+                for name, layer, record in _encode_block(index, block, inputs, plan):
+                    found[name] = layer, record
+                    finish(name, layer, record)
                 if store:
-                    store.save(index, finished)
+                    store.save(index, found)
             else:
-                for name, (_, record) in finished.items():
-                    report(name, record)
-            for name, (tensor, record) in finished.items():
-                linear = block.linears[name.rpartition(".")[2]]
-                result.replace_linear(name, _packed(tensor, linear, plan))
-                result.records[name] = record
-            if residual is not None and index + 1 < len(source.blocks):
-                _advance(prefix, index, finished, residual)
+                for name, (layer, record) in found.items():
+                    finish(name, layer, record)
+            if stream is not None and index + 1 < len(source.blocks):
+                _advance(stream, result)
     return result
 
 
@@ -220,136 +215,74 @@ def _unfinished(source: Model, plan: Plan) -> QuantizedModel:
     return QuantizedModel(**values, plan=plan)
 
 
-def _packed(tensor: QuantizedTensor, linear: Any, plan: Plan) -> QuantizedLinear:
-    return QuantizedLinear(tensor, linear.bias, linear.rotation, plan.activation_bits)
-
-
 # --- embedding and head ---------------------------------------------------------------------------
 
 
-def _outer(model: Model, plan: Plan) -> list[tuple[str, AnyLinear]]:
+def _outer(model: Model, plan: Plan) -> list[tuple[str, Any]]:
     """The matrices outside the blocks that the plan quantizes."""
     if plan.embedding is None:
         return []
     return [(name, linear) for name, linear in model.matrices() if name in (EMBEDDING, HEAD)]
 
 
-def _quantize_outer(
-    linear: AnyLinear, rotation: Rotation | None, plan: Plan
+def _encode_outer(
+    linear: Linear, rotation: Rotation | None, plan: Plan
 ) -> tuple[QuantizedLinear, Record]:
     """Pack W as W R^T, with R, the residual rotation, on its input.
 
     For the sake of the head: on SmolLM2 the KL divergence that packing it and rounding its input to
     8 bits cause falls from 1.2e-3 to 4e-4 nats. Looking up a row costs a transform more.
     """
-    assert isinstance(linear, Linear)
     assert plan.embedding is not None
-    started = time.perf_counter()
-    turned = linear
     if rotation is not None and linear.rotation is None:
-        turned = linear.replace(weight=rotation.apply(linear.weight), rotation=rotation)
-    # The search of "mse" takes ten times as long, 4 s for SmolLM2, for a sixth less error.
-    tensor, error = _round(turned, plan.embedding, range="minmax")
-    activation_bits = None if plan.activation_bits is None else 8
-    packed = QuantizedLinear(tensor, turned.bias, turned.rotation, activation_bits)
-    return packed, {"format": plan.embedding} | _outcome(tensor, error, started)
-
-
-def _round(linear: Linear, format: Format | str, **options: Any) -> tuple[QuantizedTensor, float]:
-    """Round to nearest; also the relative error of the weights."""
-    tensor = quantize(linear.weight, format, **options)
-    if not linear.weight.any():
-        return tensor, 0.0
-    return tensor, float(relative_error(linear.weight, tensor.dequantize()))
-
-
-def _outcome(tensor: QuantizedTensor, error: float, started: float) -> Record:
-    return {
-        "relative_error": error,
-        "seconds": round(time.perf_counter() - started, 4),
-        "sha256": hashlib.sha256(tensor.panels.data).hexdigest(),
-    }
+        linear = linear.replace(weight=rotation.apply(linear.weight), rotation=rotation)
+    return encode(linear, LayerInputs(), plan.embedding)
 
 
 # --- one block ------------------------------------------------------------------------------------
 
 
-def _hessians(
-    source: Model, index: int, residual: Array, plan: Plan
-) -> dict[str, NDArray[np.float64]]:
-    """Hessians of the four inputs of a float block, by tap; `residual` is left unchanged."""
-    linears = source.blocks[index].linears
+def _inputs(stream: Stream, plan: Plan) -> dict[str, LayerInputs]:
+    """Hessians of the four inputs of the block at whose entrance the stream is, by tap."""
+    linears = stream.model.blocks[stream.index].linears
     readers = {tap: linears[names[0].rpartition(".")[2]] for tap, names in READERS.items()}
-    window = residual.shape[1]
+    window, sampling = stream.hidden.shape[1], plan.sampling
     sums = {
-        tap: Hessian(linear.shape[1], window, plan.first_tokens, plan.first_weight)
+        tap: Hessian(linear.shape[1], window, sampling.first_tokens, sampling.first_weight)
         for tap, linear in readers.items()
     }
-    taps: dict[str, Array] = {}
-    scratch = np.empty_like(residual[0])
-    for hidden in residual:
-        scratch[:] = hidden
-        source.block_forward(index, scratch, taps)
+    for taps in stream.taps():
         for tap, total in sums.items():
             total.add(readers[tap].rotate_input(taps[tap]))
-    return {tap: total.total for tap, total in sums.items()}
+    return {tap: LayerInputs(total.total) for tap, total in sums.items()}
 
 
-def _advance(
-    prefix: Model, index: int, finished: dict[str, tuple[QuantizedTensor, Record]], residual: Array
-) -> None:
-    """Run a finished block on all windows, in place.
+def _encode_block(
+    index: int, block: Block, inputs: dict[str, LayerInputs] | None, plan: Plan
+) -> Iterator[tuple[str, QuantizedLinear, Record]]:
+    for tap, names in READERS.items():
+        for short in names:
+            name = f"model.layers.{index}.{short}"
+            linear = block.linears[short.rpartition(".")[2]]
+            assert isinstance(linear, Linear)
+            known = LayerInputs() if inputs is None else inputs[tap]
+            yield name, *encode(linear, known, plan.layers[name])
+
+
+def _advance(stream: Stream, result: QuantizedModel) -> None:
+    """Take the windows through the block as it is in `result`.
 
     Its weights are decoded once and multiplied in float32: exact where the packed path rounds
     activations to 8 bits, and for long windows not slower.
     """
-    block = prefix.blocks[index]
-    floats = dict(block.linears)
-    for name, (tensor, _) in finished.items():
-        short = name.rpartition(".")[2]
-        block.linears[short] = floats[short].replace(weight=tensor.dequantize())
-    for hidden in residual:
-        prefix.block_forward(index, hidden)
+    block = stream.model.blocks[stream.index]
+    floats = block.linears
+    block.linears = dict(floats)
+    for name, linear in result.blocks[stream.index].linears.items():
+        assert isinstance(linear, QuantizedLinear)
+        block.linears[name] = floats[name].replace(weight=linear.tensor.dequantize())
+    stream.advance()
     block.linears = floats
-
-
-def _quantize_block(
-    index: int, block: Block, hessians: dict[str, NDArray[np.float64]] | None, plan: Plan
-) -> Iterator[tuple[str, QuantizedTensor, Record]]:
-    for tap, names in READERS.items():
-        inputs: dict[int | None, Feedback] = {}  # the order depends on the group
-        for short in names:
-            started = time.perf_counter()
-            name = f"model.layers.{index}.{short}"
-            linear = block.linears[short.rpartition(".")[2]]
-            assert isinstance(linear, Linear)
-            format = Format.parse(plan.layers[name])
-            record: Record = {"format": str(format)}
-            if hessians is None:
-                tensor, error = _round(linear, format, range=plan.range, norm=plan.norm)
-            else:
-                if format.group not in inputs:
-                    inputs[format.group] = feedback(
-                        hessians[tap],
-                        group=format.group,
-                        order=plan.order,
-                        damping=plan.damping,
-                        damping_by=plan.damping_by,
-                        arithmetic=plan.arithmetic,
-                    )
-                known = inputs[format.group]
-                tensor, error = gptq(
-                    linear.weight,
-                    known,
-                    format,
-                    range=plan.range,
-                    norm=plan.norm,
-                    importance=plan.importance,
-                    sweeps=plan.sweeps_of(name),
-                )
-                record |= {"damping": known.damping, "retries": known.retries}
-                record["dead"] = int(known.dead.sum())
-            yield name, tensor, record | _outcome(tensor, error, started)
 
 
 # --- progress -------------------------------------------------------------------------------------
@@ -357,7 +290,7 @@ def _quantize_block(
 
 @contextmanager
 def _reporting(
-    progress: bool | Callable[[Step], object], method: str, total: int
+    progress: bool | Callable[[Step], object], total: int
 ) -> Iterator[Callable[[str, Record], None]]:
     """What reports a finished matrix, as the caller of `compress` wants it reported."""
     done = 0
@@ -365,7 +298,7 @@ def _reporting(
     if progress is True:
         from tqdm import tqdm  # only now: it costs a tenth of the import of the package
 
-        bar = tqdm(total=total, unit="layer", desc=method)
+        bar = tqdm(total=total, unit="layer", desc="compress")
 
     def report(name: str, record: Record) -> None:
         nonlocal done
@@ -395,7 +328,7 @@ class _Store:
         self.folder = folder
         mark = {
             "weights": _hash_weights(model),
-            "plan": json.loads(plan.to_json()),
+            "plan": plan.to_dict(),
             "tokens": None if tokens is None else hashlib.sha256(tokens.data).hexdigest(),
         }
         path = folder / "fingerprint.json"
@@ -415,17 +348,19 @@ class _Store:
     def path(self, index: int) -> Path:
         return self.folder / f"block_{index:04}.npz"
 
-    def save(self, index: int, finished: dict[str, tuple[QuantizedTensor, Record]]) -> None:
+    def save(self, index: int, finished: dict[str, tuple[QuantizedLinear, Record]]) -> None:
         arrays: dict[str, Any] = {}
         about: dict[str, Any] = {}
-        for name, (tensor, record) in finished.items():
-            parts, metadata = tensor.to_arrays()
+        for name, (layer, record) in finished.items():
+            parts, metadata = layer.tensor.to_arrays()
             arrays |= {f"{name}/{part}": array for part, array in parts.items()}
             about[name] = {"metadata": metadata, "record": record}
         arrays["about"] = np.array(json.dumps(about))
         save_arrays(self.path(index), arrays)
 
-    def load(self, index: int) -> dict[str, tuple[QuantizedTensor, Record]] | None:
+    def load(
+        self, index: int, block: Block, plan: Plan
+    ) -> dict[str, tuple[QuantizedLinear, Record]] | None:
         path = self.path(index)
         if not path.exists():
             return None
@@ -445,7 +380,10 @@ class _Store:
                 tensor = QuantizedTensor.from_arrays(parts, item["metadata"])
                 if hashlib.sha256(tensor.panels.data).hexdigest() != item["record"]["sha256"]:
                     raise FormatError(f"{path}: the codes of {name} are damaged")
-                finished[name] = tensor, item["record"]
+                linear = block.linears[name.rpartition(".")[2]]
+                bits = plan.layers[name].copies[0].activation_bits
+                layer = QuantizedLinear(tensor, linear.bias, linear.rotation, bits)
+                finished[name] = layer, item["record"]
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise FormatError(f"{path}: not a finished block: {error}") from error
         return finished

@@ -7,7 +7,9 @@ import pytest
 from random_model import random_model, random_tokens
 
 from lowbitq._core import FormatError, NumericalError
-from lowbitq.calibration import Statistics, calibrate
+from lowbitq.calibration import Statistics, Stream, calibrate
+from lowbitq.linears import Linear
+from lowbitq.quantizers import quantize
 
 
 def test_calibrate_sees_the_inputs_of_every_layer():
@@ -112,3 +114,47 @@ def test_a_damaged_file_is_an_error(tmp_path):
     np.savez(path, other=np.zeros(3))
     with pytest.raises(FormatError, match="not statistics"):
         Statistics.load(path)
+
+
+# --- the walk over blocks -------------------------------------------------------------------------
+
+
+def by_hand(model, tokens, blocks):
+    """The residual streams before a block, and its taps, from one block_forward after another."""
+    hidden, taps = model.embed(tokens), {}
+    for index in range(blocks):
+        model.block_forward(index, hidden)
+    before = hidden.copy()
+    model.block_forward(blocks, hidden, taps)
+    return before, taps
+
+
+def test_a_stream_goes_through_all_blocks():
+    model, tokens = random_model(layers=3), random_tokens(60).reshape(3, 20)
+    stream = Stream(model, tokens)
+    seen = []
+    for index in stream:
+        seen.append(index)
+        expected = [by_hand(model, row, index) for row in tokens]
+        assert np.array_equal(stream.hidden, [before for before, _ in expected])
+        for taps, (_, own) in zip(stream.taps(), expected, strict=True):
+            assert all(np.array_equal(taps[name], own[name]) for name in own)
+        assert np.array_equal(stream.hidden, [before for before, _ in expected]), "it moved"
+        if index == 1:  # done here or by the iterator, once
+            assert len(list(stream.taps(advance=True))) == 3
+    assert seen == [0, 1, 2]
+
+
+def test_streams_in_lockstep_stop_between_taps():
+    """A float model beside one whose query, key and value are quantized already."""
+    model, tokens = random_model(layers=2), random_tokens(60).reshape(3, 20)
+    student = model.copy()
+    teacher, prefix = Stream(model, tokens), Stream(student, tokens)
+    for _ in zip(teacher, prefix, strict=True):
+        block = student.blocks[prefix.index]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = block.linears[name]
+            block.linears[name] = Linear(quantize(linear.weight, "int2g32").dequantize())
+        pairs = zip(teacher.taps(), prefix.taps(), strict=True)
+        same = [[np.array_equal(a[tap], b[tap]) for tap in ("qkv", "o", "mlp")] for a, b in pairs]
+        assert same == [[prefix.index == 0, False, False]] * 3

@@ -31,13 +31,10 @@ C_BELOW = {
 PYTHON_ORDER = [
     "_core", "formats", "tensors", "grids", "quantizers", "gptq", "rotations", "linears",
     "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors", "checkpoints.packed",
-    "checkpoints",
+    "checkpoints", "plans",
     "generation", "models.config", "models.chat", "models.vocabulary", "models.tokenizer",
     "models.tokens", "models.decoder", "models.llama", "models.qwen", "models.quantized",
-    "models.finite", "models", "texts", "calibration", "sensitivity", "plans", "budgets",
-    "duplication", "compression", "evaluation",
-    "search.strategy", "search.grid", "search.bayesian", "search.evolution", "search",
-    "distillation", "pruning", "lowrank", "monitoring",
+    "models.finite", "models", "texts", "calibration", "encoding", "compression", "evaluation",
     "timing", "roofline", "plots", "", "cli", "__main__",
 ]
 # fmt: on

@@ -88,7 +88,7 @@ def test_what_the_head_is_decides_whether_it_is_tied(tmp_path):
 
 
 def test_saving_what_was_loaded_changes_nothing(tmp_path):
-    tiny("qwen3", tmp_path, plan={"seed": 1}).save(tmp_path / "a")
+    tiny("qwen3", tmp_path, plan=Plan({}, seed=1)).save(tmp_path / "a")
     load(tmp_path / "a").save(tmp_path / "b")
     load(tmp_path / "b").save(tmp_path / "b")
     for file in (tmp_path / "a").iterdir():
@@ -106,7 +106,7 @@ def test_packed_weights_stay_mapped(tmp_path):
 def test_what_is_known_of_a_model_comes_back(tmp_path):
     name = "model.layers.0.mlp.up_proj"
     records = {name: {"relative_error": np.float32(0.25), "seconds": 1.5, "format": "int2g32sym"}}
-    plan = {"seed": 7, "layers": {name: "int2g32sym"}}
+    plan = Plan({name: "int2g32sym"}, seed=7)
     model = tiny("llama", tmp_path, plan=plan, records=records)
     model.provenance["seed"] = 7
 
@@ -132,7 +132,7 @@ def test_what_compress_makes_can_be_kept(tmp_path):
     loaded = load(tmp_path / "saved")
 
     assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
-    assert Plan(**loaded.plan) == model.plan
+    assert loaded.plan == model.plan
     assert str(loaded.report()) == str(model.report())
 
 
@@ -220,7 +220,7 @@ def test_format_version_2_is_read_for_ever():
     difference = abs(model.logits(expected["tokens"]) - expected["logits"]).max()
     assert difference < 1e-4 * abs(expected["logits"]).max()
     assert model.residual_rotation is not None
-    assert model.plan == {"seed": 3}
+    assert model.plan == Plan({}, seed=3)
 
 
 # Damage
@@ -228,7 +228,7 @@ def test_format_version_2_is_read_for_ever():
 
 def test_every_damaged_file_is_named(tmp_path):
     saved = tmp_path / "saved"
-    tiny("llama", tmp_path, plan={"seed": 1}).save(saved)
+    tiny("llama", tmp_path, plan=Plan({}, seed=1)).save(saved)
     for path in sorted(saved.iterdir()):
         intact = path.read_bytes()
         for damaged in (intact[: len(intact) // 2], b"", b"\x89PNG" + intact[4:]):

@@ -26,6 +26,7 @@ from lowbitq.models.quantized import (
     join_rotation,
 )
 from lowbitq.models.tokenizer import Tokenizer
+from lowbitq.plans import Plan
 from lowbitq.rotations import Rotation
 
 __all__ = [
@@ -103,7 +104,7 @@ def _from_packed(source: PackedFolder) -> QuantizedModel:
         QuantizedModel,
         residual_rotation=tensors.residual_rotation(),
         provenance=source.json("provenance.json"),
-        plan=source.json("plan.json") if (source.path / "plan.json").is_file() else None,
+        plan=tensors.plan(),
         records=tensors.records(),
     )
 
@@ -238,6 +239,13 @@ class _PackedTensors(_Tensors):
         self.unused.discard(f"{RESIDUAL_ROTATION}.matrix")
         with self.naming_errors(RESIDUAL_ROTATION):
             return join_rotation(self.source, RESIDUAL_ROTATION, self.entry["residual_rotation"])
+
+    def plan(self) -> Plan | None:
+        if not (self.source.path / "plan.json").is_file():
+            return None
+        values = self.source.json("plan.json")
+        with self.naming_errors("plan", file="plan.json"):
+            return Plan.from_dict(values)
 
     def records(self) -> dict[str, dict[str, Any]]:
         report = self.source.json("report.json")

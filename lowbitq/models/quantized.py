@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from lowbitq.checkpoints.packed import (
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import AnyLinear, Model
 from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
+from lowbitq.plans import Plan
 from lowbitq.rotations import Rotation
 from lowbitq.tensors import QuantizedTensor
 
@@ -36,15 +37,14 @@ class QuantizedModel(Model):
 
     Attributes
     ----------
-    plan : Plan, dict or None
-        What `compress` was asked to do; of a loaded model a dict, of which ``Plan(**plan)`` makes
-        the Plan again.
+    plan : Plan or None
+        What `compress` was asked to do.
     records : dict of str to dict
         What `compress` noted about each matrix: ``format``, ``bits_per_weight``,
         ``relative_error``, ``seconds`` and whatever else.
     """
 
-    plan: Any = None
+    plan: Plan | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def report(self) -> Report:
@@ -104,8 +104,7 @@ class QuantizedModel(Model):
             )
             write_json(folder / "provenance.json", _provenance(self.provenance))
             if self.plan is not None:
-                plan = self.plan if isinstance(self.plan, dict) else asdict(self.plan)
-                write_json(folder / "plan.json", plan)
+                write_json(folder / "plan.json", self.plan.to_dict())
             if self.tokenizer is not None:
                 self.tokenizer.save(folder)
 

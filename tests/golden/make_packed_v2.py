@@ -18,6 +18,7 @@ from golden import tiny_models
 from lowbitq import quantize
 from lowbitq.linears import QuantizedLinear
 from lowbitq.models import Model, QuantizedModel, load
+from lowbitq.plans import Plan
 from lowbitq.rotations import rotate
 
 FORMATS = ["int4g64", "int3g32", "int2g32sym", "ternaryg64", "kmeans4g16", "int4g64s8", "binary"]
@@ -29,7 +30,9 @@ def main() -> None:
     rotated = rotate(source, seed=3)
     rotated.provenance = {"source": "tests/golden/tiny_models.py: qwen2"}
     names = [field.name for field in dataclasses.fields(Model) if field.init]
-    model = QuantizedModel(**{name: getattr(rotated, name) for name in names}, plan={"seed": 3})
+    model = QuantizedModel(
+        **{name: getattr(rotated, name) for name in names}, plan=Plan({}, seed=3)
+    )
     arrays = {"tokens": tiny_models.tokens_of("qwen2")}
     for i, (name, linear) in enumerate(list(model.linears())):
         tensor = quantize(linear.weight, FORMATS[i % len(FORMATS)])

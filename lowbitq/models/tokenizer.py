@@ -437,6 +437,10 @@ class Tokenizer:
         else:
             _write(template, self.chat_template)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied backend forgets to be blind to special tokens: `_plain` makes one again.
+        return {name: value for name, value in vars(self).items() if name != "_plain"}
+
     def __repr__(self) -> str:
         return (
             f"Tokenizer({self._source}: {self.vocab_size} tokens, bos_id={self.bos_id}, "

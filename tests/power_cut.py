@@ -20,16 +20,18 @@ def journal(monkeypatch) -> list[tuple[str, str]]:
         fsync(descriptor)
 
     def replaced(one, other):
-        events.append(("name", str(one)))
         replace(one, other)
+        events.append(("name", str(one)))
 
     def renamed(one, other):
+        result = rename(one, other)
         events.append(("name", str(one)))
-        return rename(one, other)
+        return result
 
     def exchanged(one, other):
-        events.append(("name", str(one)))
-        return exchange(one, other)
+        if done := exchange(one, other):
+            events.append(("name", str(one)))
+        return done
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(os, "replace", replaced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
@@ -72,6 +73,8 @@ class MappedFile:
         If the file cannot be opened.
     FormatError
         If it has no bytes.
+    MemoryError
+        If there is no room to map it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, folder: int | None = None) -> None:
@@ -89,7 +92,13 @@ class MappedFile:
             if status.st_size == 0:
                 raise self.damaged(0, "the file is empty")
             self.stamp = _stamp(status)
-            self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            try:
+                self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                if error.errno == errno.ENOMEM:
+                    found = f"{self.path}: no memory to map {status.st_size} bytes"
+                    raise MemoryError(found) from error
+                raise
         self.data: NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)
 
     def damaged(self, offset: int, found: str) -> FormatError:

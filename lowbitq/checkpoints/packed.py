@@ -44,6 +44,7 @@ FORMAT_VERSION = 2
 
 _CHECKSUMS = "checksums.json"
 _ALIGNMENT = 64
+_CHUNK = 1 << 20  # numbers that are tried at once, which bounds the scratch
 _PADDING = "_padding."  # names of the tensors that fill the gaps; safetensors allows no holes
 
 _SAFETENSORS_DTYPES = {np.dtype(numpy): name for name, numpy in NUMPY_DTYPES.items()}
@@ -295,16 +296,24 @@ def narrowest(values: NDArray[np.float32]) -> NDArray[Any]:
     import ml_dtypes
 
     flat = np.ascontiguousarray(values).reshape(-1)
-    half, back = np.empty(flat.size, np.uint16), np.empty(flat.size, np.float32)
-    _core.float_to_half(flat, half)
-    _core.half_to_float(half, back)
-    bits = flat.view(np.uint32)
-    if np.array_equal(back.view(np.uint32), bits):
+    pieces = [flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK)]
+    if all(map(_fits_half, pieces)):
+        half = np.empty(flat.size, np.uint16)
+        _core.float_to_half(flat, half)
         return half.view(np.float16).reshape(values.shape)
-    if not (bits & 0xFFFF).any():
-        upper: NDArray[Any] = (bits >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)
-        return upper.reshape(values.shape)
+    lower, upper = flat.view("<u2").reshape(-1, 2).T
+    if not lower.any():
+        bfloat: NDArray[Any] = upper.copy().view(ml_dtypes.bfloat16)
+        return bfloat.reshape(values.shape)
     return values
+
+
+def _fits_half(values: NDArray[np.float32]) -> bool:
+    """Whether float16 holds every bit."""
+    half, back = np.empty(values.size, np.uint16), np.empty(values.size, np.float32)
+    _core.float_to_half(values, half)
+    _core.half_to_float(half, back)
+    return np.array_equal(back.view(np.uint32), values.view(np.uint32))
 
 
 def quantization_config(**fields: Any) -> dict[str, Any]:

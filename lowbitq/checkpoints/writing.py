@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -95,21 +96,28 @@ def replace_folder(fresh: Path, path: Path) -> None:
     Where the file system cannot exchange two names, there is an instant in which the old folder is
     only found as ``.NAME.HEX.old``.
     """
-    if not path.exists() or not any(path.iterdir()):
-        fresh.rename(path)
-    elif not _exchange(fresh, path):
-        old = fresh.with_suffix(".old")
-        try:
-            path.rename(old)
-            fresh.rename(path)
-        except BaseException:
-            if not path.exists():
-                old.rename(path)
+    try:
+        fresh.rename(path)  # where there is nothing, or an empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        if not _exchange(fresh, path):
+            _step_aside(fresh, path)
     sync(path.parent)
     for old in _siblings(path, "old"):
         if not old.with_suffix(".new").exists():  # else its writer may want it back
             remove(old)
+
+
+def _step_aside(fresh: Path, path: Path) -> None:
+    old = fresh.with_suffix(".old")
+    try:
+        path.rename(old)
+        fresh.rename(path)
+    except BaseException:
+        if not path.exists():
+            old.rename(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -246,7 +246,7 @@ def leftovers(
     Returns
     -------
     str or None
-        What is different, such as ``"plan (seed)"``; None if nothing is, or there are no blocks.
+        The differences, such as ``"plan (seed)"``; None if there are none, or no blocks.
 
     Raises
     ------

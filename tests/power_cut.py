@@ -1,4 +1,4 @@
-"""What a power cut or a kill would leave of what is being written."""
+"""What survives when power or a process fails while a file is written."""
 
 from __future__ import annotations
 

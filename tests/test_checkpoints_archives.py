@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import tracemalloc
@@ -112,6 +113,15 @@ def test_what_is_no_file_is_no_damage(path):
         load_arrays(path.with_name("absent"))
     with pytest.raises(IsADirectoryError):
         load_arrays(path.parent)
+
+
+def test_a_failing_disk_is_no_damage(path, monkeypatch):
+    def failing(file):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(zipfile, "ZipFile", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_arrays(path)
 
 
 def test_a_digest_is_of_names_dtypes_shapes_and_contents():

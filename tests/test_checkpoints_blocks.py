@@ -46,7 +46,7 @@ def test_blocks_come_back(tmp_path):
 
 
 def test_a_fingerprint_that_is_equal_is_equal(tmp_path):
-    """Whatever the order, and whether a whole number has a point."""
+    """In any order, and with or without a point in a whole number."""
     Blocks(tmp_path, MARK).save(0, block())
     plan = {"layers": {"b": "int2", "a": "int4"}, "norm": 2, "seed": np.int64(1)}
     assert_same(Blocks(tmp_path, {"plan": plan, "version": "1"}).load(0, NAMES), block())

@@ -1,4 +1,4 @@
-"""Files that appear whole and on disk or not at all, and what is left of killed writers."""
+"""Files that appear whole and on disk or not at all, and the litter of killed writers."""
 
 from __future__ import annotations
 

@@ -168,6 +168,21 @@ def test_the_digest_is_that_of_what_was_loaded(tmp_path, case, gguf):
     assert "source_files" not in load(tmp_path / "saved").provenance
 
 
+def test_a_source_that_changes_while_it_is_hashed_is_unknown(tmp_path, monkeypatch):
+    source = test_models.to_gguf("llama", tmp_path / "a.gguf")
+    model = compress(load(source))
+    sha256 = hashlib.sha256
+
+    def changing():
+        with open(source, "ab") as file:
+            file.write(b"more")
+        return sha256()
+
+    monkeypatch.setattr(hashlib, "sha256", changing)
+    model.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").provenance["source_sha256"] == {"a.gguf": "unknown"}
+
+
 @pytest.mark.parametrize(
     "provenance",
     [

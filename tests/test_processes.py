@@ -1,4 +1,4 @@
-"""Models as copies and in other processes: the same bits, whatever brings them there."""
+"""Models as copies and in other processes: they compute the same bits."""
 
 from __future__ import annotations
 

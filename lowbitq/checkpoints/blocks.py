@@ -1,4 +1,4 @@
-"""Finished blocks of a model that is being quantized, in a folder from which a second run goes on.
+"""Finished blocks of a model that is being quantized, kept in a folder for a second run.
 
     fingerprint.json   all that decides what a block becomes
     block_NNNN.npz     layers of a block and their records, the same fingerprint, a digest of all

@@ -374,7 +374,7 @@ def _is_replaced(path: Path, descriptor: int) -> bool:
 
 
 def _read(path: Path, descriptor: int, verify: bool) -> PackedFolder:
-    """Read the folder that is open, whatever bears its name by now."""
+    """Read the folder that is open, even if another one has its name by now."""
     config_file = MappedFile(path / CONFIG, folder=descriptor)
     config = config_file.json()
     if not is_packed(config):
@@ -387,12 +387,15 @@ def _read(path: Path, descriptor: int, verify: bool) -> PackedFolder:
     names = sorted(name for name in os.listdir(descriptor) if not name.startswith("."))
     listing = MappedFile(path / _CHECKSUMS, folder=descriptor) if verify else None
     listed = _listed(listing, names) if listing else dict.fromkeys(names)
-    files = {name: MappedFile(path / name, folder=descriptor) for name in listed}
+    files = {
+        name: config_file if name == CONFIG else MappedFile(path / name, folder=descriptor)
+        for name in listed
+    }
     if listing:
         _verify(listing, listed, files)
     if SINGLE not in files:
         raise FileNotFoundError(errno.ENOENT, "No such file", str(path / SINGLE))
-    return PackedFolder(path, files[CONFIG].json(), files, read_safetensors(files[SINGLE]))
+    return PackedFolder(path, config, files, read_safetensors(files[SINGLE]))
 
 
 def _plain(value: Any) -> Any:

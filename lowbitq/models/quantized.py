@@ -170,7 +170,7 @@ def join_rotation(
 
 
 def _provenance(known: Any) -> dict[str, Any]:
-    """Return what is known of the weights' origin, their digest, and what this process runs on.
+    """Return the known origin of the weights, their digest, and the versions and machine in use.
 
     A file that is not as it was when the weights were loaded has the digest ``"unknown"``.
     """

@@ -376,21 +376,23 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Quantize SmolLM2-135M three times and compare the results, each as it comes."""
     path = demo_model()
-    texts = read_texts(options.text, halves=True)
-    calibration = f"{options.samples} windows of {options.window} tokens of {texts.calibrated_on}"
-    head = [
-        f"{path.name}: {DEMO_NOTE}",
-        f"Hadamard rotation and GPTQ on {calibration}. Prediction of {texts.predicted}.",
-        "",
-        f"{'format':8} {'bits/weight':>11} {'size MB':>8} {'perplexity':>10} {'95 % interval':>15} "
-        f"{'KL':>7} {'agreement':>9} {'seconds':>7}",
-    ]
-    work_dirs = {(options.work_dir or DEMO_WORK) / name: name for name in DEMO_FORMATS}
     if options.save:
         for name in DEMO_FORMATS:
             check_replaceable(options.save / name)
+    texts = read_texts(options.text, halves=True)
+    work_dirs = {(options.work_dir or DEMO_WORK) / name: name for name in DEMO_FORMATS}
     task = {"samples": options.samples, "window": options.window, "seed": options.seed}
     with _resuming(options, work_dirs, task):
+        calibration = (
+            f"{options.samples} windows of {options.window} tokens of {texts.calibrated_on}"
+        )
+        head = [
+            f"{path.name}: {DEMO_NOTE}",
+            f"Hadamard rotation and GPTQ on {calibration}. Prediction of {texts.predicted}.",
+            "",
+            f"{'format':8} {'bits/weight':>11} {'size MB':>8} {'perplexity':>10} "
+            f"{'95 % interval':>15} {'KL':>7} {'agreement':>9} {'seconds':>7}",
+        ]
         _show(options, "\n".join([*head, ""]))
         model = _load(path)
         rows = [_demo_row("float32", model, model, texts, options, None)]

@@ -260,19 +260,26 @@ def leftovers(
     formats = sorted(set(map(str, layers.values()))) if isinstance(layers, dict) else []
     reasons = [] if formats == [str(format)] else [f"format ({', '.join(formats)}, not {format})"]
     plan = Plan({}, **options)
-    expected = _settings(plan, (samples, window) if plan.method == "gptq" else None)
+    expected = _settings(plan)
     reasons += differences({key: found.get(key) for key in expected}, expected)
+    match found.get("windows"):
+        case None if plan.method == "rtn":
+            pass
+        case [int(count), int(length)] if plan.method == "gptq" and length == window:
+            if count > samples:  # fewer may be all that the text has
+                reasons.append("samples")
+        case _:
+            reasons.append("windows")
     return " and ".join(reasons) or None
 
 
-def _settings(plan: Plan, windows: tuple[int, ...] | None) -> dict[str, Any]:
+def _settings(plan: Plan) -> dict[str, Any]:
     """What decides about all layers alike."""
     used = _core.config()
     return {
         "version": __version__,
         "instruction set": {name: used[name] for name in ("isa", "blas", "blas_core")},
         "plan": {name: value for name, value in asdict(plan).items() if name != "layers"},
-        "windows": None if windows is None else list(windows),
     }
 
 
@@ -288,7 +295,8 @@ def _fingerprint(model: Model, plan: Plan, tokens: NDArray[np.int32] | None) -> 
         arrays[f"{name}.weight"] = linear.weight
         if linear.bias is not None:
             arrays[f"{name}.bias"] = linear.bias
-    return _settings(plan, None if tokens is None else tokens.shape) | {
+    return _settings(plan) | {
+        "windows": None if tokens is None else list(tokens.shape),
         "layers": plan.layers,
         "configuration": asdict(model.config),
         "weights": digest(arrays),

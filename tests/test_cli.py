@@ -262,7 +262,8 @@ def test_blocks_of_another_task_are_named_before_the_model_is_loaded(quantize, m
             ("--format", "int2g32"): "format (int3g32, not int2g32)",
             ("--seed", 1): "plan (seed)",
             ("--method", "rtn"): "plan (method) and windows",
-            ("--samples", 3): "windows",
+            ("--samples", 3): "samples",
+            ("--window", 65): "windows",
         }.items():
             code, _, err = command(*option)
             assert code == 1

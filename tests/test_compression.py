@@ -385,6 +385,9 @@ def test_leftovers_are_known_without_the_model(tmp_path):
     assert leftovers(tmp_path, "int3g32", **options) is None
     assert leftovers(tmp_path, "int2g32", **options) == "format (int3g32, not int2g32)"
     assert leftovers(tmp_path, "int3g32", **options | {"window": 65}) == "windows"
+    assert leftovers(tmp_path, "int3g32", **options | {"samples": 9}) is None, "if text is short"
+    assert leftovers(tmp_path, "int3g32", **options | {"samples": 7}) == "samples"
+    assert leftovers(tmp_path, "int3g32", **options, method="rtn") == "plan (method) and windows"
     assert leftovers(tmp_path, "int3g32", **options, embedding=None) == "plan (embedding)"
 
 

@@ -95,18 +95,8 @@ class PackedFolder:
         return self._arrays.load(name)
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return the JSON object in one of the folder's files.
-
-        Raises
-        ------
-        OSError
-            If there is no such file.
-        FormatError
-            If it does not hold a JSON object.
-        """
-        if name not in self._files:
-            raise FileNotFoundError(errno.ENOENT, "No such file", str(self.path / name))
-        return self._files[name].json()
+        """Return the JSON object in one of the folder's files; see `PackedEntry.json`."""
+        return (self / name).json()
 
     def __truediv__(self, name: str) -> PackedEntry:
         """Return what stands for ``path / name`` and reads the file that was opened."""
@@ -128,16 +118,29 @@ class PackedEntry:
         return self._file is not None
 
     def read_bytes(self) -> bytes:
-        """Return the contents.
+        """Return the contents; FileNotFoundError if there is no such file."""
+        return self._there().buffer[:]
+
+    def read_text(self, encoding: str) -> str:
+        """Return the contents, decoded; FileNotFoundError if there is no such file."""
+        return self.read_bytes().decode(encoding)
+
+    def json(self) -> dict[str, Any]:
+        """Return the JSON object in the file.
 
         Raises
         ------
         FileNotFoundError
             If there is no such file.
+        FormatError
+            If it does not hold a JSON object.
         """
+        return self._there().json()
+
+    def _there(self) -> MappedFile:
         if self._file is None:
             raise FileNotFoundError(errno.ENOENT, "No such file", str(self.path))
-        return self._file.buffer[:]
+        return self._file
 
     def __str__(self) -> str:
         return str(self.path)

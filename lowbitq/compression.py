@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbitq._core import FormatError
-from lowbitq.calibration import (
-    READERS,
-    Hessian,
-    Statistics,
-    Stream,
-    load_arrays,
-    save_arrays,
-)
+from lowbitq import _core
+from lowbitq.calibration import READERS, Hessian, Statistics, Stream
+from lowbitq.checkpoints.archives import digest
+from lowbitq.checkpoints.blocks import Blocks, differences, read_fingerprint
 from lowbitq.encoding import LayerInputs, Record, encode
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
-from lowbitq.models.decoder import EMBEDDING, HEAD, Block, Model
+from lowbitq.models.decoder import EMBEDDING, HEAD, Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.tokens import token_array
@@ -34,6 +26,7 @@ from lowbitq.plans import Plan
 from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
 from lowbitq.texts import Text, fallback_texts, windows
+from lowbitq.version import __version__
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ def compress(
     model : Model
         In float32. Left unchanged.
     plan : Plan, Format or str
-        A format stands for ``Plan.uniform(model, format, **options)``.
+        A format stands for ``Plan.uniform(names, format, **options)``.
     stats : Statistics, default=None
         From `calibrate`: its tokens are used.
     text : str, path, sequence of str or of paths, or array_like of int, default=None
@@ -138,7 +131,7 @@ def compress(
 
     source = rotate(model, plan.rotation, plan.seed)
     result = _unfinished(source, plan)
-    store = None if work_dir is None else _Store(Path(work_dir), model, plan, tokens)
+    store = None if work_dir is None else Blocks(work_dir, _fingerprint(model, plan, tokens))
 
     outer = _outer(source, plan)
     with _reporting(progress, len(outer) + len(plan.layers)) as report:
@@ -154,19 +147,19 @@ def compress(
         prefix.embedding = result.embedding
         stream = None if tokens is None else Stream(prefix, tokens)
         for index in range(len(source.blocks)) if stream is None else stream:
-            block = source.blocks[index]
-            found = store.load(index, block, plan) if store else None
+            names = [f"model.layers.{index}.{short}" for tap in READERS for short in READERS[tap]]
+            found = store.load(index, names) if store else None
             if found is None:
                 inputs = None if stream is None else _inputs(stream, plan)
-                found = {}
-                for name, layer, record in _encode_block(index, block, inputs, plan):
-                    found[name] = layer, record
+                made = {}
+                for name, layer, record in _encode_block(index, source, inputs, plan):
+                    made[name] = layer.tensor, record
                     finish(name, layer, record)
                 if store:
-                    store.save(index, found)
+                    store.save(index, made)
             else:
-                for name, (layer, record) in found.items():
-                    finish(name, layer, record)
+                for name, (tensor, record) in found.items():
+                    finish(name, _layer_of(tensor, source, name, plan), record)
             if stream is not None and index + 1 < len(source.blocks):
                 _advance(stream, result)
     return result
@@ -215,6 +208,85 @@ def _unfinished(source: Model, plan: Plan) -> QuantizedModel:
     return QuantizedModel(**values, plan=plan)
 
 
+def leftovers(
+    work_dir: str | os.PathLike[str],
+    format: Format | str,
+    *,
+    samples: int,
+    window: int,
+    **options: Any,
+) -> str | None:
+    """Say why `compress` would refuse the blocks in a folder, as far as it shows without the model.
+
+    Parameters
+    ----------
+    work_dir : path
+        Absent, or as an earlier run left it.
+    format, samples, window, **options
+        As for `compress`.
+
+    Returns
+    -------
+    str or None
+        The differences, such as ``"plan (seed)"``; None if there are none, or no blocks.
+
+    Raises
+    ------
+    FormatError
+        If the folder's fingerprint is damaged.
+    """
+    found = read_fingerprint(work_dir)
+    if found is None:
+        return None
+    plan = Plan.uniform(["any"], format, **options)
+    asked = str(plan.layers["any"])
+    layers = found.get("layers")
+    formats = sorted(set(map(str, layers.values()))) if isinstance(layers, dict) else []
+    reasons = [] if formats == [asked] else [f"format ({', '.join(formats)}, not {asked})"]
+    expected = _settings(plan)
+    reasons += differences({key: found.get(key) for key in expected}, expected)
+    match found.get("windows"):
+        case None if not plan.needs_text:
+            pass
+        case [int(count), int(length)] if plan.needs_text and length == window:
+            if count > samples:  # fewer may be all that the text has
+                reasons.append("samples")
+        case _:
+            reasons.append("windows")
+    return " and ".join(reasons) or None
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What decides about all layers alike."""
+    used = _core.config()
+    return {
+        "version": __version__,
+        "instruction set": {name: used[name] for name in ("isa", "blas", "blas_core")},
+        "plan": {name: value for name, value in plan.to_dict().items() if name != "layers"},
+    }
+
+
+def _fingerprint(model: Model, plan: Plan, tokens: NDArray[np.int32] | None) -> dict[str, Any]:
+    """All that decides what the blocks of a model become."""
+    arrays = {"final_norm": model.final_norm}
+    for index, block in enumerate(model.blocks):
+        for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
+            if (gain := getattr(block, name)) is not None:
+                arrays[f"{index}.{name}"] = gain
+    for name, linear in model.matrices():
+        assert isinstance(linear, Linear)
+        arrays[f"{name}.weight"] = linear.weight
+        if linear.bias is not None:
+            arrays[f"{name}.bias"] = linear.bias
+    return _settings(plan) | {
+        "windows": None if tokens is None else list(tokens.shape),
+        "layers": plan.to_dict()["layers"],
+        "configuration": asdict(model.config),
+        "weights": digest(arrays),
+        "tokens": None if tokens is None else digest({"tokens": tokens}),
+    }
+
+
 # --- embedding and head ---------------------------------------------------------------------------
 
 
@@ -257,9 +329,17 @@ def _inputs(stream: Stream, plan: Plan) -> dict[str, LayerInputs]:
     return {tap: LayerInputs(total.total) for tap, total in sums.items()}
 
 
+def _layer_of(tensor: QuantizedTensor, source: Model, name: str, plan: Plan) -> QuantizedLinear:
+    """The layer that `encode` made of these codes."""
+    linear = dict(source.linears())[name]
+    bits = plan.layers[name].copies[0].activation_bits
+    return QuantizedLinear(tensor, linear.bias, linear.rotation, bits)
+
+
 def _encode_block(
-    index: int, block: Block, inputs: dict[str, LayerInputs] | None, plan: Plan
+    index: int, source: Model, inputs: dict[str, LayerInputs] | None, plan: Plan
 ) -> Iterator[tuple[str, QuantizedLinear, Record]]:
+    block = source.blocks[index]
     for tap, names in READERS.items():
         for short in names:
             name = f"model.layers.{index}.{short}"
@@ -314,98 +394,3 @@ def _reporting(
     finally:
         if bar is not None:
             bar.close()
-
-
-# --- finished blocks on disk ----------------------------------------------------------------------
-
-
-class _Store:
-    """Finished blocks in a folder, each written whole or not at all."""
-
-    def __init__(
-        self, folder: Path, model: Model, plan: Plan, tokens: NDArray[np.int32] | None
-    ) -> None:
-        self.folder = folder
-        mark = {
-            "weights": _hash_weights(model),
-            "plan": plan.to_dict(),
-            "tokens": None if tokens is None else hashlib.sha256(tokens.data).hexdigest(),
-        }
-        path = folder / "fingerprint.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found = _read_json(path)
-            if different := [key for key in mark if found.get(key) != mark[key]]:
-                raise ValueError(
-                    f"work_dir {folder} holds blocks made with other {' and '.join(different)}; "
-                    "remove it or choose another"
-                )
-        else:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(mark, indent=2))
-            os.replace(partial, path)
-
-    def path(self, index: int) -> Path:
-        return self.folder / f"block_{index:04}.npz"
-
-    def save(self, index: int, finished: dict[str, tuple[QuantizedLinear, Record]]) -> None:
-        arrays: dict[str, Any] = {}
-        about: dict[str, Any] = {}
-        for name, (layer, record) in finished.items():
-            parts, metadata = layer.tensor.to_arrays()
-            arrays |= {f"{name}/{part}": array for part, array in parts.items()}
-            about[name] = {"metadata": metadata, "record": record}
-        arrays["about"] = np.array(json.dumps(about))
-        save_arrays(self.path(index), arrays)
-
-    def load(
-        self, index: int, block: Block, plan: Plan
-    ) -> dict[str, tuple[QuantizedLinear, Record]] | None:
-        path = self.path(index)
-        if not path.exists():
-            return None
-        arrays = load_arrays(path)
-        try:
-            about = json.loads(str(arrays.pop("about")))
-            names = [f"model.layers.{index}.{short}" for tap in READERS for short in READERS[tap]]
-            if list(about) != names:
-                raise FormatError(f"{path}: holds {list(about)}, expected {names}")
-            finished = {}
-            for name, item in about.items():
-                parts = {
-                    key.rpartition("/")[2]: array
-                    for key, array in arrays.items()
-                    if key.rpartition("/")[0] == name
-                }
-                tensor = QuantizedTensor.from_arrays(parts, item["metadata"])
-                if hashlib.sha256(tensor.panels.data).hexdigest() != item["record"]["sha256"]:
-                    raise FormatError(f"{path}: the codes of {name} are damaged")
-                linear = block.linears[name.rpartition(".")[2]]
-                bits = plan.layers[name].copies[0].activation_bits
-                layer = QuantizedLinear(tensor, linear.bias, linear.rotation, bits)
-                finished[name] = layer, item["record"]
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise FormatError(f"{path}: not a finished block: {error}") from error
-        return finished
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise FormatError(f"{path}: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _hash_weights(model: Model) -> str:
-    digest = hashlib.sha256()
-    for block in model.blocks:
-        for gain in (block.attention_norm, block.mlp_norm, block.query_norm, block.key_norm):
-            if gain is not None:
-                digest.update(gain.data)
-    for _, linear in model.matrices():
-        assert isinstance(linear, Linear)
-        digest.update(linear.weight.data)
-        if linear.bias is not None:
-            digest.update(linear.bias.data)
-    return digest.hexdigest()

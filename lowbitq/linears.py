@@ -93,7 +93,8 @@ class Linear(_Layer):
     rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
-        handle = _core.linear_dense(self.weight, self.bias, self._rotation_handle)
+        copy = _core.copy_dense(self.weight, self._rotation_handle, None, None)
+        handle = _core.linear((copy,), self.bias, None, None)
         object.__setattr__(self, "handle", handle)
 
     @property

@@ -218,14 +218,21 @@ class QuantizedTensor:
         capsule
             For `_core.linear_forward` and the decoder.
         """
-        return _core.linear_packed(
+        copy = _core.copy_packed(
             self.panels,
             self.levels,
-            bias,
             rotation,
+            None,
+            None,
+            None,
             activation_bits=activation_bits or 0,
+            activation_clip=1.0,
+            activation_scale=0.0,
+            activation_zero=0.0,
+            zero_per_token=False,
             **self._scalars,
         )
+        return _core.linear((copy,), bias, None, None)
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Split into arrays and metadata for a file.

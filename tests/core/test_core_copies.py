@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_refused():
         Copy(0, output=TURN)
     with pytest.raises(ValueError, match="sums are given, but float32 activations have no zero"):
         Copy(0, bits=0, zero=0.5)
-    with pytest.raises(ValueError, match="scale is 9.99995e-41, expected 0"):
+    with pytest.raises(ValueError, match=r"scale is 9\.99995e-41, expected 0"):
         Copy(0, scale=1e-40)
     with pytest.raises(ValueError, match="copy 0 of the embedding has an output rotation"):
         decoder_of(layer_of([Copy(0, output=BACK)]))

@@ -37,6 +37,7 @@ from lowbitq.plans import Plan
 from lowbitq.quantizers import dequantize, quantize
 from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
+from lowbitq.version import __version__ as __version__
 
 __all__ = [
     "Block",
@@ -70,7 +71,6 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
-__version__ = "0.1.0"
 
 
 def set_num_threads(threads: int) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq._core import FormatError
+from lowbitq.checkpoints.archives import load_arrays, save_arrays
 from lowbitq.models.decoder import Model
 from lowbitq.models.tokenizer import Tokenizer
 
@@ -92,7 +93,12 @@ class Statistics:
         Parameters
         ----------
         path : str or path
-            Gets the suffix ``.npz`` if it has none.
+            Gets the suffix ``.npz`` if it has none; ``stats-2.5bit`` has one.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; names it.
         """
         arrays: dict[str, Any] = {"tokens": self.tokens}
         for kind in ("mean_square", "max_abs", "hessians"):
@@ -103,7 +109,7 @@ class Statistics:
         arrays["massive"] = np.array(
             [(m.sample, m.position, m.channel, m.value, m.ratio) for m in self.massive]
         ).reshape(-1, 5)
-        save_arrays(Path(path).with_suffix(".npz"), arrays)
+        save_arrays(_with_suffix(path), arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
@@ -115,7 +121,7 @@ class Statistics:
             If the file is not a whole ``.npz`` with the right arrays.
         """
         parts: dict[str, dict[str, Any]] = {"mean_square": {}, "max_abs": {}, "hessians": {}}
-        arrays = load_arrays(Path(path).with_suffix(".npz"))
+        arrays = load_arrays(_with_suffix(path))
         try:
             for key, array in arrays.items():
                 kind, _, name = key.partition("/")
@@ -132,25 +138,9 @@ class Statistics:
             raise FormatError(f"{path}: not statistics of lowbitq: {error}") from error
 
 
-def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write arrays to an ``.npz`` file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read an ``.npz`` file; FormatError if it is damaged."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except OSError:
-        raise
-    except Exception as error:  # zipfile and NumPy raise what they like on damaged files
-        raise FormatError(f"{path}: {error}") from error
+def _with_suffix(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path if path.suffix else path.with_suffix(".npz")
 
 
 def windows(

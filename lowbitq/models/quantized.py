@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import json
 import os
 import platform
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.checkpoints import PackedFolder, open_checkpoint
+from lowbitq.checkpoints import PackedFolder
+from lowbitq.checkpoints.mapping import sha256_of_unchanged
 from lowbitq.checkpoints.packed import (
+    json_text,
     narrowest,
     new_folder,
     quantization_config,
@@ -26,6 +29,7 @@ from lowbitq.models.decoder import AnyLinear, Model
 from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
 from lowbitq.rotations import Rotation
 from lowbitq.tensors import QuantizedTensor
+from lowbitq.version import __version__
 
 RESIDUAL_ROTATION = "model.residual_rotation"
 
@@ -165,14 +169,23 @@ def join_rotation(
     return Rotation.from_dict(fields, arrays)
 
 
-def _provenance(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is known of the weights' origin, their digest, and what this process runs on."""
-    result = dict(known)
-    if "source_sha256" not in result and os.path.exists(result.get("source", "")):
-        result["source_sha256"] = open_checkpoint(result["source"]).sha256()
+def _provenance(known: Any) -> dict[str, Any]:
+    """Return what is known of the weights' origin, their digest, and what this process runs on.
+
+    A file that is not as it was when the weights were loaded has the digest ``"unknown"``.
+    """
+    if not isinstance(known, Mapping):
+        known = {"provenance": known}
+    result = {str(key): _fit_for_json(value) for key, value in known.items()}
+    stamps = result.pop("source_files", None)
+    if "source_sha256" not in result and isinstance(stamps, dict):
+        result["source_sha256"] = {
+            os.path.basename(path): sha256_of_unchanged(path, stamp) or "unknown"
+            for path, stamp in stamps.items()
+        }
     config = _core.config()
     result["saved_by"] = {
-        "lowbitq": _version(),
+        "lowbitq": __version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -182,11 +195,12 @@ def _provenance(known: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _version() -> str | None:
+def _fit_for_json(value: Any) -> Any:
+    """Return a value as JSON holds it; a short description of what it cannot hold."""
     try:
-        return importlib.metadata.version("lowbitq")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return None
+        return json.loads(json_text({"": value}))[""]
+    except (TypeError, ValueError, RecursionError):
+        return reprlib.repr(value)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from tokenizers import AddedToken
 
 from lowbitq._core import FormatError
+from lowbitq.checkpoints.packed import PackedEntry, PackedFolder
 from lowbitq.models.vocabulary import refusing, vocabulary_from_gguf
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -105,12 +106,12 @@ class Tokenizer:
             raise FormatError(f"{source}: tokens that end a text are {list(self.eos_ids)}")
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
+    def from_folder(cls, path: str | Path | PackedFolder) -> Tokenizer:
         """Read the tokenizer of a Hugging Face folder or of a saved lowbitq model.
 
         Parameters
         ----------
-        path : str or Path
+        path : str, Path or PackedFolder
             A folder with ``tokenizer.json``; ``tokenizer_config.json`` (special tokens, whether a
             text begins with one, chat template), ``chat_template.jinja`` and
             ``generation_config.json`` (all tokens that end an answer) are read where they exist.
@@ -135,7 +136,7 @@ class Tokenizer:
         ...     Tokenizer.from_folder(folder).encode("hi")
         array([0], dtype=int32)
         """
-        folder = Path(path)
+        folder = path if isinstance(path, PackedFolder) else Path(path)
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no tokenizer.json, the one form that is read")
@@ -436,6 +437,10 @@ class Tokenizer:
         else:
             _write(template, self.chat_template)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied backend forgets to be blind to special tokens: `_plain` makes one again.
+        return {name: value for name, value in vars(self).items() if name != "_plain"}
+
     def __repr__(self) -> str:
         return (
             f"Tokenizer({self._source}: {self.vocab_size} tokens, bos_id={self.bos_id}, "
@@ -460,7 +465,7 @@ class Tokenizer:
         return token
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path | PackedEntry) -> str:
     # Bytes, because text mode would change the line ends of a template.
     data = path.read_bytes()
     try:
@@ -469,7 +474,7 @@ def _read_text(path: Path) -> str:
         raise FormatError(f"{path}: byte {error.start}: not UTF-8") from error
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path | PackedEntry) -> dict[str, Any]:
     """A JSON object, empty if there is no such file."""
     if not path.is_file():
         return {}
@@ -483,7 +488,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _parse(path: Path, text: str) -> Any:
+def _parse(path: Path | PackedEntry, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -493,7 +498,7 @@ def _parse(path: Path, text: str) -> Any:
         raise FormatError(f"{path}: {error}") from error
 
 
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
+def _read_backend(path: Path | PackedEntry) -> tokenizers.Tokenizer:
     text = _read_text(path)
     try:
         with refusing(str(path)):
@@ -531,7 +536,7 @@ def _begins_with(backend: tokenizers.Tokenizer, bos: str | None, source: str) ->
         return bos is not None and backend.encode("").tokens[:1] == [bos]
 
 
-def _eos_ids(path: Path) -> list[int]:
+def _eos_ids(path: Path | PackedEntry) -> list[int]:
     value = _read_object(path).get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(not isinstance(token, int) or isinstance(token, bool) for token in ids):
@@ -539,7 +544,7 @@ def _eos_ids(path: Path) -> list[int]:
     return ids
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _template(folder: Path | PackedFolder, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return _read_text(file)

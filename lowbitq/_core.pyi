@@ -161,10 +161,10 @@ def packed_dequantize(
     zero: float,
 ) -> None: ...
 def copy_dense(
-    matrix: NDArray[np.float32],
+    weight: NDArray[np.float32],
     input: Any | None,
     output: Any | None,
-    weight: NDArray[np.float32] | None,
+    fusion: NDArray[np.float32] | None,
     /,
 ) -> Any: ...
 def copy_packed(
@@ -172,7 +172,7 @@ def copy_packed(
     levels: NDArray[np.float32] | None,
     input: Any | None,
     output: Any | None,
-    weight: NDArray[np.float32] | None,
+    fusion: NDArray[np.float32] | None,
     sums: NDArray[np.float32] | None,
     /,
     *,

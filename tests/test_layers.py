@@ -34,7 +34,7 @@ PYTHON_ORDER = [
     "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
     "checkpoints",
     "generation", "models.config", "models.chat", "models.vocabulary", "models.tokenizer",
-    "models.decoder", "models.llama", "models.qwen", "models.quantized", "models",
+    "models.decoder", "models.llama", "models.qwen", "models.stored", "models.quantized", "models",
     "calibration", "sensitivity", "plans", "budgets", "duplication", "compression", "evaluation",
     "search.strategy", "search.grid", "search.bayesian", "search.evolution", "search",
     "distillation", "pruning", "lowrank", "monitoring",

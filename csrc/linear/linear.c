@@ -254,12 +254,20 @@ takes_bias(const lbq_linear *layer, ptrdiff_t index)
            (copy->activation.bits || (index == 0 && !copy->weight));
 }
 
-/* Takes the copies that come next and quantize x as `lead` does, of the layers from `at` on. */
+/* Takes copies that come next and quantize x alike: as that of the layer which lags behind most, so
+ * that layers wait for each other. 0 if all are done. */
 static ptrdiff_t
-gather(const lbq_copy *lead, progress *at, const progress *end, lbq_term *terms)
+gather(progress *all, ptrdiff_t layers, lbq_term *terms)
 {
+    const progress *least = NULL;
+    for (const progress *at = all; at < all + layers; at++)
+        if (at->next < at->layer->count && (!least || at->next < least->next))
+            least = at;
+    if (!least)
+        return 0;
+    const lbq_copy *const lead = &least->layer->copies[least->next];
     ptrdiff_t count = 0;
-    for (; at < end; at++) {
+    for (progress *at = all; at < all + layers; at++) {
         bool open = true; /* what is added after a rotation back is the last of its layer */
         while (open && count < LBQ_SHARED && at->next < at->layer->count) {
             const lbq_copy *const copy = &at->layer->copies[at->next];
@@ -344,16 +352,9 @@ lbq_linears_forward(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t 
         assert(lbq_linear_check(layers[i]) == LBQ_OK && layers[i]->cols == layers[0]->cols);
         all[i] = (progress){layers[i], y[i], 0};
     }
-    const progress *const end = all + count;
-    for (progress *at = all; at < end;) {
-        if (at->next == at->layer->count) {
-            at++;
-            continue;
-        }
-        lbq_term terms[LBQ_SHARED];
-        const ptrdiff_t taken = gather(&at->layer->copies[at->next], at, end, terms);
+    lbq_term terms[LBQ_SHARED];
+    for (ptrdiff_t taken; (taken = gather(all, count, terms)) > 0;)
         LBQ_TRY(add_terms(taken, terms, tokens, x));
-    }
     for (ptrdiff_t i = 0; i < count; i++)
         LBQ_TRY(finish(layers[i], tokens, x, y[i]));
     return LBQ_OK;
@@ -366,15 +367,10 @@ lbq_linears_inputs(ptrdiff_t count, const lbq_linear *const *layers)
     progress all[LBQ_LAYERS];
     for (ptrdiff_t i = 0; i < count; i++)
         all[i] = (progress){layers[i], NULL, 0};
+    lbq_term terms[LBQ_SHARED];
     ptrdiff_t inputs = 0;
-    for (progress *at = all; at < all + count;)
-        if (at->next == at->layer->count) {
-            at++;
-        } else {
-            lbq_term terms[LBQ_SHARED];
-            gather(&at->layer->copies[at->next], at, all + count, terms);
-            inputs++;
-        }
+    while (gather(all, count, terms) > 0)
+        inputs++;
     return inputs;
 }
 

@@ -153,29 +153,29 @@ copy_handle(PyObject *module, const lbq_copy *copy, PyObject *args)
 
 LBQ_BINDING(copy_dense)
 {
-    lbq_array matrix, weight;
+    lbq_array weight, fusion;
     const lbq_rotation *input, *output;
     const lbq_arg spec[] = {
-        LBQ_IN("matrix", &matrix, NPY_FLOAT32, "rk"),
+        LBQ_IN("weight", &weight, NPY_FLOAT32, "rk"),
         LBQ_HANDLE_OR_NONE("input", &input, "lowbitq.rotation"),
         LBQ_HANDLE_OR_NONE("output", &output, "lowbitq.rotation"),
-        LBQ_IN_OR_NONE("weight", &weight, NPY_FLOAT32, "r"),
+        LBQ_IN_OR_NONE("fusion", &fusion, NPY_FLOAT32, "r"),
     };
     LBQ_PARSE("copy_dense", spec);
     const lbq_copy copy = {
-        .rows = matrix.dims[0],
-        .cols = matrix.dims[1],
-        .dense = matrix.data,
+        .rows = weight.dims[0],
+        .cols = weight.dims[1],
+        .dense = weight.data,
         .input = input,
         .output = output,
-        .weight = weight.data,
+        .weight = fusion.data,
     };
     return copy_handle(module, &copy, args);
 }
 
 LBQ_BINDING(copy_packed)
 {
-    lbq_array panels, levels, weight, sums;
+    lbq_array panels, levels, fusion, sums;
     const lbq_rotation *input, *output;
     lbq_packed_args s;
     Py_ssize_t bits;
@@ -186,7 +186,7 @@ LBQ_BINDING(copy_packed)
         LBQ_IN_OR_NONE("levels", &levels, NPY_FLOAT32, "l"),
         LBQ_HANDLE_OR_NONE("input", &input, "lowbitq.rotation"),
         LBQ_HANDLE_OR_NONE("output", &output, "lowbitq.rotation"),
-        LBQ_IN_OR_NONE("weight", &weight, NPY_FLOAT32, "r"),
+        LBQ_IN_OR_NONE("fusion", &fusion, NPY_FLOAT32, "r"),
         LBQ_IN_OR_NONE("sums", &sums, NPY_FLOAT32, "r"),
         LBQ_PACKED_ARGS(s),
         LBQ_INT("activation_bits", &bits, 0, 8),
@@ -203,12 +203,12 @@ LBQ_BINDING(copy_packed)
         .input = input,
         .output = output,
         .activation = {(int)bits, (float)clip, (float)scale, per_token ? NAN : (float)zero},
-        .weight = weight.data,
+        .weight = fusion.data,
         .sums = sums.data,
     };
     lbq_status status = attach(&copy.packed, &panels, &levels);
-    if (status == LBQ_OK && weight.data)
-        status = lbq_check_axis(&weight, "weight", 0, "rows", s.rows);
+    if (status == LBQ_OK && fusion.data)
+        status = lbq_check_axis(&fusion, "fusion", 0, "rows", s.rows);
     if (status == LBQ_OK && sums.data)
         status = lbq_check_axis(&sums, "sums", 0, "rows", s.rows);
     return status == LBQ_OK ? copy_handle(module, &copy, args) : lbq_result(module, status);
@@ -357,11 +357,11 @@ PyMethodDef lbq_methods_linear[] = {
         "packed_dequantize(panels, levels, weight, /, *, " LBQ_PACKED_TEXT ")\n--\n\n"
         "Values (rows, cols) of a packed matrix.")
     LBQ_METHOD(copy_dense,
-        "copy_dense(matrix, input, output, weight, /)\n--\n\n"
-        "A handle of weight * P^T W R in float32, W = matrix, R = input, P = output.")
+        "copy_dense(weight, input, output, fusion, /)\n--\n\n"
+        "A handle of fusion * P^T W R in float32, W = weight, R = input, P = output.")
     LBQ_METHOD(copy_packed,
-        "copy_packed(panels, levels, input, output, weight, sums, /, *, " LBQ_PACKED_TEXT ", activation_bits, activation_clip, activation_scale, activation_zero, zero_per_token)\n--\n\n"
-        "A handle of weight * P^T W act(R x) with packed W; activation_bits 0, 4 or 8.")
+        "copy_packed(panels, levels, input, output, fusion, sums, /, *, " LBQ_PACKED_TEXT ", activation_bits, activation_clip, activation_scale, activation_zero, zero_per_token)\n--\n\n"
+        "A handle of fusion * P^T W act(R x) with packed W; activation_bits 0, 4 or 8.")
     LBQ_METHOD(linear,
         "linear(copies, bias, U, V, /)\n--\n\n"
         "A handle of the layer y = sum of copies + U V^T x + bias.")

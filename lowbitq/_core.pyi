@@ -160,14 +160,20 @@ def packed_dequantize(
     gamma: float,
     zero: float,
 ) -> None: ...
-def linear_dense(
-    weight: NDArray[np.float32], bias: NDArray[np.float32] | None, rotation: Any | None, /
+def copy_dense(
+    weight: NDArray[np.float32],
+    input: Any | None,
+    output: Any | None,
+    fusion: NDArray[np.float32] | None,
+    /,
 ) -> Any: ...
-def linear_packed(
+def copy_packed(
     panels: NDArray[np.uint8],
     levels: NDArray[np.float32] | None,
-    bias: NDArray[np.float32] | None,
-    rotation: Any | None,
+    input: Any | None,
+    output: Any | None,
+    fusion: NDArray[np.float32] | None,
+    sums: NDArray[np.float32] | None,
     /,
     *,
     rows: int,
@@ -179,11 +185,23 @@ def linear_packed(
     gamma: float,
     zero: float,
     activation_bits: int,
+    activation_clip: float,
+    activation_scale: float,
+    activation_zero: float,
+    zero_per_token: bool,
+) -> Any: ...
+def linear(
+    copies: tuple[Any, ...],
+    bias: NDArray[np.float32] | None,
+    U: NDArray[np.float32] | None,
+    V: NDArray[np.float32] | None,
+    /,
 ) -> Any: ...
 def linear_forward(layer: Any, x: NDArray[np.float32], y: NDArray[np.float32], /) -> None: ...
 def linears_forward(
     layers: tuple[Any, ...], x: NDArray[np.float32], y: NDArray[np.float32], /
 ) -> None: ...
+def linears_inputs(layers: tuple[Any, ...], /) -> int: ...
 def hessian_add(
     x: NDArray[np.float32], weights: NDArray[np.float32] | None, hessian: NDArray[np.float64], /
 ) -> None: ...

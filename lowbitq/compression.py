@@ -333,7 +333,7 @@ def _layer_of(tensor: QuantizedTensor, source: Model, name: str, plan: Plan) -> 
     """The layer that `encode` made of these codes."""
     linear = dict(source.linears())[name]
     bits = plan.layers[name].copies[0].activation_bits
-    return QuantizedLinear(tensor, linear.bias, linear.rotation, bits)
+    return QuantizedLinear.of(tensor, linear.bias, linear.rotation, bits)
 
 
 def _encode_block(
@@ -357,10 +357,8 @@ def _advance(stream: Stream, result: QuantizedModel) -> None:
     """
     block = stream.model.blocks[stream.index]
     floats = block.linears
-    block.linears = dict(floats)
-    for name, linear in result.blocks[stream.index].linears.items():
-        assert isinstance(linear, QuantizedLinear)
-        block.linears[name] = floats[name].replace(weight=linear.tensor.dequantize())
+    packed = result.blocks[stream.index].linears
+    block.linears = {name: linear.to_float() for name, linear in packed.items()}
     stream.advance()
     block.linears = floats
 

@@ -100,7 +100,7 @@ def encode(linear: Linear, inputs: LayerInputs, plan: LayerPlan) -> tuple[Quanti
         "seconds": round(time.perf_counter() - started, 4),
         "sha256": hashlib.sha256(tensor.panels.data).hexdigest(),
     }
-    return QuantizedLinear(tensor, linear.bias, linear.rotation, copy.activation_bits), record
+    return QuantizedLinear.of(tensor, linear.bias, linear.rotation, copy.activation_bits), record
 
 
 def _round(

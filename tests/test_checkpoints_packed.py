@@ -54,7 +54,7 @@ def test_what_is_read_is_what_was_written(saved):
         assert not view.flags.writeable
         assert view.ctypes.data % 64 == 0
     assert folder.json("plan.json") == {"a": [1, 2.5, "é"]}
-    assert folder.config["quantization_config"] == {"quant_method": "lowbitq", "format_version": 2}
+    assert folder.config["quantization_config"] == {"quant_method": "lowbitq", "format_version": 3}
 
 
 def test_the_safetensors_package_reads_it_too(saved):
@@ -156,8 +156,8 @@ def rewrite(path, change):
 
 
 def test_newer_formats_are_refused(saved):
-    rewrite(saved / "config.json", lambda c: c["quantization_config"].update(format_version=3))
-    with pytest.raises(FormatError, match="format_version is 3, expected 2: another lowbitq may"):
+    rewrite(saved / "config.json", lambda c: c["quantization_config"].update(format_version=4))
+    with pytest.raises(FormatError, match="format_version is 4, expected 2 or 3: another lowbitq"):
         read_packed(saved)
 
 

@@ -100,8 +100,10 @@ def test_scales_of_packed_layers_are_looked_at(format):
         if not np.isfinite(scale).all():
             break
         halves[place] = kept[place]
-    linear = small.blocks[1].linears["up_proj"].replace(tensor=replace(tensor, panels=panels))
+    linear = lq.QuantizedLinear.of(replace(tensor, panels=panels))
     small.replace_linear("model.layers.1.mlp.up_proj", linear)
     row, group = np.argwhere(~np.isfinite(scale))[0]
-    with pytest.raises(ValueError, match=rf"1\.mlp\.up_proj\.scale has .* at \[{row}, {group}\]"):
+    with pytest.raises(
+        ValueError, match=rf"up_proj\.copies\.0\.scale has .* at \[{row}, {group}\]"
+    ):
         check_finite(small)

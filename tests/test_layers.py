@@ -34,8 +34,9 @@ PYTHON_ORDER = [
     "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
     "checkpoints", "plans",
     "generation", "models.config", "models.chat", "models.vocabulary", "models.tokenizer",
-    "models.tokens", "models.decoder", "models.llama", "models.qwen", "models.quantized",
-    "models.finite", "models", "texts", "calibration", "encoding", "compression", "evaluation",
+    "models.tokens", "models.decoder", "models.llama", "models.qwen", "models.stored",
+    "models.quantized", "models.finite", "models", "texts", "calibration", "encoding",
+    "compression", "evaluation",
     "timing", "roofline", "plots", "", "cli", "__main__",
 ]
 # fmt: on

@@ -18,11 +18,12 @@ import test_models
 from golden import tiny_models
 
 import lowbitq
-from lowbitq import FormatError, Plan, quantize
+from lowbitq import FormatError, Plan, _core, quantize
 from lowbitq.checkpoints import packed
-from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.checkpoints.safetensors import read_safetensors
+from lowbitq.linears import Activation, Copy, Linear, QuantizedLinear
 from lowbitq.models import Model, QuantizedModel, load
-from lowbitq.rotations import rotate
+from lowbitq.rotations import Rotation, rotate
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -41,7 +42,7 @@ def compress(model, formats=FORMATS, keep=(), **options):
     for i, (name, linear) in enumerate(list(model.linears())):
         if name.split(".")[-1] not in keep:
             tensor = quantize(linear.weight, formats[i % len(formats)], range="minmax")
-            result.replace_linear(name, QuantizedLinear(tensor, linear.bias, linear.rotation))
+            result.replace_linear(name, QuantizedLinear.of(tensor, linear.bias, linear.rotation))
     return result
 
 
@@ -72,7 +73,7 @@ def test_logits_come_back_to_the_last_bit(tmp_path, name, kind):
 
 def test_a_packed_head_comes_back(tmp_path):
     model, tokens = tiny("llama3", tmp_path), tiny_models.tokens_of("llama3")
-    model.head = QuantizedLinear(quantize(model.head.weight, "int8g16"))
+    model.head = QuantizedLinear.of(quantize(model.head.weight, "int8g16"))
     model.save(tmp_path / "saved")
     loaded = load(tmp_path / "saved")
     assert isinstance(loaded.head, QuantizedLinear)
@@ -222,6 +223,60 @@ def test_what_compress_makes_can_be_kept(tmp_path):
     assert str(loaded.report()) == str(model.report())
 
 
+def test_copies_of_layers_come_back(tmp_path):
+    """With rotations, activations, weights and an adapter of their own; one tensor lies once."""
+    model, tokens = tiny("llama", tmp_path), tiny_models.tokens_of("llama")
+    rng = np.random.default_rng(0)
+    for name, linear in list(model.linears()):
+        rows, cols = linear.shape
+        turns = Rotation(cols, seed=5), Rotation(rows, "orthogonal", seed=6)
+        tensor = quantize(rng.standard_normal((rows, cols), np.float32), "kmeans2g64")
+        copies = [
+            linear.copies[0],
+            Copy(tensor, turns[0], turns[1], Activation(4, clip=0.9, zero="token")),
+            Copy(tensor, weight=rng.standard_normal(rows, np.float32) / 8),
+        ]
+        adapter = tuple(rng.standard_normal((n, 2), np.float32) / 8 for n in (rows, cols))
+        model.replace_linear(name, QuantizedLinear(copies, linear.bias, adapter))
+
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
+    assert loaded.nbytes == model.nbytes
+    for _, linear in loaded.linears():
+        assert linear.copies[1].tensor is linear.copies[2].tensor
+    arrays = read_safetensors(tmp_path / "saved" / "model.safetensors").tensors
+    assert sum(name.endswith(".panels") for name in arrays) == 2 * len(list(model.linears()))
+    # The first copies have groups of 64, 32 and 64 columns; the others go together, as in memory,
+    # although no two layers have one object.
+    for block in (model.blocks[0].linears, loaded.blocks[0].linears):
+        handles = tuple(block[name].handle for name in ("q_proj", "k_proj", "v_proj"))
+        assert _core.linears_inputs(handles) == 2 + 1 + 1
+
+
+def test_a_block_may_stand_twice(tmp_path):
+    """Its layers are stored once; each place has its own keys and values."""
+    model, tokens = tiny("llama", tmp_path), tiny_models.tokens_of("llama")
+    once = model.nbytes
+    model.blocks = [model.blocks[0], model.blocks[1], model.blocks[1], *model.blocks[2:]]
+    expected = model.logits(tokens)
+    assert model.nbytes == once
+
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+
+    assert len(loaded.blocks) == len(model.blocks) == loaded.config.layers
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(expected))
+    assert loaded.nbytes == once
+    assert loaded.bits_per_weight == model.bits_per_weight
+    for name, linear in loaded.blocks[1].linears.items():
+        assert loaded.blocks[2].linears[name] is linear
+    cache = loaded.new_cache(len(tokens))
+    steps = [loaded.step([token], cache) for token in tokens]
+    np.testing.assert_allclose(steps, expected, rtol=0.02, atol=0.02 * abs(expected).max())
+
+
 def test_the_embedding_takes_no_more_than_it_must(tmp_path):
     model = tiny("llama", tmp_path)
     whole = model.embedding.weight
@@ -329,18 +384,24 @@ def test_every_damaged_file_is_named(tmp_path):
 
 
 LAYER = "model.layers.1.mlp.down_proj"
+
+
+def copy_of(entry):
+    return entry["layers"][LAYER]["copies"][0]
+
+
 FORGERIES = {
     "no layers": (lambda entry: entry.pop("layers"), "'layers'"),
     "no layer": (lambda entry: entry["layers"].pop(LAYER), LAYER),
     "no object": (lambda entry: entry["layers"].update({LAYER: 3}), LAYER),
-    "no fields": (lambda entry: entry["layers"][LAYER].pop("activation_bits"), "activation_bits"),
+    "no fields": (lambda entry: copy_of(entry).pop("activation"), "activation"),
     "other rows": (
-        lambda entry: entry["layers"][LAYER]["tensor"].update(rows=47),
+        lambda entry: copy_of(entry)["tensor"].update(rows=47),
         rf"{LAYER}: shape is \(47, 88\), expected \(48, 88\)",
     ),
-    "other size": (lambda entry: entry["layers"][LAYER]["tensor"].update(cols=9), LAYER),
-    "format": (lambda entry: entry["layers"][LAYER]["tensor"].update(format="int9"), LAYER),
-    "rotation": (lambda entry: entry["layers"][LAYER]["rotation"].update(n=7), LAYER),
+    "other size": (lambda entry: copy_of(entry)["tensor"].update(cols=9), LAYER),
+    "format": (lambda entry: copy_of(entry)["tensor"].update(format="int9"), LAYER),
+    "rotation": (lambda entry: copy_of(entry)["rotation"].update(n=7), LAYER),
     "residual": (lambda entry: entry["residual_rotation"].pop("n"), "residual_rotation"),
     "embedding": (
         lambda entry: entry["layers"].update({"model.embed_tokens": entry["layers"][LAYER]}),

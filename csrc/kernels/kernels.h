@@ -62,6 +62,19 @@ typedef struct {
        int8_t *q,                                                                                  \
        float *scale,                                                                               \
        float *total))                                                                              \
+    /* The same by scale = step_scale or, where that is 0, clip * max |x| / limit; q is cut to     \
+     * +-limit. */                                                                                 \
+    X(clip_i8,                                                                                     \
+      void,                                                                                        \
+      (const float *x,                                                                             \
+       ptrdiff_t cols,                                                                             \
+       ptrdiff_t step,                                                                             \
+       int limit,                                                                                  \
+       float clip,                                                                                 \
+       float step_scale,                                                                           \
+       int8_t *q,                                                                                  \
+       float *scale,                                                                               \
+       float *total))                                                                              \
     /* `width` rows of q, `columns` bytes each, to lbq_activations.values; exact. */               \
     X(interleave, void, (const int8_t *q, ptrdiff_t columns, ptrdiff_t width, int8_t *values))     \
     /* Sums that 1-bit codes ask for. For every 32 columns [part][n][i][m], m = 0..15: the sum     \

@@ -47,6 +47,7 @@ handle_of(PyObject *module, PyObject *args, const lbq_rotation *rotation)
     if (status != LBQ_OK)
         return lbq_result(module, status);
     *block = *rotation;
+    lbq_rotation_identify(block);
     return lbq_handle_new("lowbitq.rotation", block, args);
 }
 

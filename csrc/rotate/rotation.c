@@ -1,13 +1,48 @@
 /* Rotations of many rows: Hadamard rows in parallel, dense ones by BLAS. */
 #include "rotate/rotation.h"
 
-#include <stdbool.h>
 #include <string.h>
 
 #include "core/blas.h"
 #include "core/memory.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
+
+/* G. Fowler, L. C. Noll, P. Vo: FNV-1a, on words instead of bytes. */
+static uint64_t
+digest_of(uint64_t digest, const void *data, size_t words)
+{
+    const unsigned char *at = data;
+    for (size_t i = 0; i < words; i++, at += sizeof(uint32_t)) {
+        uint32_t word;
+        memcpy(&word, at, sizeof word);
+        digest = (digest ^ word) * 0x100000001b3u;
+    }
+    return digest;
+}
+
+void
+lbq_rotation_identify(lbq_rotation *rotation)
+{
+    const size_t n = (size_t)rotation->n;
+    const lbq_hadamard *const hadamard = &rotation->hadamard;
+    uint64_t digest = 0xcbf29ce484222325u;
+    if (rotation->dense) {
+        rotation->digest = digest_of(digest, rotation->dense, n * n);
+        return;
+    }
+    for (int j = 0; j < hadamard->factors; j++)
+        digest = (digest ^ (uint64_t)hadamard->orders[j]) * 0x100000001b3u;
+    rotation->digest = digest_of(digest, hadamard->diagonal, n);
+}
+
+bool
+lbq_same_rotation(const lbq_rotation *a, const lbq_rotation *b)
+{
+    if (a == b || !a || !b)
+        return a == b;
+    return a->n == b->n && !a->dense == !b->dense && a->digest == b->digest;
+}
 
 /* Additions in a chunk of rows: about 50 us of one core, below which a thread costs more than it
  * gives. */

@@ -47,7 +47,7 @@ static ptrdiff_t
 batch_of(const lbq_decoder *decoder, ptrdiff_t tokens)
 {
     for (ptrdiff_t i = 0; i < decoder->block_count; i++)
-        if (!decoder->blocks[i]->gate->activation_bits)
+        if (lbq_linear_is_float(decoder->blocks[i]->gate))
             return tokens;
     const ptrdiff_t batches = lbq_pieces(tokens, BATCH * lbq_threads());
     return lbq_pieces(tokens, batches);
@@ -277,6 +277,11 @@ lbq_decoder_check(const lbq_decoder *decoder)
                 decoder->vocab,
                 hidden);
     LBQ_REQUIRE(!embedding->bias, LBQ_BAD_VALUE, "the embedding has a bias, expected none");
+    for (ptrdiff_t i = 0; i < embedding->count; i++)
+        LBQ_REQUIRE(!embedding->copies[i].output,
+                    LBQ_BAD_VALUE,
+                    "copy %td of the embedding has an output rotation, expected none",
+                    i);
     LBQ_REQUIRE(!decoder->head ||
                     (decoder->head->rows == decoder->vocab && decoder->head->cols == hidden),
                 LBQ_BAD_SHAPE,

@@ -40,7 +40,8 @@ from lowbitq.checkpoints.safetensors import (
 )
 from lowbitq.checkpoints.writing import hidden_folder, replace_folder, sync
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_READ = (2, 3)
 
 _CHECKSUMS = "checksums.json"
 _ALIGNMENT = 64
@@ -383,8 +384,8 @@ def _read(path: Path, descriptor: int, verify: bool) -> PackedFolder:
     if not is_packed(config):
         raise config_file.damaged(0, "no quantization_config of quant_method 'lowbitq'")
     version = config["quantization_config"].get("format_version")
-    if version != FORMAT_VERSION:
-        found = f"format_version is {reprlib.repr(version)}, expected {FORMAT_VERSION}"
+    if version not in _READ:
+        found = f"format_version is {reprlib.repr(version)}, expected 2 or {FORMAT_VERSION}"
         raise config_file.damaged(0, f"{found}: another lowbitq may read it")
     # Hidden files belong to git and its like; nothing here reads them.
     names = sorted(name for name in os.listdir(descriptor) if not name.startswith("."))

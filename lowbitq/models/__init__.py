@@ -18,13 +18,8 @@ from lowbitq.models import llama, qwen
 from lowbitq.models.config import Family, ModelConfig, config_from_gguf, config_from_hf
 from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Cache, Model
 from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES, OUTER_NAMES
-from lowbitq.models.quantized import (
-    RESIDUAL_ROTATION,
-    QuantizedModel,
-    Report,
-    join_linear,
-    join_rotation,
-)
+from lowbitq.models.quantized import RESIDUAL_ROTATION, QuantizedModel, Report
+from lowbitq.models.stored import LayerReader
 from lowbitq.models.tokenizer import Tokenizer
 from lowbitq.plans import Plan
 from lowbitq.rotations import Rotation
@@ -216,6 +211,7 @@ class _PackedTensors(_Tensors):
     def __init__(self, source: PackedFolder, config: ModelConfig) -> None:
         super().__init__(source, config, 0)
         self.entry = source.config["quantization_config"]
+        self.reader = LayerReader(source)
         with self.naming_errors("layers"):
             # The first folders, in which the embedding is always dense, do not describe it.
             self.layers = {EMBEDDING: {}, **self.entry["layers"]}
@@ -240,7 +236,7 @@ class _PackedTensors(_Tensors):
     def join(self, name: str, rows: int, cols: int) -> AnyLinear:
         """Return the layer of this name, which must have this shape."""
         with self.naming_errors(name):
-            linear = join_linear(self.source, name, self.layers[name])
+            linear = self.reader.layer(name, self.layers[name])
             if linear.shape != (rows, cols):
                 raise ValueError(f"shape is {linear.shape}, expected {(rows, cols)}")
         self.unused -= {tensor for tensor in self.unused if tensor.startswith(f"{name}.")}
@@ -249,7 +245,7 @@ class _PackedTensors(_Tensors):
     def residual_rotation(self) -> Rotation | None:
         self.unused.discard(f"{RESIDUAL_ROTATION}.matrix")
         with self.naming_errors(RESIDUAL_ROTATION):
-            return join_rotation(self.source, RESIDUAL_ROTATION, self.entry["residual_rotation"])
+            return self.reader.rotation(RESIDUAL_ROTATION, self.entry["residual_rotation"])
 
     def plan(self) -> Plan | None:
         if not (self.source / "plan.json").is_file():

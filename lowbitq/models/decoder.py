@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,11 @@ EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 # Tokens of a prompt that run at once: enough for the matrix products' full speed, few enough to
 # keep a long prompt's scratch small.
 _PREFILL = 512
+
+
+def _once(layers: Iterator[tuple[str, AnyLinear]]) -> Iterable[AnyLinear]:
+    """The layers, each once if it stands in the model several times."""
+    return {id(linear): linear for _, linear in layers}.values()
 
 
 @dataclass(eq=False)
@@ -105,6 +110,7 @@ class Model:
     embedding : Linear or QuantizedLinear
         Of shape (vocab, hidden), without bias; a row for each token.
     blocks : list of Block
+        A block may stand in it several times; it is then stored once.
     final_norm : ndarray of shape (hidden,), float32
     head : Linear or QuantizedLinear or None
         None: the embedding.
@@ -194,26 +200,27 @@ class Model:
     @property
     def parameters(self) -> int:
         """Number of weights, biases and gains; a tied head counts once."""
-        weights = sum(linear.shape[0] * linear.shape[1] for _, linear in self.matrices())
+        weights = sum(linear.shape[0] * linear.shape[1] for linear in _once(self.matrices()))
         return weights + sum(vector.size for vector in self._vectors())
 
     def _vectors(self) -> Iterator[NDArray[np.float32]]:
         """Yield all gains and biases."""
         yield self.final_norm
-        for block in self.blocks:
+        for block in {id(block): block for block in self.blocks}.values():
             yield from (gain for gain in block._parts()[:4] if gain is not None)
-        yield from (linear.bias for _, linear in self.matrices() if linear.bias is not None)
+        yield from (linear.bias for linear in _once(self.matrices()) if linear.bias is not None)
 
     @property
     def bits_per_weight(self) -> float:
         """Bits per weight of the linear layers of all blocks; everything stored counts."""
-        sizes = [(linear.bits_per_weight, np.prod(linear.shape)) for _, linear in self.linears()]
+        layers = _once(self.linears())
+        sizes = [(linear.bits_per_weight, np.prod(linear.shape)) for linear in layers]
         return float(sum(b * n for b, n in sizes) / sum(n for _, n in sizes))
 
     @property
     def nbytes(self) -> int:
         """Bytes of all layers, biases, norms and the embedding."""
-        weights = sum(linear.nbytes for _, linear in self.matrices())
+        weights = sum(linear.nbytes for linear in _once(self.matrices()))
         return weights + sum(vector.nbytes for vector in self._vectors())
 
     def __repr__(self) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbitq.linears import Linear
+from lowbitq.linears import Copy, Linear
 from lowbitq.models.decoder import EMBEDDING, HEAD, LINEARS, AnyLinear, Model
 from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
 from lowbitq.models.quantized import RESIDUAL_ROTATION
@@ -59,14 +59,25 @@ def _arrays(model: Model) -> Iterator[tuple[str, NDArray[np.float32]]]:
 
 
 def _layer_arrays(name: str, linear: AnyLinear) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    yield from _rotation_arrays(f"{name}.rotation", linear.rotation)
     if isinstance(linear, Linear):
+        yield from _rotation_arrays(f"{name}.rotation", linear.rotation)
         yield f"{name}.weight", linear.weight
     else:
-        yield f"{name}.scale", linear.tensor.scale
-        yield f"{name}.offset", linear.tensor.offset
+        for i, copy in enumerate(linear.copies):
+            yield from _copy_arrays(f"{name}.copies.{i}", copy)
+        for letter, array in zip("UV", linear.adapter or (), strict=False):
+            yield f"{name}.adapter.{letter}", array
     if linear.bias is not None:
         yield f"{name}.bias", linear.bias
+
+
+def _copy_arrays(name: str, copy: Copy) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    yield from _rotation_arrays(f"{name}.rotation", copy.rotation)
+    yield from _rotation_arrays(f"{name}.output_rotation", copy.output_rotation)
+    yield f"{name}.scale", copy.tensor.scale
+    yield f"{name}.offset", copy.tensor.offset
+    if copy.weight is not None:
+        yield f"{name}.weight", copy.weight
 
 
 def _rotation_arrays(

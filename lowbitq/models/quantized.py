@@ -11,10 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.checkpoints import PackedFolder
 from lowbitq.checkpoints.mapping import sha256_of_unchanged
 from lowbitq.checkpoints.packed import (
     json_text,
@@ -24,12 +22,10 @@ from lowbitq.checkpoints.packed import (
     write_arrays,
     write_json,
 )
-from lowbitq.linears import Linear, QuantizedLinear
-from lowbitq.models.decoder import AnyLinear, Model
+from lowbitq.models.decoder import Model
 from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
+from lowbitq.models.stored import LayerWriter
 from lowbitq.plans import Plan
-from lowbitq.rotations import Rotation
-from lowbitq.tensors import QuantizedTensor
 from lowbitq.version import __version__
 
 RESIDUAL_ROTATION = "model.residual_rotation"
@@ -82,16 +78,18 @@ class QuantizedModel(Model):
         OSError
             If something cannot be written; names it, and leaves nothing behind.
         """
-        arrays = {OUTER_NAMES["final_norm"][0]: narrowest(self.final_norm)}
+        writer = LayerWriter()
+        arrays = writer.arrays
+        arrays[OUTER_NAMES["final_norm"][0]] = narrowest(self.final_norm)
         for i, block in enumerate(self.blocks):
             for field_name, (name, _) in NORM_NAMES.items():
                 if (gain := getattr(block, field_name)) is not None:
                     arrays[HF_BLOCK.format(i, name) + ".weight"] = narrowest(gain)
-        layers = {name: split_linear(linear, name, arrays) for name, linear in self.matrices()}
-        tied = replace(self.config, tie_embeddings=self.head is None)
-        config = tied.to_hf() | quantization_config(
+        layers = {name: writer.layer(name, linear) for name, linear in self.matrices()}
+        actual = replace(self.config, tie_embeddings=self.head is None, layers=len(self.blocks))
+        config = actual.to_hf() | quantization_config(
             bits_per_weight=self.bits_per_weight,
-            residual_rotation=_split_rotation(self.residual_rotation, RESIDUAL_ROTATION, arrays),
+            residual_rotation=writer.rotation(RESIDUAL_ROTATION, self.residual_rotation),
             layers=layers,
         )
         report = self.report()
@@ -111,61 +109,6 @@ class QuantizedModel(Model):
                 write_json(folder / "plan.json", self.plan.to_dict())
             if self.tokenizer is not None:
                 self.tokenizer.save(folder)
-
-
-def split_linear(linear: AnyLinear, name: str, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Put the arrays of a layer into `arrays`, under its name; return the rest, fit for JSON."""
-    if isinstance(linear, Linear):
-        own: dict[str, NDArray[Any]] = {"weight": narrowest(linear.weight)}
-        fields: dict[str, Any] = {}
-    else:
-        own, tensor = linear.tensor.to_arrays()
-        fields = {"tensor": tensor, "activation_bits": linear.activation_bits}
-    if linear.bias is not None:
-        own["bias"] = narrowest(linear.bias)
-    arrays |= {f"{name}.{part}": array for part, array in own.items()}
-    if linear.rotation is not None:
-        fields["rotation"] = _split_rotation(linear.rotation, f"{name}.rotation", arrays)
-    return fields
-
-
-def join_linear(folder: PackedFolder, name: str, fields: Mapping[str, Any]) -> AnyLinear:
-    """Make the layer that `split_linear` split; packed arrays stay mapped.
-
-    Raises
-    ------
-    AttributeError, KeyError, TypeError, ValueError
-        If arrays and fields do not fit together.
-    """
-    bias = folder.load(f"{name}.bias") if f"{name}.bias" in folder.tensors else None
-    rotation = join_rotation(folder, f"{name}.rotation", fields.get("rotation"))
-    if "tensor" not in fields:
-        return Linear(folder.load(f"{name}.weight"), bias, rotation)
-    parts = [part for part in ("panels", "levels") if f"{name}.{part}" in folder.tensors]
-    tensor = QuantizedTensor.from_arrays(
-        {part: folder.view(f"{name}.{part}") for part in parts}, fields["tensor"]
-    )
-    return QuantizedLinear(tensor, bias, rotation, fields["activation_bits"])
-
-
-def _split_rotation(
-    rotation: Rotation | None, name: str, arrays: dict[str, NDArray[Any]]
-) -> dict[str, Any] | None:
-    if rotation is None:
-        return None
-    arrays |= {f"{name}.{part}": array for part, array in rotation.to_arrays().items()}
-    return rotation.to_dict()
-
-
-def join_rotation(
-    folder: PackedFolder, name: str, fields: Mapping[str, Any] | None
-) -> Rotation | None:
-    """Make the rotation that a saved folder describes; None of None."""
-    if fields is None:
-        return None
-    matrix = f"{name}.matrix"
-    arrays = {"matrix": folder.load(matrix)} if matrix in folder.tensors else {}
-    return Rotation.from_dict(fields, arrays)
 
 
 def _provenance(known: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import oracle
 import pytest
-from packed_parts import description, pack, random_parts
+from packed_parts import dense_layer, description, pack, packed_layer, random_parts
 
 from lowbitq import _core
 from lowbitq.rotations import Rotation
@@ -56,12 +56,12 @@ def network_of(seed, *, biases=False, head_norms=False, norms=True, head=False, 
 
 
 def block_handle(block):
-    layers = [_core.linear_dense(*block[name], None) for name in LAYERS]
+    layers = [dense_layer(*block[name], None) for name in LAYERS]
     return _core.block(*(block[name] for name in NORMS), *layers)
 
 
 def dense(weight):
-    return None if weight is None else _core.linear_dense(weight, None, None)
+    return None if weight is None else dense_layer(weight, None, None)
 
 
 def decoder_of(network, rotation=None, embedding=None, **changes):
@@ -184,7 +184,7 @@ def packed_embedding(spec, levels=None, activation_bits=0):
     panels = pack(spec, *random_parts(spec))
     weight = np.empty((VOCAB, HIDDEN), np.float32)
     _core.packed_dequantize(panels, levels, weight, **spec)
-    layer = _core.linear_packed(panels, levels, None, None, **spec, activation_bits=activation_bits)
+    layer = packed_layer(panels, levels, None, None, **spec, activation_bits=activation_bits)
     return layer, weight
 
 
@@ -213,7 +213,7 @@ def test_a_packed_embedding_is_the_head_too(isa):
 def test_rows_of_a_rotated_embedding_are_those_of_the_product(residual):
     """W R is the embedding where a layer W has the input rotation R."""
     network, rotation = network_of(11, blocks=0), Rotation(HIDDEN, seed=4)
-    layer = _core.linear_dense(rotation.apply(network["embedding"]), None, rotation.handle)
+    layer = dense_layer(rotation.apply(network["embedding"]), None, rotation.handle)
     stream = Rotation(HIDDEN, seed=5) if residual else None
     decoder = decoder_of(network, stream and stream.handle, embedding=layer)
     x = np.empty((30, HIDDEN), np.float32)
@@ -243,7 +243,7 @@ def quantized_decoder():
         for j, name in enumerate(LAYERS):
             spec = description(*block[name][0].shape, 2, has_offset=True)
             panels = pack(spec, *random_parts(spec, seed=7 * i + j))
-            layers.append(_core.linear_packed(panels, None, None, None, **spec, activation_bits=8))
+            layers.append(packed_layer(panels, None, None, None, **spec, activation_bits=8))
         blocks.append(_core.block(*(block[name] for name in NORMS), *layers))
     return _core.decoder(
         dense(network["embedding"]),
@@ -332,7 +332,7 @@ def test_layers_that_do_not_fit_are_refused():
         decoder_of(network, head=np.zeros((VOCAB, HIDDEN - 1), np.float32))
     with pytest.raises(ValueError, match=r"the embedding is \(50, 25\), expected \(50, 24\)"):
         decoder_of(network, embedding=dense(np.zeros((VOCAB, HIDDEN + 1), np.float32)))
-    layer = _core.linear_dense(network["embedding"], np.zeros(VOCAB, np.float32), None)
+    layer = dense_layer(network["embedding"], np.zeros(VOCAB, np.float32), None)
     with pytest.raises(ValueError, match="the embedding has a bias, expected none"):
         decoder_of(network, embedding=layer)
 

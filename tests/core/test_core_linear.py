@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
-from packed_parts import description, pack, random_parts
+from packed_parts import dense_layer, description, pack, packed_layer, random_parts
 
 from lowbitq import _core
 from lowbitq.rotations import Rotation
@@ -47,7 +47,7 @@ class Layer:
         self.bias = np.random.default_rng(1).normal(size=rows).astype(np.float32)
         self.panels = pack(self.spec, self.codes, self.scale, offset)
         self.limit = (1 << (activation_bits - 1)) - 1 if activation_bits else None
-        self.handle = _core.linear_packed(
+        self.handle = packed_layer(
             self.panels,
             levels,
             self.bias,
@@ -170,7 +170,7 @@ def test_integer_sums_are_exact_at_extreme_codes(isa, bits, group):
     codes[3] = 0
     scale = np.ones((rows, -(-cols // spec["group"])), np.float32)
     panels = pack(spec, codes, scale, None)
-    layer = _core.linear_packed(panels, None, None, None, activation_bits=8, **spec)
+    layer = packed_layer(panels, None, None, None, activation_bits=8, **spec)
     for tokens in (1, 2, 4, 8):
         x = np.full((tokens, cols), 127, np.float32)
         x[-1] = -127
@@ -190,7 +190,7 @@ def test_integer_sums_are_exact_at_extreme_levels(isa, bits, group):
     codes[3] = 0
     scale = np.ones((rows, -(-cols // spec["group"])), np.float32)
     panels = pack(spec, codes, scale, None)
-    layer = _core.linear_packed(panels, levels, None, None, activation_bits=8, **spec)
+    layer = packed_layer(panels, levels, None, None, activation_bits=8, **spec)
     for tokens in (1, 2, 4, 8):
         x = np.full((tokens, cols), 127, np.float32)
         x[-1] = -127
@@ -245,7 +245,7 @@ def dense(rows, cols, rotation=None):
     rng = np.random.default_rng([rows, cols])
     weight = rng.normal(size=(rows, cols)).astype(np.float32)
     bias = rng.normal(size=rows).astype(np.float32)
-    return _core.linear_dense(weight, bias, rotation and rotation.handle)
+    return dense_layer(weight, bias, rotation and rotation.handle)
 
 
 def check_shared(handles, rows, x):
@@ -340,7 +340,7 @@ def test_panels_need_no_alignment(isa):
     layer = Layer(40, 200, 64, (3, 16, True, 0))
     shifted = np.zeros(len(layer.panels) + 1, np.uint8)[1:]
     shifted[:] = layer.panels
-    other = _core.linear_packed(shifted, None, layer.bias, None, activation_bits=8, **layer.spec)
+    other = packed_layer(shifted, None, layer.bias, None, activation_bits=8, **layer.spec)
     for tokens in (1, 9):
         x = activations(tokens, 200)
         y = np.empty((tokens, 40), np.float32)
@@ -356,14 +356,14 @@ def test_dense_layer(tokens, with_bias):
     bias = rng.normal(size=19).astype(np.float32) if with_bias else None
     x = activations(tokens, 70)
     y = np.full((tokens + 2, 19), np.nan, np.float32)
-    _core.linear_forward(_core.linear_dense(weight, bias, None), x, y[1:-1])
+    _core.linear_forward(dense_layer(weight, bias, None), x, y[1:-1])
     expected, bound = oracle.float_linear(weight, x, bias)
     assert (abs(y[1:-1] - expected) <= bound).all()
     assert np.isnan(y[[0, -1]]).all()
 
 
 def test_a_layer_keeps_its_arrays_alive():
-    layer = _core.linear_dense(np.ones((3, 1000), np.float32), None, None)
+    layer = dense_layer(np.ones((3, 1000), np.float32), None, None)
     y = np.empty((1, 3), np.float32)
     _core.linear_forward(layer, np.ones((1, 1000), np.float32), y)
     assert (y == 1000).all()
@@ -371,7 +371,7 @@ def test_a_layer_keeps_its_arrays_alive():
 
 def test_parts_that_do_not_fit_are_refused():
     layer = Layer(20, 100, 64, (4, 16, False, 7.5))
-    make = _core.linear_packed
+    make = packed_layer
     x, y = np.zeros((1, 100), np.float32), np.zeros((1, 20), np.float32)
     with pytest.raises(ValueError, match="activation_bits is 5, expected 0, 4 or 8"):
         make(layer.panels, None, None, None, activation_bits=5, **layer.spec)

@@ -36,7 +36,7 @@ def main() -> None:
     arrays = {"tokens": tiny_models.tokens_of("qwen2")}
     for i, (name, linear) in enumerate(list(model.linears())):
         tensor = quantize(linear.weight, FORMATS[i % len(FORMATS)])
-        model.replace_linear(name, QuantizedLinear(tensor, linear.bias, linear.rotation))
+        model.replace_linear(name, QuantizedLinear.of(tensor, linear.bias, linear.rotation))
         arrays |= {f"{name}.{part}": getattr(tensor, part) for part in ("codes", "scale", "offset")}
         if tensor.levels is not None:
             arrays[f"{name}.levels"] = tensor.levels

@@ -85,8 +85,8 @@ def compress(
     samples, window : int
         Windows of how many tokens to take from the text.
     work_dir : path, default=None
-        A folder to keep finished blocks in. A second call with the same arguments goes on from
-        there; the result is the same as without an interruption.
+        A folder to keep finished blocks in. A second call with the same arguments, version and
+        instruction set goes on from there; the result is the same as without an interruption.
     progress : bool or callable, default=False
         True: a bar with the time that is left and the last relative error. A function is called
         with a `Step` after each layer.
@@ -106,7 +106,7 @@ def compress(
     ------
     ValueError
         If the plan does not fit the model, the text has too few tokens, or `work_dir` belongs to
-        another model, plan or text.
+        another model, plan, text, version or instruction set.
     TypeError
         If options are given beside a Plan.
 

@@ -83,8 +83,8 @@ def compress(
     samples, window : int
         How many windows of how many tokens to take from the text, if it has room for them.
     work_dir : path, default=None
-        A folder to keep finished blocks in. A second call with the same arguments goes on from
-        there; the result is the same as without an interruption.
+        A folder to keep finished blocks in. A second call with the same arguments, version and
+        instruction set goes on from there; the result is the same as without an interruption.
     progress : bool or callable, default=False
         True: a bar with the time that is left and the last relative error. A function is called
         with a `Step` after each layer.
@@ -105,7 +105,7 @@ def compress(
     ValueError
         If the plan does not fit the model, a number of the model is a NaN or an infinity, text and
         `window` do not fit the model (as for `lowbitq.texts.windows`), or `work_dir` belongs to
-        another model, plan or text.
+        another model, plan, text, version or instruction set.
     TypeError
         If options are given beside a Plan.
 

@@ -175,6 +175,13 @@ def test_only_blocks_are_removed(tmp_path):
     assert_same(kept.load(1, NAMES), block())
 
 
+def test_another_process_may_clear_the_folder_meanwhile(tmp_path, monkeypatch):
+    Blocks(tmp_path, MARK)
+    gone = [tmp_path / "block_0000.npz"]
+    monkeypatch.setattr(blocks, "block_files", lambda folder: gone)
+    assert Blocks(tmp_path, MARK).load(0, NAMES) is None
+
+
 def save_often(folder):
     kept = Blocks(folder, MARK)
     for _ in range(20):

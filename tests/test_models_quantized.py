@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -191,6 +192,7 @@ def test_a_source_that_changes_while_it_is_hashed_is_unknown(tmp_path, monkeypat
         {"source": "/etc", "source_files": {"/dev/zero": {}, "\0": None, "": 1}},
         {"source_files": {"/dev/zero": {"inode": 1}}, "source_sha256": None},
         {1: {2, 3}, ("a",): Path("/x"), "b": np.arange(3), "c": b"\0", "d": "\ud800"},
+        {"a": reduce(lambda inner, _: [inner], range(500), 1)},
         [1, 2],
         None,
     ],

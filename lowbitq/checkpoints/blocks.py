@@ -74,7 +74,7 @@ class Blocks:
         else:
             self._compare(path, found)
         for path in block_files(self.folder):  # now, not after hours
-            with _naming(path):
+            with _naming(path), contextlib.suppress(FileNotFoundError):  # cleared by another run
                 self._check(path, load_arrays(path, only="fingerprint"))
 
     def save(self, index: int, finished: Finished) -> None:
@@ -140,7 +140,7 @@ class Blocks:
             return arrays, dict(json.loads(str(arrays["about"])))
 
     def _check(self, path: Path, arrays: Mapping[str, Any]) -> None:
-        """Compare the fingerprint in a block."""
+        """Compare the fingerprint in a block with that of this run."""
         fingerprint = json.loads(str(arrays["fingerprint"]))
         if not isinstance(fingerprint, dict):
             raise TypeError("its fingerprint is not a JSON object")

@@ -38,7 +38,7 @@ from lowbitq.checkpoints.safetensors import (
     SafetensorsFile,
     read_safetensors,
 )
-from lowbitq.checkpoints.writing import hidden_folder, replace_folder, sync
+from lowbitq.checkpoints.writing import hidden_sibling, replace_folder, sync
 
 FORMAT_VERSION = 3
 _READ = (2, 3)
@@ -188,7 +188,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(os.path.realpath(path))
     check_replaceable(path)
-    with hidden_folder(path) as fresh:
+    with hidden_sibling(path, folder=True) as fresh:
         yield fresh
         files = {file.name: _sections(file) for file in sorted(fresh.iterdir())}
         write_json(fresh / _CHECKSUMS, _listing(files))
@@ -447,10 +447,7 @@ def _listed(listing: MappedFile, names: list[str]) -> dict[str, Any]:
         if name not in names:
             raise listing.damaged(0, f"{name!r} is missing")
     if added := sorted(set(names) - {_CHECKSUMS, *files}):
-        raise listing.damaged(
-            0,
-            f"{added[0]!r} is in the folder but not listed here: it is not part of the saved model",
-        )
+        raise listing.damaged(0, f"{added[0]!r} was added to the saved model; remove it")
     return files
 
 

@@ -50,7 +50,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     'whole'
     """
     path = Path(os.path.realpath(path))
-    with _hidden_sibling(path, folder=False) as fresh, open(fresh, "r+b") as file:
+    with hidden_sibling(path, folder=False) as fresh, open(fresh, "r+b") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -59,18 +59,31 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def hidden_folder(path: Path) -> Iterator[Path]:
-    """Give out a new folder beside `path`, whose parents are made; at the end it is removed.
+def hidden_sibling(path: Path, *, folder: bool) -> Iterator[Path]:
+    """Give out a new file or folder beside `path`, locked; parents are made.
 
-    Unless `replace_folder` has given it the name `path` before.
+    At the end it is removed, unless it has taken another name.
 
     Raises
     ------
     OSError
         If something cannot be written; names `path`.
     """
-    with _hidden_sibling(path, folder=True) as fresh:
-        yield fresh
+    try:
+        make_folder(path.parent)
+        _remove_litter(path)
+        fresh, lock = _locked(path, folder=folder)
+        try:
+            yield fresh
+        finally:
+            remove(fresh)
+            os.close(lock)
+    except OSError as error:
+        hidden = str(path.with_name(f".{path.name}."))
+        # An error without a number is not the system's and has its own words.
+        if error.errno is None or not str(error.filename or hidden).startswith(hidden):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def make_folder(path: Path) -> None:
@@ -91,7 +104,7 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(fresh: Path, path: Path) -> None:
-    """Give a `hidden_folder` the name `path`; a folder there is replaced in one step.
+    """Give a folder from `hidden_sibling` the name `path`; a folder there is replaced in one step.
 
     Where the file system cannot exchange two names, there is an instant in which the old folder is
     only found as ``.NAME.HEX.old``.
@@ -118,30 +131,6 @@ def _step_aside(fresh: Path, path: Path) -> None:
         if not path.exists():
             old.rename(path)
         raise
-
-
-@contextlib.contextmanager
-def _hidden_sibling(path: Path, *, folder: bool) -> Iterator[Path]:
-    """Give out a new file or folder beside `path`, locked; at the end remove what bears its name.
-
-    Errors that name no file, or the sibling, name `path`.
-    """
-    fresh: Path | None = None
-    try:
-        make_folder(path.parent)
-        _remove_litter(path)
-        fresh, lock = _locked(path, folder=folder)
-        try:
-            yield fresh
-        finally:
-            remove(fresh)
-            os.close(lock)
-    except OSError as error:
-        hidden = f"{path.parent}/.{path.name}."
-        # An error without a number is not the system's and has its own words.
-        if error.errno is None or not str(error.filename or hidden).startswith(hidden):
-            raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _locked(path: Path, *, folder: bool) -> tuple[Path, int]:

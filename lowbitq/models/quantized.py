@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -139,10 +140,18 @@ def _provenance(known: Any) -> dict[str, Any]:
 
 def _fit_for_json(value: Any) -> Any:
     """Return a value as JSON holds it; a short description of what it cannot hold."""
-    try:
-        return json.loads(json_text({"": value}))[""]
-    except (TypeError, ValueError, RecursionError):
-        return reprlib.repr(value)
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        plain = json.loads(json_text({"": value}))[""]
+        if _levels(plain) <= 32:  # a reader has limits, too
+            return plain
+    return reprlib.repr(value)
+
+
+def _levels(value: Any) -> int:
+    """How deeply objects and lists are nested."""
+    if not isinstance(value, (dict, list)):
+        return 0
+    return 1 + max(map(_levels, value.values() if isinstance(value, dict) else value), default=0)
 
 
 @dataclass(frozen=True)

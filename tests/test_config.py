@@ -11,7 +11,9 @@ from golden import tiny_models
 
 import lowbitq
 from lowbitq.models import llama, qwen
-from lowbitq.models.config import ModelConfig, config_from_gguf, config_from_hf
+from lowbitq.models.config import ModelConfig
+from lowbitq.models.config_gguf import config_from_gguf
+from lowbitq.models.config_hf import config_from_hf
 
 FAMILIES = {f.name: f for f in (*llama.FAMILIES, *qwen.FAMILIES)}
 LLAMA = tiny_models.config_of("llama")

@@ -15,7 +15,9 @@ from lowbitq._core import FormatError
 from lowbitq.checkpoints import GGUFFile, PackedFolder, SafetensorsFolder, open_checkpoint
 from lowbitq.linears import Linear
 from lowbitq.models import llama, qwen
-from lowbitq.models.config import Family, ModelConfig, config_from_gguf, config_from_hf
+from lowbitq.models.config import Family, ModelConfig
+from lowbitq.models.config_gguf import config_from_gguf
+from lowbitq.models.config_hf import config_from_hf
 from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Cache, Model
 from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES, OUTER_NAMES
 from lowbitq.models.quantized import (

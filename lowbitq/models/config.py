@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+import reprlib
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
 from lowbitq.models.rope import rope_frequencies
+
+# Longer heads are refused, which bounds what a hostile file can cost; models have 64 to 512.
+_LONGEST_HEAD = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -25,22 +30,30 @@ class Family:
     architecture : str
         GGUF's ``general.architecture``.
     qkv_bias : bool or None
-        Whether the projections of query, key and value have biases; None: ``attention_bias`` says.
+        Whether the projections of query, key and value have biases, and that of the output none;
+        None: ``attention_bias`` says for all four.
+    mlp_bias : bool
+        Whether the layers of the MLP have biases where ``mlp_bias`` says so; False: never.
     qk_norm : bool
         Whether each head of query and key is normalised.
-    head_dim : int or None
-        Where the configuration has none; None: hidden_size / heads.
+    window : {"unless denied", "always", "by layer"}
+        When ``sliding_window`` counts: unless ``use_sliding_window`` is false, always, or in the
+        layers that ``layer_types`` or ``max_window_layers`` name if ``use_sliding_window`` is true.
     rows_interleaved : bool
         Whether GGUF files hold the rows of query and key in pairs (2 i, 2 i + 1) that rotate
         together; Hugging Face's order is (i, i + head_dim / 2).
+    defaults : mapping of str to int
+        What transformers takes for keys that ``config.json`` does not have.
     """
 
     name: str
     architecture: str
     qkv_bias: bool | None = None
+    mlp_bias: bool = False
     qk_norm: bool = False
-    head_dim: int | None = None
+    window: Literal["unless denied", "always", "by layer"] = "unless denied"
     rows_interleaved: bool = False
+    defaults: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,8 @@ class ModelConfig:
         The head is the embedding.
     attention_bias : bool
         Query, key and value have biases.
+    mlp_bias : bool
+        The layers of the MLP have biases.
     qk_norm : bool
         Each head of query and key is normalised.
     max_positions : int
@@ -101,6 +116,7 @@ class ModelConfig:
     rope_scaling: dict[str, Any] | None = None
     tie_embeddings: bool = False
     attention_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     max_positions: int = 2048
     sliding_window: int | None = None
@@ -117,6 +133,9 @@ class ModelConfig:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number")
         if not 0 <= self.norm_eps <= 1:
             raise ValueError(f"norm_eps is {self.norm_eps}, expected 0 to 1")
+        if self.head_dim > _LONGEST_HEAD:
+            raise ValueError(f"head_dim is {self.head_dim}, expected at most {_LONGEST_HEAD}")
+        self.rope_frequencies()  # refuses what gives none
 
     def rope_frequencies(self) -> tuple[NDArray[np.float64], float]:
         """Return the angle per position of each pair, and the factor of sine and cosine."""
@@ -139,6 +158,7 @@ class ModelConfig:
             "rope_scaling": self.rope_scaling,
             "tie_word_embeddings": self.tie_embeddings,
             "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
             "max_position_embeddings": self.max_positions,
             "sliding_window": self.sliding_window,
             "bos_token_id": self.bos_token_id,
@@ -146,7 +166,7 @@ class ModelConfig:
             "_name_or_path": self.name,
         }
         if self.sliding_window:
-            config["use_sliding_window"] = True
+            config |= {"use_sliding_window": True, "max_window_layers": 0}
         return config
 
 
@@ -160,36 +180,79 @@ class Keys:
     def get(self, key: str) -> Any:
         return self.values.get(self.prefix + key)
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, *, smallest: int = 1) -> int:
         value = self.get(key)
         value = default if value is None else value
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise self.wrong(key, value, "a positive integer")
+        if type(value) is not int or not smallest <= value < 2**31:
+            expected = "a positive integer" if smallest == 1 else f"an integer from {smallest}"
+            raise self.wrong(key, value, expected)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.wrong(key, value, "a positive number")
+        if not 0 < value <= sys.float_info.max:
             raise self.wrong(key, value, "a positive number")
         return float(value)
 
+    def flag(self, key: str) -> bool | None:
+        value = self.get(key)
+        if value is not None and type(value) is not bool:
+            raise self.wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str) -> str:
+        value = self.get(key)
+        return value if isinstance(value, str) else ""
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(v) is int and 0 <= v < 2**32 for v in values):
+            raise self.wrong(key, value, "token numbers")
+        return tuple(values)
+
+    def is_off(self, key: str) -> bool:
+        """Whether a key is absent, null, false, zero or empty: unknown ones then do nothing."""
+        value = self.get(key)
+        return not value.any() if isinstance(value, np.ndarray) else not value
+
     def neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Note the keys that are neither absent nor have one of these values."""
         for key, values in neutral.items():
-            if self.get(key) not in values:
-                self.differences.append(f"{self.prefix}{key} is {self.get(key)!r}")
+            value = self.get(key)
+            if value is not None and not any(_same(value, v) for v in values):
+                self.differs(key, value)
+
+    def understood(self, known: Collection[str], subject: str = "") -> None:
+        """Note the keys about `subject`, a pattern, that are neither known nor off."""
+        own = [name for name in self.values if name.startswith(self.prefix)]
+        for key in (name.removeprefix(self.prefix) for name in own):
+            if key not in known and re.search(subject, key) and not self.is_off(key):
+                self.differs(key, self.get(key))
+
+    def differs(self, key: str, value: Any) -> None:
+        self.differences.append(f"{self.prefix + key:.99} is {_shown(value)}")
 
     def wrong(self, key: str, value: Any, expected: str) -> FormatError:
-        return FormatError(f"{self.where}: {self.prefix}{key} is {value!r}, expected {expected}")
+        found = f"{self.prefix}{key} is {_shown(value)}"
+        return FormatError(f"{self.where}: {found}, expected {expected}")
+
+    def unsupported(self) -> ValueError:
+        """Return the error that lists all that the decoder lacks."""
+        found = "; ".join(self.differences)
+        return ValueError(f"{self.where}: the model is not supported: {found}")
 
 
-def unsupported(where: str, differences: Sequence[str]) -> ValueError:
-    return ValueError(f"{where}: the model is not supported: {'; '.join(differences)}")
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether two values of a file are equal; True is not 1, and an array equals none."""
+    if isinstance(value, bool) or isinstance(neutral, bool):
+        return value is neutral
+    return isinstance(value, (int, float, str)) and bool(value == neutral)
 
 
-def token_ids(keys: Keys, key: str) -> tuple[int, ...]:
-    value = keys.get(key)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(v) is int for v in values):
-        raise keys.wrong(key, value, "token numbers")
-    return tuple(values)
+def _shown(value: Any) -> str:
+    """Return a value as messages show it: never at length."""
+    return f"an array of {value.size}" if isinstance(value, np.ndarray) else reprlib.repr(value)

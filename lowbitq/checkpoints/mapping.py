@@ -6,6 +6,8 @@ import hashlib
 import json
 import mmap
 import os
+import reprlib
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
+
+# What git leaves in the place of a large file where git-lfs is not installed.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+# Deeper JSON is refused: comparing or printing it would exceed Python's recursion limit. Those of
+# models have up to 10 levels.
+_JSON_DEPTH = 64
 
 # Larger JSON is refused, which bounds what a hostile header can cost: its objects take up to
 # twenty times its bytes. The index of a model with 100,000 tensors has 8 MB.
@@ -67,15 +76,20 @@ class MappedFile:
     OSError
         If the file cannot be opened.
     FormatError
-        If it has no bytes.
+        If it is not a regular file, has no bytes, or is a git-lfs pointer.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+        with open(self.path, "rb", buffering=0, opener=_open_at_once) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise self.damaged(0, "not a regular file but a device, a pipe or a socket")
+            if status.st_size == 0:
                 raise self.damaged(0, "the file is empty")
             self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self.buffer[: len(_LFS_POINTER)] == _LFS_POINTER:
+            raise self.damaged(0, "a git-lfs pointer, not the file itself; run git lfs pull")
         self.data: NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)
 
     def damaged(self, offset: int, found: str) -> FormatError:
@@ -113,6 +127,8 @@ class MappedFile:
             raise self.damaged(start, f"not usable as JSON: {error}") from None
         if not isinstance(value, dict):
             raise self.damaged(start, "not a JSON object")
+        if _depth(value) > _JSON_DEPTH:
+            raise self.damaged(start, f"JSON of more than {_JSON_DEPTH} levels")
         return value
 
     def check_tensors(self, tensors: dict[str, TensorInfo], start: int) -> None:
@@ -140,13 +156,32 @@ class MappedFile:
         return hashlib.sha256(self.buffer).hexdigest()
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for the other end of a pipe."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these pairs; readers differ on which of two equal keys counts."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"key {reprlib.repr(name)} appears twice")
+        result[name] = value
     return result
+
+
+def _depth(value: Any) -> int:
+    """Return how deeply objects and lists are nested, counted to one beyond the limit."""
+    depth, level = 0, [value]
+    while level and depth <= _JSON_DEPTH:
+        depth += 1
+        inner: list[Any] = []
+        for node in level:
+            children = node.values() if isinstance(node, dict) else node
+            inner += [child for child in children if isinstance(child, (dict, list))]
+        level = inner
+    return depth
 
 
 def elements(shape: tuple[int, ...]) -> int:

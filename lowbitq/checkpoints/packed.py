@@ -21,6 +21,7 @@ import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ class PackedFolder:
     config: dict[str, Any]
     _file: SafetensorsFile = field(repr=False)
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Names of the arrays, in the order in which they were saved, and where they lie."""
         tensors = self._file.tensors

@@ -22,6 +22,7 @@ from lowbitq.models.config_hf import config_from_hf
 from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Cache, Model
 from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES, OUTER_NAMES
 from lowbitq.models.quantized import (
+    LINEAR_ARRAYS,
     RESIDUAL_ROTATION,
     QuantizedModel,
     Report,
@@ -258,13 +259,14 @@ class _PackedTensors(_Tensors):
             linear = join_linear(self.source, name, self.layers[name])
             if linear.shape != (rows, cols):
                 raise ValueError(f"shape is {linear.shape}, expected {(rows, cols)}")
-        self.unused -= {tensor for tensor in self.unused if tensor.startswith(f"{name}.")}
+        self.unused -= {f"{name}.{part}" for part in LINEAR_ARRAYS}
         return linear
 
     def residual_rotation(self) -> Rotation | None:
         self.unused.discard(f"{RESIDUAL_ROTATION}.matrix")
         with self.naming_errors(RESIDUAL_ROTATION):
-            return join_rotation(self.source, RESIDUAL_ROTATION, self.entry["residual_rotation"])
+            fields = self.entry["residual_rotation"]
+            return join_rotation(self.source, RESIDUAL_ROTATION, fields, self.config.hidden_size)
 
     def records(self) -> dict[str, dict[str, Any]]:
         report = self.source.json("report.json")

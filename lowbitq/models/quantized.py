@@ -29,6 +29,9 @@ from lowbitq.tensors import QuantizedTensor
 
 RESIDUAL_ROTATION = "model.residual_rotation"
 
+# What `split_linear` may store of a layer, behind its name.
+LINEAR_ARRAYS = ("weight", "panels", "levels", "bias", "rotation.matrix")
+
 
 @dataclass(eq=False, repr=False)
 class QuantizedModel(Model):
@@ -135,14 +138,19 @@ def join_linear(folder: PackedFolder, name: str, fields: Mapping[str, Any]) -> A
         If arrays and fields do not fit together.
     """
     bias = folder.load(f"{name}.bias") if f"{name}.bias" in folder.tensors else None
-    rotation = join_rotation(folder, f"{name}.rotation", fields.get("rotation"))
+    linear: AnyLinear
     if "tensor" not in fields:
-        return Linear(folder.load(f"{name}.weight"), bias, rotation)
-    parts = [part for part in ("panels", "levels") if f"{name}.{part}" in folder.tensors]
-    tensor = QuantizedTensor.from_arrays(
-        {part: folder.view(f"{name}.{part}") for part in parts}, fields["tensor"]
-    )
-    return QuantizedLinear(tensor, bias, rotation, fields["activation_bits"])
+        linear = Linear(folder.load(f"{name}.weight"), bias)
+    else:
+        parts = [part for part in ("panels", "levels") if f"{name}.{part}" in folder.tensors]
+        arrays = {part: folder.view(f"{name}.{part}") for part in parts}
+        tensor = QuantizedTensor.from_arrays(arrays, fields["tensor"])
+        linear = QuantizedLinear(tensor, bias, activation_bits=fields["activation_bits"])
+    if fields.get("rotation") is None:
+        return linear
+    rotation = join_rotation(folder, f"{name}.rotation", fields["rotation"], linear.shape[1])
+    rotated: AnyLinear = linear.replace(rotation=rotation)
+    return rotated
 
 
 def _split_rotation(
@@ -155,11 +163,13 @@ def _split_rotation(
 
 
 def join_rotation(
-    folder: PackedFolder, name: str, fields: Mapping[str, Any] | None
+    folder: PackedFolder, name: str, fields: Mapping[str, Any] | None, n: int
 ) -> Rotation | None:
-    """Make the rotation that a saved folder describes; None of None."""
+    """Make the rotation of order `n` that a saved folder describes; None of None."""
     if fields is None:
         return None
+    if fields["n"] != n:  # checked first, because making a rotation takes memory
+        raise ValueError(f"the rotation has order {fields['n']!r:.50}, expected {n}")
     matrix = f"{name}.matrix"
     arrays = {"matrix": folder.load(matrix)} if matrix in folder.tensors else {}
     return Rotation.from_dict(fields, arrays)

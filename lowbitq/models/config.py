@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import reprlib
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -239,6 +239,15 @@ class Keys:
     def wrong(self, key: str, value: Any, expected: str) -> FormatError:
         found = f"{self.prefix}{key} is {_shown(value)}"
         return FormatError(f"{self.where}: {found}, expected {expected}")
+
+    def checked(self, make: Callable[[], ModelConfig]) -> ModelConfig:
+        """Name the file in what ModelConfig says of numbers that do not fit together."""
+        try:
+            return make()
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise FormatError(f"{self.where}: {error}") from None
 
     def unsupported(self) -> ValueError:
         """Return the error that lists all that the decoder lacks."""

@@ -125,8 +125,8 @@ def config_from_gguf(
     if keys.differences:
         raise keys.unsupported()
     window = keys.size("attention.sliding_window", 0, smallest=0)
-    try:
-        return ModelConfig(
+    return keys.checked(
+        lambda: ModelConfig(
             family=family.name,
             hidden_size=hidden,
             intermediate_size=keys.size("feed_forward_length"),
@@ -149,10 +149,7 @@ def config_from_gguf(
             eos_token_ids=tokens.token_ids("eos_token_id"),
             name=general.text("name"),
         )
-    except ValueError as error:
-        raise (
-            error if isinstance(error, FormatError) else FormatError(f"{where}: {error}")
-        ) from None
+    )
 
 
 def _rope(keys: Keys, factors: NDArray[np.float32] | None, head_dim: int) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowbitq._core import FormatError
 from lowbitq.models.config import Family, Keys, ModelConfig
 from lowbitq.models.rope import ROPE_TYPES, longrope_factor
 
@@ -137,8 +136,8 @@ def config_from_hf(
     ValueError: phi/config.json: the model is not supported: model_type is 'phi3', \
 expected one of (); hidden_act is 'gelu'
     """
-    keys = Keys(values, where)
-    family = families.get(keys.text("model_type"))
+    family = families.get(Keys(values, where).text("model_type"))
+    keys = Keys({**(family.defaults if family else {}), **values}, where)
     if family is None:
         keys.differs("model_type", keys.get("model_type"))
         keys.differences[-1] += f", expected one of ({', '.join(families)})"
@@ -149,36 +148,29 @@ expected one of (); hidden_act is 'gelu'
     if family is not None and not family.mlp_bias:
         keys.neutral({"mlp_bias": (False,)})
     types = _layer_types(keys)
-    defaults = {} if family is None else family.defaults
-    max_positions = keys.size(
-        "max_position_embeddings", defaults.get("max_position_embeddings", 2048)
-    )
+    max_positions = keys.size("max_position_embeddings", 2048)
     theta, scaling = _rope(keys, max_positions)
     if keys.differences or family is None:
         raise keys.unsupported()
 
     hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
-    layers = keys.size("num_hidden_layers")
-    kv_heads = defaults.get("num_key_value_heads", heads)
-    try:
-        return ModelConfig(
+    head_dim = family.defaults.get("head_dim", max(1, hidden // heads))
+    layers, attention_bias = keys.size("num_hidden_layers"), keys.flag("attention_bias")
+    return keys.checked(
+        lambda: ModelConfig(
             family=family.name,
             hidden_size=hidden,
             intermediate_size=keys.size("intermediate_size"),
             layers=layers,
             heads=heads,
-            kv_heads=keys.size(
-                "num_key_value_heads", heads if "num_key_value_heads" in values else kv_heads
-            ),
-            head_dim=keys.size("head_dim", defaults.get("head_dim", max(1, hidden // heads))),
+            kv_heads=keys.size("num_key_value_heads", heads),
+            head_dim=keys.size("head_dim", head_dim),
             vocab_size=keys.size("vocab_size"),
             norm_eps=keys.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_embeddings=bool(keys.flag("tie_word_embeddings")),
-            attention_bias=bool(
-                keys.flag("attention_bias") if family.qkv_bias is None else family.qkv_bias
-            ),
+            attention_bias=bool(attention_bias if family.qkv_bias is None else family.qkv_bias),
             mlp_bias=bool(family.mlp_bias and keys.flag("mlp_bias")),
             qk_norm=family.qk_norm,
             max_positions=max_positions,
@@ -187,10 +179,7 @@ expected one of (); hidden_act is 'gelu'
             eos_token_ids=keys.token_ids("eos_token_id"),
             name=keys.text("_name_or_path"),
         )
-    except ValueError as error:
-        raise (
-            error if isinstance(error, FormatError) else FormatError(f"{where}: {error}")
-        ) from None
+    )
 
 
 def _layer_types(keys: Keys) -> list[str] | None:
@@ -213,19 +202,17 @@ def _sliding_window(keys: Keys, family: Family, layers: int, types: list[str] | 
     if types is not None and len(types) != layers:
         raise keys.wrong("layer_types", types, f"{layers} names, one for each layer")
     window, used = keys.get("sliding_window"), keys.flag("use_sliding_window")
-    if "sliding_window" not in keys.values:
-        window = family.defaults.get("sliding_window")
     named = types is not None and "sliding_attention" in types
     if family.window == "always":
         slides = True
     elif family.window == "unless denied":
         slides = used is not False
     else:
-        first = keys.size("max_window_layers", family.defaults["max_window_layers"], smallest=0)
+        first = keys.size("max_window_layers", smallest=0)
         slides = used is True and (named if types is not None else first < layers)
     if named and (window is None or not slides):
         raise keys.wrong("layer_types", types, "full_attention, for there is no window")
-    return keys.size("sliding_window", window) if slides and window is not None else None
+    return keys.size("sliding_window") if slides and window is not None else None
 
 
 def _rope(keys: Keys, max_positions: int) -> tuple[float, dict[str, Any] | None]:

@@ -148,12 +148,12 @@ def test_all_that_differs_is_in_one_error():
         ({"bos_token_id": 10**30}, "bos_token_id is 1000.*, expected token numbers"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', expected true or false"),
         ({"attention_bias": 1}, "attention_bias is 1, expected true or false"),
-        ({"layer_types": 5}, "layer_types is 5, expected names, one for each layer"),
-        ({"layer_types": [["full_attention"]]}, "expected names, one for each layer"),
+        ({"layer_types": 5}, "layer_types is 5, expected a list of names, one for each layer"),
+        ({"layer_types": [["full_attention"]]}, "expected a list of names, one for each layer"),
         ({"layer_types": ["full_attention"]}, "expected 2 names, one for each layer"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
-            "expected full_attention, for there is no window",
+            "expected only full_attention without a sliding window",
         ),
         ({"rope_scaling": {"type": "linear"}}, "factor is None, expected a positive number"),
         (
@@ -203,7 +203,10 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
         (YARN | {"truncate": "no"}, "rope_scaling.truncate is 'no', expected true or false"),
         (YARN | {"factor": 1e-308}, r"frequencies reach 5.0\d*e\+306"),
         (YARN | {"rope_theta": 1.0}, "division by zero"),
-        (YARN | {"beta_fast": 1.0, "beta_slow": 1000.0}, "YaRN blends from pair 1 down to -1"),
+        (
+            YARN | {"beta_fast": 1.0, "beta_slow": 1000.0},
+            "the ramp of YaRN runs from pair 1 down to -1",
+        ),
         (LONGROPE | {"short_factor": ["a"] * 4}, r"short_factor\[0\] is 'a'"),
         (LONGROPE | {"long_factor": 4}, "long_factor is 4, expected a list of positive numbers"),
         (LONGROPE | {"short_factor": [1], "long_factor": [1]}, "expected 4 factors"),
@@ -248,7 +251,7 @@ def test_senseless_rope_scaling_is_refused_on_reading(scaling, message):
         ),
         (
             {"rope_parameters": {"rope_theta": 5e5}, "rope_theta": ..., "rope_scaling": YARN},
-            "rope_parameters.rope_theta is 500000.0 beside rope_scaling, which says otherwise",
+            "rope_parameters.rope_theta is 500000.0, which contradicts rope_scaling",
         ),
     ],
 )
@@ -379,8 +382,8 @@ def test_hardly_any_configuration_of_transformers_is_refused():
         except ValueError as error:
             refused.append(str(error))
     reasons = (
-        "'dynamic'|partial_rotary_factor is 0.5|factors that depend on length|beside rope_scaling|"
-        "heads do not share|YaRN blends from"
+        "'dynamic'|partial_rotary_factor is 0.5|factors that depend on length|"
+        "contradicts rope_scaling|heads do not share|the ramp of YaRN runs from"
     )
     assert [reason for reason in refused if not re.search(reasons, reason)] == []
     assert len(refused) < 0.4 * len(known)

@@ -69,9 +69,9 @@ def load(path: str | os.PathLike[str]) -> Model:
         Weights as float32; of a saved folder a QuantizedModel. Without a tokenizer where a
         folder has no ``tokenizer.json`` or a GGUF file no vocabulary.
 
-        As in transformers, the biases of a Hugging Face folder that its configuration denies are
-        left out, and ``lm_head.weight`` is the head even if the configuration ties it to the
-        embedding, unless the two are equal. In a GGUF file the tensors say what there is.
+        A Hugging Face folder is read as transformers reads it: biases that its configuration
+        denies are left out, and a tied ``lm_head.weight`` that differs from the embedding is the
+        head. In a GGUF file every bias and head that is present is used.
 
     Raises
     ------

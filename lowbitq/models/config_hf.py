@@ -52,8 +52,8 @@ _READ = {
     "max_window_layers",
 }
 
-# Keys about these subjects that do not change what the network computes: of training, of a choice
-# among equal implementations, of the tokenizer (which its own files describe), of other norms.
+# Keys about these subjects that do not change what the network computes: training, the choice of
+# an attention implementation, LayerNorm, the tokenizer (its own files describe it).
 _HARMLESS = {
     "attention_dropout",
     "attention_probs_dropout_prob",
@@ -188,7 +188,7 @@ def _layer_types(keys: Keys) -> list[str] | None:
     if types is None:
         return None
     if not isinstance(types, list) or not all(isinstance(kind, str) for kind in types):
-        raise keys.wrong("layer_types", types, "names, one for each layer")
+        raise keys.wrong("layer_types", types, "a list of names, one for each layer")
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
         keys.differences.append(
@@ -211,12 +211,12 @@ def _sliding_window(keys: Keys, family: Family, layers: int, types: list[str] | 
         first = keys.size("max_window_layers", smallest=0)
         slides = used is True and (named if types is not None else first < layers)
     if named and (window is None or not slides):
-        raise keys.wrong("layer_types", types, "full_attention, for there is no window")
+        raise keys.wrong("layer_types", types, "only full_attention without a sliding window")
     return keys.size("sliding_window") if slides and window is not None else None
 
 
 def _rope(keys: Keys, max_positions: int) -> tuple[float, dict[str, Any] | None]:
-    """Return theta and the scaling; ``rope_scaling`` goes before ``rope_parameters``."""
+    """Return theta and the scaling; ``rope_scaling`` overrides ``rope_parameters``."""
     name = "rope_scaling" if keys.get("rope_scaling") else "rope_parameters"
     found = keys.get(name) or {}
     if not isinstance(found, dict):
@@ -249,7 +249,7 @@ def _rope(keys: Keys, max_positions: int) -> tuple[float, dict[str, Any] | None]
 
 
 def _check_other_parameters(keys: Keys, scaling: Mapping[str, Any], theta: float) -> None:
-    """Note what ``rope_parameters`` says that ``rope_scaling``, which goes before it, denies."""
+    """Note settings of ``rope_parameters`` that contradict ``rope_scaling``, which overrides it."""
     other = keys.get("rope_parameters")
     if other is None or other == scaling:
         return
@@ -261,7 +261,7 @@ def _check_other_parameters(keys: Keys, scaling: Mapping[str, Any], theta: float
             continue
         if value not in (None, plain.get(key), scaling.get(key)):
             keys.differs(f"rope_parameters.{key}", value)
-            keys.differences[-1] += " beside rope_scaling, which says otherwise"
+            keys.differences[-1] += ", which contradicts rope_scaling"
 
 
 def _linear(rope: Keys, max_positions: int, known: Mapping[str, Any]) -> dict[str, Any]:

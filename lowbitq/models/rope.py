@@ -57,12 +57,12 @@ def rope_frequencies(
             angles, factor = _scaled(head_dim, theta, scaling or {"rope_type": "default"})
             finite = bool(np.isfinite(angles * _POSITIONS).all())
     except ArithmeticError as error:
-        raise _senseless(theta, scaling, str(error)) from None
+        raise _refusal(theta, scaling, str(error)) from None
     if not finite:
-        raise _senseless(theta, scaling, f"frequencies reach {angles.max()}")
+        raise _refusal(theta, scaling, f"frequencies reach {angles.max()}")
     if not 0 < factor <= _LARGEST_FACTOR:
         found = f"the factor of sine and cosine is {factor}, expected 0 to {_LARGEST_FACTOR:.0f}"
-        raise _senseless(theta, scaling, found)
+        raise _refusal(theta, scaling, found)
     return angles, factor
 
 
@@ -76,7 +76,7 @@ def yarn_factor(stretch: float, weight: float = 1.0) -> float:
     return 0.1 * weight * math.log(stretch) + 1 if stretch > 1 else 1.0
 
 
-def _senseless(theta: float, scaling: Mapping[str, Any] | None, found: str) -> ValueError:
+def _refusal(theta: float, scaling: Mapping[str, Any] | None, found: str) -> ValueError:
     return ValueError(f"rope_theta {theta} with rope_scaling {reprlib.repr(scaling)}: {found}")
 
 
@@ -92,7 +92,7 @@ def _scaled(
         case "longrope":
             factors = np.asarray(scaling["short_factor"], np.float64)
             if factors.shape != plain.shape:
-                raise _senseless(theta, scaling, f"expected {plain.size} factors")
+                raise _refusal(theta, scaling, f"expected {plain.size} factors")
             return plain / factors, float(scaling["attention_factor"])
         case "llama3":
             return _llama3(plain, scaling), 1.0
@@ -128,7 +128,7 @@ def _yarn(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, 2 * pairs - 1)
     if low > high:  # transformers and llama.cpp disagree on what this means
-        raise _senseless(theta, scaling, f"YaRN blends from pair {low} down to {high}")
+        raise _refusal(theta, scaling, f"the ramp of YaRN runs from pair {low} down to {high}")
     if low == high:
         high += 0.001  # as the reference implementation does
     slow = np.clip((np.arange(pairs) - low) / (high - low), 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping, MutableMapping
 from functools import cache
 from typing import Any, Protocol, TypeVar
@@ -272,16 +273,21 @@ class Rotation:
         Rotation(24, 'hadamard', seed=5, stream=0)
         """
         try:
-            n, seed, stream = (int(fields[name]) for name in ("n", "seed", "stream"))
-            kind, orders = str(fields["kind"]), tuple(int(c) for c in fields["orders"])
+            kind, orders = fields["kind"], tuple(fields["orders"])
+            n, seed, stream = (fields[name] for name in ("n", "seed", "stream"))
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"fields are {dict(fields)}, expected kind, n, seed, stream, orders"
+                f"fields are {reprlib.repr(fields)}, expected kind, n, seed, stream, orders"
             ) from error
+        named = [("n", n), ("seed", seed), ("stream", stream), *(("orders", c) for c in orders)]
+        for name, value in named:
+            if type(value) is not int or value >= 2**63:
+                found = f"{name} of a rotation: found {reprlib.repr(value)}"
+                raise ValueError(f"{found}, expected an integer below 2^63")
         if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+            raise ValueError(f"kind is {reprlib.repr(kind)}, expected one of {', '.join(KINDS)}")
         if n < 1 or min(orders, default=1) < 1 or max(orders, default=1) > n:
-            raise ValueError(f"orders are {orders}, expected divisors of n = {n}")
+            raise ValueError(f"orders are {reprlib.repr(orders)}, expected divisors of n = {n}")
         rotation = cls.__new__(cls)
         if kind == "hadamard":
             rotation._start(n, kind, seed, stream, orders=orders)

@@ -33,10 +33,10 @@ PYTHON_ORDER = [
     "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors",
     "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
     "checkpoints", "plans",
-    "generation", "models.config", "models.chat", "models.vocabulary", "models.tokenizer",
-    "models.tokens", "models.decoder", "models.llama", "models.qwen", "models.stored",
-    "models.quantized", "models.finite", "models", "texts", "calibration", "encoding",
-    "compression", "evaluation",
+    "generation", "models.rope", "models.config", "models.config_hf", "models.config_gguf",
+    "models.chat", "models.vocabulary", "models.tokenizer", "models.tokens",
+    "models.decoder", "models.llama", "models.qwen", "models.stored", "models.quantized",
+    "models.finite", "models", "texts", "calibration", "encoding", "compression", "evaluation",
     "timing", "roofline", "plots", "", "cli", "__main__",
 ]
 # fmt: on

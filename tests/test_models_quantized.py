@@ -404,6 +404,10 @@ FORGERIES = {
     "other size": (lambda entry: copy_of(entry)["tensor"].update(cols=9), LAYER),
     "format": (lambda entry: copy_of(entry)["tensor"].update(format="int9"), LAYER),
     "rotation": (lambda entry: copy_of(entry)["rotation"].update(n=7), LAYER),
+    "large rotation": (
+        lambda entry: entry["residual_rotation"].update(n=2**40, orders=[]),
+        "residual_rotation: the rotation has order 1099511627776, expected 48",
+    ),
     "residual": (lambda entry: entry["residual_rotation"].pop("n"), "residual_rotation"),
     "embedding": (
         lambda entry: entry["layers"].update({"model.embed_tokens": entry["layers"][LAYER]}),

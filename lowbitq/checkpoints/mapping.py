@@ -7,6 +7,8 @@ import hashlib
 import json
 import mmap
 import os
+import reprlib
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
+
+# What git leaves in the place of a large file where git-lfs is not installed.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+# Deeper JSON is refused: comparing or printing it would exceed Python's recursion limit. Those of
+# models have up to 10 levels.
+_JSON_DEPTH = 64
 
 # Larger JSON is refused, which bounds what a hostile header can cost: its objects take up to
 # twenty times its bytes. The index of a model with 100,000 tensors has 8 MB.
@@ -72,7 +81,7 @@ class MappedFile:
     OSError
         If the file cannot be opened.
     FormatError
-        If it has no bytes.
+        If it is not a regular file, has no bytes, or is a git-lfs pointer.
     MemoryError
         If there is no room to map it.
     """
@@ -81,14 +90,17 @@ class MappedFile:
         self.path = Path(path)
 
         def opened(path: str, flags: int) -> int:
+            name = path if folder is None else self.path.name
             try:
-                return os.open(path if folder is None else self.path.name, flags, dir_fd=folder)
+                return os.open(name, flags | os.O_NONBLOCK, dir_fd=folder)  # no wait for a pipe
             except OSError as error:
                 error.filename = path
                 raise
 
-        with open(self.path, "rb", opener=opened) as file:
+        with open(self.path, "rb", buffering=0, opener=opened) as file:
             status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise self.damaged(0, "not a regular file but a device, a pipe or a socket")
             if status.st_size == 0:
                 raise self.damaged(0, "the file is empty")
             self.stamp = _stamp(status)
@@ -99,6 +111,8 @@ class MappedFile:
                     found = f"{self.path}: no memory to map {status.st_size} bytes"
                     raise MemoryError(found) from error
                 raise
+        if self.buffer[: len(_LFS_POINTER)] == _LFS_POINTER:
+            raise self.damaged(0, "a git-lfs pointer, not the file itself; run git lfs pull")
         self.data: NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)
 
     def damaged(self, offset: int, found: str) -> FormatError:
@@ -136,6 +150,8 @@ class MappedFile:
             raise self.damaged(start, f"not usable as JSON: {error}") from None
         if not isinstance(value, dict):
             raise self.damaged(start, "not a JSON object")
+        if _depth(value) > _JSON_DEPTH:
+            raise self.damaged(start, f"JSON of more than {_JSON_DEPTH} levels")
         return value
 
     def check_tensors(self, tensors: dict[str, TensorInfo], start: int) -> None:
@@ -193,11 +209,25 @@ def _stamp(status: os.stat_result) -> dict[str, int]:
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these pairs; readers differ on which of two equal keys counts."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"key {reprlib.repr(name)} appears twice")
+        result[name] = value
     return result
+
+
+def _depth(value: Any) -> int:
+    """Return how deeply objects and lists are nested, counted to one beyond the limit."""
+    depth, level = 0, [value]
+    while level and depth <= _JSON_DEPTH:
+        depth += 1
+        inner: list[Any] = []
+        for node in level:
+            children = node.values() if isinstance(node, dict) else node
+            inner += [child for child in children if isinstance(child, (dict, list))]
+        level = inner
+    return depth
 
 
 def elements(shape: tuple[int, ...]) -> int:

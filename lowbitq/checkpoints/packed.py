@@ -22,6 +22,7 @@ import reprlib
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class PackedFolder:
     _files: dict[str, MappedFile] = field(repr=False)
     _arrays: SafetensorsFile = field(repr=False)
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Names of the arrays, in the order in which they were saved, and where they lie."""
         tensors = self._arrays.tensors

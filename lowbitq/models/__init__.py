@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,9 @@ from lowbitq._core import FormatError
 from lowbitq.checkpoints import GGUFFile, PackedFolder, SafetensorsFolder, open_checkpoint
 from lowbitq.linears import Linear
 from lowbitq.models import llama, qwen
-from lowbitq.models.config import Family, ModelConfig, config_from_gguf, config_from_hf
+from lowbitq.models.config import Family, ModelConfig
+from lowbitq.models.config_gguf import config_from_gguf
+from lowbitq.models.config_hf import config_from_hf
 from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Cache, Model
 from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES, OUTER_NAMES
 from lowbitq.models.quantized import RESIDUAL_ROTATION, QuantizedModel, Report
@@ -60,6 +63,10 @@ def load(path: str | os.PathLike[str]) -> Model:
     Model
         Weights as float32; of a saved folder a QuantizedModel. Without a tokenizer where a
         folder has no ``tokenizer.json`` or a GGUF file no vocabulary.
+
+        A Hugging Face folder is read as transformers reads it: biases that its configuration
+        denies are left out, and a tied ``lm_head.weight`` that differs from the embedding is the
+        head. In a GGUF file every bias and head that is present is used.
 
     Raises
     ------
@@ -130,6 +137,7 @@ def _from_gguf(source: GGUFFile) -> Model:
         vocab_size=tensors[embedding].shape[0],
         tie_embeddings=head not in tensors,
         attention_bias=GGUF_BLOCK.format(0, "attn_q.bias") in tensors,
+        mlp_bias=GGUF_BLOCK.format(0, "ffn_up.bias") in tensors,
         rope_factors=source.load("rope_freqs.weight") if "rope_freqs.weight" in tensors else None,
         where=where,
     )
@@ -168,8 +176,17 @@ class _Tensors:
     def embedding(self) -> AnyLinear:
         return Linear(self.outer("embedding", self.config.vocab_size, self.config.hidden_size))
 
-    def head(self) -> AnyLinear:
-        return Linear(self.outer("head", self.config.vocab_size, self.config.hidden_size))
+    def head(self, embedding: AnyLinear) -> AnyLinear | None:
+        """Return the head; None: the embedding."""
+        if self.config.tie_embeddings and OUTER_NAMES["head"][self.naming] not in self.unused:
+            return None
+        head = Linear(self.outer("head", self.config.vocab_size, self.config.hidden_size))
+        stored_twice = (
+            self.config.tie_embeddings
+            and isinstance(embedding, Linear)
+            and np.array_equal(head.weight, embedding.weight)
+        )
+        return None if stored_twice else head
 
     def norm(self, index: int, name: str, size: int) -> NDArray[np.float32] | None:
         return self.take(f"{self.in_block(index, NORM_NAMES[name])}.weight", size)
@@ -177,9 +194,7 @@ class _Tensors:
     def linear(self, index: int, name: str, rows: int, cols: int) -> AnyLinear:
         full = self.in_block(index, LINEAR_NAMES[name])
         weight = self.take(f"{full}.weight", rows, cols)
-        needs_bias = self.config.attention_bias and name in ("q_proj", "k_proj", "v_proj")
-        has_bias = f"{full}.bias" in self.source.tensors
-        bias = self.take(f"{full}.bias", rows) if needs_bias or has_bias else None
+        bias = self.take(f"{full}.bias", rows) if self.has_bias(full, name) else None
         if self.naming == 1 and _FAMILIES[self.config.family].rows_interleaved:
             heads = {"q_proj": self.config.heads, "k_proj": self.config.kv_heads}.get(name)
             if heads is not None:
@@ -187,14 +202,24 @@ class _Tensors:
                 bias = None if bias is None else llama.uninterleave(bias, heads)
         return Linear(weight, bias)
 
+    def has_bias(self, full: str, name: str) -> bool:
+        """Whether a layer has a bias: as the configuration or, in a GGUF file, the tensors say."""
+        c, of_qkv = self.config, name in ("q_proj", "k_proj", "v_proj")
+        if self.naming == 1:
+            return (c.attention_bias and of_qkv) or f"{full}.bias" in self.source.tensors
+        self.unused.discard(f"{full}.bias")
+        if of_qkv:
+            return c.attention_bias
+        if name == "o_proj":
+            return c.attention_bias and _FAMILIES[c.family].qkv_bias is None
+        return c.mlp_bias
+
     def in_block(self, index: int, names: tuple[str, str]) -> str:
         return (HF_BLOCK, GGUF_BLOCK)[self.naming].format(index, names[self.naming])
 
     def refuse_unused(self) -> None:
         """Raise ValueError if there are tensors that the decoder would ignore."""
         unused = sorted(name for name in self.unused if not name.endswith(_DERIVED))
-        if self.config.tie_embeddings:
-            unused = [name for name in unused if name not in OUTER_NAMES["head"]]
         if unused:
             some = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
             raise ValueError(
@@ -223,7 +248,9 @@ class _PackedTensors(_Tensors):
                 raise ValueError("has a bias, expected none")
         return embedding
 
-    def head(self) -> AnyLinear:
+    def head(self, embedding: AnyLinear) -> AnyLinear | None:
+        if self.config.tie_embeddings:
+            return None
         return self.join(HEAD, self.config.vocab_size, self.config.hidden_size)
 
     def norm(self, index: int, name: str, size: int) -> NDArray[np.float32] | None:
@@ -239,13 +266,15 @@ class _PackedTensors(_Tensors):
             linear = self.reader.layer(name, self.layers[name])
             if linear.shape != (rows, cols):
                 raise ValueError(f"shape is {linear.shape}, expected {(rows, cols)}")
-        self.unused -= {tensor for tensor in self.unused if tensor.startswith(f"{name}.")}
+        self.unused -= self.reader.used
         return linear
 
     def residual_rotation(self) -> Rotation | None:
-        self.unused.discard(f"{RESIDUAL_ROTATION}.matrix")
         with self.naming_errors(RESIDUAL_ROTATION):
-            return self.reader.rotation(RESIDUAL_ROTATION, self.entry["residual_rotation"])
+            entry = self.entry["residual_rotation"]
+            rotation = self.reader.rotation(RESIDUAL_ROTATION, entry, self.config.hidden_size)
+        self.unused -= self.reader.used
+        return rotation
 
     def plan(self) -> Plan | None:
         if not (self.source / "plan.json").is_file():
@@ -273,13 +302,15 @@ def _assemble(
     tensors: _Tensors, tokenizer: Tokenizer | None, kind: Callable[..., AnyModel], **more: Any
 ) -> AnyModel:
     c = tensors.config
+    embedding = tensors.embedding()
+    head = tensors.head(embedding)
     model = kind(
-        config=c,
+        config=replace(c, tie_embeddings=head is None),
         tokenizer=tokenizer,
-        embedding=tensors.embedding(),
+        embedding=embedding,
         blocks=[_block(tensors, index) for index in range(c.layers)],
         final_norm=tensors.outer("final_norm", c.hidden_size),
-        head=None if c.tie_embeddings else tensors.head(),
+        head=head,
         **more,
     )
     tensors.refuse_unused()

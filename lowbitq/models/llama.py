@@ -8,8 +8,25 @@ from numpy.typing import NDArray
 from lowbitq.models.config import Family
 
 FAMILIES = (
-    Family("llama", "llama", rows_interleaved=True),
-    Family("mistral", "llama", qkv_bias=False, rows_interleaved=True),
+    Family(
+        "llama",
+        "llama",
+        mlp_bias=True,
+        rows_interleaved=True,
+        defaults={"max_position_embeddings": 2048},
+    ),
+    Family(
+        "mistral",
+        "llama",
+        qkv_bias=False,
+        window="always",
+        rows_interleaved=True,
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
+    ),
 )
 
 # Linear layer of a block -> its name within Hugging Face's block, and in GGUF's.

@@ -31,6 +31,9 @@ from lowbitq.version import __version__
 
 RESIDUAL_ROTATION = "model.residual_rotation"
 
+# What `split_linear` may store of a layer, behind its name.
+LINEAR_ARRAYS = ("weight", "panels", "levels", "bias", "rotation.matrix")
+
 
 @dataclass(eq=False, repr=False)
 class QuantizedModel(Model):

@@ -89,10 +89,16 @@ class LayerReader:
 
     All methods raise AttributeError, KeyError, TypeError or ValueError if arrays and entries do not
     fit together.
+
+    Attributes
+    ----------
+    used : set of str
+        Names of the arrays that have been read.
     """
 
     def __init__(self, folder: PackedFolder) -> None:
         self.folder = folder
+        self.used: set[str] = set()
         self._layers: dict[str, AnyLinear] = {}
         self._tensors: dict[str, QuantizedTensor] = {}
 
@@ -106,21 +112,26 @@ class LayerReader:
         bias = self._array(f"{name}.bias")
         if "copies" in entry:
             copies = enumerate(entry["copies"])
-            parts = [self._array(f"{name}.adapter.{letter}") for letter in "UV"]
-            adapter = None if parts[0] is None and parts[1] is None else (parts[0], parts[1])
+            U, V = (self._array(f"{name}.adapter.{letter}") for letter in "UV")
             made = tuple(self._copy(f"{name}.copies.{i}", copy) for i, copy in copies)
-            return QuantizedLinear(made, bias, adapter)  # type: ignore[arg-type]
-        rotation = self.rotation(f"{name}.rotation", entry.get("rotation"))
+            return QuantizedLinear(made, bias, None if U is None and V is None else (U, V))  # type: ignore[arg-type]
+        at = f"{name}.rotation", entry.get("rotation")
         if "tensor" not in entry:
-            return Linear(self.folder.load(f"{name}.weight"), bias, rotation)
+            weight = self._array(f"{name}.weight")
+            if weight is None or weight.ndim != 2:
+                raise ValueError("has no matrix of weights")
+            return Linear(weight, bias, self.rotation(*at, weight.shape[1]))
         tensor = self._tensor(name, entry["tensor"])
+        rotation = self.rotation(*at, tensor.cols)
         return QuantizedLinear.of(tensor, bias, rotation, entry["activation_bits"])
 
     def _copy(self, name: str, entry: Mapping[str, Any]) -> Copy:
+        tensor = self._tensor(entry["at"], entry["tensor"])
+        output = entry.get("output_rotation")
         return Copy(
-            self._tensor(entry["at"], entry["tensor"]),
-            self.rotation(f"{name}.rotation", entry.get("rotation")),
-            self.rotation(f"{name}.output_rotation", entry.get("output_rotation")),
+            tensor,
+            self.rotation(f"{name}.rotation", entry.get("rotation"), tensor.cols),
+            self.rotation(f"{name}.output_rotation", output, tensor.rows),
             Activation(**entry["activation"]),
             self._array(f"{name}.weight"),
         )
@@ -128,17 +139,22 @@ class LayerReader:
     def _tensor(self, at: str, metadata: Mapping[str, Any]) -> QuantizedTensor:
         if at not in self._tensors:
             found = [part for part in ("panels", "levels") if f"{at}.{part}" in self.folder.tensors]
+            self.used |= {f"{at}.{part}" for part in found}
             arrays = {part: self.folder.view(f"{at}.{part}") for part in found}
             self._tensors[at] = QuantizedTensor.from_arrays(arrays, metadata)
         return self._tensors[at]
 
-    def rotation(self, name: str, entry: Mapping[str, Any] | None) -> Rotation | None:
-        """Make the rotation that an entry describes; None of None."""
+    def rotation(self, name: str, entry: Mapping[str, Any] | None, n: int) -> Rotation | None:
+        """Make the rotation of order `n` that an entry describes; None of None."""
         if entry is None:
             return None
-        matrix = f"{name}.matrix"
-        arrays = {"matrix": self.folder.load(matrix)} if matrix in self.folder.tensors else {}
-        return Rotation.from_dict(entry, arrays)
+        if entry["n"] != n:  # checked first, because making a rotation takes memory
+            raise ValueError(f"the rotation has order {entry['n']!r:.50}, expected {n}")
+        matrix = self._array(f"{name}.matrix")
+        return Rotation.from_dict(entry, {} if matrix is None else {"matrix": matrix})
 
     def _array(self, name: str) -> NDArray[Any] | None:
-        return self.folder.load(name) if name in self.folder.tensors else None
+        if name not in self.folder.tensors:
+            return None
+        self.used.add(name)
+        return self.folder.load(name)

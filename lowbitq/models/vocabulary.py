@@ -8,9 +8,9 @@ worse. A name that is not known is therefore an error and never a guess.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,6 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
-    processors,
 )
 
 from lowbitq._core import FormatError
@@ -108,18 +107,41 @@ class Vocabulary:
     chat_template: str | None
 
 
-@contextmanager
-def refusing(where: str) -> Iterator[None]:
+class refusing:  # noqa: N801 (used as a statement: ``with refusing(where):``)
     """Turn whatever the tokenizers package raises into a FormatError that says where.
 
-    The package raises plain `Exception`, and its Rust panics derive from `BaseException`.
+    The package raises plain `Exception`, and its Rust panics derive from `BaseException`. This is a
+    class because a generator would also meet the GeneratorExit that can follow an interrupt.
     """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError, FormatError):
-        raise
-    except BaseException as error:
-        raise FormatError(f"{where}: {error}") from error
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, _PASSED_ON):
+            raise FormatError(f"{self.where}: {error}") from error
+
+
+_PROBE = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
+
+
+def surroundings(backend: Tokenizer, source: str) -> tuple[list[str], list[str]]:
+    """Return the tokens that the post-processor puts before and after a text."""
+    with refusing(source):
+        encoding = backend.post_process(_PROBE.encode("x"))
+        at = encoding.special_tokens_mask.index(0)
+        return encoding.tokens[:at], encoding.tokens[at + 1 :]
+
+
+_PASSED_ON = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, FormatError)
 
 
 def vocabulary_from_gguf(metadata: Mapping[str, Any], source: str) -> Vocabulary:
@@ -172,10 +194,6 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], source: str) -> Vocabulary
             [AddedToken(tokens[i], normalized=False, special=True) for i in sorted(control)]
         )
         backend.add_tokens([AddedToken(tokens[i], normalized=False) for i in user_defined])
-        if adds_bos and bos is not None:
-            backend.post_processor = processors.TemplateProcessing(
-                single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
-            )
     names = {
         name: tokens[i] for name, i in roles.items() if i is not None and name.endswith("_token")
     }

@@ -17,6 +17,7 @@ import pydoc_data.topics
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.threads:
             lq.set_num_threads(options.threads)
         result, text = options.run(options)
-        print(json.dumps(result, allow_nan=False) if options.json else text)
+        print(json.dumps(result, allow_nan=False) if options.json else _printable(text))
     except CommandError as error:
         return _fail(error.code, str(error))
     except KeyboardInterrupt:
@@ -151,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("generate", generate, "Continue a text.")
     one.add_argument("model", metavar="MODEL", help=model)
-    one.add_argument("prompt")
+    one.add_argument("prompt", type=_text)
     one.add_argument("--chat", action="store_true", help="the prompt is a message to answer")
     one.add_argument("--max-new-tokens", type=_positive, default=64, help="where to stop")
     one.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
@@ -182,6 +183,16 @@ def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, windo
     parser.add_argument("--samples", type=_positive, default=samples, help="calibration windows")
     parser.add_argument("--window", type=_positive, default=window, help="tokens per window")
     parser.add_argument("--seed", type=int, default=0, help="of samples and rotations")
+
+
+def _text(text: str) -> str:
+    """Text that Python could not decode by the locale, such as C, is read as UTF-8."""
+    if not any("\udc80" <= character <= "\udcff" for character in text):
+        return text
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not text: {error}") from error
 
 
 def _positive(text: str) -> int:
@@ -294,7 +305,8 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Continue a text, and show it as it comes."""
     model = _load(options.model)
     if model.tokenizer is None:
-        raise CommandError(ERROR, f"{options.model} has no tokenizer")
+        missing = "tokenizer.json" if Path(options.model).is_dir() else "vocabulary"
+        raise CommandError(ERROR, f"{options.model} has no {missing}, so it reads no text")
     prompt = options.prompt
     if options.chat:
         prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
@@ -315,7 +327,13 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _show(options: argparse.Namespace, piece: str) -> None:
     if not options.json:
-        print(piece, end="", flush=True)
+        print(_printable(piece), end="", flush=True)
+
+
+def _printable(text: str) -> str:
+    """The text with a question mark for each character that standard output cannot encode."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -457,12 +475,17 @@ def demo_model() -> Path:
 
 
 def _load(path: str | Path) -> lq.Model:
-    try:
-        return lq.load(path)
-    except lq.FormatError:
-        raise
-    except ValueError as error:
-        raise CommandError(UNSUPPORTED, str(error)) from error
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = lq.load(path)
+        except lq.FormatError:
+            raise
+        except ValueError as error:
+            raise CommandError(UNSUPPORTED, str(error)) from error
+    for warning in caught:
+        print(f"lowbitq: warning: {warning.message}", file=sys.stderr)
+    return model
 
 
 def _is_saved_model(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from lowbitq.models.quantized import (
     join_rotation,
 )
 from lowbitq.models.tokenizer import Tokenizer
+from lowbitq.models.tokenizer_folder import OTHER_FORMS
 from lowbitq.rotations import Rotation
 
 __all__ = [
@@ -63,7 +65,8 @@ def load(path: str | os.PathLike[str]) -> Model:
     -------
     Model
         Weights as float32; of a saved folder a QuantizedModel. Without a tokenizer where a
-        folder has no ``tokenizer.json`` or a GGUF file no vocabulary.
+        folder has no ``tokenizer.json`` (with a warning where it has another form of tokenizer)
+        or a GGUF file no vocabulary.
 
     Raises
     ------
@@ -109,8 +112,16 @@ def _from_packed(source: PackedFolder) -> QuantizedModel:
 
 
 def _tokenizer_in(folder: Path) -> Tokenizer | None:
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    return Tokenizer.from_folder(folder) if has_tokenizer else None
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_folder(folder)
+    others = [name for name in OTHER_FORMS if (folder / name).is_file()]
+    if others:
+        warnings.warn(
+            f"{folder} has no tokenizer.json, the one form that is read, but {', '.join(others)}: "
+            "the model is loaded without a tokenizer",
+            stacklevel=4,
+        )
+    return None
 
 
 def _from_gguf(source: GGUFFile) -> Model:

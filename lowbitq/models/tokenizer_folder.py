@@ -20,8 +20,18 @@ from lowbitq._core import FormatError
 from lowbitq.checkpoints.mapping import MappedFile
 from lowbitq.models.vocabulary import Vocabulary, refusing, surroundings
 
-# Files that hold a tokenizer in a form that is not read.
-OTHER_FORMS = ("tokenizer.model", "vocab.json", "merges.txt", "tekken.json", "tiktoken.model")
+# Files that are or go with a tokenizer in a form that is not read.
+OTHER_FORMS = (
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tekken.json",
+    "tiktoken.model",
+    "qwen.tiktoken",
+    "tokenizer_config.json",
+)
 
 # Keys of tokenizer_config.json that change neither tokens nor text here: names of classes and
 # files, options of padding, truncation, training and of conversion from SentencePiece, records.

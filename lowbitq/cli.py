@@ -483,8 +483,11 @@ def _load(path: str | Path) -> lq.Model:
             raise
         except ValueError as error:
             raise CommandError(UNSUPPORTED, str(error)) from error
-    for warning in caught:
-        print(f"lowbitq: warning: {warning.message}", file=sys.stderr)
+    said = [str(warning.message) for warning in caught]
+    if model.tokenizer is None and not said:
+        said.append(f"{path} has no tokenizer, so it reads no text")
+    for message in said:
+        print(f"lowbitq: warning: {message}", file=sys.stderr)
     return model
 
 

@@ -163,6 +163,27 @@ def test_other_post_processors_are_refused(tmp_path, single, message):
         Tokenizer.from_folder(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "bos", "eos"),
+    [
+        ("GPT2Tokenizer", 0, 0),
+        ("Qwen2TokenizerFast", None, 0),
+        ("LlamaTokenizer", None, None),
+        ("PreTrainedTokenizerFast", None, None),
+        (None, None, None),
+    ],
+)
+def test_roles_that_only_the_class_has(tmp_path, name, bos, eos):
+    folder = folder_with(tmp_path, tokenizer_config={"tokenizer_class": name}, generation_config={})
+    found = Tokenizer.from_folder(folder)
+    assert (found.bos_id, found.eos_ids) == (bos, () if eos is None else (eos,))
+    config = {"tokenizer_class": name, "bos_token": None, "eos_token": "<|im_end|>"}
+    found = Tokenizer.from_folder(
+        folder_with(tmp_path, tokenizer_config=config, generation_config={})
+    )
+    assert (found.bos_id, found.eos_ids) == (None, (1,))
+
+
 def test_a_post_processor_names_bos_where_no_file_does(tmp_path):
     folder = folder_with(tmp_path, byte_level(ggml__add_bos_token=True), tokenizer_config={})
     assert Tokenizer.from_folder(folder).encode("low")[0] == 0

@@ -464,10 +464,13 @@ def _size(backend: tokenizers.Tokenizer, source: str) -> int:
         raise FormatError(
             f"{source}: token numbers reach {size - 1}, too far beyond {len(numbers)} tokens"
         )
-    names: dict[int, str] = {}
-    for name, number in sorted(numbers.items()):
-        if (first := names.setdefault(number, name)) != name:
-            raise FormatError(f"{source}: tokens {first!r} and {name!r} both have number {number}")
+    if len(set(numbers.values())) < len(numbers):
+        names: dict[int, str] = {}
+        for name, number in sorted(numbers.items()):
+            if (first := names.setdefault(number, name)) != name:
+                raise FormatError(
+                    f"{source}: tokens {first!r} and {name!r} both have number {number}"
+                )
     return size
 
 

@@ -69,6 +69,16 @@ _ROLES = (
     "cls_token",
     "mask_token",
 )
+# Roles that a tokenizer_class has where no file names them, if its tokenizer.json has the token.
+_GPT2_ROLES = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")
+_QWEN2_ROLES = dict.fromkeys(["eos_token", "unk_token", "pad_token"], "<|endoftext|>")
+_LLAMA_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_CLASS_ROLES = {
+    "GPT2Tokenizer": _GPT2_ROLES,
+    "Qwen2Tokenizer": _QWEN2_ROLES,
+    "LlamaTokenizer": _LLAMA_ROLES,
+    "CodeLlamaTokenizer": _LLAMA_ROLES,
+}
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -90,6 +100,10 @@ def vocabulary_from_folder(folder: Path) -> Vocabulary:
     _refuse_unknown(config, backend, path)
 
     tokens = _merge(folder, config, description)
+    vocabulary = backend.get_vocab()
+    for role, content in _class_roles(config).items():
+        if role not in tokens.roles and role not in config and content in vocabulary:
+            tokens.roles[role] = _token(content, role)
     _add(backend, tokens)
     bos = _first_token(backend, tokens.roles.get("bos_token"), file)
     names = {role: token.content for role, token in tokens.roles.items()}
@@ -236,6 +250,11 @@ def _merge_legacy(tokens: _Tokens, folder: Path, config: Mapping[str, Any]) -> N
     lists = {"extra_special_tokens", "additional_special_tokens"} & config.keys()
     if not lists or isinstance(config.get("extra_special_tokens"), dict):
         _set_extra(tokens, named.get("additional_special_tokens") or [], path, special=True)
+
+
+def _class_roles(config: Mapping[str, Any]) -> Mapping[str, str]:
+    name = config.get("tokenizer_class")
+    return _CLASS_ROLES.get(name.removesuffix("Fast"), {}) if isinstance(name, str) else {}
 
 
 def _roles(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,16 @@ BOMBS = {
     "joining one string": "{% set x = 'a' * 10 ** 7 %}{{ [x] * 10 ** 6 | join }}",
     "block": DOUBLE % ("'aa'", "n.s") + "{% set x %}" + LONG + "{{ x }}" * 9 + "{% endset %}",
     "output": LONG + "{{ x }}" * 99,
+    "replacement by keywords": LONG + "{{ x | replace(new=x, old='a') }}",
+    "namespaces": DOUBLE % ("1", "namespace(a=n.s, b=n.s)") + "{{ n.s }}" + "{{ 'a' * 10 ** 9 }}",
+    "joining attributes": LONG
+    + "{% set n = namespace(s=x) %}{{ [n] * 9999 | join(attribute='s') }}",
+    "joining what is made": LONG + "{{ x.join([1] * 9999 | map('string')) }}",
+    "joining what is the same": LONG
+    + "{{ ''.join([namespace(s=x)] * 9999 | map(attribute='s')) }}",
+    "separators": "{{ [1] * 10 ** 5 | tojson(separators=('a' * 10 ** 6, 'b')) }}",
+    "width in a mapping": "{{ '{:{w}}'.format_map({'a': 1, 'w': 2000000000}) }}",
+    "width in an argument": "{{ '{:{a[w]}}'.format(1, a={'w': 2000000000}) }}",
     "macro": LONG + "{% macro f() %}{{ x }}{{ x }}{{ x }}{% endmacro %}{{ f() }}{{ f() }}",
     "a long concatenation": LONG + "{{ (x " + "~ x" * 999 + ") | length }}",
     "width": "{{ '%2000000000d' % 1 }}",
@@ -53,7 +63,7 @@ BOMBS = {
     "translation": "{{ ('a' * 10 ** 6).translate({97: 'b' * 10 ** 6}) }}",
     "indentation": "{{ ('a\n' * 10 ** 5) | indent(10 ** 5) }}",
     "indentation of JSON": "{{ messages | tojson(indent=3000000000) }}",
-    "JSON": "{{ ([[[[1]]]] * 10 ** 5) | tojson(indent=10 ** 5) }}",
+    "JSON": "{{ ([[[[1]]]] * 10 ** 4) | tojson(indent=10 ** 5) }}",
     "filling": "{{ [1] | batch(4000000000, 2) | list }}",
     "slices": "{{ [1] | slice(4000000000) | list }}",
     "nested loops": "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
@@ -100,12 +110,15 @@ def test_bombs_end_soon(name):
 
 
 HARMLESS = [
-    "{{ '-' * 40 }}{{ '%5.2f|%s' % (1.5, 'a') }}{{ '{:>5}{}'.format(1, 10 ** 12) }}",
+    "{{ '-' * 40 }}{{ '**%s** %d%%' % ('b', 5) }}{{ '%5.2f|%s' % (1.5, 'a') }}"
+    "{{ '{:>5}{}'.format(1, 10 ** 12) }}",
     "{% for m in messages if m.role == 'user' %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
     "{% else %}none{% endfor %}{% for a, b in {'x': 1}.items() %}{{ a }}{{ b }}{% endfor %}",
     "{% for m in messages recursive %}{{ m.role or m }}{% if loop.depth < 3 %}"
     "{{ loop([1, 2]) }}{% endif %}{% endfor %}",
     "{{ messages | map(attribute='role') | join(', ') }}{{ messages[1:] | length }}"
+    "{{ messages | join(d=', ', attribute='role') }}"
+    "{{ '-'.join(messages | map(attribute='role')) }}"
     "{{ messages | selectattr('role', 'equalto', 'user') | list }}{{ [3, 1] | sort | first }}",
     "{{ [1, [2, {'a': (3, none)}]] }}{{ messages | tojson(indent=2) }}{{ 'a\nb' | indent(4) }}",
     "{% macro f(x, y=2) %}({{ x }}{{ y }}{{ caller() if caller }}){% endmacro %}{{ f(1) ~ f(2) }}"

@@ -19,24 +19,28 @@ from contextvars import ContextVar
 from typing import Any
 
 import jinja2
+import jinja2.filters
 import jinja2.nodes
 import jinja2.runtime
 import jinja2.sandbox
+import jinja2.utils
 from jinja2.visitor import NodeTransformer
 
-# Far above what conversations need: a million steps, or 64 million characters.
-_SIZE = 1 << 26  # characters, and _ITEM for each item of a list
+# Far above what conversations need: a million steps, or 33 million characters.
+_SIZE = 1 << 25  # characters, and _ITEM for each item of a list
 _ITEM = 64
-_STEP = 64
-_SECONDS = 1.5  # of CPU time: other programs take none of it
+_STEP = 32
+_SECONDS = 1.5  # of CPU time, so that a busy machine refuses no more than an idle one
 _SOURCE = 1 << 16  # characters of a template, parsed in half a second; published ones have 20,000
 _BITS = 1 << 20  # of an integer
 
 # Functions that make as much as a number among their arguments says.
-_WIDE = {"center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice", "round", "tojson"}
+_WIDE = {"center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice", "round"}
 # Functions that may take time quadratic in their text, and how long that may be.
 _SLOW = {"urlize", "striptags", "wordwrap", "pprint", "encode", "decode", "strftime_now"}
 _SLOW_SIZE = 1 << 14
+# Widths that are values: ``%*d`` and ``{:{width}}``.
+_DYNAMIC_WIDTH = re.compile(r"%[-+ #0\d.]*\*|\{[^}]*\{")
 
 
 class Exhausted(jinja2.TemplateError):
@@ -93,11 +97,12 @@ def compile_template(
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[*extensions], finalize=_spent
     )
-    environment.filters |= filters
+    environment.filters |= {"join": _join, **filters}
     environment.filters = {name: _bounded(name, f) for name, f in environment.filters.items()}
     environment.tests = {name: _reading(test) for name, test in environment.tests.items()}
     environment.filters |= {f.__name__: f for f in (_counted, _spent, _read, _concatenated)}
     environment.globals.update({name: _bounded(name, f) for name, f in functions.items()})
+    environment.globals["namespace"] = _Namespace
     del environment.globals["lipsum"]  # made for web pages, and slow
     return environment.from_string(source)
 
@@ -137,9 +142,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
             args = tuple(_counted(arg) for arg in args)
         else:
             method = getattr(__obj, "__wrapped__", __obj)  # of str.format, which Jinja wraps
-            owner = getattr(method, "__self__", None)
+            name, owner = getattr(method, "__name__", ""), getattr(method, "__self__", None)
+            if name == "join":
+                args = tuple(list(arg) if isinstance(arg, Iterator) else arg for arg in args)
             values = [owner] if isinstance(owner, (str, bytes, int)) else []
-            _forecast(getattr(method, "__name__", ""), [*values, *args, *kwargs.values()])
+            _forecast(name, [*values, *args, *kwargs.values()])
         return _spent(super().call(__context, __obj, *args, **kwargs))
 
 
@@ -176,6 +183,27 @@ class _Instrument(NodeTransformer):
         return _filtered(node, "_spent") if isinstance(node.arg, jinja2.nodes.Slice) else node
 
 
+class _Namespace(jinja2.utils.Namespace):
+    """Shown without its attributes, which may contain each other."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+@jinja2.pass_environment
+def _join(
+    environment: jinja2.Environment, value: Iterable[Any], d: str = "", attribute: Any = None
+) -> str:
+    """Jinja's filter, which pays for each item before it is written."""
+    if attribute is not None:
+        value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
+    pieces = []
+    for item in value:
+        _budget.get().spend(_size(item) + _size(d))
+        pieces.append(str(item))
+    return str(d).join(pieces)
+
+
 def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
     return jinja2.nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
@@ -183,7 +211,7 @@ def _filtered(node: Any, name: str) -> jinja2.nodes.Filter:
 def _counted(items: Iterable[Any]) -> Iterator[Any]:
     spend = _budget.get().spend
     for item in items:
-        spend()
+        spend(_length(item))
         yield item
 
 
@@ -240,13 +268,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def bounded(*args: Any, **kwargs: Any) -> Any:
-        values = [*args[first:], *kwargs.values()]
-        if values and name == "join" and isinstance(values[0], Iterator):
-            values[0] = _spent(list(_counted(values[0])))
-            args = (*args[:first], values[0], *args[first + 1 :])
-        if name == "join":  # as the method has it
-            values = [values[1] if len(values) > 1 else "", values[0]]
-        _forecast(name, values)
+        _forecast(name, [*args[first:], *kwargs.values()])
         return _spent(function(*args, **kwargs))
 
     return bounded
@@ -276,15 +298,19 @@ def _forecast(name: str, values: list[Any]) -> None:
     if name in ("*", "**"):
         made = _multiplied(name, value, rest[0])
     elif name in ("%", "format", "format_map"):
-        made = _formatted(value, rest, size) if isinstance(value, str) else 0
+        made = _formatted(value, size) if isinstance(value, str) else 0
     elif name == "replace" and len(rest) > 1:
-        made = str(value).count(str(rest[0])) * len(str(rest[1]))
-    elif name == "join" and rest:
-        made = _length(rest[0]) * len(str(value))
+        old, new = str(rest[0]), str(rest[1])  # or, as keywords, the other way round
+        text = str(value)
+        made = max(text.count(old) * len(new), text.count(new) * len(old))
+    elif name == "join" and isinstance(value, str):
+        made = sum(map(_length, rest)) * len(value)
     elif name == "sum" and not all(isinstance(item, (int, float, str)) for item in rest):
         raise Exhausted("time: sum of lists")
     elif name in ("indent", "expandtabs", "translate", "wordwrap"):
         made = _size(value) * max([size, *numbers, 1])
+    elif name == "tojson":
+        made = _size(value) // _ITEM * max([size, *numbers, 1])
     elif name in _WIDE:
         made = _ITEM * max(numbers, default=0)
     if name in _SLOW and _size(value) + size > _SLOW_SIZE:
@@ -302,10 +328,8 @@ def _multiplied(name: str, left: Any, right: Any) -> int:
     return number * max(_size(other), 1) if repeated else 0
 
 
-def _formatted(form: str, values: list[Any], size: int) -> int:
-    widths = [int(digits) for digits in re.findall(r"\d{1,19}", form)]
-    if "*" in form or re.search(r"\{[^}]*\{", form):  # widths among the values
-        flat = [i for v in values for i in (v if isinstance(v, tuple) else (v,))]
-        widths += [abs(item) for item in flat if isinstance(item, int)]
-    count = form.count("%") + form.count("{")
-    return len(form) + count * size + sum(widths)
+def _formatted(form: str, size: int) -> int:
+    if _DYNAMIC_WIDTH.search(form):
+        raise Exhausted("memory: width of a format")
+    widths = sum(int(digits) for digits in re.findall(r"\d{1,19}", form))
+    return len(form) + (form.count("%") + form.count("{")) * size + widths

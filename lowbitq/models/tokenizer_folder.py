@@ -20,7 +20,7 @@ from lowbitq._core import FormatError
 from lowbitq.checkpoints.mapping import MappedFile
 from lowbitq.models.vocabulary import Vocabulary, refusing, surroundings
 
-# Files that are or go with a tokenizer in a form that is not read.
+# Files of tokenizers in other forms, and files that go with them.
 OTHER_FORMS = (
     "tokenizer.model",
     "spiece.model",
@@ -53,7 +53,7 @@ _HARMLESS = frozenset([
     "vocab_size",
 ])
 # fmt: on
-# Keys that have one value besides the absent and empty ones that changes nothing.
+# Keys with one more harmless value besides null, false and empty.
 _NEUTRAL = {"errors": "replace", "fast_tokenizer_files": ["tokenizer.json"]}
 
 # Classes that take add_prefix_space from tokenizer.json alone.
@@ -69,7 +69,7 @@ _ROLES = (
     "cls_token",
     "mask_token",
 )
-# Roles that a tokenizer_class has where no file names them, if its tokenizer.json has the token.
+# Roles that belong to a tokenizer_class: they hold if no file names another and the token exists.
 _GPT2_ROLES = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")
 _QWEN2_ROLES = dict.fromkeys(["eos_token", "unk_token", "pad_token"], "<|endoftext|>")
 _LLAMA_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -233,11 +233,8 @@ def _merge_legacy(tokens: _Tokens, folder: Path, config: Mapping[str, Any]) -> N
     """Merge the files that older versions of `transformers` wrote."""
     path = folder / "special_tokens_map.json"
     named = _read(path)
-    roles = _roles(named)
-    for role in [
-        role for role in roles if role not in _ROLES and isinstance(config.get(role), str)
-    ]:
-        del roles[role]
+    kept = {key for key, value in _roles(config).items() if isinstance(value, str)} - {*_ROLES}
+    roles = {role: value for role, value in _roles(named).items() if role not in kept}
     tokens.set_roles(roles, path, special=True)
     _set_extra(tokens, named.get("extra_special_tokens") or [], path, special=True)
 

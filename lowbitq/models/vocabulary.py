@@ -81,15 +81,15 @@ _END_NAMES = frozenset([
     "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
     "<｜end▁of▁sentence｜>", "[e~[",
 ])
-# Tokens for filling gaps in code. They end a text too; the first name of each that is there counts
-# unless the file has a key for it.
+# Tokens that fill gaps in code end a text too: the one that the file has a key for, or else the
+# first of these names that is a token.
 _GAP_NAMES = {
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
 
-# Keys under tokenizer. that are read or change nothing; those that end in _token_id are more.
+# Keys under ``tokenizer.`` that are read or harmless, besides those that end in _token_id.
 _KNOWN = frozenset([
     "ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.token_type_count",
     "ggml.scores", "ggml.merges", "ggml.add_bos_token", "chat_template", "chat_templates",
@@ -106,7 +106,7 @@ class Vocabulary:
     ----------
     backend : tokenizers.Tokenizer
     names : dict
-        Strings of ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``, where there are such.
+        Strings of the tokens with a role, by key: ``bos_token`` and the like.
     eos_ids : tuple of int
         Tokens that end a text.
     adds_bos : bool

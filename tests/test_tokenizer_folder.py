@@ -177,7 +177,7 @@ def test_roles_that_only_the_class_has(tmp_path, name, bos, eos):
     folder = folder_with(tmp_path, tokenizer_config={"tokenizer_class": name}, generation_config={})
     found = Tokenizer.from_folder(folder)
     assert (found.bos_id, found.eos_ids) == (bos, () if eos is None else (eos,))
-    config = {"tokenizer_class": name, "bos_token": None, "eos_token": "<|im_end|>"}
+    config = {"tokenizer_class": name, "bos_token": "", "eos_token": "<|im_end|>"}
     found = Tokenizer.from_folder(
         folder_with(tmp_path, tokenizer_config=config, generation_config={})
     )

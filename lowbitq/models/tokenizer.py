@@ -34,7 +34,8 @@ class Tokenizer:
     Parameters
     ----------
     backend : tokenizers.Tokenizer
-        Padding and truncation are switched off in it.
+        Its padding and truncation are switched off, and its post-processor is made to agree with
+        `adds_bos`.
     names : mapping, default=None
         Strings of the tokens with a role, which chat templates read: ``bos_token``, ``eos_token``,
         ``unk_token``, ``pad_token`` and others whose key ends in ``_token``.

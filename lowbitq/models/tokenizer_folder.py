@@ -199,7 +199,7 @@ class _Tokens:
 
     def set_roles(self, values: Mapping[str, Any], path: Path, **flags: bool) -> None:
         for role, value in values.items():
-            if value is None:
+            if value in (None, ""):
                 self.roles.pop(role, None)
             else:
                 self.roles[role] = _token(value, f"{path}: {role}", **flags)

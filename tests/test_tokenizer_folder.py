@@ -204,6 +204,16 @@ def test_numbers_of_tokens(tmp_path, vocabulary, message):
         Tokenizer.from_folder(tmp_path)
 
 
+@pytest.mark.parametrize("config", [{}, {"added_tokens_decoder": {}}])
+def test_numbers_of_added_tokens(tmp_path, config):
+    folder = folder_with(tmp_path, tokenizer_config=config)
+    description = json.loads((folder / "tokenizer.json").read_text())
+    description["added_tokens"][1]["id"] = 2**31 - 2
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(FormatError, match="has number 2147483646, but the vocabulary makes it 1"):
+        Tokenizer.from_folder(folder)
+
+
 def test_unused_numbers_are_allowed(tmp_path):
     model = {"type": "BPE", "vocab": {"a": 0, "b": 900}, "merges": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
@@ -246,8 +256,11 @@ def test_deeply_nested_json(tmp_path, name):
         ({"tokenizer_config": {"extra_special_tokens": "<s>"}}, "expected a list or an object"),
         ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder is"),
         ({"tokenizer_config": {"added_tokens_decoder": {"x": "<s>"}}}, "has number 'x'"),
-        ({"tokenizer_config": {"added_tokens_decoder": {"7": "<new>"}}}, "has number 7, but by"),
-        ({"added_tokens": {"<|im_end|>": 700}}, "added_tokens.json: .* number 700, but by .* 1"),
+        (
+            {"tokenizer_config": {"added_tokens_decoder": {"7": "<new>"}}},
+            "number 7, but the vocabulary makes it",
+        ),
+        ({"added_tokens": {"<|im_end|>": 700}}, "added_tokens.json: .* number 700, but .* 1"),
         ({"special_tokens_map": {"eos_token": 5}}, "special_tokens_map.json: eos_token is 5"),
         ({"generation_config": {"eos_token_id": ["1"]}}, "generation_config.json: eos_token_id"),
         ({"generation_config": {"eos_token_id": -1}}, r"\[1, -1\]"),

@@ -183,19 +183,21 @@ class _Tokens:
     extra : list of AddedToken
         Special tokens without a role.
     numbered : dict of int to AddedToken
-    origin : dict of int to Path
-        The file that numbers a token, for error messages.
+        In the order of numbers they are added.
+    claims : list of (Path, str, int)
+        The number that a file says a token has.
     """
 
     roles: dict[str, AddedToken] = field(default_factory=dict)
     extra: list[AddedToken] = field(default_factory=list)
     numbered: dict[int, AddedToken] = field(default_factory=dict)
-    origin: dict[int, Path] = field(default_factory=dict)
+    claims: list[tuple[Path, str, int]] = field(default_factory=list)
 
-    def number(self, index: Any, token: AddedToken, path: Path) -> None:
+    def claim(self, index: Any, token: AddedToken, path: Path) -> int:
         if not str(index).isdecimal():
             raise FormatError(f"{path}: token {token.content!r} has number {index!r:.40}")
-        self.numbered[int(index)], self.origin[int(index)] = token, path
+        self.claims.append((path, token.content, int(index)))
+        return int(index)
 
     def set_roles(self, values: Mapping[str, Any], path: Path, **flags: bool) -> None:
         for role, value in values.items():
@@ -213,20 +215,29 @@ def _merge(folder: Path, config: Mapping[str, Any], description: Mapping[str, An
     _set_extra(tokens, config.get("model_specific_special_tokens") or {}, path)
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     _set_extra(tokens, extra, path)
+    described = _numbered(tokens, description.get("added_tokens") or [], folder / "tokenizer.json")
     if "added_tokens_decoder" in config:
-        for index, value in _object(config, "added_tokens_decoder", path).items():
-            tokens.number(index, _token(value, f"{path}: added_tokens_decoder"), path)
+        decoder = _object(config, "added_tokens_decoder", path)
+        for index, value in decoder.items():
+            token = _token(value, f"{path}: added_tokens_decoder")
+            tokens.numbered[tokens.claim(index, token, path)] = token
     else:
         _merge_legacy(tokens, folder, config)
-        path = folder / "tokenizer.json"
-        for value in description.get("added_tokens") or []:
-            token = _token(value, f"{path}: added_tokens")
-            tokens.number(value.get("id"), token, path)
+        tokens.numbered |= described
     # Other roles follow, at the end those that tokenizer_config.json has as strings.
     own = {key for key, value in _roles(config).items() if isinstance(value, str)}
     order = [*_ROLES, *sorted(tokens.roles, key=own.__contains__)]
     tokens.roles = {role: tokens.roles[role] for role in order if role in tokens.roles}
     return tokens
+
+
+def _numbered(tokens: _Tokens, added: list[Any], path: Path) -> dict[int, AddedToken]:
+    """Return the added tokens of tokenizer.json by number."""
+    found = {}
+    for value in added:
+        token = _token(value, f"{path}: added_tokens")
+        found[tokens.claim(value.get("id"), token, path)] = token
+    return found
 
 
 def _merge_legacy(tokens: _Tokens, folder: Path, config: Mapping[str, Any]) -> None:
@@ -242,7 +253,7 @@ def _merge_legacy(tokens: _Tokens, folder: Path, config: Mapping[str, Any]) -> N
     special |= {token.content for token in tokens.extra}
     for content, index in _read(folder / "added_tokens.json").items():
         token = AddedToken(content, special=content in special, normalized=content not in special)
-        tokens.number(index, token, folder / "added_tokens.json")
+        tokens.numbered[tokens.claim(index, token, folder / "added_tokens.json")] = token
 
     lists = {"extra_special_tokens", "additional_special_tokens"} & config.keys()
     if not lists or isinstance(config.get("extra_special_tokens"), dict):
@@ -309,11 +320,10 @@ def _add(backend: tokenizers.Tokenizer, tokens: _Tokens) -> None:
         token.special = token.special or token.content in special
     with refusing("special tokens"):
         backend.add_tokens(added)
-    for index, token in tokens.numbered.items():
-        if token.content and (found := backend.token_to_id(token.content)) != index:
+    for path, content, index in tokens.claims:
+        if content and (found := backend.token_to_id(content)) != index:
             raise FormatError(
-                f"{tokens.origin[index]}: token {token.content!r} has number {index}, "
-                f"but by tokenizer.json it is {found}"
+                f"{path}: token {content!r} has number {index}, but the vocabulary makes it {found}"
             )
 
 

@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lq.set_num_threads(options.threads)
         with _warnings_in_one_line():
             result, text = options.run(options)
-        print(json.dumps(result, allow_nan=False) if options.json else text)
+        print(json.dumps(result, allow_nan=False) if options.json else _printable(text))
     except CommandError as error:
         return _fail(error.code, str(error))
     except KeyboardInterrupt:
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("generate", generate, "Continue a text.")
     one.add_argument("model", metavar="MODEL", help=model)
-    one.add_argument("prompt")
+    one.add_argument("prompt", type=_text)
     one.add_argument("--chat", action="store_true", help="the prompt is a message to answer")
     one.add_argument("--max-new-tokens", type=_positive, default=64, help="where to stop")
     one.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
@@ -206,6 +206,16 @@ def _work_dir_options(parser: argparse.ArgumentParser, default: str) -> None:
     place = f"(default: {default}, removed at the end)"
     parser.add_argument("--work-dir", type=Path, help=f"where finished blocks are kept {place}")
     parser.add_argument("--restart", action="store_true", help="discard the blocks kept there")
+
+
+def _text(text: str) -> str:
+    """Text that Python could not decode by the locale, such as C, is read as UTF-8."""
+    if not any("\udc80" <= character <= "\udcff" for character in text):
+        return text
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not text: {error}") from error
 
 
 def _positive(text: str) -> int:
@@ -351,7 +361,8 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Continue a text, and show it as it comes."""
     model = _load(options.model)
     if model.tokenizer is None:
-        raise CommandError(ERROR, f"{options.model} has no tokenizer")
+        missing = "tokenizer.json" if Path(options.model).is_dir() else "vocabulary"
+        raise CommandError(ERROR, f"{options.model} has no {missing}, so it reads no text")
     prompt = options.prompt
     if options.chat:
         prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
@@ -372,7 +383,13 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _show(options: argparse.Namespace, piece: str) -> None:
     if not options.json:
-        print(piece, end="", flush=True)
+        print(_printable(piece), end="", flush=True)
+
+
+def _printable(text: str) -> str:
+    """The text with a question mark for each character that standard output cannot encode."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -479,12 +496,20 @@ def demo_model() -> Path:
 
 
 def _load(path: str | Path) -> lq.Model:
-    try:
-        return lq.load(path)
-    except lq.FormatError:
-        raise
-    except ValueError as error:
-        raise CommandError(UNSUPPORTED, str(error)) from error
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = lq.load(path)
+        except lq.FormatError:
+            raise
+        except ValueError as error:
+            raise CommandError(UNSUPPORTED, str(error)) from error
+    said = [str(warning.message) for warning in caught]
+    if model.tokenizer is None and not said:
+        said.append(f"{path} has no tokenizer, so it reads no text")
+    for message in said:
+        _complain(f"warning: {message}")
+    return model
 
 
 def _verify(model: lq.QuantizedModel, folder: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -440,3 +442,36 @@ def test_threads_are_those_asked_for(capsys, tiny_folder, threads):
     run(capsys, "inspect", tiny_folder, "--threads", threads)
     assert lq.show_config()["threads"] == threads
     lq.set_num_threads(before)
+
+
+def test_generate_goes_on_where_a_character_cannot_be_shown(monkeypatch, tiny_folder):
+    monkeypatch.setattr(lq.Model, "generate", lambda self, prompt, *, on_token, **_: on_token("é"))
+    shown = io.BytesIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+        assert cli.main(["generate", str(tiny_folder), "a"]) == 0
+        sys.stdout.flush()
+        assert shown.getvalue() == b"a?\n"
+
+
+@pytest.mark.parametrize("prompt", ["h\u00e9", "\u4f60"])
+def test_a_prompt_that_the_locale_cannot_decode_is_utf_8(prompt):
+    escaped = prompt.encode().decode("ascii", "surrogateescape")
+    options = cli._parser().parse_args(["generate", "m", escaped])
+    assert options.prompt == prompt
+    assert cli._parser().parse_args(["generate", "m", prompt]).prompt == prompt
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "tekken.json"])
+def test_a_tokenizer_in_another_form_is_pointed_out(capsys, tmp_path, tiny_folder, name):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("tokenizer.json"))
+    (folder / name).write_text("{}")
+    code, _, err = run(capsys, "quantize", folder, tmp_path / "out", "--method", "rtn")
+    assert code == 0
+    assert f"no tokenizer.json, the one form that is read, but {name}" in err[0]
+    code, _, err = run(capsys, "generate", folder, "a")
+    assert code == 1
+    assert "no tokenizer.json" in err[-1]
+    with pytest.warns(UserWarning, match=name):
+        lq.load(folder)

@@ -56,6 +56,14 @@ def test_frequencies_follow_the_definition(temperature, top_k, top_p):
     assert statistic <= freedom + 5 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, 2), (0.75, 3), (0.5000001, 3), (1.0, 4)])
+def test_tokens_that_reach_top_p_exactly_are_enough(top_p, kept):
+    # Four equal tokens: the sums 0.25, 0.5, 0.75 and 1 are exact.
+    generator = np.random.default_rng(0)
+    drawn = {sample([0.0] * 4, temperature=1, top_p=top_p, generator=generator) for _ in range(200)}
+    assert drawn == set(range(kept))
+
+
 LOGITS = st.lists(st.sampled_from([-INF, -3.0, -1.0, 0.0, 1.0, 2.5]), min_size=1, max_size=12)
 
 

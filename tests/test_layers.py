@@ -34,9 +34,10 @@ PYTHON_ORDER = [
     "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
     "checkpoints", "plans",
     "generation", "models.rope", "models.config", "models.config_hf", "models.config_gguf",
-    "models.chat", "models.vocabulary", "models.tokenizer", "models.tokens",
-    "models.decoder", "models.llama", "models.qwen", "models.stored", "models.quantized",
-    "models.finite", "models", "texts", "calibration", "encoding", "compression", "evaluation",
+    "models.sandbox", "models.chat", "models.vocabulary", "models.tokenizer_folder",
+    "models.tokenizer", "models.tokens", "models.decoder", "models.llama", "models.qwen",
+    "models.stored", "models.quantized", "models.finite", "models",
+    "texts", "calibration", "encoding", "compression", "evaluation",
     "timing", "roofline", "plots", "", "cli", "__main__",
 ]
 # fmt: on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from lowbitq.models.llama import GGUF_BLOCK, HF_BLOCK, LINEAR_NAMES, NORM_NAMES,
 from lowbitq.models.quantized import RESIDUAL_ROTATION, QuantizedModel, Report
 from lowbitq.models.stored import LayerReader
 from lowbitq.models.tokenizer import Tokenizer
+from lowbitq.models.tokenizer_folder import OTHER_FORMS
 from lowbitq.plans import Plan
 from lowbitq.rotations import Rotation
 
@@ -62,7 +64,8 @@ def load(path: str | os.PathLike[str]) -> Model:
     -------
     Model
         Weights as float32; of a saved folder a QuantizedModel. Without a tokenizer where a
-        folder has no ``tokenizer.json`` or a GGUF file no vocabulary.
+        folder has no ``tokenizer.json`` (with a warning where it has another form of tokenizer)
+        or a GGUF file no vocabulary.
 
         A Hugging Face folder is read as transformers reads it: biases that its configuration
         denies are left out, and a tied ``lm_head.weight`` that differs from the embedding is the
@@ -117,8 +120,16 @@ def _from_packed(source: PackedFolder) -> QuantizedModel:
 
 
 def _tokenizer_in(folder: Path | PackedFolder) -> Tokenizer | None:
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    return Tokenizer.from_folder(folder) if has_tokenizer else None
+    if (folder / "tokenizer.json").is_file():
+        return Tokenizer.from_folder(folder)
+    others = [name for name in OTHER_FORMS if (folder / name).is_file()]
+    if others:
+        warnings.warn(
+            f"{folder} has no tokenizer.json, the one form that is read, but {', '.join(others)}: "
+            "the model is loaded without a tokenizer",
+            stacklevel=4,
+        )
+    return None
 
 
 def _origin(source: GGUFFile | SafetensorsFolder) -> dict[str, Any]:

@@ -85,6 +85,9 @@ def test_several_tokens_may_end_a_text():
 def test_a_sliding_window_counts_where_it_is_used():
     assert from_hf(model_type="mistral", sliding_window=64).sliding_window == 64
     assert from_hf(model_type="mistral", sliding_window=None).sliding_window is None
+    assert from_hf(model_type="mistral", use_sliding_window=False).sliding_window == 4096
+    assert from_hf(sliding_window=64).sliding_window == 64
+    assert from_hf(sliding_window=64, use_sliding_window=False).sliding_window is None
     assert from_hf(model_type="qwen2", sliding_window=64).sliding_window is None
     used = from_hf(
         model_type="qwen2", sliding_window=64, use_sliding_window=True, max_window_layers=1
@@ -258,6 +261,16 @@ def test_senseless_rope_scaling_is_refused_on_reading(scaling, message):
 def test_keys_that_are_not_understood_are_refused_by_name(change, named):
     with pytest.raises(ValueError, match=f"^config.json: the model is not supported: {named}"):
         from_hf(**change)
+
+
+def test_rope_scaling_overrides_plain_rope_parameters():
+    yarn = YARN | {"original_max_position_embeddings": 64}
+    plain = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    expected = from_hf(rope_scaling=yarn)
+    for parameters in (plain, yarn, yarn | plain | {"rope_type": "yarn"}, {}, None):
+        assert from_hf(rope_scaling=yarn, rope_parameters=parameters) == expected
+    slow = from_hf(rope_scaling=yarn | {"rope_theta": 5e5}, rope_parameters=plain)
+    assert slow == dataclasses.replace(expected, rope_theta=5e5)
 
 
 def test_keys_of_published_models_are_no_obstacle():

@@ -178,6 +178,7 @@ def test_damaged_values_are_named(change, message):
         ({"attention__head_count_kv": 4}, "6 heads do not share 4 key-value heads evenly"),
         ({"rope_factors": np.ones(3, np.float32)}, r"rope_freqs.weight has shape \(3,\)"),
         ({"rope_factors": np.zeros(4, np.float32)}, "positive numbers"),
+        ({"rope_factors": np.full(4, np.inf, np.float32)}, "positive numbers"),
     ],
 )
 def test_damaged_metadata_is_named(change, message):
@@ -461,6 +462,22 @@ def test_the_ramp_of_yarn_may_be_a_step():
     plain = frequencies()[0]
     turns = 8192 * plain / (2 * math.pi)
     assert np.array_equal(scaled, np.where(turns > 2, plain, plain / 4))
+
+
+def test_biases_in_the_mlp_of_a_gguf_file_are_no_key_of_other_families():
+    """Else the configuration of the saved model could not be read back."""
+    for family in (FAMILIES["llama"], FAMILIES["qwen2"]):
+        keys = {k.replace("llama", family.architecture): v for k, v in GGUF.items()}
+        config = config_from_gguf(
+            keys | {"general.architecture": family.architecture},
+            {family.architecture: family},
+            vocab_size=96,
+            tie_embeddings=True,
+            attention_bias=True,
+            mlp_bias=True,
+        )
+        assert config.mlp_bias == family.mlp_bias
+        assert config_from_hf(config.to_hf(), FAMILIES) == config
 
 
 def test_factors_of_a_gguf_file_divide_the_frequencies():

@@ -85,6 +85,9 @@ def test_several_tokens_may_end_a_text():
 def test_a_sliding_window_counts_where_it_is_used():
     assert from_hf(model_type="mistral", sliding_window=64).sliding_window == 64
     assert from_hf(model_type="mistral", sliding_window=None).sliding_window is None
+    assert from_hf(model_type="mistral", use_sliding_window=False).sliding_window == 4096
+    assert from_hf(sliding_window=64).sliding_window == 64
+    assert from_hf(sliding_window=64, use_sliding_window=False).sliding_window is None
     assert from_hf(model_type="qwen2", sliding_window=64).sliding_window is None
     used = from_hf(
         model_type="qwen2", sliding_window=64, use_sliding_window=True, max_window_layers=1
@@ -175,6 +178,7 @@ def test_damaged_values_are_named(change, message):
         ({"attention__head_count_kv": 4}, "6 heads do not share 4 key-value heads evenly"),
         ({"rope_factors": np.ones(3, np.float32)}, r"rope_freqs.weight has shape \(3,\)"),
         ({"rope_factors": np.zeros(4, np.float32)}, "positive numbers"),
+        ({"rope_factors": np.full(4, np.inf, np.float32)}, "positive numbers"),
     ],
 )
 def test_damaged_metadata_is_named(change, message):
@@ -258,6 +262,16 @@ def test_senseless_rope_scaling_is_refused_on_reading(scaling, message):
 def test_keys_that_are_not_understood_are_refused_by_name(change, named):
     with pytest.raises(ValueError, match=f"^config.json: the model is not supported: {named}"):
         from_hf(**change)
+
+
+def test_rope_scaling_overrides_plain_rope_parameters():
+    yarn = YARN | {"original_max_position_embeddings": 64}
+    plain = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+    expected = from_hf(rope_scaling=yarn)
+    for parameters in (plain, yarn, yarn | plain | {"rope_type": "yarn"}, {}, None):
+        assert from_hf(rope_scaling=yarn, rope_parameters=parameters) == expected
+    slow = from_hf(rope_scaling=yarn | {"rope_theta": 5e5}, rope_parameters=plain)
+    assert slow == dataclasses.replace(expected, rope_theta=5e5)
 
 
 def test_keys_of_published_models_are_no_obstacle():
@@ -448,6 +462,22 @@ def test_the_ramp_of_yarn_may_be_a_step():
     plain = frequencies()[0]
     turns = 8192 * plain / (2 * math.pi)
     assert np.array_equal(scaled, np.where(turns > 2, plain, plain / 4))
+
+
+def test_biases_in_the_mlp_of_a_gguf_file_are_no_key_of_other_families():
+    """Else the configuration of the saved model could not be read back."""
+    for family in (FAMILIES["llama"], FAMILIES["qwen2"]):
+        keys = {k.replace("llama", family.architecture): v for k, v in GGUF.items()}
+        config = config_from_gguf(
+            keys | {"general.architecture": family.architecture},
+            {family.architecture: family},
+            vocab_size=96,
+            tie_embeddings=True,
+            attention_bias=True,
+            mlp_bias=True,
+        )
+        assert config.mlp_bias == family.mlp_bias
+        assert config_from_hf(config.to_hf(), FAMILIES) == config
 
 
 def test_factors_of_a_gguf_file_divide_the_frequencies():

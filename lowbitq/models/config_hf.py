@@ -251,11 +251,16 @@ def _rope(keys: Keys, max_positions: int) -> tuple[float, dict[str, Any] | None]
 def _check_other_parameters(keys: Keys, scaling: Mapping[str, Any], theta: float) -> None:
     """Note settings of ``rope_parameters`` that contradict ``rope_scaling``, which overrides it."""
     other = keys.get("rope_parameters")
-    if other is None or other == scaling:
+    if other is None:
         return
     if not isinstance(other, dict):
         raise keys.wrong("rope_parameters", other, "an object")
-    plain = {"rope_type": "default", "type": "default", "rope_theta": theta}
+    plain = {
+        "rope_type": "default",
+        "type": "default",
+        "rope_theta": theta,
+        "partial_rotary_factor": 1,
+    }
     for key, value in other.items():
         if key == "rope_theta" and "rope_theta" in scaling:
             continue

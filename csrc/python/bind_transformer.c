@@ -104,7 +104,7 @@ attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, int bits, 
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena, lbq_padded(bytes) + lbq_padded(scratch)));
     const lbq_store store = lbq_store_at(&heads, capacity, bits, lbq_arena_take(&arena, bytes));
-    lbq_status status = lbq_attention_store(&heads, 0, positions, k->data, v->data, &store);
+    lbq_status status = lbq_store_write(&heads, 0, positions, k->data, v->data, &store);
     if (status == LBQ_OK)
         status = lbq_attention(&heads,
                                positions - tokens,

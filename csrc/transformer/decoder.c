@@ -158,7 +158,7 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
                      block->key_norm,
                      decoder->epsilon,
                      s->k));
-    LBQ_TRY(lbq_attention_store(heads, past, tokens, s->k, s->v, store));
+    LBQ_TRY(lbq_store_write(heads, past, tokens, s->k, s->v, store));
     LBQ_TRY(lbq_attention(heads, past, tokens, s->q, store, s->attention, o));
     LBQ_TRY(lbq_linear_forward(block->output, tokens, o, s->norm));
     return add(x, s->norm, tokens * decoder->hidden);

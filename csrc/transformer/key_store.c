@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "core/threads.h"
+#include "kernels/kernels.h"
 
 enum { TOKENS = 64 }; /* per task */
 
@@ -55,7 +56,8 @@ quantize(const float *x, ptrdiff_t count, ptrdiff_t stride, int8_t *q)
 typedef struct {
     const lbq_heads *heads;
     ptrdiff_t past, tokens;
-    const float *k, *v;
+    float *k;
+    const float *v;
     const lbq_store *store;
 } storing;
 
@@ -68,6 +70,20 @@ store_floats(const float *k, const float *v, ptrdiff_t d, float *key, float *val
     memcpy(value, v, (size_t)d * sizeof(float));
     for (ptrdiff_t i = d; i < lbq_value_width(d); i++)
         value[i] = 0;
+}
+
+/* The same in 8 bits, where k becomes H k / n. */
+static void
+store_bytes(float *k, const float *v, ptrdiff_t d, int8_t *key, float *key_scale, int8_t *value,
+            float *value_scale)
+{
+    const ptrdiff_t n = lbq_key_order(d), width = lbq_value_width(d);
+    for (ptrdiff_t i = 0; i < d; i++)
+        k[i] /= (float)n; /* exact; before the sums, which could overflow */
+    lbq_kernel.hadamard_sylvester(n, d / n, NULL, NULL, k);
+    *key_scale = quantize(k, d, LBQ_KEYS, key);
+    *value_scale = quantize(v, d, 1, value);
+    memset(value + d, 0, (size_t)(width - d));
 }
 
 static lbq_status
@@ -85,23 +101,25 @@ store_task(void *context, ptrdiff_t index, int worker)
             const ptrdiff_t position = head * store->capacity + s->past + t;
             const ptrdiff_t lane = position % LBQ_KEYS;
             const ptrdiff_t key = (position - lane) * d + lane, value = position * width;
-            const float *const k = s->k + (t * kv_heads + head) * d;
+            float *const k = s->k + (t * kv_heads + head) * d;
             const float *const v = s->v + (t * kv_heads + head) * d;
-            if (store->bits == 8) {
-                int8_t *const q = (int8_t *)store->values + value;
-                store->key_scale[position] = quantize(k, d, LBQ_KEYS, (int8_t *)store->keys + key);
-                store->value_scale[position] = quantize(v, d, 1, q);
-                memset(q + d, 0, (size_t)(width - d));
-            } else {
+            if (store->bits == 8)
+                store_bytes(k,
+                            v,
+                            d,
+                            (int8_t *)store->keys + key,
+                            store->key_scale + position,
+                            (int8_t *)store->values + value,
+                            store->value_scale + position);
+            else
                 store_floats(k, v, d, (float *)store->keys + key, (float *)store->values + value);
-            }
         }
     return LBQ_OK;
 }
 
 lbq_status
-lbq_store_write(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const float *k,
-                const float *v, const lbq_store *store)
+lbq_store_write(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, float *k, const float *v,
+                const lbq_store *store)
 {
     storing s = {.heads = heads, .past = past, .tokens = tokens, .k = k, .v = v, .store = store};
     return lbq_parallel(lbq_pieces(tokens, TOKENS), store_task, &s);

@@ -3,7 +3,8 @@
  *     o[t,h] = sum_s softmax_s(q[t,h] . k[s,j] / sqrt(d)) v[s,j],   s <= past + t,  j = h / group
  *
  * for tokens t = 0, 1, ... that follow `past` earlier ones; group = heads / kv_heads. J. Ainslie et
- * al., "GQA: training generalized multi-query transformer models", 2023. */
+ * al., "GQA: training generalized multi-query transformer models", 2023. Keys and values include
+ * the biases that the store leaves out. */
 #ifndef LBQ_ATTENTION_H
 #define LBQ_ATTENTION_H
 

@@ -74,8 +74,8 @@ store_floats(const float *k, const float *v, ptrdiff_t d, float *key, float *val
 
 /* The same in 8 bits, where k becomes H k / n. */
 static void
-store_bytes(float *k, const float *v, ptrdiff_t d, int8_t *key, float *key_scale, int8_t *value,
-            float *value_scale)
+store_int8(float *k, const float *v, ptrdiff_t d, int8_t *key, float *key_scale, int8_t *value,
+           float *value_scale)
 {
     const ptrdiff_t n = lbq_key_order(d), width = lbq_value_width(d);
     for (ptrdiff_t i = 0; i < d; i++)
@@ -104,13 +104,13 @@ store_task(void *context, ptrdiff_t index, int worker)
             float *const k = s->k + (t * kv_heads + head) * d;
             const float *const v = s->v + (t * kv_heads + head) * d;
             if (store->bits == 8)
-                store_bytes(k,
-                            v,
-                            d,
-                            (int8_t *)store->keys + key,
-                            store->key_scale + position,
-                            (int8_t *)store->values + value,
-                            store->value_scale + position);
+                store_int8(k,
+                           v,
+                           d,
+                           (int8_t *)store->keys + key,
+                           store->key_scale + position,
+                           (int8_t *)store->values + value,
+                           store->value_scale + position);
             else
                 store_floats(k, v, d, (float *)store->keys + key, (float *)store->values + value);
         }

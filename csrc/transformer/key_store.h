@@ -11,18 +11,17 @@
  * (H q) . (H k / n). S. Ashkboos et al., "QuaRot: outlier-free 4-bit inference in rotated LLMs",
  * 2024.
  *
- * That does not help against a bias b of the layer that makes the keys, which is 100 and more in
- * Qwen2, where the rest of a key is about 3. But every key at position s contains the same R(s) b,
- * R being the rotary embedding: the store leaves it out, and attention adds q . R(s) b to the
- * scores. It also leaves out a bias of the values, which attention adds to its output, since
- * weights sum to
- * 1. Both are exact. KL divergence from the float32 cache in nats per token (Qwen2.5-Coder-0.5B,
- * first 192 tokens of WikiText-2's test text):
+ * That does not help against a bias b of the layer that makes the keys: in Qwen2 it is 100 and
+ * more, and the rest of a key about 3. But every key at position s contains the same R(s) b, with R
+ * the rotary embedding. So the store leaves it out, and attention adds q . R(s) b to the scores. A
+ * bias of the values is left out too; weights sum to 1, so attention adds it to the output. Both
+ * are exact. KL divergence from the float32 cache in nats per token, of Qwen2.5-Coder-0.5B on the
+ * first 192 tokens of WikiText-2's test text, by what is rounded:
  *
- *     max |k| / 127 of each key    0.0197
- *     ... times H                  0.0178
- *     ... without R(s) b           0.00025
- *     ... without R(s) b, times H  0.00014
+ *     k                    0.0197
+ *     H k / n              0.0178
+ *     k - R(s) b           0.00025
+ *     H (k - R(s) b) / n   0.00014
  */
 #ifndef LBQ_KEY_STORE_H
 #define LBQ_KEY_STORE_H

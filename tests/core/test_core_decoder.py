@@ -269,16 +269,17 @@ def test_a_packed_head_quantizes_its_input_as_any_layer(isa, tokens):
     assert (logits == expected).all()
 
 
-def quantized_decoder():
+def quantized_decoder(**options):
     """Two blocks of 2-bit layers that quantize what they read."""
-    network = network_of(12, head_norms=True)
+    network = network_of(12, **options)
     blocks = []
     for i, block in enumerate(network["blocks"]):
         layers = []
         for j, name in enumerate(LAYERS):
             spec = description(*block[name][0].shape, 2, has_offset=True)
             panels = pack(spec, *random_parts(spec, seed=7 * i + j))
-            layers.append(_core.linear_packed(panels, None, None, None, **spec, activation_bits=8))
+            bias = block[name][1]
+            layers.append(_core.linear_packed(panels, None, bias, None, **spec, activation_bits=8))
         blocks.append(_core.block(*(block[name] for name in NORMS), *layers))
     return _core.decoder(
         dense(network["embedding"]),
@@ -295,9 +296,10 @@ def quantized_decoder():
 
 
 @pytest.mark.parametrize("bits", [None, 8, 32])
-def test_batches_of_a_window_do_not_change_a_bit(isa, bits):
+@pytest.mark.parametrize("options", [{"head_norms": True}, {"biases": True}])
+def test_batches_of_a_window_do_not_change_a_bit(isa, bits, options):
     """A batch is 256 tokens per thread: three of them, two, and all tokens at once."""
-    decoder, tokens = quantized_decoder(), tokens_of(600)
+    decoder, tokens = quantized_decoder(**options), tokens_of(600)
     threads = _core.config()["threads"]
     results = []
     for count in (1, 2, 3):
@@ -313,7 +315,7 @@ def test_batches_of_a_window_do_not_change_a_bit(isa, bits):
 
 
 def test_taps_of_batches_are_those_of_the_window(isa):
-    decoder = quantized_decoder()
+    decoder = quantized_decoder(head_norms=True)
     x = np.random.default_rng(13).standard_normal((600, HIDDEN), dtype=np.float32)
     threads = _core.config()["threads"]
     results = []

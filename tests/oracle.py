@@ -233,9 +233,9 @@ UNIT = 2.0**-24  # largest relative rounding error of float32
 
 def rmsnorm(x, gain, epsilon):
     """Result and bound: cols + 2 roundings in the mean square count half, five follow."""
-    x = x.astype(float)
-    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * (1 if gain is None else gain)
-    return y, abs(y) * ((x.shape[-1] + 2) / 2 + 5) * UNIT
+    x, gain = x.astype(float), np.ones(x.shape[-1]) if gain is None else gain.astype(float)
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * gain
+    return y, abs(y) * ((x.shape[-1] + 2) / 2 + 5) * UNIT + (1 + abs(gain)) * 2.0**-150
 
 
 def swiglu(gate, up):

@@ -48,9 +48,15 @@ def test_smollm2_logits_are_those_of_transformers(smollm2):
     )
 
 
-def test_smollm2_hardly_notices_a_cache_of_8_bits(smollm2):
-    """0.0004 nats on average over a text; ten times as much would show."""
+@pytest.mark.parametrize("bias", [0, 150])
+def test_smollm2_hardly_notices_a_cache_of_8_bits(smollm2, bias):
+    """0.0002 nats on average over a text, with and without biases of keys, as Qwen2 has them, in
+    the channels that turn most slowly; ten times as much would show."""
     model = load(smollm2)
+    for block in model.blocks:
+        biases = np.zeros((3, 64), np.float32)
+        biases[:, [30, 31, 63]] = bias, -bias, bias / 2
+        block.linears["k_proj"] = Linear(block.linears["k_proj"].weight, biases.reshape(-1))
     tokens = model.tokenizer.encode(
         "The capital of France is Paris, and that of Italy is Rome. " * 4
     )
@@ -61,7 +67,7 @@ def test_smollm2_hardly_notices_a_cache_of_8_bits(smollm2):
         logits[:] = [model.step(tokens[[i]], cache) for i in range(-10, 0)]
     kl, same = np.empty(10), np.empty(10, np.uint8)
     _core.kl_divergence(p, q, kl, same)
-    assert 0 < kl.mean() < 0.004
+    assert 0 < kl.mean() < 0.002
     assert same.mean() > 0.9
 
 

@@ -315,7 +315,8 @@ typedef struct {
     X(round_f32,                                                                                   \
       void,                                                                                        \
       (const float *grid, int top, const float *w, const float *shift, uint8_t *codes, float *e))  \
-    /* y[i] = gain[i] x[i] / sqrt(mean of x^2 + epsilon); gain may be NULL, y may be x. */         \
+    /* y[i] = gain[i] x[i] / sqrt(mean of x^2 + epsilon); gain may be NULL, y may be x. Squares    \
+     * beyond float32 are summed in float64 (norm.h), so every finite x is right. */               \
     X(rmsnorm_f32,                                                                                 \
       void,                                                                                        \
       (const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y))               \

@@ -1,4 +1,6 @@
 /* Bindings of csrc/transformer. */
+#include <string.h>
+
 #include "core/memory.h"
 #include "python/module.h"
 #include "transformer/attention.h"
@@ -53,7 +55,7 @@ rope(const lbq_array *x, const lbq_array *frequency, const lbq_array *gain, ptrd
     float *cosine;
     LBQ_TRY(lbq_allocate((size_t)(2 * tokens * half) * sizeof *cosine, &cosine));
     float *const sine = cosine + tokens * half;
-    lbq_rope_table(first, tokens, half, frequency->data, factor, cosine, sine);
+    lbq_rope_table(first, 1, tokens, half, frequency->data, factor, cosine, sine);
     const lbq_status status =
         lbq_rope(tokens, x->dims[1], half, cosine, sine, gain->data, epsilon, x->data);
     lbq_free(cosine);
@@ -102,9 +104,12 @@ attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, int bits, 
     const size_t bytes = lbq_store_bytes(&heads, capacity, bits);
     const size_t scratch = lbq_attention_scratch(&heads, tokens);
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(bytes) + lbq_padded(scratch)));
+    const size_t key_bytes = sizeof(float) * (size_t)(positions * heads.kv_heads * heads.head_dim);
+    LBQ_TRY(
+        lbq_arena_open(&arena, lbq_padded(bytes) + lbq_padded(scratch) + lbq_padded(key_bytes)));
     const lbq_store store = lbq_store_at(&heads, capacity, bits, lbq_arena_take(&arena, bytes));
-    lbq_status status = lbq_attention_store(&heads, 0, positions, k->data, v->data, &store);
+    float *const keys = memcpy(lbq_arena_take(&arena, key_bytes), k->data, key_bytes);
+    lbq_status status = lbq_store_write(&heads, 0, positions, keys, v->data, &store);
     if (status == LBQ_OK)
         status = lbq_attention(&heads,
                                positions - tokens,

@@ -9,14 +9,25 @@
 enum { TOKENS = 32 }; /* per task */
 
 void
-lbq_rope_table(ptrdiff_t first, ptrdiff_t tokens, ptrdiff_t half, const double *frequency,
-               double factor, float *cosine, float *sine)
+lbq_rope_table(ptrdiff_t first, ptrdiff_t step, ptrdiff_t tokens, ptrdiff_t half,
+               const double *frequency, double factor, float *cosine, float *sine)
 {
     for (ptrdiff_t t = 0; t < tokens; t++)
         for (ptrdiff_t i = 0; i < half; i++) {
-            const double angle = (double)(first + t) * frequency[i];
+            const double angle = (double)(first + t * step) * frequency[i];
             cosine[t * half + i] = (float)(cos(angle) * factor);
             sine[t * half + i] = (float)(sin(angle) * factor);
+        }
+}
+
+void
+lbq_rope_columns(ptrdiff_t count, ptrdiff_t half, const double *frequency, float *table)
+{
+    for (ptrdiff_t i = 0; i < half; i++)
+        for (ptrdiff_t t = 0; t < count; t++) {
+            const double angle = (double)t * frequency[i];
+            table[i * count + t] = (float)cos(angle);
+            table[(half + i) * count + t] = (float)sin(angle);
         }
 }
 

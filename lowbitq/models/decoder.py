@@ -365,8 +365,10 @@ class Model:
         bits : int, default=32
             32 keeps keys and values as float32: 8 kv_heads head_dim layers bytes per token. 8
             rounds those of each token and head to int8 with a scale: about a quarter of the memory,
-            and of the traffic that makes long texts slow. The next token of SmolLM2-135M is then
-            0.0004 nats (Kullback-Leibler) from where it was.
+            and of the traffic that makes long texts slow. Biases of the layers that make keys and
+            values are kept apart, in float32. The prediction of the next token moves by 0.0002 nats
+            (mean Kullback-Leibler divergence over 512 tokens of WikiText-2) for SmolLM2-135M and
+            for Qwen2.5-Coder-0.5B, whose keys have biases of up to 200.
 
         Returns
         -------

@@ -64,7 +64,7 @@ def dense(weight):
     return None if weight is None else dense_layer(weight, None, None)
 
 
-def decoder_of(network, rotation=None, embedding=None, **changes):
+def decoder_of(network, rotation=None, embedding=None, rope_factor=1.0, **changes):
     network = network | changes
     return _core.decoder(
         embedding or dense(network["embedding"]),
@@ -76,7 +76,7 @@ def decoder_of(network, rotation=None, embedding=None, **changes):
         heads=network["heads"],
         kv_heads=network["kv_heads"],
         epsilon=network["epsilon"],
-        rope_factor=1.0,
+        rope_factor=rope_factor,
     )
 
 
@@ -130,8 +130,9 @@ def continued(decoder, tokens, cache):
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_a_cache_of_garbage_stands_for_the_tokens_before(isa, bits):
-    network = network_of(1, head_norms=True, head=True)
+@pytest.mark.parametrize("options", [{"head_norms": True}, {"biases": True}])
+def test_a_cache_of_garbage_stands_for_the_tokens_before(isa, bits, options):
+    network = network_of(1, head=True, **options)
     network["embedding"][-1] = np.nan
     decoder, tokens = decoder_of(network), tokens_of(100) % (VOCAB - 1)
     cache = cache_of(decoder, bits=bits)
@@ -142,6 +143,40 @@ def test_a_cache_of_garbage_stands_for_the_tokens_before(isa, bits):
     else:  # keys and values are off by half a step, 1 / 254 of the largest, at most
         error = abs(found - expected).max(-1) / abs(expected).max(-1)
         assert LIMIT < error.max() < 1 / 127
+
+
+def biased_network(pair, size, head_norms):
+    """Keys and values with constants of `size`, read by small weights, so that all scores and
+    outputs stay as large as without."""
+    network = network_of(15, biases=True, head_norms=head_norms)
+    for block in network["blocks"]:
+        (query, query_bias), (output, _) = block["q_proj"], block["o_proj"]
+        for channel in (pair, pair + HEAD_DIM // 2):
+            query[channel::HEAD_DIM] /= size
+            query_bias[channel::HEAD_DIM] /= size
+            block["k_proj"][1][channel] = -size
+        block["k_proj"][1][HEAD_DIM + pair] = size
+        block["v_proj"][1][::HEAD_DIM] = size
+        output[:, ::HEAD_DIM] /= size
+    return network
+
+
+@pytest.mark.parametrize("pair", [0, 1, 4])  # turns by 1, 0.25 and 0.004 radians per position
+@pytest.mark.parametrize("size", [10, 1000])
+def test_biases_of_keys_and_values_cost_8_bits_nothing(isa, pair, size):
+    decoder = decoder_of(biased_network(pair, size, head_norms=False), rope_factor=1.3)
+    tokens = tokens_of(150)
+    exact, found = (continued(decoder, tokens, cache_of(decoder, 192, bits)) for bits in (32, 8))
+    error = abs(found - exact).max(-1) / abs(exact).max(-1)
+    assert LIMIT < error.max() < 1 / 127  # as without
+
+
+def test_a_bias_before_a_norm_of_keys_is_no_constant(isa):
+    decoder = decoder_of(biased_network(1, 3, head_norms=True))
+    tokens = tokens_of(150)
+    exact, found = (continued(decoder, tokens, cache_of(decoder, 192, bits)) for bits in (32, 8))
+    error = abs(found - exact).max(-1) / abs(exact).max(-1)
+    assert LIMIT < error.max() < 1 / 127
 
 
 def test_a_cache_of_8_bits_takes_a_quarter():
@@ -234,16 +269,17 @@ def test_a_packed_head_quantizes_its_input_as_any_layer(isa, tokens):
     assert (logits == expected).all()
 
 
-def quantized_decoder():
+def quantized_decoder(**options):
     """Two blocks of 2-bit layers that quantize what they read."""
-    network = network_of(12, head_norms=True)
+    network = network_of(12, **options)
     blocks = []
     for i, block in enumerate(network["blocks"]):
         layers = []
         for j, name in enumerate(LAYERS):
             spec = description(*block[name][0].shape, 2, has_offset=True)
             panels = pack(spec, *random_parts(spec, seed=7 * i + j))
-            layers.append(packed_layer(panels, None, None, None, **spec, activation_bits=8))
+            bias = block[name][1]
+            layers.append(packed_layer(panels, None, bias, None, **spec, activation_bits=8))
         blocks.append(_core.block(*(block[name] for name in NORMS), *layers))
     return _core.decoder(
         dense(network["embedding"]),
@@ -260,9 +296,10 @@ def quantized_decoder():
 
 
 @pytest.mark.parametrize("bits", [None, 8, 32])
-def test_batches_of_a_window_do_not_change_a_bit(isa, bits):
+@pytest.mark.parametrize("options", [{"head_norms": True}, {"biases": True}])
+def test_batches_of_a_window_do_not_change_a_bit(isa, bits, options):
     """A batch is 256 tokens per thread: three of them, two, and all tokens at once."""
-    decoder, tokens = quantized_decoder(), tokens_of(600)
+    decoder, tokens = quantized_decoder(**options), tokens_of(600)
     threads = _core.config()["threads"]
     results = []
     for count in (1, 2, 3):
@@ -278,7 +315,7 @@ def test_batches_of_a_window_do_not_change_a_bit(isa, bits):
 
 
 def test_taps_of_batches_are_those_of_the_window(isa):
-    decoder = quantized_decoder()
+    decoder = quantized_decoder(head_norms=True)
     x = np.random.default_rng(13).standard_normal((600, HIDDEN), dtype=np.float32)
     threads = _core.config()["threads"]
     results = []

@@ -78,8 +78,8 @@ LBQ_BINDING(kmeans)
 {
     lbq_array values, weights, levels;
     const lbq_arg spec[] = {
-        LBQ_IN("values", &values, NPY_FLOAT64, "n"),
-        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT64, "n"),
+        LBQ_IN("values", &values, NPY_FLOAT64, "n*"),
+        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT64, "n*"),
         LBQ_OUT("levels", &levels, NPY_FLOAT64, "l"),
     };
     LBQ_PARSE("kmeans", spec);

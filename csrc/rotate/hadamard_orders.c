@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "core/interrupt.h"
 #include "core/memory.h"
 #include "rotate/hadamard.h"
 
@@ -179,15 +180,18 @@ paley_2(const field *f, const int8_t *chi, float *B)
                            (i / 2 == j / 2) * inside[i % 2][j % 2]);
 }
 
-static void
+static lbq_status
 hartley(ptrdiff_t order, float *B)
 {
     const double step = 6.283185307179586477 / (double)order;
-    for (ptrdiff_t i = 0; i < order; i++)
+    for (ptrdiff_t i = 0; i < order; i++) {
+        LBQ_TRY(lbq_interrupted());
         for (ptrdiff_t j = 0; j < order; j++) {
             const double angle = step * (double)(i * j % order);
             B[i * order + j] = (float)(cos(angle) + sin(angle));
         }
+    }
+    return LBQ_OK;
 }
 
 lbq_status
@@ -200,10 +204,8 @@ lbq_hadamard_base(ptrdiff_t order, float *B)
                 LBQ_MAX_ORDER);
     int p, m;
     const construction kind = construction_of(order, &p, &m);
-    if (kind == HARTLEY) {
-        hartley(order, B);
-        return LBQ_OK;
-    }
+    if (kind == HARTLEY)
+        return hartley(order, B);
     const field f = field_of(p, m);
     int8_t *chi;
     LBQ_TRY(lbq_allocate((size_t)f.q, &chi));
@@ -255,6 +257,8 @@ search(plan *candidate, ptrdiff_t rest, ptrdiff_t largest, plan *best)
     if (candidate->factors == LBQ_MAX_FACTORS)
         return;
     for (ptrdiff_t order = 3; order <= largest && order <= rest; order++) {
+        if (lbq_interrupted() != LBQ_OK)
+            return;
         int p, m;
         if (rest % order != 0 || (order & (order - 1)) == 0)
             continue;
@@ -275,6 +279,7 @@ lbq_hadamard_orders(ptrdiff_t n, ptrdiff_t orders[LBQ_MAX_FACTORS])
     LBQ_REQUIRE(n >= 1, LBQ_BAD_VALUE, "n is %td, expected at least 1", n);
     plan candidate = {.hartley = 1}, best = {.hartley = PTRDIFF_MAX};
     search(&candidate, n, LBQ_MAX_ORDER, &best);
+    LBQ_TRY(lbq_interrupted());
     LBQ_REQUIRE(best.hartley < PTRDIFF_MAX,
                 LBQ_BAD_VALUE,
                 "n is %td, whose odd part asks for a base matrix of order over %d; pad n, or use "

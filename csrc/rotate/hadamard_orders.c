@@ -257,8 +257,6 @@ search(plan *candidate, ptrdiff_t rest, ptrdiff_t largest, plan *best)
     if (candidate->factors == LBQ_MAX_FACTORS)
         return;
     for (ptrdiff_t order = 3; order <= largest && order <= rest; order++) {
-        if (lbq_interrupted() != LBQ_OK)
-            return;
         int p, m;
         if (rest % order != 0 || (order & (order - 1)) == 0)
             continue;
@@ -279,7 +277,6 @@ lbq_hadamard_orders(ptrdiff_t n, ptrdiff_t orders[LBQ_MAX_FACTORS])
     LBQ_REQUIRE(n >= 1, LBQ_BAD_VALUE, "n is %td, expected at least 1", n);
     plan candidate = {.hartley = 1}, best = {.hartley = PTRDIFF_MAX};
     search(&candidate, n, LBQ_MAX_ORDER, &best);
-    LBQ_TRY(lbq_interrupted());
     LBQ_REQUIRE(best.hartley < PTRDIFF_MAX,
                 LBQ_BAD_VALUE,
                 "n is %td, whose odd part asks for a base matrix of order over %d; pad n, or use "

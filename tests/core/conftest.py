@@ -13,12 +13,16 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 FILES = ["status", "interrupt", "threads", "memory", "blas"]
 
-# In place of OpenBLAS: a call holds a buffer, and hands its jobs over where it has two threads.
+# In place of OpenBLAS: cblas_sgemv holds a buffer and hands its jobs over where it has two threads;
+# cblas_sgemm takes alpha seconds.
 FAKE_BLAS = """
+#include <stdatomic.h>
+#include <unistd.h>
 #include "core/blas.h"
 static lbq_blas_threads callback;
 static int threads = 2, held;
 int fake_most_held;
+atomic_int fake_running, fake_most_running;
 void fake_openblas_set_num_threads(int count) { threads = count; }
 void fake_openblas_set_threads_callback_function(lbq_blas_threads function) { callback = function; }
 void fake_cblas_sgemv(int order, int trans, int m, int n, float alpha, const float *a, int lda,
@@ -34,6 +38,11 @@ void fake_cblas_sgemm(int order, int transa, int transb, int m, int n, int k, fl
                       const float *a, int lda, const float *b, int ldb, float beta, float *c,
                       int ldc)
 {
+    const int now = ++fake_running;
+    if (now > fake_most_running)
+        fake_most_running = now;
+    usleep((unsigned)(alpha * 1e6f));
+    fake_running--;
 }
 void fake_cblas_dgemm(int order, int transa, int transb, int m, int n, int k, double alpha,
                       const double *a, int lda, const double *b, int ldb, double beta, double *c,

@@ -22,7 +22,7 @@ lbq_status lbq_parallel(ptrdiff_t count, lbq_task task, void *context);
 static inline ptrdiff_t
 lbq_pieces(ptrdiff_t whole, ptrdiff_t size)
 {
-    return (whole + size - 1) / size;
+    return whole / size + (whole % size != 0); /* no sum: size may be PTRDIFF_MAX */
 }
 
 static inline ptrdiff_t

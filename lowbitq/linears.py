@@ -136,7 +136,7 @@ class Activation:
         None: float32 activations, a slow path that decodes the weights exactly. With 8 or 4 a table
         of more than two levels (nf4, log, kmeans) is rounded to multiples of 1/127 of its largest.
     clip : float, default=1.0
-        The part of the range of a step that is kept, above 0 and at most 1.
+        The part of the range of a step that is kept, 0.001 to 1.
     scale : float or None, default=None
         Of all tokens and steps. None: of each by its largest magnitude.
     zero : float or "token", default=0.0
@@ -161,8 +161,8 @@ class Activation:
     def __post_init__(self) -> None:
         if self.bits not in (8, 4, None):
             raise ValueError(f"activation_bits is {self.bits}, expected 8, 4 or None")
-        if not 0 < self.clip <= 1:
-            raise ValueError(f"clip is {self.clip}, expected more than 0 and at most 1")
+        if not 0.001 <= self.clip <= 1:
+            raise ValueError(f"clip is {self.clip}, expected 0.001 to 1")
         if self.scale is not None and not 0 < self.scale < np.inf:
             raise ValueError(f"scale is {self.scale}, expected a positive number or None")
         if self.zero != "token" and not (

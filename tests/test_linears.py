@@ -79,7 +79,7 @@ def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="activation_bits is 5, expected 8, 4 or None"):
         QuantizedLinear.of(tensor, activation_bits=5)
     for how, message in (
-        ({"clip": 0.0}, "clip is 0.0, expected more than 0"),
+        ({"clip": 0.0}, "clip is 0.0, expected 0.001 to 1"),
         ({"clip": float("nan")}, "clip is nan"),
         ({"scale": -1.0}, "scale is -1.0, expected a positive number or None"),
         ({"zero": "row"}, "zero is 'row', expected a number or 'token'"),

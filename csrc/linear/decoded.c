@@ -8,29 +8,48 @@
 #include "kernels/kernels.h"
 #include "linear/quantized.h"
 
+/* The product of one token: a task takes some rows. */
+typedef struct {
+    const lbq_copy *copy;
+    const float *x;
+    float beta, *y;
+} vector_product;
+
+enum { VECTOR_ROWS = 256 /* 0.2 ms for 4096 columns from memory */ };
+
+static lbq_status
+multiply_vector(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    const vector_product *const p = context;
+    const ptrdiff_t row = index * VECTOR_ROWS, cols = p->copy->cols;
+    LBQ_BLAS(cblas_sgemv,
+             CblasRowMajor,
+             CblasNoTrans,
+             (int)lbq_smaller(VECTOR_ROWS, p->copy->rows - row),
+             (int)cols,
+             1,
+             p->copy->dense + row * cols,
+             (int)cols,
+             p->x,
+             1,
+             p->beta,
+             p->y + row,
+             1);
+    return LBQ_OK;
+}
+
 /* y = x W^T + beta y for W (rows, cols). */
-static void
+static lbq_status
 multiply_dense(const lbq_copy *copy, ptrdiff_t tokens, const float *x, float beta, float *y)
 {
-    const int rows = (int)copy->rows, cols = (int)copy->cols;
-    if (tokens == 1)
-        BLAS(cblas_sgemv)(
-            CblasRowMajor, CblasNoTrans, rows, cols, 1, copy->dense, cols, x, 1, beta, y, 1);
-    else
-        BLAS(cblas_sgemm)(CblasRowMajor,
-                          CblasNoTrans,
-                          CblasTrans,
-                          (int)tokens,
-                          rows,
-                          cols,
-                          1,
-                          x,
-                          cols,
-                          copy->dense,
-                          cols,
-                          beta,
-                          y,
-                          rows);
+    const ptrdiff_t rows = copy->rows, cols = copy->cols;
+    if (tokens == 1) {
+        vector_product p = {.copy = copy, .x = x, .beta = beta, .y = y};
+        return lbq_parallel(lbq_pieces(rows, VECTOR_ROWS), multiply_vector, &p);
+    }
+    return lbq_sgemm(
+        CblasNoTrans, CblasTrans, tokens, rows, cols, 1, x, cols, copy->dense, cols, beta, y, rows);
 }
 
 /* Panels decoded at a time: 4 MiB of float32, at most 16 panels. */
@@ -84,20 +103,20 @@ multiply_decoded(const lbq_packed *packed, ptrdiff_t tokens, const float *x, flo
         const ptrdiff_t left = geometry.panels - d.first;
         const ptrdiff_t row = d.first * LBQ_PANEL, rows = packed->rows - row;
         status = lbq_parallel(left < panels ? left : panels, decode_task, &d);
-        BLAS(cblas_sgemm)(CblasRowMajor,
-                          CblasNoTrans,
-                          CblasNoTrans,
-                          (int)tokens,
-                          (int)(rows < d.stride ? rows : d.stride),
-                          (int)packed->cols,
-                          1,
-                          x,
-                          (int)packed->cols,
-                          d.weight,
-                          (int)d.stride,
-                          beta,
-                          y + row,
-                          (int)packed->rows);
+        if (status == LBQ_OK)
+            status = lbq_sgemm(CblasNoTrans,
+                               CblasNoTrans,
+                               tokens,
+                               lbq_smaller(rows, d.stride),
+                               packed->cols,
+                               1,
+                               x,
+                               packed->cols,
+                               d.weight,
+                               d.stride,
+                               beta,
+                               y + row,
+                               packed->rows);
     }
     lbq_free(d.weight);
     return status;
@@ -106,8 +125,6 @@ multiply_decoded(const lbq_packed *packed, ptrdiff_t tokens, const float *x, flo
 lbq_status
 lbq_multiply_float(const lbq_copy *copy, ptrdiff_t tokens, const float *x, float beta, float *y)
 {
-    if (!copy->dense)
-        return multiply_decoded(&copy->packed, tokens, x, beta, y);
-    multiply_dense(copy, tokens, x, beta, y);
-    return LBQ_OK;
+    return copy->dense ? multiply_dense(copy, tokens, x, beta, y)
+                       : multiply_decoded(&copy->packed, tokens, x, beta, y);
 }

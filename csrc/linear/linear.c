@@ -36,10 +36,6 @@ check_activation(const lbq_activation *activation)
                 LBQ_BAD_VALUE,
                 "activation_bits is %d, expected 0, 4 or 8",
                 bits);
-    LBQ_REQUIRE(!bits || (activation->clip > 0 && activation->clip <= 1),
-                LBQ_BAD_VALUE,
-                "clip is %g, expected more than 0 and at most 1",
-                (double)activation->clip);
     const float scale = activation->scale;
     LBQ_REQUIRE(!bits || scale == 0 || (scale >= 0x1p-100f && isfinite(scale)),
                 LBQ_BAD_VALUE,
@@ -291,41 +287,29 @@ gather(progress *all, ptrdiff_t layers, lbq_term *terms)
 static lbq_status
 add_adapter(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
 {
-    const int rows = (int)layer->rows, cols = (int)layer->cols, rank = (int)layer->rank;
+    const ptrdiff_t rows = layer->rows, cols = layer->cols, rank = layer->rank;
     const size_t bytes = sizeof(float) * (size_t)tokens * (size_t)rank;
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena, bytes));
     float *const inner = lbq_arena_take(&arena, bytes);
-    BLAS(cblas_sgemm)(CblasRowMajor,
-                      CblasNoTrans,
-                      CblasNoTrans,
-                      (int)tokens,
-                      rank,
-                      cols,
-                      1,
-                      x,
-                      cols,
-                      layer->V,
-                      rank,
-                      0,
-                      inner,
-                      rank);
-    BLAS(cblas_sgemm)(CblasRowMajor,
-                      CblasNoTrans,
-                      CblasTrans,
-                      (int)tokens,
-                      rows,
-                      rank,
-                      1,
-                      inner,
-                      rank,
-                      layer->U,
-                      rank,
-                      1,
-                      y,
-                      rows);
+    lbq_status status = lbq_sgemm(
+        CblasNoTrans, CblasNoTrans, tokens, rank, cols, 1, x, cols, layer->V, rank, 0, inner, rank);
+    if (status == LBQ_OK)
+        status = lbq_sgemm(CblasNoTrans,
+                           CblasTrans,
+                           tokens,
+                           rows,
+                           rank,
+                           1,
+                           inner,
+                           rank,
+                           layer->U,
+                           rank,
+                           1,
+                           y,
+                           rows);
     lbq_arena_close(&arena);
-    return LBQ_OK;
+    return status;
 }
 
 static lbq_status

@@ -190,7 +190,7 @@ LBQ_BINDING(copy_packed)
         LBQ_IN_OR_NONE("sums", &sums, NPY_FLOAT32, "r"),
         LBQ_PACKED_ARGS(s),
         LBQ_INT("activation_bits", &bits, 0, 8),
-        LBQ_FLOAT("activation_clip", &clip, FLT_MIN, 1),
+        LBQ_FLOAT("activation_clip", &clip, 1e-3, 1),
         LBQ_FLOAT("activation_scale", &scale, 0, FLT_MAX),
         LBQ_FLOAT("activation_zero", &zero, -FLT_MAX, FLT_MAX),
         LBQ_BOOL("zero_per_token", &per_token),
@@ -282,8 +282,8 @@ LBQ_BINDING(linear_forward)
     lbq_array x, y;
     const lbq_arg spec[] = {
         LBQ_HANDLE("layer", &layer, "lowbitq.linear"),
-        LBQ_IN("x", &x, NPY_FLOAT32, "tk"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "tr"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "t*k"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "t*r"),
     };
     LBQ_PARSE("linear_forward", spec);
     LBQ_RUN(forward(layer, &x, &y));
@@ -335,8 +335,8 @@ LBQ_BINDING(linears_forward)
     lbq_array x, y;
     const lbq_arg spec[] = {
         LBQ_HANDLES("layers", &layers, "lowbitq.linear"),
-        LBQ_IN("x", &x, NPY_FLOAT32, "tk"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "e"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "t*k"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "e*"),
     };
     LBQ_PARSE("linears_forward", spec);
     LBQ_RUN(forward_all(&layers, &x, &y));

@@ -255,17 +255,17 @@ run_block(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, pt
     return LBQ_OK;
 }
 
-static void
+static lbq_status
 fill_tables(const lbq_decoder *decoder, ptrdiff_t past, ptrdiff_t tokens, scratch *s)
 {
     const ptrdiff_t half = decoder->heads.head_dim / 2;
     const double *const frequency = decoder->frequency, factor = decoder->rope_factor;
-    lbq_rope_table(past, 1, tokens, half, frequency, factor, s->cosine, s->sine);
-    if (s->turns) {
-        lbq_rope_table(
-            0, LBQ_KEYS, s->panels, half, frequency, factor, s->panel_cosine, s->panel_sine);
-        lbq_rope_columns(LBQ_KEYS, half, frequency, s->turns);
-    }
+    LBQ_TRY(lbq_rope_table(past, 1, tokens, half, frequency, factor, s->cosine, s->sine));
+    if (!s->turns)
+        return LBQ_OK;
+    lbq_rope_columns(LBQ_KEYS, half, frequency, s->turns);
+    return lbq_rope_table(
+        0, LBQ_KEYS, s->panels, half, frequency, factor, s->panel_cosine, s->panel_sine);
 }
 
 static lbq_status
@@ -372,9 +372,9 @@ lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
     lbq_arena arena = {0};
     LBQ_TRY(lbq_arena_open(&arena, take_scratch(decoder, tokens, NULL, &arena, &s)));
     take_scratch(decoder, tokens, NULL, &arena, &s);
-    fill_tables(decoder, 0, tokens, &s);
-    const lbq_status status =
-        run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, taps, &s, x);
+    lbq_status status = fill_tables(decoder, 0, tokens, &s);
+    if (status == LBQ_OK)
+        status = run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, taps, &s, x);
     lbq_arena_close(&arena);
     return status;
 }
@@ -405,7 +405,7 @@ run_blocks(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache,
 {
     const lbq_taps none = {0};
     const ptrdiff_t past = cache ? cache->past : 0;
-    fill_tables(decoder, past, tokens, s);
+    LBQ_TRY(fill_tables(decoder, past, tokens, s));
     for (ptrdiff_t i = 0; i < decoder->block_count; i++) {
         const lbq_store store = cache ? store_of(decoder, cache, i, s) : s->store;
         LBQ_TRY(run_block(decoder, decoder->blocks[i], past, tokens, &store, &none, s, x));

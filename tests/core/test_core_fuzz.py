@@ -121,7 +121,7 @@ class Calls:
                 sizes["e"] = sum(extent.get("r", 0) for _, extent in chosen)
             elif a.kind == "HANDLE":
                 handle, extent = r.choice(self.handles[a.what])
-                given[a.name] = None if a.or_none and r.random() < 0.6 else handle
+                given[a.name] = None if a.or_none and r.random() < 0.8 else handle
                 sizes |= extent
         letters = {c for a in table for c in a.shape if c != "*"}
         may_be_empty = {c for a in table for c in a.shape if c + "*" in a.shape}

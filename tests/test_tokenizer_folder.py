@@ -184,6 +184,17 @@ def test_roles_that_only_the_class_has(tmp_path, name, bos, eos):
     assert (found.bos_id, found.eos_ids) == (None, (1,))
 
 
+def test_padding_and_truncation_are_switched_off(tmp_path):
+    folder = folder_with(tmp_path, byte_level(ggml__add_bos_token=True))
+    description = json.loads((folder / "tokenizer.json").read_text())
+    fixed = {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_to_multiple_of": None}
+    pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|endoftext|>"}
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    description |= {"padding": fixed | pad, "truncation": cut}
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    assert Tokenizer.from_folder(folder).encode("low").size == 2
+
+
 def test_a_post_processor_names_bos_where_no_file_does(tmp_path):
     folder = folder_with(tmp_path, byte_level(ggml__add_bos_token=True), tokenizer_config={})
     assert Tokenizer.from_folder(folder).encode("low")[0] == 0

@@ -101,6 +101,8 @@ def vocabulary_from_folder(folder: Folder) -> Vocabulary:
     description = _json(file)
     with refusing(str(file)):
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    backend.no_padding()  # a file may ask for more than there is memory
+    backend.no_truncation()
     _refuse_model_options(description, file)
     _refuse_unknown(config, backend, path)
 

@@ -121,6 +121,9 @@ class Vocabulary:
     chat_template: str | None
 
 
+_PASSED_ON = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, FormatError)
+
+
 class refusing:  # noqa: N801 (used as a statement: ``with refusing(where):``)
     """Turn whatever the tokenizers package raises into a FormatError that says where.
 
@@ -144,6 +147,7 @@ class refusing:  # noqa: N801 (used as a statement: ``with refusing(where):``)
             raise FormatError(f"{self.where}: {error}") from error
 
 
+# Its one token is what a post-processor is shown.
 _PROBE = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
 
 
@@ -153,9 +157,6 @@ def surroundings(backend: Tokenizer, source: str) -> tuple[list[str], list[str]]
         encoding = backend.post_process(_PROBE.encode("x"))
         at = encoding.special_tokens_mask.index(0)
         return encoding.tokens[:at], encoding.tokens[at + 1 :]
-
-
-_PASSED_ON = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, FormatError)
 
 
 def vocabulary_from_gguf(metadata: Mapping[str, Any], source: str) -> Vocabulary:

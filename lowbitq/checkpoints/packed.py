@@ -365,11 +365,12 @@ def _verify(folder: Path) -> None:
     files = listing.json().get("files")
     if not isinstance(files, dict):
         raise listing.damaged(0, "'files' is not an object")
+    present = {file.name for file in folder.iterdir() if file.is_file()}
     for name, sections in files.items():
         if name != os.path.basename(name) or not isinstance(sections, list):
             raise listing.damaged(0, f"{name!r} is no file with a list of sections")
-        if not (folder / name).is_file():
-            raise listing.damaged(0, f"{name!r} is missing")
+        if name not in present:
+            raise listing.damaged(0, f"{reprlib.repr(name)} is missing")
         file = MappedFile(folder / name)
         start = 0
         for number, entry in enumerate(sections):

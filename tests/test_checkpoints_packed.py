@@ -173,6 +173,7 @@ LISTINGS = {
     "outside": ({"../x": []}, r"'\.\./x' is no file with a list"),
     "missing": ({"absent.json": []}, r"'absent\.json' is missing"),
     "surrogate": ({"\ud800": []}, r"'\\ud800' is missing"),
+    "long": ({"a" * 300: []}, r"'aaa.*aaa' is missing"),
     "nul": ({"\0": []}, r"'\\x00' is missing"),
     "section": ({"config.json": [{"section": "a"}]}, r"section 0 of 'config\.json' is malformed"),
     "negative": (

@@ -356,7 +356,9 @@ def forge_header(rng, raw: bytes) -> bytes:
             header[name]["dtype"] = rng.choice(["F64", "BF16", "F4", "BOOL", "I8", "f32", "", 5])
         else:
             numbers = header[name].get(field)
-            near = [numbers[::-1], [*numbers, 1], [0, len(data)]] if numbers else []
+            near = (
+                [numbers[::-1], [*numbers, 1], [0, len(data)]] if isinstance(numbers, list) else []
+            )
             header[name][field] = rng.choice([*near, [2**32] * 2, [0, 2**63], *JSON_VALUES])
     data = data if rng.random() < 0.9 else data[: rng.randrange(len(data))]
     encoded = dumps(header).encode()

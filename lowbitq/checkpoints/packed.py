@@ -442,7 +442,6 @@ def _listed(listing: MappedFile, names: list[str]) -> dict[str, Any]:
     files = listing.json().get("files")
     if not isinstance(files, dict):
         raise listing.damaged(0, "'files' is not an object")
-    present = {file.name for file in folder.iterdir() if file.is_file()}
     for name, sections in files.items():
         if name != os.path.basename(name) or not isinstance(sections, list):
             raise listing.damaged(0, f"{name!r} is no file with a list of sections")

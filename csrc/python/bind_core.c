@@ -174,8 +174,7 @@ LBQ_BINDING(aligned_empty)
 }
 
 PyMethodDef lbq_methods_core[] = {
-    LBQ_METHOD(set_num_threads,
-               "set_num_threads(*, threads)\n--\n\nThreads of the pool, 1 to 256.")
+    LBQ_METHOD(set_num_threads, "set_num_threads(*, threads)\n--\n\nThreads of the pool, 1 to 256.")
         LBQ_METHOD(use_isa,
                    "use_isa(*, isa)\n--\n\nUse the kernels up to 'portable', 'avx2' or 'avx512'.")
             LBQ_METHOD(

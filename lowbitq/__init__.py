@@ -74,10 +74,10 @@ __version__ = "0.1.0"
 
 
 def set_num_threads(threads: int) -> None:
-    """Choose how many threads lowbitq and its OpenBLAS use together.
+    """Choose how many threads lowbitq uses.
 
     At the start it is the number of CPUs that the process may use, or the environment variable
-    ``LOWBITQ_NUM_THREADS``. Results do not depend on it, those of BLAS excepted.
+    ``LOWBITQ_NUM_THREADS``. Results do not depend on it.
 
     Parameters
     ----------
@@ -122,7 +122,7 @@ def show_config() -> dict[str, Any]:
     -------
     dict
         ``version``; ``cpu``, its model name; ``isa`` in use and ``cpu_isa``, the best that this
-        machine has; ``threads``, which are BLAS's too, and ``cpus`` that the process may use;
+        machine has; ``threads`` in use and ``cpus`` that the process may use;
         ``blas``, its name, version and build, and ``blas_core``, the CPU that its kernels are for;
         ``kernels``, from each name to the instruction set of the version in use. It shows itself
         as one entry per line.

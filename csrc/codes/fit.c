@@ -14,6 +14,7 @@
 #include <string.h>
 
 #include "codes/stored.h"
+#include "core/interrupt.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
 
@@ -250,7 +251,7 @@ find_rank(const groups *g, ptrdiff_t rank, float *found)
         low[l] = order_of(g->low[l]);
         high[l] = order_of(g->high[l]);
     }
-    for (bool more = true; more;) {
+    for (bool more = true; more && lbq_interrupted() == LBQ_OK;) {
         ptrdiff_t below[LANES];
         int32_t half[LANES];
         for (int l = 0; l < LANES; l++) {
@@ -305,6 +306,8 @@ typedef struct {
 static bool
 improves(const groups *g, const float *scale, const float *offset, best_fit *best)
 {
+    if (lbq_interrupted() != LBQ_OK)
+        return false;
     const grid at = grid_of(scale, offset);
     if (g->norm == 2) {
         sums s;

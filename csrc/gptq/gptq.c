@@ -8,8 +8,10 @@
 #include <string.h>
 
 #include "core/blas.h"
+#include "core/interrupt.h"
 #include "core/memory.h"
 #include "core/threads.h"
+#include "gptq/cholesky.h"
 #include "kernels/kernels.h"
 
 enum {
@@ -76,7 +78,8 @@ typical_diagonal(ptrdiff_t cols, const double *H, bool median, double *sorted)
 static lbq_status
 check_hessian(ptrdiff_t cols, const double *H)
 {
-    for (ptrdiff_t i = 0; i < cols; i++)
+    for (ptrdiff_t i = 0; i < cols; i++) {
+        LBQ_TRY(lbq_interrupted());
         for (ptrdiff_t j = i; j < cols; j++)
             LBQ_REQUIRE(isfinite(H[i * cols + j]) && (i != j || H[i * cols + j] >= 0),
                         LBQ_BAD_VALUE,
@@ -84,6 +87,7 @@ check_hessian(ptrdiff_t cols, const double *H)
                         i,
                         j,
                         H[i * cols + j]);
+    }
     return LBQ_OK;
 }
 
@@ -111,7 +115,7 @@ damped(const factoring *job, ptrdiff_t column)
         const ptrdiff_t n = job->cols;                                                             \
         const double *const H = job->H;                                                            \
         const int64_t *const from = job->order + n - 1;                                            \
-        for (ptrdiff_t top = 0; top < n; top += SIDE)                                              \
+        for (ptrdiff_t top = 0; top < n && lbq_interrupted() == LBQ_OK; top += SIDE)               \
             for (ptrdiff_t left = 0; left <= top; left += SIDE)                                    \
                 for (ptrdiff_t i = top; i < lbq_smaller(top + SIDE, n); i++)                       \
                     for (ptrdiff_t j = left; j < lbq_smaller(left + SIDE, i + 1); j++) {           \
@@ -128,16 +132,12 @@ REVERSE(reverse_f64, double)
 /* The lower factor C of the matrix in reversed order: then R[i, j] = C[n-1-i, n-1-j] / C[n-1-j,
  * n-1-j], since reversing rows and columns turns lower triangles into upper ones. */
 static lbq_status
-factor_f64(void *context, ptrdiff_t index, int worker)
+factor_f64(factoring *job)
 {
-    (void)index, (void)worker;
-    factoring *const job = context;
-    double *const R = job->R;
-    reverse_f64(job, R);
-    const int order = (int)job->cols;
-    int info;
-    BLAS(dpotrf_)("U", &order, R, &order, &info, 1);
-    job->failed = info != 0;
+    bool positive;
+    reverse_f64(job, job->R);
+    LBQ_TRY(lbq_cholesky_f64(job->cols, job->R, &positive));
+    job->failed = !positive;
     return LBQ_OK;
 }
 
@@ -146,17 +146,14 @@ factor_f64(void *context, ptrdiff_t index, int worker)
  * (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, theorem 10.5). Next to a
  * damping of 1 % that is nothing, but a pivot far below the diagonal would be noise. */
 static lbq_status
-factor_f32(void *context, ptrdiff_t index, int worker)
+factor_f32(factoring *job)
 {
-    (void)index, (void)worker;
-    factoring *const job = context;
     const ptrdiff_t n = job->cols;
     float *const R = job->R;
+    bool positive;
     reverse_f32(job, R);
-    const int order = (int)n;
-    int info;
-    BLAS(spotrf_)("U", &order, R, &order, &info, 1);
-    job->failed = info != 0;
+    LBQ_TRY(lbq_cholesky_f32(n, R, &positive));
+    job->failed = !positive;
     for (ptrdiff_t j = 0; j < n && !job->failed; j++) {
         const double pivot = (double)R[j * n + j];
         job->failed = pivot * pivot < LEAST_PIVOT * damped(job, job->order[n - 1 - j]);
@@ -191,7 +188,7 @@ factor_narrowed(factoring *job)
     double *wide;
     LBQ_TRY(lbq_allocate(entries * sizeof *wide, &wide));
     job->R = wide;
-    const lbq_status status = lbq_parallel_blas(1, factor_f64, job);
+    const lbq_status status = factor_f64(job);
     job->R = R;
     for (ptrdiff_t i = 0; i < job->cols; i++)
         for (ptrdiff_t j = 0; j <= i; j++)
@@ -200,15 +197,13 @@ factor_narrowed(factoring *job)
     return status;
 }
 
-/* As tasks, so that OpenBLAS runs each in one thread: cut among threads it would round differently
- * for each number of them. */
 static lbq_status
 try_to_factor(factoring *job, bool float64, lbq_gptq_report *report)
 {
     report->float64 = float64;
     if (float64)
-        return lbq_parallel_blas(1, factor_f64, job);
-    LBQ_TRY(lbq_parallel_blas(1, factor_f32, job));
+        return factor_f64(job);
+    LBQ_TRY(factor_f32(job));
     if (!job->failed)
         return LBQ_OK;
     report->float64 = true;
@@ -323,7 +318,7 @@ round_f64(const double *grid, int top, const double *w, const double *shift, uin
 
 #define REAL float
 #define NAME(name) name##_f32
-#define GEMM BLAS(cblas_sgemm)
+#define GEMM lbq_sgemm
 #define FEEDBACK lbq_kernel.feedback_f32
 #define SOLVE lbq_kernel.solve_f32
 #define ROUND lbq_kernel.round_f32
@@ -337,7 +332,7 @@ round_f64(const double *grid, int top, const double *w, const double *shift, uin
 
 #define REAL double
 #define NAME(name) name##_f64
-#define GEMM BLAS(cblas_dgemm)
+#define GEMM lbq_dgemm
 #define FEEDBACK feedback_f64
 #define SOLVE solve_f64
 #define ROUND round_f64
@@ -459,7 +454,7 @@ run_tiles(run_state *state)
     if (!p->fixed && !state->refit)
         LBQ_TRY(lbq_parallel(lbq_pieces(p->rows, LANES), fit_rows, state));
     const ptrdiff_t tiles = lbq_pieces(p->rows, state->tile);
-    return lbq_parallel_blas(tiles, p->float64 ? round_rows_f64 : round_rows_f32, state);
+    return lbq_parallel(tiles, p->float64 ? round_rows_f64 : round_rows_f32, state);
 }
 
 lbq_status

@@ -165,7 +165,7 @@ NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL
 }
 
 /* The columns from the block `first` up to the block `last`, for `rows` rows from `row` on. */
-static void
+static lbq_status
 NAME(round_blocks)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t first,
                    ptrdiff_t last, const NAME(scratch) * s)
 {
@@ -174,32 +174,32 @@ NAME(round_blocks)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdif
     const ptrdiff_t begin = state->block_begin[first], end = state->block_begin[last];
     if (last - first > 1) {
         const ptrdiff_t half = first + (last - first) / 2, middle = state->block_begin[half];
-        NAME(round_blocks)(state, row, rows, first, half, s);
-        GEMM(CblasRowMajor,
-             CblasTrans,
-             CblasNoTrans,
-             (int)(end - middle),
-             (int)rows,
-             (int)(middle - begin),
-             1,
-             R + begin * cols + middle,
-             (int)cols,
-             s->errors + begin * pitch,
-             (int)pitch,
-             1,
-             s->errors + middle * pitch,
-             (int)pitch);
-        NAME(round_blocks)(state, row, rows, half, last, s);
-        return;
+        LBQ_TRY(NAME(round_blocks)(state, row, rows, first, half, s));
+        LBQ_TRY(GEMM(CblasTrans,
+                     CblasNoTrans,
+                     end - middle,
+                     rows,
+                     middle - begin,
+                     1,
+                     R + begin * cols + middle,
+                     cols,
+                     s->errors + begin * pitch,
+                     pitch,
+                     1,
+                     s->errors + middle * pitch,
+                     pitch));
+        return NAME(round_blocks)(state, row, rows, half, last, s);
     }
     for (ptrdiff_t i = begin; i < end; i++)
         memcpy(s->square + (i - begin) * state->width,
                R + i * cols + begin,
                (size_t)(end - begin) * sizeof(REAL));
     for (ptrdiff_t l = 0; l < rows; l += LANES) {
+        LBQ_TRY(lbq_interrupted());
         const lanes at = {row + l, lbq_smaller(LANES, rows - l), begin};
         NAME(round_lanes)(state, &at, end - begin, s->errors + begin * pitch + l, s);
     }
+    return LBQ_OK;
 }
 
 static lbq_status
@@ -211,6 +211,5 @@ NAME(round_rows)(void *context, ptrdiff_t index, int worker)
     NAME(scratch) s;
     NAME(scratch_of)(state, state->scratch + (size_t)worker * state->scratch_bytes, &s);
     memset(s.errors, 0, (size_t)(state->problem->cols * state->pitch) * sizeof(REAL));
-    NAME(round_blocks)(state, first, rows, 0, state->blocks, &s);
-    return LBQ_OK;
+    return NAME(round_blocks)(state, first, rows, 0, state->blocks, &s);
 }

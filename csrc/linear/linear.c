@@ -52,29 +52,59 @@ lbq_linear_check(const lbq_linear *layer)
     return LBQ_OK;
 }
 
+/* The product of one token: a task takes some rows. */
+typedef struct {
+    const lbq_linear *layer;
+    const float *x;
+    float beta, *y;
+} vector_product;
+
+enum { VECTOR_ROWS = 256 /* 0.2 ms for 4096 columns from memory */ };
+
+static lbq_status
+multiply_vector(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    const vector_product *const p = context;
+    const ptrdiff_t row = index * VECTOR_ROWS, cols = p->layer->cols;
+    LBQ_BLAS(cblas_sgemv,
+             CblasRowMajor,
+             CblasNoTrans,
+             (int)lbq_smaller(VECTOR_ROWS, p->layer->rows - row),
+             (int)cols,
+             1,
+             p->layer->dense + row * cols,
+             (int)cols,
+             p->x,
+             1,
+             p->beta,
+             p->y + row,
+             1);
+    return LBQ_OK;
+}
+
 /* y = x W^T + beta y for W (rows, cols). */
-static void
+static lbq_status
 multiply_dense(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float beta, float *y)
 {
-    const int rows = (int)layer->rows, cols = (int)layer->cols;
-    if (tokens == 1)
-        BLAS(cblas_sgemv)(
-            CblasRowMajor, CblasNoTrans, rows, cols, 1, layer->dense, cols, x, 1, beta, y, 1);
-    else
-        BLAS(cblas_sgemm)(CblasRowMajor,
-                          CblasNoTrans,
-                          CblasTrans,
-                          (int)tokens,
-                          rows,
-                          cols,
-                          1,
-                          x,
-                          cols,
-                          layer->dense,
-                          cols,
-                          beta,
-                          y,
-                          rows);
+    const ptrdiff_t rows = layer->rows, cols = layer->cols;
+    if (tokens == 1) {
+        vector_product p = {.layer = layer, .x = x, .beta = beta, .y = y};
+        return lbq_parallel(lbq_pieces(rows, VECTOR_ROWS), multiply_vector, &p);
+    }
+    return lbq_sgemm(CblasNoTrans,
+                     CblasTrans,
+                     tokens,
+                     rows,
+                     cols,
+                     1,
+                     x,
+                     cols,
+                     layer->dense,
+                     cols,
+                     beta,
+                     y,
+                     rows);
 }
 
 /* Panels decoded at a time: 4 MiB of float32, at most 16 panels. */
@@ -129,20 +159,20 @@ multiply_decoded(const lbq_linear *layer, ptrdiff_t tokens, const float *x, floa
         const ptrdiff_t left = geometry.panels - d.first;
         const ptrdiff_t row = d.first * LBQ_PANEL, rows = packed->rows - row;
         status = lbq_parallel(left < panels ? left : panels, decode_task, &d);
-        BLAS(cblas_sgemm)(CblasRowMajor,
-                          CblasNoTrans,
-                          CblasNoTrans,
-                          (int)tokens,
-                          (int)(rows < d.stride ? rows : d.stride),
-                          (int)packed->cols,
-                          1,
-                          x,
-                          (int)packed->cols,
-                          d.weight,
-                          (int)d.stride,
-                          1,
-                          y + row,
-                          (int)packed->rows);
+        if (status == LBQ_OK)
+            status = lbq_sgemm(CblasNoTrans,
+                               CblasNoTrans,
+                               tokens,
+                               lbq_smaller(rows, d.stride),
+                               packed->cols,
+                               1,
+                               x,
+                               packed->cols,
+                               d.weight,
+                               d.stride,
+                               1,
+                               y + row,
+                               packed->rows);
     }
     lbq_free(d.weight);
     return status;
@@ -151,10 +181,8 @@ multiply_decoded(const lbq_linear *layer, ptrdiff_t tokens, const float *x, floa
 static lbq_status
 multiply_float(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
 {
-    if (layer->dense && !layer->bias) {
-        multiply_dense(layer, tokens, x, 0, y);
-        return LBQ_OK;
-    }
+    if (layer->dense && !layer->bias)
+        return multiply_dense(layer, tokens, x, 0, y);
     const size_t row_bytes = sizeof(float) * (size_t)layer->rows;
     for (ptrdiff_t t = 0; t < tokens; t++) {
         if (layer->bias)
@@ -162,10 +190,8 @@ multiply_float(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float 
         else
             memset(y + t * layer->rows, 0, row_bytes);
     }
-    if (!layer->dense)
-        return multiply_decoded(layer, tokens, x, y);
-    multiply_dense(layer, tokens, x, 1, y);
-    return LBQ_OK;
+    return layer->dense ? multiply_dense(layer, tokens, x, 1, y)
+                        : multiply_decoded(layer, tokens, x, y);
 }
 
 /* Layers that see the same activations: x after `hadamard`, where that is not NULL. */

@@ -2,8 +2,13 @@
 #include "python/args.h"
 
 #include <string.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 
 #include "core/memory.h"
+#include "core/threads.h"
 #include "python/module.h"
 
 /* Sizes bound so far to the letters of shapes; -1: none. */
@@ -268,6 +273,53 @@ lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject *arg
     return 0;
 }
 
+/* The main thread is where Python runs the handlers of signals. Others must not wait for the GIL
+ * in the middle of a call: at the end of the interpreter it would end them there. */
+static bool
+is_main_thread(void)
+{
+#ifdef __linux__
+    return syscall(SYS_gettid) == getpid();
+#else
+    return true;
+#endif
+}
+
+/* Runs the handlers of the signals that have come; the call ends if one of them raised. */
+static bool
+run_signal_handlers(lbq_watch *watch)
+{
+    lbq_running *const running = (lbq_running *)watch;
+    if (!is_main_thread())
+        return false;
+    const pid_t process = getpid();
+    PyEval_RestoreThread(running->released);
+    bool raised = PyErr_CheckSignals() < 0;
+    if (!raised && getpid() != process) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "a signal handler forked: the child has not the threads of this call");
+        raised = true;
+    }
+    running->released = PyEval_SaveThread();
+    return raised;
+}
+
+void
+lbq_run_begin(lbq_running *running)
+{
+    running->outer_threads = lbq_settle_threads(lbq_threads());
+    running->released = PyEval_SaveThread();
+    running->outer = lbq_watch_open(&running->watch, run_signal_handlers);
+}
+
+void
+lbq_run_end(lbq_running *running)
+{
+    lbq_watch_join(running->outer);
+    PyEval_RestoreThread(running->released);
+    lbq_settle_threads(running->outer_threads);
+}
+
 PyObject *
 lbq_result(PyObject *module, lbq_status status)
 {
@@ -287,6 +339,8 @@ lbq_result(PyObject *module, lbq_status status)
         return NULL;
     case LBQ_BAD_FORMAT:
         PyErr_SetString(state->format_error, lbq_message());
+        return NULL;
+    case LBQ_INTERRUPTED: /* the handler of a signal has raised */
         return NULL;
     }
     PyErr_SetString(PyExc_SystemError, "unknown status");

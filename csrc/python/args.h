@@ -35,6 +35,7 @@
 #endif
 #include <numpy/arrayobject.h>
 
+#include "core/interrupt.h"
 #include "core/status.h"
 
 enum { LBQ_MAX_DIMS = 4, LBQ_MAX_ARGS = 32 };
@@ -114,9 +115,30 @@ int lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject 
 #define LBQ_RUN(call)                                                                              \
     do {                                                                                           \
         lbq_status lbq_run_status;                                                                 \
-        Py_BEGIN_ALLOW_THREADS lbq_run_status = (call);                                            \
-        Py_END_ALLOW_THREADS return lbq_result(module, lbq_run_status);                            \
+        LBQ_CALL(lbq_run_status, call);                                                            \
+        return lbq_result(module, lbq_run_status);                                                 \
     } while (0)
+
+/* Makes the call without the GIL. On the main thread it asks Python meanwhile for the signals that
+ * have come, so that Ctrl-C ends it. */
+#define LBQ_CALL(status, call)                                                                     \
+    do {                                                                                           \
+        lbq_running lbq_call_running;                                                              \
+        lbq_run_begin(&lbq_call_running);                                                          \
+        status = (call);                                                                           \
+        lbq_run_end(&lbq_call_running);                                                            \
+    } while (0)
+
+/* A call that runs without the GIL. */
+typedef struct {
+    lbq_watch watch; /* first, so that its address is the one of the whole */
+    lbq_watch *outer;
+    PyThreadState *released;
+    int outer_threads;
+} lbq_running;
+
+void lbq_run_begin(lbq_running *running);
+void lbq_run_end(lbq_running *running);
 
 /* None for LBQ_OK; else sets the exception that the status stands for and returns NULL. */
 PyObject *lbq_result(PyObject *module, lbq_status status);

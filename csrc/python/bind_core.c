@@ -95,11 +95,16 @@ LBQ_BINDING(float_to_half)
     LBQ_RUN(lbq_float_to_half(x.data, x.dims[0], y.data));
 }
 
+enum { RANDOM_RUN = 1 << 16 }; /* numbers between two questions whether to go on */
+
 static lbq_status
 random_bits(uint64_t seed, uint64_t stream, ptrdiff_t count, uint64_t *out)
 {
-    for (ptrdiff_t i = 0; i < count; i++)
+    for (ptrdiff_t i = 0; i < count; i++) {
+        if (i % RANDOM_RUN == 0)
+            LBQ_TRY(lbq_interrupted());
         out[i] = lbq_random_bits(seed, stream, (uint64_t)i);
+    }
     return LBQ_OK;
 }
 
@@ -119,8 +124,11 @@ LBQ_BINDING(random_bits)
 static lbq_status
 random_normal(uint64_t seed, uint64_t stream, ptrdiff_t count, double *out)
 {
-    for (ptrdiff_t i = 0; i < count; i++)
+    for (ptrdiff_t i = 0; i < count; i++) {
+        if (i % RANDOM_RUN == 0)
+            LBQ_TRY(lbq_interrupted());
         out[i] = lbq_random_normal(seed, stream, (uint64_t)i);
+    }
     return LBQ_OK;
 }
 
@@ -166,8 +174,7 @@ LBQ_BINDING(aligned_empty)
 }
 
 PyMethodDef lbq_methods_core[] = {
-    LBQ_METHOD(set_num_threads,
-               "set_num_threads(*, threads)\n--\n\nThreads of the pool and of OpenBLAS, 1 to 256.")
+    LBQ_METHOD(set_num_threads, "set_num_threads(*, threads)\n--\n\nThreads of the pool, 1 to 256.")
         LBQ_METHOD(use_isa,
                    "use_isa(*, isa)\n--\n\nUse the kernels up to 'portable', 'avx2' or 'avx512'.")
             LBQ_METHOD(

@@ -28,9 +28,8 @@ LBQ_BINDING(hessian_error)
     LBQ_PARSE("hessian_error", spec);
     double value;
     lbq_status status;
-    Py_BEGIN_ALLOW_THREADS status = lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value);
-    Py_END_ALLOW_THREADS return status == LBQ_OK ? PyFloat_FromDouble(value)
-                                                 : lbq_result(module, status);
+    LBQ_CALL(status, lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value));
+    return status == LBQ_OK ? PyFloat_FromDouble(value) : lbq_result(module, status);
 }
 
 LBQ_BINDING(gptq_factor)
@@ -49,18 +48,19 @@ LBQ_BINDING(gptq_factor)
     const bool float64 = R.dtype == NPY_FLOAT64;
     lbq_gptq_report report;
     lbq_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        lbq_gptq_factor(H.dims[0], H.data, order.data, damping, median, float64, R.data, &report);
-    Py_END_ALLOW_THREADS return status == LBQ_OK ? Py_BuildValue("{s:d,s:i,s:n,s:N}",
-                                                                 "damping",
-                                                                 report.damping,
-                                                                 "retries",
-                                                                 report.retries,
-                                                                 "dead",
-                                                                 (Py_ssize_t)report.dead,
-                                                                 "float64",
-                                                                 PyBool_FromLong(report.float64))
-                                                 : lbq_result(module, status);
+    LBQ_CALL(
+        status,
+        lbq_gptq_factor(H.dims[0], H.data, order.data, damping, median, float64, R.data, &report));
+    return status == LBQ_OK ? Py_BuildValue("{s:d,s:i,s:n,s:N}",
+                                            "damping",
+                                            report.damping,
+                                            "retries",
+                                            report.retries,
+                                            "dead",
+                                            (Py_ssize_t)report.dead,
+                                            "float64",
+                                            PyBool_FromLong(report.float64))
+                            : lbq_result(module, status);
 }
 
 LBQ_BINDING(gptq)
@@ -121,19 +121,19 @@ LBQ_BINDING(adaround)
     lbq_status status = lbq_check_groups(&levels, count, &scale, W.dims[1], group);
     if (status != LBQ_OK)
         return lbq_result(module, status);
-    Py_BEGIN_ALLOW_THREADS status = lbq_adaround(&code,
-                                                 &options,
-                                                 W.dims[0],
-                                                 W.dims[1],
-                                                 group,
-                                                 W.data,
-                                                 H.data,
-                                                 scale.data,
-                                                 offset.data,
-                                                 codes.data,
-                                                 &softness);
-    Py_END_ALLOW_THREADS return status == LBQ_OK ? PyFloat_FromDouble(softness)
-                                                 : lbq_result(module, status);
+    LBQ_CALL(status,
+             lbq_adaround(&code,
+                          &options,
+                          W.dims[0],
+                          W.dims[1],
+                          group,
+                          W.data,
+                          H.data,
+                          scale.data,
+                          offset.data,
+                          codes.data,
+                          &softness));
+    return status == LBQ_OK ? PyFloat_FromDouble(softness) : lbq_result(module, status);
 }
 
 LBQ_BINDING(refine)
@@ -159,20 +159,20 @@ LBQ_BINDING(refine)
     if (status != LBQ_OK)
         return lbq_result(module, status);
     ptrdiff_t moved;
-    Py_BEGIN_ALLOW_THREADS status = lbq_refine(&code,
-                                               W.dims[0],
-                                               W.dims[1],
-                                               group,
-                                               W.data,
-                                               H.data,
-                                               damping,
-                                               (int)sweeps,
-                                               scale.data,
-                                               offset.data,
-                                               codes.data,
-                                               &moved);
-    Py_END_ALLOW_THREADS return status == LBQ_OK ? PyLong_FromSsize_t(moved)
-                                                 : lbq_result(module, status);
+    LBQ_CALL(status,
+             lbq_refine(&code,
+                        W.dims[0],
+                        W.dims[1],
+                        group,
+                        W.data,
+                        H.data,
+                        damping,
+                        (int)sweeps,
+                        scale.data,
+                        offset.data,
+                        codes.data,
+                        &moved));
+    return status == LBQ_OK ? PyLong_FromSsize_t(moved) : lbq_result(module, status);
 }
 
 /* clang-format off */

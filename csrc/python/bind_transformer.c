@@ -53,9 +53,9 @@ rope(const lbq_array *x, const lbq_array *frequency, const lbq_array *gain, ptrd
     float *cosine;
     LBQ_TRY(lbq_allocate((size_t)(2 * tokens * half) * sizeof *cosine, &cosine));
     float *const sine = cosine + tokens * half;
-    lbq_rope_table(first, tokens, half, frequency->data, factor, cosine, sine);
-    const lbq_status status =
-        lbq_rope(tokens, x->dims[1], half, cosine, sine, gain->data, epsilon, x->data);
+    lbq_status status = lbq_rope_table(first, tokens, half, frequency->data, factor, cosine, sine);
+    if (status == LBQ_OK)
+        status = lbq_rope(tokens, x->dims[1], half, cosine, sine, gain->data, epsilon, x->data);
     lbq_free(cosine);
     return status;
 }

@@ -57,27 +57,27 @@ rotate_dense(const lbq_rotation *rotation, bool back, ptrdiff_t rows, float *X)
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena, bytes));
     float *const copy = lbq_arena_take(&arena, bytes);
-    for (ptrdiff_t first = 0; first < rows; first += DENSE_ROWS) {
-        const ptrdiff_t left = rows - first, count = left < DENSE_ROWS ? left : DENSE_ROWS;
+    lbq_status status = LBQ_OK;
+    for (ptrdiff_t first = 0; first < rows && status == LBQ_OK; first += DENSE_ROWS) {
+        const ptrdiff_t count = lbq_smaller(DENSE_ROWS, rows - first);
         float *const to = X + first * n;
         memcpy(copy, to, (size_t)count * (size_t)n * sizeof(float));
-        BLAS(cblas_sgemm)(CblasRowMajor,
-                          CblasNoTrans,
-                          back ? CblasNoTrans : CblasTrans,
-                          (int)count,
-                          (int)n,
-                          (int)n,
-                          1,
-                          copy,
-                          (int)n,
-                          rotation->dense,
-                          (int)n,
-                          0,
-                          to,
-                          (int)n);
+        status = lbq_sgemm(CblasNoTrans,
+                           back ? CblasNoTrans : CblasTrans,
+                           count,
+                           n,
+                           n,
+                           1,
+                           copy,
+                           n,
+                           rotation->dense,
+                           n,
+                           0,
+                           to,
+                           n);
     }
     lbq_arena_close(&arena);
-    return LBQ_OK;
+    return status;
 }
 
 static lbq_status

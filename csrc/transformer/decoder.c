@@ -210,16 +210,16 @@ run_block(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, pt
     return LBQ_OK;
 }
 
-static void
+static lbq_status
 fill_rope_table(const lbq_decoder *decoder, ptrdiff_t past, ptrdiff_t tokens, scratch *s)
 {
-    lbq_rope_table(past,
-                   tokens,
-                   decoder->heads.head_dim / 2,
-                   decoder->frequency,
-                   decoder->rope_factor,
-                   s->cosine,
-                   s->sine);
+    return lbq_rope_table(past,
+                          tokens,
+                          decoder->heads.head_dim / 2,
+                          decoder->frequency,
+                          decoder->rope_factor,
+                          s->cosine,
+                          s->sine);
 }
 
 static lbq_status
@@ -321,9 +321,9 @@ lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
     lbq_arena arena = {0};
     LBQ_TRY(lbq_arena_open(&arena, take_scratch(decoder, tokens, false, &arena, &s)));
     take_scratch(decoder, tokens, false, &arena, &s);
-    fill_rope_table(decoder, 0, tokens, &s);
-    const lbq_status status =
-        run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, taps, &s, x);
+    lbq_status status = fill_rope_table(decoder, 0, tokens, &s);
+    if (status == LBQ_OK)
+        status = run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, taps, &s, x);
     lbq_arena_close(&arena);
     return status;
 }
@@ -354,7 +354,7 @@ run_blocks(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache,
 {
     const lbq_taps none = {0};
     const ptrdiff_t past = cache ? cache->past : 0;
-    fill_rope_table(decoder, past, tokens, s);
+    LBQ_TRY(fill_rope_table(decoder, past, tokens, s));
     for (ptrdiff_t i = 0; i < decoder->block_count; i++) {
         const lbq_store store = cache ? store_of(decoder, cache, i) : s->store;
         LBQ_TRY(run_block(decoder, decoder->blocks[i], past, tokens, &store, &none, s, x));

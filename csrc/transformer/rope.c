@@ -1,4 +1,4 @@
-/* Tables once per call, then tokens in parallel. */
+/* Tables once per call, then the turns; tokens in parallel. */
 #include "transformer/rope.h"
 
 #include <math.h>
@@ -8,16 +8,34 @@
 
 enum { TOKENS = 32 }; /* per task */
 
-void
+typedef struct {
+    ptrdiff_t first, tokens, half;
+    const double *frequency;
+    double factor;
+    float *cosine, *sine;
+} table;
+
+static lbq_status
+table_task(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    const table *const p = context;
+    const ptrdiff_t half = p->half, end = lbq_smaller((index + 1) * TOKENS, p->tokens);
+    for (ptrdiff_t t = index * TOKENS; t < end; t++)
+        for (ptrdiff_t i = 0; i < half; i++) {
+            const double angle = (double)(p->first + t) * p->frequency[i];
+            p->cosine[t * half + i] = (float)(cos(angle) * p->factor);
+            p->sine[t * half + i] = (float)(sin(angle) * p->factor);
+        }
+    return LBQ_OK;
+}
+
+lbq_status
 lbq_rope_table(ptrdiff_t first, ptrdiff_t tokens, ptrdiff_t half, const double *frequency,
                double factor, float *cosine, float *sine)
 {
-    for (ptrdiff_t t = 0; t < tokens; t++)
-        for (ptrdiff_t i = 0; i < half; i++) {
-            const double angle = (double)(first + t) * frequency[i];
-            cosine[t * half + i] = (float)(cos(angle) * factor);
-            sine[t * half + i] = (float)(sin(angle) * factor);
-        }
+    table p = {first, tokens, half, frequency, factor, cosine, sine};
+    return lbq_parallel(lbq_pieces(tokens, TOKENS), table_task, &p);
 }
 
 typedef struct {

@@ -14,8 +14,8 @@
 
 /* cosine, sine (tokens, half) times `factor`, for positions first, first + 1, ...; angles in
  * float64: at position 2^17 a float32 angle is off by 1 % of a radian. */
-void lbq_rope_table(ptrdiff_t first, ptrdiff_t tokens, ptrdiff_t half, const double *frequency,
-                    double factor, float *cosine, float *sine);
+lbq_status lbq_rope_table(ptrdiff_t first, ptrdiff_t tokens, ptrdiff_t half,
+                          const double *frequency, double factor, float *cosine, float *sine);
 
 /* X (tokens, heads, 2 half) in place. Each head is first normalised by RMSNorm with `gain`
  * (2 half) and `epsilon`, unless gain is NULL. */

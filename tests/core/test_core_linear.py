@@ -380,7 +380,7 @@ def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="axis 0 of bias has size 19, expected rows = 20"):
         make(layer.panels, None, y[0, :19], None, activation_bits=8, **layer.spec)
     with pytest.raises(ValueError, match="axis 1 of x has size 20, expected cols = 100"):
-        _core.linear_forward(layer.handle, y, y)
+        _core.linear_forward(layer.handle, y.copy(), y)
     with pytest.raises(ValueError, match="axis 1 of y has size 100, expected rows = 20"):
         _core.linear_forward(layer.handle, x, x)
     with pytest.raises(TypeError, match=r"layer is not a lowbitq\.linear"):

@@ -57,7 +57,8 @@ def quantize(
 
     Every group of ``format.group`` columns has its own scale and offset:
     ``weight[r, k] ~ scale[r, g] * level[codes[r, k]] + offset[r, g]``. They are rounded to what is
-    stored before the codes are chosen.
+    stored before the codes are chosen. A group of zeros stays zeros, and range ``"mse"`` makes no
+    group worse than zeros, however small its weights are.
 
     Parameters
     ----------
@@ -95,8 +96,9 @@ def quantize(
     TypeError
         If `weight` or `importance` is not a float32 array.
     ValueError
-        If an option is unknown or out of range, a shape does not fit, or `weight` has a NaN or
-        an infinity.
+        If an option is unknown or out of range, a shape does not fit, `weight` has a NaN, an
+        infinity or a number that no stored scale reaches, or `importance` one that is not finite
+        or negative.
 
     References
     ----------
@@ -199,8 +201,9 @@ def adaround(
     if hessian.ndim != 2 or hessian.shape != (np.shape(weight)[-1],) * 2:
         raise ValueError(f"hessian has shape {hessian.shape}, expected (cols, cols)")
     diagonal = np.diagonal(hessian)
-    if not (diagonal >= 0).all():
-        raise ValueError(f"hessian has {diagonal.min()} on its diagonal, expected numbers from 0")
+    unfit = diagonal[~((diagonal >= 0) & (diagonal < np.inf))]
+    if unfit.size:
+        raise ValueError(f"hessian has {unfit[0]} on its diagonal, expected finite numbers from 0")
     nearest = quantize(weight, format, importance=diagonal_importance(hessian), **options)
     scale, offset, codes = nearest.scale, nearest.offset, np.empty(weight.shape, np.uint8)
     hold_zeros(weight, format, scale, offset)

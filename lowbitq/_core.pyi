@@ -92,6 +92,9 @@ def refine(
     damping: float,
     sweeps: int,
 ) -> int: ...
+def check_weight(
+    weight: NDArray[np.float32], importance: NDArray[np.float32] | None, /, *, scale_bits: int
+) -> None: ...
 def kmeans(
     values: NDArray[np.float64],
     weights: NDArray[np.float64] | None,

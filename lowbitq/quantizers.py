@@ -57,7 +57,8 @@ def quantize(
 
     Every group of ``format.group`` columns has its own scale and offset:
     ``weight[r, k] ~ scale[r, g] * level[codes[r, k]] + offset[r, g]``. They are rounded to what is
-    stored before the codes are chosen.
+    stored before the codes are chosen. A group of zeros stays zeros, and range ``"mse"`` makes no
+    group worse than zeros, however small its weights are.
 
     Parameters
     ----------
@@ -73,7 +74,8 @@ def quantize(
         binary and ternary codes have.
     importance : ndarray of shape (cols,), float32, default=None
         Non-negative weight of each column's error, such as the diagonal of the layer's Hessian;
-        for range ``"mse"`` and for learned levels. None: all columns count the same.
+        for range ``"mse"`` and for learned levels. Only ratios matter. None: all columns count the
+        same; so do those of a group in which all weights are 0.
     percentile : float, default=99.9
         50 to 100, with range ``"percentile"``.
     clip_ratio : float, default=1.0
@@ -94,8 +96,9 @@ def quantize(
     TypeError
         If `weight` or `importance` is not a float32 array.
     ValueError
-        If an option is unknown or out of range, a shape does not fit, or `weight` has a NaN or
-        an infinity.
+        If an option is unknown or out of range, a shape does not fit, `weight` has a NaN, an
+        infinity or a number that no stored scale reaches, or `importance` one that is not finite
+        or negative.
 
     References
     ----------
@@ -197,11 +200,13 @@ def adaround(
         raise TypeError("hessian is not an ndarray of float64")
     if hessian.ndim != 2 or hessian.shape != (np.shape(weight)[-1],) * 2:
         raise ValueError(f"hessian has shape {hessian.shape}, expected (cols, cols)")
-    diagonal = np.ascontiguousarray(np.diagonal(hessian), np.float32)
-    if not (diagonal >= 0).all():
-        raise ValueError(f"hessian has {diagonal.min()} on its diagonal, expected numbers from 0")
-    nearest = quantize(weight, format, importance=diagonal, **options)
+    diagonal = np.diagonal(hessian)
+    unfit = diagonal[~((diagonal >= 0) & (diagonal < np.inf))]
+    if unfit.size:
+        raise ValueError(f"hessian has {unfit[0]} on its diagonal, expected finite numbers from 0")
+    nearest = quantize(weight, format, importance=diagonal_importance(hessian), **options)
     scale, offset, codes = nearest.scale, nearest.offset, np.empty(weight.shape, np.uint8)
+    hold_zeros(weight, format, scale, offset)
     _core.adaround(
         hessian,
         weight,
@@ -286,7 +291,10 @@ def fit_shared(
     shared = Shared(_fixed_levels(format), 1.0, float(np.float32(zero)))
     if range != "kl" and format.kind != "kmeans" and format.scale_bits == 16:
         return shared
-    _check_finite(weight)
+    # What one learns from; what is only rounded is checked on the way.
+    _core.check_weight(weight, importance, scale_bits=format.scale_bits)
+    if importance is not None and not importance.any():
+        importance = None
     search = {"range": range, "percentile": percentile, "clip_ratio": clip_ratio, "norm": norm}
     some = weight[:: max(1, weight.size // _SAMPLE)]
     sample = _Sample(np.ascontiguousarray(some), importance, format, search)
@@ -345,6 +353,25 @@ def core_options(
         "shrink": 0.9,
         "norm": norm,
     }
+
+
+def diagonal_importance(hessian: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return the diagonal of a Hessian as importance, times a power of two that float32 holds."""
+    diagonal = np.diagonal(hessian)
+    return np.asarray(np.ldexp(diagonal, -np.frexp(diagonal.max())[1]), np.float32)
+
+
+def hold_zeros(
+    weight: NDArray[np.float32], format: Format, scale: NDArray[Any], offset: NDArray[Any]
+) -> None:
+    """Set scale and offset (rows, groups) of groups of zeros to 0, so that no code moves them.
+
+    Where one scale serves the whole matrix, nothing happens.
+    """
+    if not format.per_tensor:
+        starts = np.arange(0, weight.shape[1], format.group or weight.shape[1])
+        empty = ~np.logical_or.reduceat(weight, starts, axis=1)
+        scale[empty] = offset[empty] = 0
 
 
 def mse(x: ArrayLike, approximation: ArrayLike, axis: int | None = None) -> Any:
@@ -475,16 +502,6 @@ def _check(
         raise ValueError(f"zero is {zero}, but format {format} does not let it be chosen")
 
 
-def _check_finite(weight: NDArray[np.float32]) -> None:
-    """Before one learns from it; what is only rounded is checked by the core on the way."""
-    finite = np.isfinite(weight)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        raise ValueError(
-            f"weight[{row}, {column}] is {weight[row, column]}, expected finite numbers"
-        )
-
-
 def _fixed_levels(format: Format) -> NDArray[np.float32] | None:
     if format.kind not in ("nf", "log"):
         return None
@@ -539,7 +556,9 @@ class _Sample:
         best, least = np.zeros(self.format.levels, np.float32), np.inf
         for _ in range(8):
             wide = self.widen(np.where(scale > 0, scale, 1).astype(np.float64))
-            share = np.square(wide) * (1 if self.importance is None else self.importance)
+            # A group of zeros has no say in the levels.
+            share = np.square(self.widen(scale), dtype=np.float64)
+            share *= 1 if self.importance is None else self.importance
             levels = np.empty(self.format.levels)
             _core.kmeans((self.weight / wide).ravel(), share.ravel(), levels)
             table = (levels / (abs(levels).max() or 1)).astype(np.float32)
@@ -553,7 +572,11 @@ class _Sample:
         """The largest scale divided by the largest integer, or less if that pays for the others."""
         scale, _ = self.round(shared, gamma=0.0)
         whole = float(scale.max()) / ((1 << self.format.scale_bits) - 1)
-        units = [float(np.float32(part * whole)) for part in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)]
+        smallest = np.finfo(np.float32).smallest_normal  # below it multiples lose their digits
+        units = [
+            float(np.maximum(np.float32(part * whole), smallest))
+            for part in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+        ]
         return min(units, key=lambda gamma: self.round(replace(shared, gamma=gamma))[1])
 
     def fit_tensor(self, shared: Shared) -> Shared:

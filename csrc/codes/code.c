@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "codes/importance.h"
 #include "codes/stored.h"
 #include "core/memory.h"
 #include "core/pack.h"
@@ -33,12 +34,12 @@ odd(int value)
 uint8_t
 lbq_code_encode(const lbq_code *code, double w, double scale, double offset)
 {
-    const double x = (w - offset) / scale;
+    const double x = scale != 0 ? (w - offset) / scale : 0;
     const int top = code->count - 1;
     if (!code->levels)
         return (uint8_t)(x > 0 ? x < top ? rint(x) : top : 0);
     int value = 0;
-    for (; value < top; value++) {
+    for (; value < top && scale != 0; value++) {
         const double middle = 0.5 * ((double)code->levels[value] + code->levels[value + 1]);
         if (!(x > middle || (x == middle && odd(value))))
             break;
@@ -62,7 +63,7 @@ encode_row(const lbq_code *code, ptrdiff_t count, const float *w, float scale, f
             codes[k] = lbq_code_encode(code, (double)w[k], (double)scale, (double)offset);
         return;
     }
-    const float inverse = 1 / scale, top = (float)(code->count - 1);
+    const float inverse = scale != 0 ? 1 / scale : 0, top = (float)(code->count - 1);
     for (ptrdiff_t k = 0; k < count; k++) {
         float x = (w[k] - offset) * inverse;
         x = x > 0 ? x : 0;
@@ -96,35 +97,44 @@ typedef struct {
 
 /* A group of +-largest has a scale of twice that if it is binary. */
 static float
-largest_weight(const lbq_code *code)
+largest_weight(int scale_bits)
 {
-    return code->scale_bits == 16 ? 65504.0f / 2 : 1e30f;
+    return scale_bits == 16 ? 65504.0f / 2 : 1e30f;
 }
 
+/* The rows [first, end) of W. */
 static lbq_status
-check_row(const quantization *job, ptrdiff_t row)
+check_rows(int scale_bits, ptrdiff_t first, ptrdiff_t end, ptrdiff_t cols, const float *W)
 {
-    const float *const W = job->W + row * job->cols;
-    const float largest = largest_weight(job->code);
+    const float largest = largest_weight(scale_bits);
+    float low[LBQ_PANEL], high[LBQ_PANEL];
     bool fit = true;
-    for (ptrdiff_t k = 0; k < job->cols; k++)
-        fit &= fabsf(W[k]) <= largest;
-    for (ptrdiff_t k = 0; k < job->cols && !fit; k++) {
-        LBQ_REQUIRE(isfinite(W[k]),
+    for (ptrdiff_t row = first; row < end && fit; row += LBQ_PANEL) {
+        const ptrdiff_t count = lbq_smaller(LBQ_PANEL, end - row);
+        fit = lbq_kernel.range_f32(W + row * cols, cols, count, cols, largest, low, high);
+    }
+    for (ptrdiff_t i = first * cols; i < end * cols && !fit; i++) {
+        LBQ_REQUIRE(isfinite(W[i]),
                     LBQ_BAD_VALUE,
                     "weight[%td, %td] is %g, expected finite numbers",
-                    row,
-                    k,
-                    (double)W[k]);
-        LBQ_REQUIRE(fabsf(W[k]) <= largest,
+                    i / cols,
+                    i % cols,
+                    (double)W[i]);
+        LBQ_REQUIRE(fabsf(W[i]) <= largest,
                     LBQ_BAD_VALUE,
                     "weight[%td, %td] is %g, expected at most %g: its scale would not fit",
-                    row,
-                    k,
-                    (double)W[k],
+                    i / cols,
+                    i % cols,
+                    (double)W[i],
                     (double)largest);
     }
     return LBQ_OK;
+}
+
+lbq_status
+lbq_check_weights(int scale_bits, ptrdiff_t rows, ptrdiff_t cols, const float *W)
+{
+    return check_rows(scale_bits, 0, rows, cols, W);
 }
 
 /* The rows of one panel. */
@@ -140,11 +150,10 @@ rows_of(const quantization *job, ptrdiff_t panel)
 }
 
 static lbq_status
-check_rows(const quantization *job, panel_rows rows)
+check_panel(const quantization *job, panel_rows rows)
 {
-    for (ptrdiff_t l = 0; l < rows.count; l++)
-        LBQ_TRY(check_row(job, rows.first + l));
-    return LBQ_OK;
+    const ptrdiff_t end = rows.first + rows.count;
+    return check_rows(job->code->scale_bits, rows.first, end, job->cols, job->W);
 }
 
 /* The only group of a matrix that is one row, spread over all lanes. */
@@ -173,16 +182,17 @@ fit_rows(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t co
     float *const tile = job->tiles + worker * job->tile;
     float low[LBQ_PANEL], high[LBQ_PANEL];
     if (job->together) {
-        LBQ_TRY(check_rows(job, rows));
+        LBQ_TRY(check_panel(job, rows));
         fit_together(job, tile, scale, offset);
         return LBQ_OK;
     }
     if (!lbq_kernel.range_f32(
-            W, job->cols, rows.count, count, largest_weight(job->code), low, high))
-        return check_rows(job, rows);
+            W, job->cols, rows.count, count, largest_weight(job->code->scale_bits), low, high))
+        return check_panel(job, rows);
     if (job->range->method == LBQ_RANGE_MINMAX) {
         lbq_range_fit(job->code, job->range->clip, low, high, scale, offset);
-        return LBQ_OK;
+        if (!job->code->symmetric || !lbq_any_coarse(job->code, scale))
+            return LBQ_OK;
     }
     for (ptrdiff_t l = rows.count; l < LBQ_PANEL; l++)
         low[l] = high[l] = 0;
@@ -204,7 +214,7 @@ quantize_panel(void *context, ptrdiff_t panel, int worker)
     const quantization *const job = context;
     const panel_rows rows = rows_of(job, panel);
     if (job->fixed)
-        LBQ_TRY(check_rows(job, rows));
+        LBQ_TRY(check_panel(job, rows));
     for (ptrdiff_t g = 0; g < job->groups; g++) {
         const ptrdiff_t begin = g * job->group;
         const ptrdiff_t count = lbq_smaller(job->group, job->cols - begin);
@@ -276,6 +286,19 @@ encode_step(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t
     }
 }
 
+/* Whether a packed step is finished: none of its scales is the smallest float16 there is, where
+ * zeros may fit better. */
+static bool
+finished(const quantization *job, ptrdiff_t step, const uint8_t *panel)
+{
+    uint16_t half[LBQ_PANEL];
+    memcpy(half, panel + job->geometry.scale_at + step * job->geometry.scale_stride, sizeof half);
+    bool coarse = false;
+    for (int l = 0; l < LBQ_PANEL; l++)
+        coarse |= half[l] <= 1;
+    return !(coarse && job->code->symmetric);
+}
+
 /* Rounds by the range, which for grids of float16 one kernel does: how many steps, and whether all
  * their weights fit. */
 static ptrdiff_t
@@ -291,7 +314,7 @@ pack_whole_steps(const quantization *job, panel_rows rows, uint8_t *panel, bool 
                                   job->cols,
                                   steps,
                                   step,
-                                  largest_weight(code),
+                                  largest_weight(code->scale_bits),
                                   &cover,
                                   code->count - 1,
                                   job->packed->bits,
@@ -312,10 +335,12 @@ pack_panel(void *context, ptrdiff_t panel, int worker)
         grid[LBQ_PANEL + l] = -job->packed->zero * job->packed->gamma;
     }
     bool fit = !job->fixed;
-    ptrdiff_t s = pack_whole_steps(job, rows, out, &fit);
+    const ptrdiff_t done = pack_whole_steps(job, rows, out, &fit);
     if (!fit)
-        LBQ_TRY(check_rows(job, rows));
-    for (; s < to->steps; s++) {
+        LBQ_TRY(check_panel(job, rows));
+    for (ptrdiff_t s = 0; s < to->steps; s++) {
+        if (s < done && finished(job, s, out))
+            continue;
         const ptrdiff_t begin = s * to->step, left = job->cols - begin;
         if (!job->fixed && (s == 0 || to->scale_stride)) {
             const ptrdiff_t width = lbq_smaller(job->group, left);
@@ -364,15 +389,6 @@ over_panels(quantization *job, const float *importance, lbq_task task)
                 rows,
                 cols,
                 group);
-    float most = 0;
-    for (ptrdiff_t k = 0; importance && k < cols; k++) {
-        LBQ_REQUIRE(importance[k] >= 0 && isfinite(importance[k]),
-                    LBQ_BAD_VALUE,
-                    "importance[%td] is %g, expected finite numbers from 0",
-                    k,
-                    (double)importance[k]);
-        most = importance[k] > most ? importance[k] : most;
-    }
     job->groups = lbq_pieces(cols, group);
     job->together = rows == 1 && job->groups == 1 && cols >= LONG;
     const ptrdiff_t width = lbq_smaller(group, cols);
@@ -380,17 +396,23 @@ over_panels(quantization *job, const float *importance, lbq_task task)
     const ptrdiff_t wide = job->together ? job->tile : cols * LBQ_PANEL;
     const size_t tile_bytes = (size_t)(job->tile * lbq_threads()) * sizeof(float);
     const size_t wide_bytes = importance ? (size_t)wide * sizeof(float) : 0;
+    const size_t share_bytes = importance ? (size_t)cols * sizeof(float) : 0;
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(tile_bytes) + lbq_padded(wide_bytes)));
+    LBQ_TRY(lbq_arena_open(
+        &arena, lbq_padded(tile_bytes) + lbq_padded(wide_bytes) + lbq_padded(share_bytes)));
     job->tiles = lbq_arena_take(&arena, tile_bytes);
+    lbq_status status = LBQ_OK;
     if (importance) {
-        float *const shares = lbq_arena_take(&arena, wide_bytes);
+        float *const lanes = lbq_arena_take(&arena, wide_bytes);
+        float *const shares = lbq_arena_take(&arena, share_bytes);
         const ptrdiff_t copies = job->together ? 1 : LBQ_PANEL;
-        for (ptrdiff_t i = 0; i < wide; i++)
-            shares[i] = i < cols * copies && most > 0 ? importance[i / copies] / most : 0;
-        job->importance = shares;
+        status = lbq_importance_shares(cols, group, importance, shares);
+        for (ptrdiff_t i = 0; i < wide && status == LBQ_OK; i++)
+            lanes[i] = i < cols * copies ? shares[i / copies] : 0;
+        job->importance = lanes;
     }
-    const lbq_status status = lbq_parallel(lbq_pieces(rows, LBQ_PANEL), task, job);
+    if (status == LBQ_OK)
+        status = lbq_parallel(lbq_pieces(rows, LBQ_PANEL), task, job);
     lbq_arena_close(&arena);
     return status;
 }

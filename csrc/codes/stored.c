@@ -43,6 +43,24 @@ multiple_of(const lbq_code *code, double x, int direction)
     return (float)(fmin(fmax(whole, 1), most) * code->gamma);
 }
 
+float
+lbq_coarse_scale(const lbq_code *code)
+{
+    if (code->scale_bits == 16)
+        return code->symmetric ? 0x1p-24f : 0x1p-21f;
+    return code->scale_bits == 0 || code->gamma == 0 ? FLT_MIN : code->gamma;
+}
+
+bool
+lbq_any_coarse(const lbq_code *code, const float *scale)
+{
+    const float coarse = lbq_coarse_scale(code);
+    bool any = false;
+    for (int l = 0; l < LANES; l++)
+        any |= scale[l] <= coarse;
+    return any;
+}
+
 void
 lbq_store_scales(const lbq_code *code, int direction, double *scale)
 {

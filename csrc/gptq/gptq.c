@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "codes/importance.h"
 #include "core/blas.h"
 #include "core/interrupt.h"
 #include "core/memory.h"
@@ -58,15 +59,15 @@ compare(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* Mean or median of the positive diagonal entries; `sorted` (cols) is scratch. */
+/* Mean or median of the positive diagonal entries times `unit`; `sorted` (cols) is scratch. */
 static double
-typical_diagonal(ptrdiff_t cols, const double *H, bool median, double *sorted)
+typical_diagonal(ptrdiff_t cols, const double *H, double unit, bool median, double *sorted)
 {
     ptrdiff_t live = 0;
     double sum = 0;
     for (ptrdiff_t j = 0; j < cols; j++)
         if (H[j * cols + j] > 0)
-            sum += sorted[live++] = H[j * cols + j];
+            sum += sorted[live++] = unit * H[j * cols + j];
     if (live == 0)
         return 1;
     if (!median)
@@ -83,7 +84,7 @@ check_hessian(ptrdiff_t cols, const double *H)
         for (ptrdiff_t j = i; j < cols; j++)
             LBQ_REQUIRE(isfinite(H[i * cols + j]) && (i != j || H[i * cols + j] >= 0),
                         LBQ_BAD_VALUE,
-                        "H[%td, %td] is %g, expected finite numbers, on the diagonal >= 0",
+                        "hessian H[%td, %td] is %g, expected finite numbers, on the diagonal >= 0",
                         i,
                         j,
                         H[i * cols + j]);
@@ -91,12 +92,28 @@ check_hessian(ptrdiff_t cols, const double *H)
     return LBQ_OK;
 }
 
+/* A power of four that brings the largest diagonal entry to between 1/4 and 1: whatever the scale
+ * of H, float32 holds it. The roots of pivots change by a power of two, and R does not change at
+ * all. */
+static double
+unit_of(ptrdiff_t cols, const double *H)
+{
+    double most = 0;
+    for (ptrdiff_t j = 0; j < cols; j++)
+        most = fmax(most, H[j * cols + j]);
+    int exponent;
+    frexp(most, &exponent);
+    exponent += exponent & 1;
+    return ldexp(1, exponent > -1022 ? -exponent : 1022);
+}
+
 typedef struct {
     ptrdiff_t cols;
     const double *H;
     const int64_t *order;
-    double damping;
-    void *R; /* (cols, cols), of floats or doubles */
+    double unit;    /* of what is factored: */
+    double damping; /* unit H + damping I */
+    void *R;        /* (cols, cols), of floats or doubles */
     bool failed;
 } factoring;
 
@@ -104,7 +121,7 @@ static double
 damped(const factoring *job, ptrdiff_t column)
 {
     const double diagonal = job->H[column * job->cols + column];
-    return (diagonal > 0 ? diagonal : 1) + job->damping;
+    return (diagonal > 0 ? job->unit * diagonal : 1) + job->damping;
 }
 
 /* The damped matrix in reversed order, up to its diagonal; by tiles, since an order that keeps
@@ -120,7 +137,8 @@ damped(const factoring *job, ptrdiff_t column)
                 for (ptrdiff_t i = top; i < lbq_smaller(top + SIDE, n); i++)                       \
                     for (ptrdiff_t j = left; j < lbq_smaller(left + SIDE, i + 1); j++) {           \
                         const ptrdiff_t row = from[-i], col = from[-j];                            \
-                        R[i * n + j] = (real)(row < col ? H[row * n + col] : H[col * n + row]);    \
+                        const double entry = row < col ? H[row * n + col] : H[col * n + row];      \
+                        R[i * n + j] = (real)(job->unit * entry);                                  \
                     }                                                                              \
         for (ptrdiff_t i = 0; i < n; i++)                                                          \
             R[i * n + i] = (real)damped(job, from[-i]);                                            \
@@ -227,12 +245,14 @@ lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double da
     int64_t *const permutation = lbq_arena_take(&arena, order_bytes);
     lbq_status status = copy_order(cols, order, permutation);
     double *const scratch = lbq_arena_take(&arena, scratch_bytes);
-    const double mean = typical_diagonal(cols, H, false, scratch);
-    const double typical = median ? typical_diagonal(cols, H, true, scratch) : mean;
+    const double unit = unit_of(cols, H);
+    const double mean = typical_diagonal(cols, H, unit, false, scratch);
+    const double typical = median ? typical_diagonal(cols, H, unit, true, scratch) : mean;
     factoring job = {
         .cols = cols,
         .H = H,
         .order = permutation,
+        .unit = unit,
         .damping = damping * typical,
         .R = R,
     };
@@ -240,7 +260,7 @@ lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double da
     for (ptrdiff_t j = 0; j < cols; j++)
         report->dead += H[j * cols + j] == 0;
     while (status == LBQ_OK) {
-        report->damping = job.damping;
+        report->damping = job.damping / unit;
         status = try_to_factor(&job, float64, report);
         if (status != LBQ_OK || !job.failed)
             break;
@@ -248,7 +268,8 @@ lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double da
         job.damping = job.damping > 0 ? 10 * job.damping : 1e-8 * typical;
         if (job.damping > 10 * mean)
             status = lbq_fail(LBQ_NOT_POSITIVE_DEFINITE,
-                              "H is not positive definite, not even with %g added to its diagonal",
+                              "hessian H is not positive definite, not even with %g added to its "
+                              "diagonal",
                               report->damping);
     }
     if (status == LBQ_OK && float64)
@@ -272,7 +293,8 @@ typedef struct {
     const int64_t *order, *group_of; /* (cols): which column is at a place, and its group */
     const int64_t *ascending;        /* (cols): the columns of each block, ascending, */
     const int64_t *place;            /* (cols): and the places of these in the block */
-    const float *importance;         /* (cols, LANES) in order, at most 1; or NULL */
+    const float *importance;         /* (cols, LANES) in order: shares; or NULL */
+    const uint8_t *still;            /* (rows, groups): whether it absorbs nothing; NULL: none */
     const float *W;
     uint8_t *codes;
     float *scale, *offset;
@@ -314,6 +336,29 @@ round_f64(const double *grid, int top, const double *w, const double *shift, uin
         codes[l] = (uint8_t)(x > 0 ? x < top ? rint(x) : top : 0);
         e[l] = w[l] - (grid[l] * codes[l] + grid[LANES + l]);
     }
+}
+
+/* That a group's grids, fitted to what feedback has made of its weights, reach them. */
+static lbq_status
+check_fit(const run_state *state, const lanes *at, ptrdiff_t group, const lbq_groups *groups,
+          const float *scale, const float *offset)
+{
+    const lbq_gptq_problem *const p = state->problem;
+    const ptrdiff_t begin = group * p->group;
+    const float most_stored = p->code->scale_bits == 16 ? 65504 : 1e30f;
+    for (ptrdiff_t l = 0; l < at->rows; l++) {
+        const float most = fmaxf(-groups->low[l], groups->high[l]);
+        const float stored = fmaxf(scale[l], p->code->symmetric ? 0 : fabsf(offset[l]));
+        LBQ_REQUIRE(most <= 1e30f && stored < most_stored,
+                    LBQ_BAD_VALUE,
+                    "weight[%td, %td:%td] reaches %g with the errors fed back to it: its scale "
+                    "would not fit",
+                    at->row + l,
+                    begin,
+                    lbq_smaller(begin + p->group, p->cols),
+                    (double)most);
+    }
+    return LBQ_OK;
 }
 
 #define REAL float
@@ -392,27 +437,28 @@ sort_blocks(ptrdiff_t blocks, const ptrdiff_t *block_begin, const int64_t *order
     }
 }
 
-static lbq_status
-check_weights(const lbq_gptq_problem *p, const float *W)
+/* Finds the groups that absorb no errors: those of zeros, which stay so, and those of no more than
+ * two of the smallest scales, which could not follow what is fed to them. Rows that share their
+ * scale with others can, unless all are that small. */
+static bool
+find_still(const run_state *state, uint8_t *still)
 {
-    bool finite = true;
-    float low[LANES], high[LANES];
-    for (ptrdiff_t row = 0; row < p->rows && finite; row += LANES)
-        finite = lbq_kernel.range_f32(W + row * p->cols,
-                                      p->cols,
-                                      lbq_smaller(LANES, p->rows - row),
-                                      p->cols,
-                                      FLT_MAX,
-                                      low,
-                                      high);
-    for (ptrdiff_t i = 0; !finite && i < p->rows * p->cols; i++)
-        LBQ_REQUIRE(isfinite(W[i]),
-                    LBQ_BAD_VALUE,
-                    "weight[%td, %td] is %g, expected finite numbers",
-                    i / p->cols,
-                    i % p->cols,
-                    (double)W[i]);
-    return LBQ_OK;
+    const lbq_gptq_problem *const p = state->problem;
+    const float most = p->code->scale_bits == 16 ? 0x1p-23f : 2 * FLT_MIN;
+    if (p->code->scale_bits == 0 && !(p->fixed && state->scale[0] <= FLT_MIN))
+        return false;
+    bool any = false;
+    for (ptrdiff_t i = 0; i < p->rows * state->groups; i++) {
+        const ptrdiff_t begin = i % state->groups * p->group;
+        const ptrdiff_t end = lbq_smaller(begin + p->group, p->cols);
+        const float *const row = state->W + i / state->groups * p->cols;
+        ptrdiff_t k = begin;
+        while (k < end && fabsf(row[k]) <= most)
+            k++;
+        still[i] = k == end;
+        any |= still[i];
+    }
+    return any;
 }
 
 /* One group per row: scale and offset of the weights as they are. */
@@ -435,16 +481,15 @@ fit_rows(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* Importance (cols) in order, copied to all lanes. */
-static void
-spread_importance(const lbq_gptq_problem *p, const int64_t *order, float *shares)
+/* The shares of columns in order, copied to all lanes; `by_column` (cols) is scratch. */
+static lbq_status
+spread_importance(const lbq_gptq_problem *p, const int64_t *order, float *by_column, float *shares)
 {
-    float most = 0;
-    for (ptrdiff_t k = 0; k < p->cols; k++)
-        most = p->importance[k] > most ? p->importance[k] : most;
+    LBQ_TRY(lbq_importance_shares(p->cols, p->group, p->importance, by_column));
     for (ptrdiff_t j = 0; j < p->cols; j++)
         for (int l = 0; l < LANES; l++)
-            shares[j * LANES + l] = most > 0 ? p->importance[order[j]] / most : 0;
+            shares[j * LANES + l] = by_column[order[j]];
+    return LBQ_OK;
 }
 
 static lbq_status
@@ -471,7 +516,7 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
                 p->group,
                 p->block);
     LBQ_TRY(lbq_code_check(p->code));
-    LBQ_TRY(check_weights(p, W));
+    LBQ_TRY(lbq_check_weights(p->code->scale_bits, p->rows, cols, W));
     run_state state = {
         .problem = p,
         .groups = groups,
@@ -489,9 +534,11 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
     const size_t order_bytes = lbq_padded((size_t)cols * sizeof(int64_t));
     const size_t begin_bytes = lbq_padded((size_t)(cols + 1) * sizeof(ptrdiff_t));
     const size_t seen_bytes = lbq_padded((size_t)groups);
+    const size_t still_bytes = lbq_padded((size_t)(p->rows * groups));
     const size_t share_bytes = p->importance ? (size_t)cols * LANES * sizeof(float) : 0;
     lbq_arena plan, work;
-    LBQ_TRY(lbq_arena_open(&plan, 5 * order_bytes + begin_bytes + seen_bytes + share_bytes));
+    LBQ_TRY(lbq_arena_open(
+        &plan, 5 * order_bytes + begin_bytes + seen_bytes + still_bytes + lbq_padded(share_bytes)));
     int64_t *const order = lbq_arena_take(&plan, order_bytes);
     int64_t *const group_of = lbq_arena_take(&plan, order_bytes);
     ptrdiff_t *const block_begin = lbq_arena_take(&plan, begin_bytes);
@@ -499,12 +546,14 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
     int64_t *const place = lbq_arena_take(&plan, order_bytes);
     int64_t *const at = lbq_arena_take(&plan, order_bytes);
     uint8_t *const seen = lbq_arena_take(&plan, seen_bytes);
+    uint8_t *const still = lbq_arena_take(&plan, still_bytes);
     memset(seen, 0, seen_bytes);
+    state.still = find_still(&state, still) ? still : NULL;
     block_begin[0] = 0;
     lbq_status status = copy_order(cols, p->order, order);
     if (status == LBQ_OK && p->importance) {
         float *const shares = lbq_arena_take(&plan, share_bytes);
-        spread_importance(p, order, shares);
+        status = spread_importance(p, order, (float *)at, shares);
         state.importance = shares;
     }
     if (status == LBQ_OK) {

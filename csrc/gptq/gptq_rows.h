@@ -37,10 +37,19 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
     return at[6];
 }
 
+/* Takes back what is fed to a column of groups that absorb nothing. */
+static void
+NAME(keep_still)(const run_state *state, const lanes *at, ptrdiff_t group, REAL *shift)
+{
+    for (ptrdiff_t l = 0; l < at->rows; l++)
+        if (state->still[(at->row + l) * state->groups + group])
+            shift[l] = 0;
+}
+
 /* Scale and offset of the columns [begin, end) of the block, for each row of the lanes, from the
  * weights as published GPTQ would have changed them by now: w + x with x R_gg = feedback, R_gg
  * the group's own square of R. */
-static void
+static lbq_status
 NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdiff_t end,
                 const REAL *e, const NAME(scratch) * s)
 {
@@ -50,19 +59,26 @@ NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdif
     for (ptrdiff_t j = 0; j < count; j++)
         memcpy(s->x + j * LANES, e + (begin + j) * state->pitch, LANES * sizeof(REAL));
     SOLVE(count, R, state->width, s->x);
+    for (ptrdiff_t j = 0; j < count && state->still; j++)
+        NAME(keep_still)(state, at, group, s->x + j * LANES);
     for (ptrdiff_t i = 0; i < count * LANES; i++)
         s->values[i] = (float)(s->w[begin * LANES + i] + s->x[i]);
+    float scale[LANES], offset[LANES], low[LANES], high[LANES];
+    lbq_kernel.lanes_range_f32(s->values, count, low, high);
     const lbq_groups groups = {
         .w = s->values,
         .importance = state->importance ? state->importance + (at->column + begin) * LANES : NULL,
         .count = count,
+        .low = low,
+        .high = high,
     };
-    float scale[LANES], offset[LANES];
     lbq_code_fit(p->code, p->range, &groups, scale, offset);
+    LBQ_TRY(check_fit(state, at, group, &groups, scale, offset));
     for (ptrdiff_t l = 0; l < at->rows; l++) {
         state->scale[(at->row + l) * state->groups + group] = scale[l];
         state->offset[(at->row + l) * state->groups + group] = offset[l];
     }
+    return LBQ_OK;
 }
 
 /* The grids of one group, for lbq_kernels.round_f32. */
@@ -73,7 +89,7 @@ NAME(load_grid)(const run_state *state, const lanes *at, ptrdiff_t group, REAL *
         const ptrdiff_t from = (at->row + l) * state->groups + group;
         grid[l] = l < at->rows ? (REAL)state->scale[from] : 1;
         grid[LANES + l] = l < at->rows ? (REAL)state->offset[from] : 0;
-        grid[2 * LANES + l] = 1 / grid[l];
+        grid[2 * LANES + l] = grid[l] != 0 ? 1 / grid[l] : 0;
     }
 }
 
@@ -114,6 +130,8 @@ NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, pt
                 group = group_of[j];
                 NAME(load_grid)(state, at, group, grid);
             }
+            if (state->still)
+                NAME(keep_still)(state, at, group, e + j * pitch);
             const REAL *const w = s->w + j * LANES, *const shift = e + j * pitch;
             uint8_t *const codes = s->codes + j * LANES;
             if (p->code->levels)
@@ -132,7 +150,7 @@ NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, pt
 }
 
 /* One block for the rows of the lanes. */
-static void
+static lbq_status
 NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL *e,
                   const NAME(scratch) * s)
 {
@@ -156,12 +174,13 @@ NAME(round_lanes)(const run_state *state, const lanes *at, ptrdiff_t width, REAL
                      e,
                      state->pitch,
                      e + begin * state->pitch);
-            NAME(fit_group)(state, at, begin, end, e, s);
+            LBQ_TRY(NAME(fit_group)(state, at, begin, end, e, s));
         }
         NAME(round_columns)(state, at, begin, end, e, s);
     }
     lbq_kernel.from_lanes_u8(
         s->codes, columns, place, width, at->rows, p->cols, state->codes + first);
+    return LBQ_OK;
 }
 
 /* The columns from the block `first` up to the block `last`, for `rows` rows from `row` on. */
@@ -197,7 +216,7 @@ NAME(round_blocks)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdif
     for (ptrdiff_t l = 0; l < rows; l += LANES) {
         LBQ_TRY(lbq_interrupted());
         const lanes at = {row + l, lbq_smaller(LANES, rows - l), begin};
-        NAME(round_lanes)(state, &at, end - begin, s->errors + begin * pitch + l, s);
+        LBQ_TRY(NAME(round_lanes)(state, &at, end - begin, s->errors + begin * pitch + l, s));
     }
     return LBQ_OK;
 }

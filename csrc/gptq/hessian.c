@@ -229,6 +229,13 @@ lbq_status
 lbq_hessian_unfold(ptrdiff_t cols, const double *H, double damping, double *full)
 {
     enum { SIDE = 32 };
+    double most = 0;
+    for (ptrdiff_t k = 0; k < cols; k++)
+        most = fmax(most, H[k * (cols + 1)] + damping);
+    int exponent = 0;
+    if (most <= DBL_MAX)
+        frexp(most, &exponent);
+    const double unit = ldexp(1, exponent > -1000 ? -exponent : 1000);
     bool finite = true;
     for (ptrdiff_t top = 0; top < cols; top += SIDE) {
         LBQ_TRY(lbq_interrupted());
@@ -238,7 +245,7 @@ lbq_hessian_unfold(ptrdiff_t cols, const double *H, double damping, double *full
             double copy[SIDE][SIDE + 1];
             for (ptrdiff_t i = top; i < bottom; i++)
                 for (ptrdiff_t k = i > left ? i : left; k < right; k++) {
-                    const double value = H[i * cols + k] + (i == k ? damping : 0);
+                    const double value = unit * (H[i * cols + k] + (i == k ? damping : 0));
                     finite &= fabs(value) <= DBL_MAX;
                     full[i * cols + k] = copy[k - left][i - top] = value;
                 }

@@ -267,22 +267,15 @@ descend_rows(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* What is derived from H, in a unit that float32 can hold: a power of two above its diagonal. */
+/* What is derived from H, in a unit that float32 can hold. */
 static lbq_status
 prepare(job *j, const double *H, double damping, double *full, float *narrow, double *diagonal,
         float *root)
 {
     LBQ_TRY(lbq_hessian_unfold(j->cols, H, damping, full));
-    double most = 0;
-    int exponent;
-    for (ptrdiff_t k = 0; k < j->cols; k++)
-        most = fmax(most, full[k * (j->cols + 1)]);
-    frexp(most, &exponent);
-    const double inverse = ldexp(1, exponent > -1000 ? -exponent : 1000);
     for (ptrdiff_t i = 0; i < j->cols * j->cols; i++) {
         if (i % j->cols == 0)
             LBQ_TRY(lbq_interrupted());
-        full[i] *= inverse;
         narrow[i] = (float)full[i];
     }
     for (ptrdiff_t k = 0; k < j->cols; k++) {

@@ -173,9 +173,10 @@ typedef struct {
        float *low,                                                                                 \
        float *high))                                                                               \
     /* Codes of `rows` <= LBQ_PANEL rows, each with its grid: (w - offset) (1 / scale), clipped to \
-     * 0 and top <= 255, ties to even, laid out as lbq_step_unpack does; zeros in further rows,    \
-     * and up to whole 16 columns; exact. grid as [2][LBQ_PANEL]: scale, offset. What is wanted    \
-     * next lies `ahead` numbers further on, and may be fetched; 0: nothing. */                    \
+     * 0 and top <= 255, ties to even, or 0 where scale is 0; laid out as lbq_step_unpack does;    \
+     * zeros in further rows, and up to whole 16 columns; exact. grid as [2][LBQ_PANEL]: scale,    \
+     * offset. What is wanted next lies `ahead` numbers further on, and may be fetched; 0:         \
+     * nothing. */                                                                                 \
     X(encode_f32,                                                                                  \
       void,                                                                                        \
       (const float *w,                                                                             \

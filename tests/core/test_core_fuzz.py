@@ -90,8 +90,8 @@ class Calls:
             "linear": [dense(HIDDEN, HIDDEN), dense(VOCAB, HIDDEN), dense(1, 1)]
             + [packed(bits, activations) for bits in (1, 2, 3, 4, 8) for activations in (0, 4, 8)],
             "copy": [
-                (_core.copy_dense(np.ones(shape, np.float32), None, None, None), {"r": shape[0]})
-                for shape in ((HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (VOCAB, HIDDEN))
+                (_core.copy_dense(np.ones(s, np.float32), None, None, None), {"r": s[0], "k": s[1]})
+                for s in ((HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (VOCAB, HIDDEN))
             ],
             "rotation": [(eye, {"n": HIDDEN})],
             "block": [(made, {}) for made in blocks],
@@ -132,6 +132,8 @@ class Calls:
         for a in table:
             if a.kind in ARRAYS:
                 absent = a.or_none and r.random() < 0.25
+                if a.name == "V" and r.random() < 0.9:  # with U or not at all
+                    absent = given["U"] is None
                 given[a.name] = None if absent else self.array(r, a, sizes)
         return [given[a.name] for a in table if a.kind not in SCALARS], keywords
 

@@ -48,6 +48,7 @@ quantize_packed(const lbq_range_args *found, Py_ssize_t count, lbq_packed *packe
     lbq_range range;
     LBQ_TRY(lbq_range_from_args(found, &range));
     LBQ_TRY(lbq_check_levels(levels, count));
+    LBQ_TRY(lbq_check_fit(levels, packed->has_offset, packed->scale_bits == 0));
     LBQ_TRY(lbq_check_axis(W, "weight", 0, "rows", packed->rows));
     LBQ_TRY(lbq_check_axis(W, "weight", 1, "cols", packed->cols));
     LBQ_TRY(lbq_packed_attach(packed, panels));
@@ -78,8 +79,8 @@ LBQ_BINDING(kmeans)
 {
     lbq_array values, weights, levels;
     const lbq_arg spec[] = {
-        LBQ_IN("values", &values, NPY_FLOAT64, "n"),
-        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT64, "n"),
+        LBQ_IN("values", &values, NPY_FLOAT64, "n*"),
+        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT64, "n*"),
         LBQ_OUT("levels", &levels, NPY_FLOAT64, "l"),
     };
     LBQ_PARSE("kmeans", spec);

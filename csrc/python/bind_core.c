@@ -66,8 +66,8 @@ LBQ_BINDING(half_to_float)
 {
     lbq_array x, y;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &x, NPY_UINT16, "n"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "n"),
+        LBQ_IN("x", &x, NPY_UINT16, "n*"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "n*"),
     };
     LBQ_PARSE("half_to_float", spec);
     LBQ_RUN(lbq_half_to_float(x.data, x.dims[0], y.data));
@@ -77,8 +77,8 @@ LBQ_BINDING(bfloat_to_float)
 {
     lbq_array x, y;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &x, NPY_UINT16, "n"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "n"),
+        LBQ_IN("x", &x, NPY_UINT16, "n*"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "n*"),
     };
     LBQ_PARSE("bfloat_to_float", spec);
     LBQ_RUN(lbq_bfloat_to_float(x.data, x.dims[0], y.data));
@@ -88,8 +88,8 @@ LBQ_BINDING(float_to_half)
 {
     lbq_array x, y;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &x, NPY_FLOAT32, "n"),
-        LBQ_OUT("y", &y, NPY_UINT16, "n"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "n*"),
+        LBQ_OUT("y", &y, NPY_UINT16, "n*"),
     };
     LBQ_PARSE("float_to_half", spec);
     LBQ_RUN(lbq_float_to_half(x.data, x.dims[0], y.data));
@@ -113,7 +113,7 @@ LBQ_BINDING(random_bits)
     lbq_array out;
     Py_ssize_t seed, stream;
     const lbq_arg spec[] = {
-        LBQ_OUT("out", &out, NPY_UINT64, "n"),
+        LBQ_OUT("out", &out, NPY_UINT64, "n*"),
         LBQ_INT("seed", &seed, 0, PY_SSIZE_T_MAX),
         LBQ_INT("stream", &stream, 0, PY_SSIZE_T_MAX),
     };
@@ -137,7 +137,7 @@ LBQ_BINDING(random_normal)
     lbq_array out;
     Py_ssize_t seed, stream;
     const lbq_arg spec[] = {
-        LBQ_OUT("out", &out, NPY_FLOAT64, "n"),
+        LBQ_OUT("out", &out, NPY_FLOAT64, "n*"),
         LBQ_INT("seed", &seed, 0, PY_SSIZE_T_MAX),
         LBQ_INT("stream", &stream, 0, PY_SSIZE_T_MAX),
     };

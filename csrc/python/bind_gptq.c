@@ -10,8 +10,8 @@ LBQ_BINDING(hessian_add)
 {
     lbq_array X, weights, H;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &X, NPY_FLOAT32, "tk"),
-        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT32, "t"),
+        LBQ_IN("x", &X, NPY_FLOAT32, "t*k"),
+        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT32, "t*"),
         LBQ_INOUT("hessian", &H, NPY_FLOAT64, "kk"),
     };
     LBQ_PARSE("hessian_add", spec);
@@ -23,7 +23,7 @@ LBQ_BINDING(hessian_error)
     lbq_array H, E;
     const lbq_arg spec[] = {
         LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
-        LBQ_IN("error", &E, NPY_FLOAT32, "rk"),
+        LBQ_IN("error", &E, NPY_FLOAT32, "r*k"),
     };
     LBQ_PARSE("hessian_error", spec);
     double value;

@@ -209,8 +209,8 @@ LBQ_BINDING(linear_forward)
     lbq_array x, y;
     const lbq_arg spec[] = {
         LBQ_HANDLE("layer", &layer, "lowbitq.linear"),
-        LBQ_IN("x", &x, NPY_FLOAT32, "tk"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "tr"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "t*k"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "t*r"),
     };
     LBQ_PARSE("linear_forward", spec);
     LBQ_RUN(forward(layer, &x, &y));
@@ -242,8 +242,8 @@ LBQ_BINDING(linears_forward)
     lbq_array x, y;
     const lbq_arg spec[] = {
         LBQ_HANDLES("layers", &layers, "lowbitq.linear"),
-        LBQ_IN("x", &x, NPY_FLOAT32, "tk"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "e"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "t*k"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "e*"),
     };
     LBQ_PARSE("linears_forward", spec);
     LBQ_RUN(forward_all(&layers, &x, &y));

@@ -19,9 +19,9 @@ LBQ_BINDING(rmsnorm)
     lbq_array x, gain, y;
     double epsilon;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &x, NPY_FLOAT32, "rc"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "r*c"),
         LBQ_IN_OR_NONE("gain", &gain, NPY_FLOAT32, "c"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "rc"),
+        LBQ_OUT_OVER("y", &y, NPY_FLOAT32, "r*c", "x"),
         LBQ_FLOAT("epsilon", &epsilon, 0, 1),
     };
     LBQ_PARSE("rmsnorm", spec);
@@ -32,9 +32,9 @@ LBQ_BINDING(swiglu)
 {
     lbq_array gate, up, y;
     const lbq_arg spec[] = {
-        LBQ_IN("gate", &gate, NPY_FLOAT32, "tn"),
-        LBQ_IN("up", &up, NPY_FLOAT32, "tn"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "tn"),
+        LBQ_IN("gate", &gate, NPY_FLOAT32, "t*n"),
+        LBQ_IN("up", &up, NPY_FLOAT32, "t*n"),
+        LBQ_OUT_OVER("y", &y, NPY_FLOAT32, "t*n", "gate"),
     };
     LBQ_PARSE("swiglu", spec);
     LBQ_RUN(lbq_swiglu(gate.dims[0] * gate.dims[1], gate.data, up.data, y.data));
@@ -66,7 +66,7 @@ LBQ_BINDING(rope)
     Py_ssize_t first;
     double factor, epsilon;
     const lbq_arg spec[] = {
-        LBQ_INOUT("x", &x, NPY_FLOAT32, "thd"),
+        LBQ_INOUT("x", &x, NPY_FLOAT32, "t*hd"),
         LBQ_IN("frequency", &frequency, NPY_FLOAT64, "f"),
         LBQ_IN_OR_NONE("gain", &gain, NPY_FLOAT32, "d"),
         LBQ_INT("first", &first, 0, INT32_MAX),
@@ -125,7 +125,7 @@ LBQ_BINDING(attention)
         LBQ_IN("q", &q, NPY_FLOAT32, "thd"),
         LBQ_IN("k", &k, NPY_FLOAT32, "sjd"),
         LBQ_IN("v", &v, NPY_FLOAT32, "sjd"),
-        LBQ_OUT("o", &o, NPY_FLOAT32, "thd"),
+        LBQ_OUT_OVER("o", &o, NPY_FLOAT32, "thd", "q"),
         LBQ_INT("bits", &bits, 8, 32),
     };
     LBQ_PARSE("attention", spec);
@@ -136,9 +136,9 @@ LBQ_BINDING(cross_entropy)
 {
     lbq_array logits, target, nll;
     const lbq_arg spec[] = {
-        LBQ_IN("logits", &logits, NPY_FLOAT32, "tv"),
-        LBQ_IN("target", &target, NPY_INT32, "t"),
-        LBQ_OUT("nll", &nll, NPY_FLOAT64, "t"),
+        LBQ_IN("logits", &logits, NPY_FLOAT32, "t*v"),
+        LBQ_IN("target", &target, NPY_INT32, "t*"),
+        LBQ_OUT("nll", &nll, NPY_FLOAT64, "t*"),
     };
     LBQ_PARSE("cross_entropy", spec);
     LBQ_RUN(lbq_cross_entropy(logits.dims[0], logits.dims[1], logits.data, target.data, nll.data));
@@ -148,10 +148,10 @@ LBQ_BINDING(kl_divergence)
 {
     lbq_array p, q, kl, same;
     const lbq_arg spec[] = {
-        LBQ_IN("p", &p, NPY_FLOAT32, "tv"),
-        LBQ_IN("q", &q, NPY_FLOAT32, "tv"),
-        LBQ_OUT("kl", &kl, NPY_FLOAT64, "t"),
-        LBQ_OUT("same", &same, NPY_UINT8, "t"),
+        LBQ_IN("p", &p, NPY_FLOAT32, "t*v"),
+        LBQ_IN("q", &q, NPY_FLOAT32, "t*v"),
+        LBQ_OUT("kl", &kl, NPY_FLOAT64, "t*"),
+        LBQ_OUT("same", &same, NPY_UINT8, "t*"),
     };
     LBQ_PARSE("kl_divergence", spec);
     LBQ_RUN(lbq_kl_divergence(p.dims[0], p.dims[1], p.data, q.data, kl.data, same.data));
@@ -254,8 +254,8 @@ LBQ_BINDING(decoder_embed)
     lbq_array tokens, x;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_IN("tokens", &tokens, NPY_INT32, "t"),
-        LBQ_OUT("x", &x, NPY_FLOAT32, "th"),
+        LBQ_IN("tokens", &tokens, NPY_INT32, "t*"),
+        LBQ_OUT("x", &x, NPY_FLOAT32, "t*h"),
     };
     LBQ_PARSE("decoder_embed", spec);
     const lbq_status status = lbq_check_axis(&x, "x", 1, "hidden", decoder->hidden);
@@ -289,11 +289,11 @@ LBQ_BINDING(decoder_block)
     Py_ssize_t index;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_INOUT("x", &x, NPY_FLOAT32, "th"),
-        LBQ_OUT_OR_NONE("qkv", &qkv, NPY_FLOAT32, "th"),
-        LBQ_OUT_OR_NONE("o", &o, NPY_FLOAT32, "ta"),
-        LBQ_OUT_OR_NONE("mlp", &mlp, NPY_FLOAT32, "th"),
-        LBQ_OUT_OR_NONE("down", &down, NPY_FLOAT32, "ti"),
+        LBQ_INOUT("x", &x, NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("qkv", &qkv, NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("o", &o, NPY_FLOAT32, "t*a"),
+        LBQ_OUT_OR_NONE("mlp", &mlp, NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("down", &down, NPY_FLOAT32, "t*i"),
         LBQ_INT("block", &index, 0, INT32_MAX),
     };
     LBQ_PARSE("decoder_block", spec);
@@ -306,8 +306,8 @@ LBQ_BINDING(decoder_finish)
     lbq_array x, y;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_IN("x", &x, NPY_FLOAT32, "th"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "th"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OVER("y", &y, NPY_FLOAT32, "t*h", "x"),
     };
     LBQ_PARSE("decoder_finish", spec);
     const lbq_status status = lbq_check_axis(&x, "x", 1, "hidden", decoder->hidden);
@@ -330,8 +330,8 @@ LBQ_BINDING(decoder_head)
     lbq_array y, logits;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_IN("y", &y, NPY_FLOAT32, "th"),
-        LBQ_OUT("logits", &logits, NPY_FLOAT32, "tv"),
+        LBQ_IN("y", &y, NPY_FLOAT32, "t*h"),
+        LBQ_OUT("logits", &logits, NPY_FLOAT32, "t*v"),
     };
     LBQ_PARSE("decoder_head", spec);
     LBQ_RUN(head(decoder, &y, &logits));
@@ -414,10 +414,10 @@ LBQ_BINDING(decoder_forward)
     Py_ssize_t past;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_IN("tokens", &tokens, NPY_INT32, "t"),
+        LBQ_IN("tokens", &tokens, NPY_INT32, "t*"),
         LBQ_HANDLE_OR_NONE("cache", &cache, CACHE),
-        LBQ_OUT_OR_NONE("hidden", &hidden, NPY_FLOAT32, "rh"),
-        LBQ_OUT_OR_NONE("logits", &logits, NPY_FLOAT32, "rv"),
+        LBQ_OUT_OR_NONE("hidden", &hidden, NPY_FLOAT32, "r*h"),
+        LBQ_OUT_OR_NONE("logits", &logits, NPY_FLOAT32, "r*v"),
         LBQ_INT("past", &past, 0, INT32_MAX),
     };
     LBQ_PARSE("decoder_forward", spec);

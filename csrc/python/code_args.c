@@ -25,6 +25,16 @@ lbq_check_levels(const lbq_array *levels, Py_ssize_t count)
     return LBQ_OK;
 }
 
+/* A table of levels is fitted by its scale alone. */
+lbq_status
+lbq_check_fit(const lbq_array *levels, int has_offset, int fixed)
+{
+    LBQ_REQUIRE(fixed || !has_offset || !levels->data,
+                LBQ_BAD_VALUE,
+                "levels have scales, but no offsets: expected symmetric codes");
+    return LBQ_OK;
+}
+
 lbq_status
 lbq_check_groups(const lbq_array *levels, Py_ssize_t count, const lbq_array *scale, ptrdiff_t cols,
                  Py_ssize_t group)
@@ -51,6 +61,7 @@ lbq_code_from_args(const lbq_code_args *args, ptrdiff_t cols, lbq_code *code, lb
         .gamma = (float)args->gamma,
     };
     LBQ_TRY(lbq_range_from_args(&args->range, range));
+    LBQ_TRY(lbq_check_fit(&args->levels, !args->symmetric, args->fixed));
     return lbq_check_groups(&args->levels, args->count, &args->scale, cols, args->group);
 }
 

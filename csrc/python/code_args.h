@@ -48,7 +48,9 @@ typedef struct {
 lbq_status lbq_code_from_args(const lbq_code_args *args, ptrdiff_t cols, lbq_code *code,
                               lbq_range *range);
 
-/* That there are as many levels as codes, and scales for all groups of the columns. */
+/* That no offsets are to be found for a table of levels; that there are as many levels as codes;
+ * and scales for all groups of the columns. */
+lbq_status lbq_check_fit(const lbq_array *levels, int has_offset, int fixed);
 lbq_status lbq_check_levels(const lbq_array *levels, Py_ssize_t count);
 lbq_status lbq_check_groups(const lbq_array *levels, Py_ssize_t count, const lbq_array *scale,
                             ptrdiff_t cols, Py_ssize_t group);

@@ -137,10 +137,10 @@ def test_attention_refuses_heads_that_do_not_share_evenly():
     with pytest.raises(ValueError, match="q has 2 tokens of 3 heads, k 2 of 2"):
         _core.attention(q, k, k, q, bits=32)
     with pytest.raises(ValueError, match="q has 2 tokens of 3 heads, k 1 of 3"):
-        _core.attention(q, q[:1], q[:1], q, bits=32)
+        _core.attention(q, q[:1].copy(), q[:1].copy(), q, bits=32)
 
 
 def test_attention_refuses_other_bits():
     q = np.zeros((2, 3, 4), np.float32)
     with pytest.raises(ValueError, match="bits is 16, expected 8 or 32"):
-        _core.attention(q, q, q, q, bits=16)
+        _core.attention(q, q, q, np.empty_like(q), bits=16)

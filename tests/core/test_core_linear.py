@@ -380,15 +380,15 @@ def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="axis 0 of bias has size 19, expected rows = 20"):
         make(layer.panels, None, y[0, :19], None, activation_bits=8, **layer.spec)
     with pytest.raises(ValueError, match="axis 1 of x has size 20, expected cols = 100"):
-        _core.linear_forward(layer.handle, y, y)
+        _core.linear_forward(layer.handle, y.copy(), y)
     with pytest.raises(ValueError, match="axis 1 of y has size 100, expected rows = 20"):
-        _core.linear_forward(layer.handle, x, x)
+        _core.linear_forward(layer.handle, x, x.copy())
     with pytest.raises(TypeError, match=r"layer is not a lowbitq\.linear"):
         _core.linear_forward(object(), x, y)
     with pytest.raises(ValueError, match="axis 0 of y has size 20, expected tokens times all rows"):
         _core.linears_forward((layer.handle, layer.handle), x, y[0])
     with pytest.raises(ValueError, match="axis 1 of x has size 20, expected cols = 100"):
-        _core.linears_forward((layer.handle,), y, y[0])
+        _core.linears_forward((layer.handle,), y.copy(), y[0])
     with pytest.raises(ValueError, match="9 layers, expected at most 8"):
         _core.linears_forward((layer.handle,) * 9, x, y[0])
     with pytest.raises(TypeError, match=r"layers\[1\] is not a lowbitq\.linear"):

@@ -16,17 +16,10 @@ from lowbitq._core import FormatError, NumericalError
 from lowbitq.checkpoints.archives import load_arrays, save_arrays
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
+from lowbitq.models.slots import TAPS, name_in_block
 from lowbitq.texts import Text, check_count, windows
 
 Array = NDArray[np.float32]
-
-# The linear layers of a block by the tap that holds their input.
-READERS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 
 # An activation is massive if it is this many times the typical one of its layer: Sun et al. ask for
 # a magnitude of 100 and 1000 times the median; the root mean square is about 1.5 medians.
@@ -196,7 +189,7 @@ class Stream:
         Yields
         ------
         dict of str to ndarray of shape (window, in), float32
-            What the layers read, by the names of `READERS`, before a rotation of their own. The
+            What the layers read, by the names of `TAPS`, before a rotation of their own. The
             arrays are written to again for the next window.
         """
         taps: dict[str, Array] = {}
@@ -295,21 +288,20 @@ def calibrate(
     stats = Statistics(tokens, {}, {}, [])
     report = _reporter(progress, len(model.blocks))
     for index in stream:
-        prefix = f"model.layers.{index}."
         seen: dict[str, _Seen] = {}
         for sample, taps in enumerate(stream.taps(advance=True)):
             for tap, x in taps.items():
                 if tap not in seen:
-                    seen[tap] = _Seen(prefix + READERS[tap][0], x.shape[1])
+                    seen[tap] = _Seen(name_in_block(index, TAPS[tap][0]), x.shape[1])
                     if hessians:
                         seen[tap].hessian = Hessian(x.shape[1], len(x), first_tokens, first_weight)
                 seen[tap].add(sample, x)
         for tap, found in seen.items():
-            for reader in READERS[tap]:
-                stats.mean_square[prefix + reader] = found.mean_square()
-                stats.max_abs[prefix + reader] = found.max_abs
+            for reader in (name_in_block(index, slot) for slot in TAPS[tap]):
+                stats.mean_square[reader] = found.mean_square()
+                stats.max_abs[reader] = found.max_abs
                 if found.hessian:
-                    stats.hessians[prefix + reader] = found.hessian.complete()
+                    stats.hessians[reader] = found.hessian.complete()
             stats.massive.extend(found.massive)
         report(index + 1, len(model.blocks))
     return stats

@@ -12,15 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.calibration import READERS, Hessian, Statistics, Stream
+from lowbitq.calibration import Hessian, Statistics, Stream
 from lowbitq.checkpoints.archives import digest
 from lowbitq.checkpoints.blocks import Blocks, differences, read_fingerprint
 from lowbitq.encoding import LayerInputs, Record, encode
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
-from lowbitq.models.decoder import EMBEDDING, HEAD, Model
+from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
+from lowbitq.models.slots import EMBEDDING, HEAD, SLOTS, TAPS, name_in_block
 from lowbitq.models.tokens import token_array
 from lowbitq.plans import Plan
 from lowbitq.rotations import Rotation, rotate
@@ -147,7 +148,7 @@ def compress(
         prefix.embedding = result.embedding
         stream = None if tokens is None else Stream(prefix, tokens)
         for index in range(len(source.blocks)) if stream is None else stream:
-            names = [f"model.layers.{index}.{short}" for tap in READERS for short in READERS[tap]]
+            names = [name_in_block(index, slot) for slot in SLOTS]
             found = store.load(index, names) if store else None
             if found is None:
                 inputs = None if stream is None else _inputs(stream, plan)
@@ -317,7 +318,7 @@ def _encode_outer(
 def _inputs(stream: Stream, plan: Plan) -> dict[str, LayerInputs]:
     """Hessians of the four inputs of the block at whose entrance the stream is, by tap."""
     linears = stream.model.blocks[stream.index].linears
-    readers = {tap: linears[names[0].rpartition(".")[2]] for tap, names in READERS.items()}
+    readers = {tap: linears[slots[0].name] for tap, slots in TAPS.items()}
     window, sampling = stream.hidden.shape[1], plan.sampling
     sums = {
         tap: Hessian(linear.shape[1], window, sampling.first_tokens, sampling.first_weight)
@@ -340,13 +341,11 @@ def _encode_block(
     index: int, source: Model, inputs: dict[str, LayerInputs] | None, plan: Plan
 ) -> Iterator[tuple[str, QuantizedLinear, Record]]:
     block = source.blocks[index]
-    for tap, names in READERS.items():
-        for short in names:
-            name = f"model.layers.{index}.{short}"
-            linear = block.linears[short.rpartition(".")[2]]
-            assert isinstance(linear, Linear)
-            known = LayerInputs() if inputs is None else inputs[tap]
-            yield name, *encode(linear, known, plan.layers[name])
+    for slot in SLOTS:
+        name, linear = name_in_block(index, slot), block.linears[slot.name]
+        assert isinstance(linear, Linear)
+        known = LayerInputs() if inputs is None else inputs[slot.tap]
+        yield name, *encode(linear, known, plan.layers[name])
 
 
 def _advance(stream: Stream, result: QuantizedModel) -> None:

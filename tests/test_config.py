@@ -13,13 +13,12 @@ import pytest
 from golden import tiny_models
 
 import lowbitq
-from lowbitq.models import llama, qwen
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.config_gguf import config_from_gguf
 from lowbitq.models.config_hf import config_from_hf
+from lowbitq.models.families import FAMILIES
 
 GOLDEN = Path(__file__).parent / "golden"
-FAMILIES = {f.name: f for f in (*llama.FAMILIES, *qwen.FAMILIES)}
 LLAMA = tiny_models.config_of("llama")
 GGUF = {
     "general.architecture": "llama",

@@ -6,8 +6,8 @@ import re
 import reprlib
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,43 +17,6 @@ from lowbitq.models.rope import rope_frequencies
 
 # Longer heads are refused, which bounds what a hostile file can cost; models have 64 to 512.
 _LONGEST_HEAD = 1 << 16
-
-
-@dataclass(frozen=True)
-class Family:
-    """What tells the model families apart that share this decoder.
-
-    Attributes
-    ----------
-    name : str
-        Hugging Face's ``model_type``.
-    architecture : str
-        GGUF's ``general.architecture``.
-    qkv_bias : bool or None
-        Whether the projections of query, key and value have biases, and that of the output none;
-        None: ``attention_bias`` says for all four.
-    mlp_bias : bool
-        Whether the layers of the MLP have biases where ``mlp_bias`` says so; False: never.
-    qk_norm : bool
-        Whether each head of query and key is normalised.
-    window : {"unless denied", "always", "by layer"}
-        When ``sliding_window`` counts: unless ``use_sliding_window`` is false, always, or in the
-        layers that ``layer_types`` or ``max_window_layers`` name if ``use_sliding_window`` is true.
-    rows_interleaved : bool
-        Whether GGUF files hold the rows of query and key in pairs (2 i, 2 i + 1) that rotate
-        together; Hugging Face's order is (i, i + head_dim / 2).
-    defaults : mapping of str to int
-        What transformers takes for keys that ``config.json`` does not have.
-    """
-
-    name: str
-    architecture: str
-    qkv_bias: bool | None = None
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    window: Literal["unless denied", "always", "by layer"] = "unless denied"
-    rows_interleaved: bool = False
-    defaults: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
-from lowbitq.models.config import Family, Keys, ModelConfig
+from lowbitq.models.config import Keys, ModelConfig
+from lowbitq.models.families import Family
 from lowbitq.models.rope import yarn_factor
 
 # Keys that change the forward pass in a way that the decoder does not have, and what they must be

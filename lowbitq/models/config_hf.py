@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowbitq.models.config import Family, Keys, ModelConfig
+from lowbitq.models.config import Keys, ModelConfig
+from lowbitq.models.families import Family
 from lowbitq.models.rope import ROPE_TYPES, longrope_factor
 
 # Keys that change the forward pass in a way that the decoder does not have, and what they must be

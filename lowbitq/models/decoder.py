@@ -12,25 +12,12 @@ from numpy.typing import ArrayLike, NDArray
 from lowbitq import _core, generation
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config import ModelConfig
+from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, name_in_block
 from lowbitq.models.tokenizer import Tokenizer
 from lowbitq.models.tokens import check_sliding_window, token_array
 from lowbitq.rotations import Rotation
 
 AnyLinear = Linear | QuantizedLinear
-
-# Linear layers of a block in the order of the forward pass, each with its Hugging Face folder.
-LINEARS = {
-    "q_proj": "self_attn",
-    "k_proj": "self_attn",
-    "v_proj": "self_attn",
-    "o_proj": "self_attn",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "mlp",
-}
-
-# Hugging Face names of the matrices outside the blocks.
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 # Tokens of a prompt that run at once: enough for the matrix products' full speed, few enough to
 # keep a long prompt's scratch small.
@@ -63,8 +50,8 @@ class Block:
     key_norm: NDArray[np.float32] | None = None
 
     def _parts(self) -> list[Any]:
-        norms = [self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm]
-        return norms + [self.linears[name] for name in LINEARS]
+        norms = [getattr(self, norm.name) for norm in NORMS]
+        return norms + [self.linears[slot.name] for slot in SLOTS]
 
 
 @dataclass(eq=False, repr=False)
@@ -145,8 +132,8 @@ class Model:
         linear : Linear or QuantizedLinear
         """
         for i, block in enumerate(self.blocks):
-            for key, folder in LINEARS.items():
-                yield f"model.layers.{i}.{folder}.{key}", block.linears[key]
+            for slot in SLOTS:
+                yield name_in_block(i, slot), block.linears[slot.name]
 
     def matrices(self) -> Iterator[tuple[str, AnyLinear]]:
         """Yield all that `linears` does, between the embedding and, unless it is tied, the head.
@@ -275,12 +262,11 @@ class Model:
         buffers: list[NDArray[np.float32] | None] = [None] * 4
         if taps is not None:
             linears = self.blocks[index].linears
-            readers = {"qkv": "q_proj", "o": "o_proj", "mlp": "up_proj", "down": "down_proj"}
-            for tap, reader in readers.items():
-                shape = (len(hidden), linears[reader].shape[1])
+            for tap, slots in TAPS.items():
+                shape = (len(hidden), linears[slots[0].name].shape[1])
                 if tap not in taps:
                     taps[tap] = np.empty(shape, np.float32)
-            buffers = [taps[tap] for tap in readers]
+            buffers = [taps[tap] for tap in TAPS]
         _core.decoder_block(self._decoder(), hidden, *buffers, block=index)
 
     def hidden(self, tokens: ArrayLike) -> NDArray[np.float32]:

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq.linears import Copy, Linear
-from lowbitq.models.decoder import EMBEDDING, HEAD, LINEARS, AnyLinear, Model
-from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
+from lowbitq.models.decoder import AnyLinear, Model
 from lowbitq.models.quantized import RESIDUAL_ROTATION
+from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, OUTER, SLOTS, name_in_block
 from lowbitq.rotations import Rotation
 
 
@@ -48,12 +48,12 @@ def _arrays(model: Model) -> Iterator[tuple[str, NDArray[np.float32]]]:
     yield from _layer_arrays(EMBEDDING, model.embedding)
     yield from _rotation_arrays(RESIDUAL_ROTATION, model.residual_rotation)
     for index, block in enumerate(model.blocks):
-        for field, (name, _) in NORM_NAMES.items():
-            if (gain := getattr(block, field)) is not None:
-                yield HF_BLOCK.format(index, name) + ".weight", gain
-        for key, folder in LINEARS.items():
-            yield from _layer_arrays(HF_BLOCK.format(index, f"{folder}.{key}"), block.linears[key])
-    yield OUTER_NAMES["final_norm"][0], model.final_norm
+        for norm in NORMS:
+            if (gain := getattr(block, norm.name)) is not None:
+                yield f"{name_in_block(index, norm)}.weight", gain
+        for slot in SLOTS:
+            yield from _layer_arrays(name_in_block(index, slot), block.linears[slot.name])
+    yield f"{OUTER['final_norm'].hf}.weight", model.final_norm
     if model.head is not None:
         yield from _layer_arrays(HEAD, model.head)
 

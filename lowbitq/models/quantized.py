@@ -24,7 +24,7 @@ from lowbitq.checkpoints.packed import (
     write_json,
 )
 from lowbitq.models.decoder import Model
-from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
+from lowbitq.models.slots import NORMS, OUTER, name_in_block
 from lowbitq.models.stored import LayerWriter
 from lowbitq.plans import Plan
 from lowbitq.version import __version__
@@ -84,11 +84,11 @@ class QuantizedModel(Model):
         """
         writer = LayerWriter()
         arrays = writer.arrays
-        arrays[OUTER_NAMES["final_norm"][0]] = narrowest(self.final_norm)
+        arrays[f"{OUTER['final_norm'].hf}.weight"] = narrowest(self.final_norm)
         for i, block in enumerate(self.blocks):
-            for field_name, (name, _) in NORM_NAMES.items():
-                if (gain := getattr(block, field_name)) is not None:
-                    arrays[HF_BLOCK.format(i, name) + ".weight"] = narrowest(gain)
+            for norm in NORMS:
+                if (gain := getattr(block, norm.name)) is not None:
+                    arrays[f"{name_in_block(i, norm)}.weight"] = narrowest(gain)
         layers = {name: writer.layer(name, linear) for name, linear in self.matrices()}
         actual = replace(self.config, tie_embeddings=self.head is None, layers=len(self.blocks))
         config = actual.to_hf() | quantization_config(

@@ -297,6 +297,9 @@ def block(
     up_proj: Any,
     down_proj: Any,
     /,
+    *,
+    attention_scale: float,
+    mlp_scale: float,
 ) -> Any: ...
 def decoder(
     embedding: Any,

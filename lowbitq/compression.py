@@ -21,7 +21,7 @@ from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
-from lowbitq.models.slots import EMBEDDING, HEAD, SLOTS, TAPS, name_in_block
+from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, name_in_block
 from lowbitq.models.tokens import token_array
 from lowbitq.plans import Plan
 from lowbitq.rotations import Rotation, rotate
@@ -271,9 +271,9 @@ def _fingerprint(model: Model, plan: Plan, tokens: NDArray[np.int32] | None) -> 
     """All that decides what the blocks of a model become."""
     arrays = {"final_norm": model.final_norm}
     for index, block in enumerate(model.blocks):
-        for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
-            if (gain := getattr(block, name)) is not None:
-                arrays[f"{index}.{name}"] = gain
+        for norm in NORMS:
+            if (gain := getattr(block, norm.name)) is not None:
+                arrays[name_in_block(index, norm)] = gain
     for name, linear in model.matrices():
         assert isinstance(linear, Linear)
         arrays[f"{name}.weight"] = linear.weight
@@ -283,6 +283,7 @@ def _fingerprint(model: Model, plan: Plan, tokens: NDArray[np.int32] | None) -> 
         "windows": None if tokens is None else list(tokens.shape),
         "layers": plan.to_dict()["layers"],
         "configuration": asdict(model.config),
+        "scales": [[block.attention_scale, block.mlp_scale] for block in model.blocks],
         "weights": digest(arrays),
         "tokens": None if tokens is None else digest({"tokens": tokens}),
     }

@@ -261,7 +261,8 @@ def test_a_block_may_stand_twice(tmp_path):
     """Its layers are stored once; each place has its own keys and values."""
     model, tokens = tiny("llama", tmp_path), tiny_models.tokens_of("llama")
     once = model.nbytes
-    model.blocks = [model.blocks[0], model.blocks[1], model.blocks[1], *model.blocks[2:]]
+    half = dataclasses.replace(model.blocks[1], attention_scale=0.5, mlp_scale=0.25)
+    model.blocks = [model.blocks[0], half, model.blocks[1], *model.blocks[2:]]
     expected = model.logits(tokens)
     assert model.nbytes == once
 
@@ -272,6 +273,7 @@ def test_a_block_may_stand_twice(tmp_path):
     assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(expected))
     assert loaded.nbytes == once
     assert loaded.bits_per_weight == model.bits_per_weight
+    assert [block.mlp_scale for block in loaded.blocks[:3]] == [1, 0.25, 1]
     for name, linear in loaded.blocks[1].linears.items():
         assert loaded.blocks[2].linears[name] is linear
     cache = loaded.new_cache(len(tokens))
@@ -408,6 +410,8 @@ FORGERIES = {
         lambda entry: entry["residual_rotation"].update(n=2**40, orders=[]),
         "residual_rotation: the rotation has order 1099511627776, expected 48",
     ),
+    "scales": (lambda entry: entry["blocks"][1].update(mlp_scale=1e9), r"blocks\[1\]: is"),
+    "no scales": (lambda entry: entry["blocks"].pop(), "blocks"),
     "residual": (lambda entry: entry["residual_rotation"].pop("n"), "residual_rotation"),
     "embedding": (
         lambda entry: entry["layers"].update({"model.embed_tokens": entry["layers"][LAYER]}),

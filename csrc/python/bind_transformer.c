@@ -167,6 +167,7 @@ LBQ_BINDING(block)
 {
     lbq_array attention_norm, mlp_norm, query_norm, key_norm;
     const lbq_linear *query, *key, *value, *output, *gate, *up, *down;
+    double attention_scale, mlp_scale;
     const lbq_arg spec[] = {
         LBQ_IN_OR_NONE("attention_norm", &attention_norm, NPY_FLOAT32, "h"),
         LBQ_IN_OR_NONE("mlp_norm", &mlp_norm, NPY_FLOAT32, "h"),
@@ -179,6 +180,8 @@ LBQ_BINDING(block)
         LBQ_HANDLE("gate_proj", &gate, LINEAR),
         LBQ_HANDLE("up_proj", &up, LINEAR),
         LBQ_HANDLE("down_proj", &down, LINEAR),
+        LBQ_FLOAT("attention_scale", &attention_scale, -1e6, 1e6),
+        LBQ_FLOAT("mlp_scale", &mlp_scale, -1e6, 1e6),
     };
     LBQ_PARSE("block", spec);
     lbq_block *made;
@@ -199,6 +202,8 @@ LBQ_BINDING(block)
         .gate = gate,
         .up = up,
         .down = down,
+        .attention_scale = (float)attention_scale,
+        .mlp_scale = (float)mlp_scale,
     };
     return lbq_handle_new(BLOCK, made, args);
 }
@@ -455,8 +460,10 @@ PyMethodDef lbq_methods_transformer[] = {
                             block,
                             "block(attention_norm, mlp_norm, query_norm, key_norm, q_proj, k_proj, "
                             "v_proj, o_proj, "
-                            "gate_proj, up_proj, down_proj, /)\n--\n\n"
-                            "A handle of one block: gains (or None) and handles of linear layers.")
+                            "gate_proj, up_proj, down_proj, /, *, attention_scale, "
+                            "mlp_scale)\n--\n\n"
+                            "A handle of one block: gains (or None), layers, scales of what each "
+                            "half adds.")
                             LBQ_METHOD(decoder, "decoder(embedding, final_norm, frequency, head, "
                                                 "rotation, blocks, /, *, heads, kv_heads, "
                                                 "epsilon, rope_factor)\n--\n\n"

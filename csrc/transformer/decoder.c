@@ -152,6 +152,7 @@ typedef struct {
     float *x;
     const float *y;
     ptrdiff_t count;
+    float scale;
 } addition;
 
 enum { CHUNK = 1 << 16 };
@@ -165,14 +166,14 @@ add_task(void *context, ptrdiff_t index, int worker)
     float *const restrict x = a->x;
     const float *const restrict y = a->y;
     for (ptrdiff_t i = index * CHUNK; i < end; i++)
-        x[i] += y[i];
+        x[i] += a->scale * y[i];
     return LBQ_OK;
 }
 
 static lbq_status
-add(float *x, const float *y, ptrdiff_t count)
+add(float *x, float scale, const float *y, ptrdiff_t count)
 {
-    addition a = {.x = x, .y = y, .count = count};
+    addition a = {.x = x, .y = y, .scale = scale, .count = count};
     return lbq_parallel(lbq_pieces(count, CHUNK), add_task, &a);
 }
 
@@ -206,7 +207,7 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
     LBQ_TRY(lbq_store_write(heads, past, tokens, s->k, s->v, store));
     LBQ_TRY(lbq_attention(heads, past, tokens, s->q, store, s->attention, o));
     LBQ_TRY(lbq_linear_forward(block->output, tokens, o, s->norm));
-    return add(x, s->norm, tokens * decoder->hidden);
+    return add(x, block->attention_scale, s->norm, tokens * decoder->hidden);
 }
 
 static lbq_status
@@ -221,7 +222,7 @@ feed_forward(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t token
     LBQ_TRY(lbq_linears_forward(2, layers, tokens, n, outputs));
     LBQ_TRY(lbq_swiglu(tokens * block->gate->rows, s->gate, s->up, y));
     LBQ_TRY(lbq_linear_forward(block->down, tokens, y, s->norm));
-    return add(x, s->norm, tokens * decoder->hidden);
+    return add(x, block->mlp_scale, s->norm, tokens * decoder->hidden);
 }
 
 static float *

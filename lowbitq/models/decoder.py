@@ -41,6 +41,8 @@ class Block:
         ``q_proj k_proj v_proj o_proj gate_proj up_proj down_proj``.
     query_norm, key_norm : ndarray of shape (head_dim,), float32, or None
         Gains of the norms of each head; None: no such norm.
+    attention_scale, mlp_scale : float
+        Of what each half adds to the residual stream.
     """
 
     attention_norm: NDArray[np.float32] | None
@@ -48,10 +50,17 @@ class Block:
     linears: dict[str, AnyLinear]
     query_norm: NDArray[np.float32] | None = None
     key_norm: NDArray[np.float32] | None = None
+    attention_scale: float = 1.0
+    mlp_scale: float = 1.0
+
+    @property
+    def norms(self) -> list[NDArray[np.float32] | None]:
+        """The gains, in the order of `lowbitq.models.slots.NORMS`."""
+        return [getattr(self, norm.name) for norm in NORMS]
 
     def _parts(self) -> list[Any]:
-        norms = [getattr(self, norm.name) for norm in NORMS]
-        return norms + [self.linears[slot.name] for slot in SLOTS]
+        layers = [self.linears[slot.name] for slot in SLOTS]
+        return [*self.norms, *layers, self.attention_scale, self.mlp_scale]
 
 
 @dataclass(eq=False, repr=False)
@@ -193,8 +202,8 @@ class Model:
     def _vectors(self) -> Iterator[NDArray[np.float32]]:
         """Yield all gains and biases."""
         yield self.final_norm
-        for block in {id(block): block for block in self.blocks}.values():
-            yield from (gain for gain in block._parts()[:4] if gain is not None)
+        gains = {id(gain): gain for block in self.blocks for gain in block.norms}
+        yield from (gain for gain in gains.values() if gain is not None)
         yield from (linear.bias for linear in _once(self.matrices()) if linear.bias is not None)
 
     @property
@@ -473,5 +482,9 @@ class Model:
 
 
 def _block_handle(block: Block) -> Any:
-    parts = block._parts()
-    return _core.block(*parts[:4], *(linear.handle for linear in parts[4:]))
+    return _core.block(
+        *block.norms,
+        *(block.linears[slot.name].handle for slot in SLOTS),
+        attention_scale=block.attention_scale,
+        mlp_scale=block.mlp_scale,
+    )

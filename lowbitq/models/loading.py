@@ -211,6 +211,10 @@ class _Tensors:
                 bias = None if bias is None else uninterleave(bias, heads)
         return Linear(weight, bias)
 
+    def scales(self, index: int) -> dict[str, float]:
+        """Scales of what the halves of a block add."""
+        return {}
+
     def has_bias(self, full: str, slot: Slot) -> bool:
         """Whether a layer has a bias: as the configuration or, in a GGUF file, the tensors say."""
         c, of_qkv = self.config, slot.tap == "qkv"
@@ -266,6 +270,18 @@ class _PackedTensors(_Tensors):
     def linear(self, index: int, slot: Slot) -> AnyLinear:
         return self.join(name_in_block(index, slot), *slot.shape(self.config))
 
+    def scales(self, index: int) -> dict[str, float]:
+        if "blocks" not in self.entry:  # format version 2
+            return {}
+        with self.naming_errors(f"blocks[{index}]"):
+            scales = self.entry["blocks"][index]
+            found = {name: scales[name] for name in ("attention_scale", "mlp_scale")}
+            if set(scales) != set(found) or not all(
+                isinstance(scale, (int, float)) and abs(scale) <= 1e6 for scale in found.values()
+            ):
+                raise ValueError(f"is {scales!r:.80}, expected attention_scale and mlp_scale")
+        return {name: float(scale) for name, scale in found.items()}
+
     def join(self, name: str, rows: int, cols: int) -> AnyLinear:
         """Return the layer of this name, which must have this shape."""
         with self.naming_errors(name):
@@ -299,7 +315,7 @@ class _PackedTensors(_Tensors):
         """Turn what wrong contents cause into an error that names the file and the layer."""
         try:
             yield
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             where = self.source.path / file
             raise FormatError(f"{where}: {name}: {error}") from error
 
@@ -325,8 +341,9 @@ def _assemble(
 
 def _block(tensors: _Tensors, index: int) -> Block:
     has_norm = {"query_norm": tensors.config.qk_norm, "key_norm": tensors.config.qk_norm}
-    norms = {
+    norms: dict[str, Any] = {
         norm.name: tensors.norm(index, norm) if has_norm.get(norm.name, True) else None
         for norm in NORMS
     }
-    return Block(linears={slot.name: tensors.linear(index, slot) for slot in SLOTS}, **norms)
+    linears = {slot.name: tensors.linear(index, slot) for slot in SLOTS}
+    return Block(linears=linears, **(norms | tensors.scales(index)))

@@ -95,6 +95,10 @@ class QuantizedModel(Model):
             bits_per_weight=self.bits_per_weight,
             residual_rotation=writer.rotation(RESIDUAL_ROTATION, self.residual_rotation),
             layers=layers,
+            blocks=[
+                {"attention_scale": block.attention_scale, "mlp_scale": block.mlp_scale}
+                for block in self.blocks
+            ],
         )
         report = self.report()
         with new_folder(path) as folder:

@@ -57,7 +57,8 @@ def network_of(seed, *, biases=False, head_norms=False, norms=True, head=False, 
 
 def block_handle(block):
     layers = [dense_layer(*block[name], None) for name in LAYERS]
-    return _core.block(*(block[name] for name in NORMS), *layers)
+    scales = {name: block.get(name, 1.0) for name in ("attention_scale", "mlp_scale")}
+    return _core.block(*(block[name] for name in NORMS), *layers, **scales)
 
 
 def dense(weight):
@@ -97,6 +98,15 @@ def cache_of(decoder, capacity=128, bits=32):
 
 def close(found, expected):
     return (abs(found - expected).max(-1) <= LIMIT * abs(expected).max(-1)).all()
+
+
+def test_halves_of_a_block_are_added_by_their_scales(isa):
+    """Of the same layers twice, each time by half: a block that stands twice."""
+    network = network_of(30, blocks=2)
+    network["blocks"][0] |= {"attention_scale": 0.5, "mlp_scale": -2.0}
+    network["blocks"] = [network["blocks"][0], *network["blocks"]]
+    logits = forward(decoder_of(network), tokens_of(30))
+    assert close(logits, oracle.decoder(network, tokens_of(30)))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 65])
@@ -280,7 +290,8 @@ def quantized_decoder(**options):
             panels = pack(spec, *random_parts(spec, seed=7 * i + j))
             bias = block[name][1]
             layers.append(packed_layer(panels, None, bias, None, **spec, activation_bits=8))
-        blocks.append(_core.block(*(block[name] for name in NORMS), *layers))
+        gains = (block[name] for name in NORMS)
+        blocks.append(_core.block(*gains, *layers, attention_scale=1.0, mlp_scale=1.0))
     return _core.decoder(
         dense(network["embedding"]),
         network["final_norm"],

@@ -63,7 +63,8 @@ def block() -> Any:
     shapes = [(HIDDEN, HIDDEN), (16, HIDDEN), (16, HIDDEN), (HIDDEN, HIDDEN)]
     shapes += [(FEED_FORWARD, HIDDEN), (FEED_FORWARD, HIDDEN), (HIDDEN, FEED_FORWARD)]
     gains = np.ones(HIDDEN, np.float32), None, np.ones(HEAD, np.float32), None
-    return _core.block(*gains, *(dense(*shape)[0] for shape in shapes))
+    layers = (dense(*shape)[0] for shape in shapes)
+    return _core.block(*gains, *layers, attention_scale=1.0, mlp_scale=1.0)
 
 
 def decoder(blocks: tuple[Any, ...], rotation: Any) -> tuple[Any, dict[str, int]]:

@@ -33,9 +33,10 @@ from lowbitq.evaluation import (
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
+from lowbitq.models.rotating import rotate
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.quantizers import dequantize, quantize
-from lowbitq.rotations import Rotation, rotate
+from lowbitq.rotations import Rotation
 from lowbitq.tensors import QuantizedTensor
 from lowbitq.version import __version__ as __version__
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,16 @@ from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
+from lowbitq.models.rotating import rotate, rotate_hessians
 from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, name_in_block
 from lowbitq.models.tokens import token_array
-from lowbitq.plans import Plan
-from lowbitq.rotations import Rotation, rotate
+from lowbitq.plans import Plan, Sampling
+from lowbitq.rotations import Rotation
 from lowbitq.tensors import QuantizedTensor
 from lowbitq.texts import Text, fallback_texts, windows
 from lowbitq.version import __version__
+
+Inputs = dict[str, LayerInputs]  # by tap
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ def compress(
     plan : Plan, Format or str
         A format stands for ``Plan.uniform(names, format, **options)``.
     stats : Statistics, default=None
-        From `calibrate`: its tokens are used.
+        From `calibrate`. Its Hessians, where it has them, are used as they are: nothing is run, and
+        layers are rounded by what they read in the float model. Else its tokens are calibration
+        text.
     text : str, path, sequence of str or of paths, or array_like of int, default=None
         Calibration text, as for `lowbitq.texts.windows`. None: half of Python's own
         ``pydoc_data.topics``, English about Python of which every machine has a copy; it has room
@@ -132,7 +138,9 @@ def compress(
 
     source = rotate(model, plan.rotation, plan.seed)
     result = _unfinished(source, plan)
-    store = None if work_dir is None else Blocks(work_dir, _fingerprint(model, plan, tokens))
+    store = None
+    if work_dir is not None:
+        store = Blocks(work_dir, _fingerprint(model, plan, tokens, stats))
 
     outer = _outer(source, plan)
     with _reporting(progress, len(outer) + len(plan.layers)) as report:
@@ -144,16 +152,12 @@ def compress(
 
         for name, linear in outer:
             finish(name, *_encode_outer(linear, source.residual_rotation, plan))
-        prefix = source.copy()
-        prefix.embedding = result.embedding
-        stream = None if tokens is None else Stream(prefix, tokens)
-        for index in range(len(source.blocks)) if stream is None else stream:
+        for index, inputs in _walk(model, source, result, tokens, stats):
             names = [name_in_block(index, slot) for slot in SLOTS]
             found = store.load(index, names) if store else None
             if found is None:
-                inputs = None if stream is None else _inputs(stream, plan)
                 made = {}
-                for name, layer, record in _encode_block(index, source, inputs, plan):
+                for name, layer, record in _encode_block(index, source, inputs(), plan):
                     made[name] = layer.tensor, record
                     finish(name, layer, record)
                 if store:
@@ -161,8 +165,6 @@ def compress(
             else:
                 for name, (tensor, record) in found.items():
                     finish(name, _layer_of(tensor, source, name, plan), record)
-            if stream is not None and index + 1 < len(source.blocks):
-                _advance(stream, result)
     return result
 
 
@@ -267,7 +269,9 @@ def _settings(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _fingerprint(model: Model, plan: Plan, tokens: NDArray[np.int32] | None) -> dict[str, Any]:
+def _fingerprint(
+    model: Model, plan: Plan, tokens: NDArray[np.int32] | None, stats: Statistics | None
+) -> dict[str, Any]:
     """All that decides what the blocks of a model become."""
     arrays = {"final_norm": model.final_norm}
     for index, block in enumerate(model.blocks):
@@ -286,6 +290,7 @@ def _fingerprint(model: Model, plan: Plan, tokens: NDArray[np.int32] | None) -> 
         "scales": [[block.attention_scale, block.mlp_scale] for block in model.blocks],
         "weights": digest(arrays),
         "tokens": None if tokens is None else digest({"tokens": tokens}),
+        "hessians": digest(stats.hessians) if stats is not None and stats.hessians else None,
     }
 
 
@@ -316,11 +321,39 @@ def _encode_outer(
 # --- one block ------------------------------------------------------------------------------------
 
 
-def _inputs(stream: Stream, plan: Plan) -> dict[str, LayerInputs]:
-    """Hessians of the four inputs of the block at whose entrance the stream is, by tap."""
+def _walk(
+    model: Model,
+    source: Model,
+    result: QuantizedModel,
+    tokens: NDArray[np.int32] | None,
+    stats: Statistics | None,
+) -> Iterator[tuple[int, Callable[[], Inputs]]]:
+    """Yield each block with what finds the inputs of its layers.
+
+    The next one is asked for when the layers of the block are in `result`.
+    """
+    assert result.plan is not None
+    if tokens is None:
+        for index in range(len(source.blocks)):
+            yield index, dict
+    elif stats is not None and stats.hessians:
+        for index in range(len(source.blocks)):
+            yield index, partial(_known_inputs, model, source, index, stats, result.plan.seed)
+    else:
+        prefix = source.copy()
+        prefix.embedding = result.embedding
+        stream = Stream(prefix, tokens)
+        for index in stream:
+            yield index, partial(_seen_inputs, stream, result.plan.sampling)
+            if index + 1 < len(source.blocks):
+                _advance(stream, result)
+
+
+def _seen_inputs(stream: Stream, sampling: Sampling) -> Inputs:
+    """Of the block at whose entrance the stream is."""
     linears = stream.model.blocks[stream.index].linears
     readers = {tap: linears[slots[0].name] for tap, slots in TAPS.items()}
-    window, sampling = stream.hidden.shape[1], plan.sampling
+    window = stream.hidden.shape[1]
     sums = {
         tap: Hessian(linear.shape[1], window, sampling.first_tokens, sampling.first_weight)
         for tap, linear in readers.items()
@@ -331,6 +364,21 @@ def _inputs(stream: Stream, plan: Plan) -> dict[str, LayerInputs]:
     return {tap: LayerInputs(total.total) for tap, total in sums.items()}
 
 
+def _known_inputs(model: Model, source: Model, index: int, stats: Statistics, seed: int) -> Inputs:
+    """What `calibrate` found in the model before it was rotated."""
+    hessians = {}
+    for tap, slots in TAPS.items():
+        name, columns = name_in_block(index, slots[0]), slots[0].shape(model.config)[1]
+        found = stats.hessians.get(name)
+        if found is None or found.shape != (columns, columns):
+            shape = None if found is None else found.shape
+            expected = f"({columns}, {columns})"
+            raise ValueError(f"stats.hessians[{name!r}] has shape {shape}, expected {expected}")
+        hessians[tap] = found
+    turned = rotate_hessians(model, source, index, hessians, seed)
+    return {tap: LayerInputs(hessian) for tap, hessian in turned.items()}
+
+
 def _layer_of(tensor: QuantizedTensor, source: Model, name: str, plan: Plan) -> QuantizedLinear:
     """The layer that `encode` made of these codes."""
     linear = dict(source.linears())[name]
@@ -339,14 +387,13 @@ def _layer_of(tensor: QuantizedTensor, source: Model, name: str, plan: Plan) -> 
 
 
 def _encode_block(
-    index: int, source: Model, inputs: dict[str, LayerInputs] | None, plan: Plan
+    index: int, source: Model, inputs: Inputs, plan: Plan
 ) -> Iterator[tuple[str, QuantizedLinear, Record]]:
     block = source.blocks[index]
     for slot in SLOTS:
         name, linear = name_in_block(index, slot), block.linears[slot.name]
         assert isinstance(linear, Linear)
-        known = LayerInputs() if inputs is None else inputs[slot.tap]
-        yield name, *encode(linear, known, plan.layers[name])
+        yield name, *encode(linear, inputs.get(slot.tap, LayerInputs()), plan.layers[name])
 
 
 def _advance(stream: Stream, result: QuantizedModel) -> None:

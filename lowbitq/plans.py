@@ -302,7 +302,7 @@ class Plan:
     layers : dict of str to LayerPlan
         Each linear layer by its Hugging Face name; a text stands for ``LayerPlan.parse(text)``.
     rotation : {"hadamard", "orthogonal", "none"}, default="hadamard"
-        Of the model before it is quantized; see `lowbitq.rotations.rotate`.
+        Of the model before it is quantized; see `lowbitq.rotate`.
     seed : int, default=0
         Of the rotation, and of the choice of calibration windows.
     sampling : Sampling

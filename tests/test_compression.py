@@ -210,6 +210,49 @@ def test_statistics_bring_their_tokens():
         compress(model, "int4g32", stats, text=TOKENS)
 
 
+def test_hessians_stand_for_the_text():
+    """Without rotation and with a float embedding, those of the first block are those it sees."""
+    model = random_model(layers=2)
+    stats = calibrate(model, TOKENS, hessians=True, first_tokens=3, first_weight=7)
+    options = {"rotation": "none", "embedding": None, "first_tokens": 3, "first_weight": 7}
+    seen = compress(model, "int3g32", text=TOKENS, **options).records
+    known = compress(model, "int3g32", stats, **options).records
+    for name, record in seen.items():
+        same = record["sha256"] == known[name]["sha256"]
+        assert same == name.startswith("model.layers.0.")
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "orthogonal"])
+def test_hessians_are_turned_with_the_model(rotation):
+    """To the last digits: sums of other numbers, so codes may differ at a tie."""
+    model = random_model(layers=1)
+    model.blocks[0].attention_norm[:] = np.linspace(0.5, 2, 64)
+    stats = calibrate(model, MUCH, hessians=True)
+    options = {"rotation": rotation, "embedding": None}
+    seen = compress(model, "int3g32", text=MUCH, **options).records
+    known = compress(model, "int3g32", stats, **options).records
+    for name, record in seen.items():
+        assert known[name]["damping"] == pytest.approx(record["damping"], rel=1e-4)
+        assert known[name]["relative_error"] == pytest.approx(record["relative_error"], rel=0.02)
+
+
+def test_hessians_that_do_not_fit_are_refused(tmp_path):
+    model = random_model(layers=1)
+    stats = calibrate(model, TOKENS, hessians=True)
+    compress(model, "int3g32", stats, work_dir=tmp_path)
+    other = calibrate(model, TOKENS, hessians=True, first_tokens=0)
+    with pytest.raises(ValueError, match="with different hessians"):
+        compress(model, "int3g32", other, work_dir=tmp_path)
+    name = "model.layers.0.self_attn.o_proj"
+    del stats.hessians[name]
+    with pytest.raises(ValueError, match=rf"{name}'\] has shape None, expected \(64, 64\)"):
+        compress(model, "int3g32", stats)
+    stats = calibrate(model, TOKENS, hessians=True)
+    model.blocks[0].mlp_norm[5] = 0
+    with pytest.raises(ValueError, match="a norm of block 0 has gains of 0: give text"):
+        compress(model, "int3g32", stats)
+
+
 def test_progress_reports_each_layer():
     steps = []
     small = compress(random_model(), "int4g32", text=TOKENS, progress=steps.append)

@@ -39,7 +39,8 @@ PYTHON_ORDER = [
     "models.config_gguf",
     "models.sandbox", "models.chat", "models.vocabulary", "models.tokenizer_folder",
     "models.tokenizer", "models.tokens", "models.slots", "models.decoder",
-    "models.stored", "models.quantized", "models.finite", "models.loading", "models",
+    "models.stored", "models.quantized", "models.finite", "models.rotating",
+    "models.loading", "models",
     "texts", "calibration", "encoding", "compression", "evaluation",
     "timing", "roofline", "plots", "", "cli", "__main__",
 ]

@@ -24,7 +24,8 @@ from lowbitq.checkpoints import packed
 from lowbitq.checkpoints.safetensors import read_safetensors
 from lowbitq.linears import Activation, Copy, Linear, QuantizedLinear
 from lowbitq.models import Model, QuantizedModel, load
-from lowbitq.rotations import Rotation, rotate
+from lowbitq.models.rotating import rotate
+from lowbitq.rotations import Rotation
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"

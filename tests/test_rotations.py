@@ -10,7 +10,8 @@ import pytest
 from golden import tiny_models
 
 from lowbitq.models import load
-from lowbitq.rotations import Rotation, hadamard_orders, rotate
+from lowbitq.models.rotating import rotate
+from lowbitq.rotations import Rotation, hadamard_orders
 
 SIZES = [1, 2, 3, 5, 7, 12, 20, 64, 80, 96, 128, 144, 171, 576]
 LIMIT = 1e-4  # of the largest logit; rotations may cost no more than rounding does elsewhere

@@ -18,8 +18,8 @@ from golden import tiny_models
 from lowbitq import quantize
 from lowbitq.linears import QuantizedLinear
 from lowbitq.models import Model, QuantizedModel, load
+from lowbitq.models.rotating import rotate
 from lowbitq.plans import Plan
-from lowbitq.rotations import rotate
 
 FORMATS = ["int4g64", "int3g32", "int2g32sym", "ternaryg64", "kmeans4g16", "int4g64s8", "binary"]
 

@@ -16,7 +16,8 @@ from lowbitq._core import FormatError, NumericalError
 from lowbitq.checkpoints.archives import load_arrays, save_arrays
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
-from lowbitq.texts import Text, check_count, windows
+from lowbitq.models.tokens import check_count
+from lowbitq.texts import Text, windows
 
 Array = NDArray[np.float32]
 

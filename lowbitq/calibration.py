@@ -17,7 +17,8 @@ from lowbitq.checkpoints.archives import load_arrays, save_arrays
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.slots import TAPS, name_in_block
-from lowbitq.texts import Text, check_count, windows
+from lowbitq.models.tokens import check_count
+from lowbitq.texts import Text, windows
 
 Array = NDArray[np.float32]
 

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.models.decoder import Model
+from lowbitq.models.tokens import check_count
 from lowbitq.texts import (
     Text,
-    check_count,
     check_positions,
     is_tokens,
     plain_text,

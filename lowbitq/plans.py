@@ -492,7 +492,7 @@ class Plan:
         """Read what `to_json` wrote; errors are those of `from_dict`."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the plan is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"a plan is a JSON object, found {type(values).__name__}")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lowbitq._core import FormatError
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.tokenizer import Tokenizer
-from lowbitq.models.tokens import check_sliding_window, token_array
+from lowbitq.models.tokens import check_count, check_sliding_window, token_array
 
 Part = str | os.PathLike[str]
 Text = Part | Sequence[Part] | Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]]
@@ -78,6 +78,7 @@ def windows(
     """
     check_count("samples", samples, 1)
     check_count("window", window, 2)
+    check_count("seed", seed, 0)
     vocab_size = None if config is None else config.vocab_size
     tokens = tokenize(tokenizer, text, vocab_size, axes=(1, 2))
     given = tokens.ndim == 2
@@ -132,14 +133,6 @@ def _places(
         )
         starts = begun + np.arange(room) * (last - begun) // max(room - 1, 1)
     return starts[:, None] + np.arange(length)
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Raise TypeError or ValueError unless a number of windows or tokens is at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} is {value!r}, expected an integer")
-    if value < least:
-        raise ValueError(f"{name} is {value}, expected at least {least}")
 
 
 def check_positions(window: int, config: ModelConfig, *, of: str = "model") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from lowbitq import _core
 ISAS = ["portable", "avx2", "avx512"]
 
 collect_ignore_glob = ["golden/make_*.py"]  # they need torch
+
+# Tests send Ctrl-C, which a shell makes its background jobs ignore.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=ISAS)

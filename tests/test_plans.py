@@ -210,6 +210,7 @@ def test_json_fields_may_be_missing():
         ('{"layers": {}, "embedding": "int9"}', "unknown format 'int9'"),
         ('{"activation_bits": 8.0}', "activation_bits is 8.0"),
         ("{", "plan is not JSON"),
+        pytest.param("[" * 100_000, "plan is not JSON", id="deep"),
     ],
 )
 def test_bad_json_is_refused(text, message):

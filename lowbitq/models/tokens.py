@@ -1,4 +1,4 @@
-"""Token numbers: what an array must be before rows of an embedding are looked up by it."""
+"""Token numbers and counts: what they must be before rows of an embedding are looked up."""
 
 from __future__ import annotations
 
@@ -64,6 +64,14 @@ def token_array(
         if low < 0 or high >= limit:
             raise ValueError(f"{name} has {low if low < 0 else high}, expected 0 to {limit - 1}")
     return np.ascontiguousarray(array, np.int32)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raise TypeError or ValueError unless an integer is at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is {value!r}, expected an integer")
+    if value < least:
+        raise ValueError(f"{name} is {value}, expected at least {least}")
 
 
 def check_sliding_window(count: int, config: ModelConfig) -> None:

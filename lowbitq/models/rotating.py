@@ -117,8 +117,9 @@ def rotate_hessians(
     for tap, gain in (("qkv", block.attention_norm), ("mlp", block.mlp_norm)):
         if gain is not None and not gain.all():
             raise ValueError(f"a norm of block {index} has gains of 0: give text, not Hessians")
-        changes[tap] = residual if gain is None else np.asarray(residual / gain, np.float64)
-    changes["o"] = np.kron(np.eye(model.config.heads), _matrix(_head_rotation(model, index, seed)))
+        changes[tap] = residual if gain is None else residual / gain
+    head = _matrix(_head_rotation(model, index, seed))
+    changes["o"] = np.asarray(np.kron(np.eye(model.config.heads), head), np.float64)
     inner = rotated.blocks[index].linears["down_proj"].rotation
     changes["down"] = np.eye(model.config.intermediate_size) if inner is None else _matrix(inner)
     return {

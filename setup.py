@@ -24,6 +24,8 @@ X86_ONLY = {"avx2", "avx512"}
 # -ffp-contract=off: products and sums round where the source says so, hence alike on every ISA.
 # -fno-trapping-math: results stay as they are, but nobody reads the exception flags, for whose sake
 # gcc would keep branches in loops that can be vectors.
+# -ftls-model=initial-exec: thread-local variables come with the stack of a thread. Those that the
+# loader makes later end the process where it finds no memory for them.
 FLAGS = [
     "-std=gnu11",
     "-D_GNU_SOURCE",
@@ -32,6 +34,7 @@ FLAGS = [
     "-fno-trapping-math",
     "-ffp-contract=off",
     "-fvisibility=hidden",
+    "-ftls-model=initial-exec",
 ]
 FLAGS += ["-Wall", "-Wextra", "-Wshadow", "-Wstrict-prototypes", "-Wmissing-prototypes", "-Wvla"]
 DEFINES = [

@@ -71,7 +71,7 @@ def rotation_of_token(run: Run, n: int) -> None:
     if n <= LARGEST_LAYER:
         codes = np.random.default_rng(0).integers(0, 4, (n, n), dtype=np.uint8)
         scale = np.ones((n, -(-n // 64)), np.float32)
-        layer = QuantizedLinear(QuantizedTensor.pack("int2g64sym", codes, scale=scale))
+        layer = QuantizedLinear.of(QuantizedTensor.pack("int2g64sym", codes, scale=scale))
         token, y = np.ones((1, n), np.float32), np.empty((1, n), np.float32)
         calls["layer"] = lambda: _core.linear_forward(layer.handle, token, y)
     times = {name: 1e6 * np.array(time) for name, time in run.take_turns(calls).items()}

@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 
 import lowbitq as lq
 from benchmarks.harness import RESULTS, machine
-from lowbitq.calibration import windows
 from lowbitq.cli import demo_model
+from lowbitq.texts import windows
 
 CALIBRATION = {"samples": 32, "window": 2048, "seed": 0}
 PREDICTION = {"window": 2048, "windows": 16}

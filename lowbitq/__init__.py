@@ -33,18 +33,22 @@ from lowbitq.evaluation import (
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
-from lowbitq.plans import Plan
+from lowbitq.models.rotating import rotate
+from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.quantizers import dequantize, quantize
-from lowbitq.rotations import Rotation, rotate
+from lowbitq.rotations import Rotation
 from lowbitq.tensors import QuantizedTensor
+from lowbitq.version import __version__ as __version__
 
 __all__ = [
     "Block",
+    "CopyPlan",
     "Divergence",
     "Estimate",
     "Evaluation",
     "Format",
     "FormatError",
+    "LayerPlan",
     "Linear",
     "Model",
     "ModelConfig",
@@ -55,6 +59,7 @@ __all__ = [
     "QuantizedModel",
     "QuantizedTensor",
     "Rotation",
+    "Rounding",
     "Statistics",
     "Tokenizer",
     "agreement",
@@ -70,14 +75,13 @@ __all__ = [
     "set_num_threads",
     "show_config",
 ]
-__version__ = "0.1.0"
 
 
 def set_num_threads(threads: int) -> None:
-    """Choose how many threads lowbitq and its OpenBLAS use together.
+    """Choose how many threads lowbitq uses.
 
     At the start it is the number of CPUs that the process may use, or the environment variable
-    ``LOWBITQ_NUM_THREADS``. Results do not depend on it, those of BLAS excepted.
+    ``LOWBITQ_NUM_THREADS``. Results do not depend on it.
 
     Parameters
     ----------
@@ -122,7 +126,7 @@ def show_config() -> dict[str, Any]:
     -------
     dict
         ``version``; ``cpu``, its model name; ``isa`` in use and ``cpu_isa``, the best that this
-        machine has; ``threads``, which are BLAS's too, and ``cpus`` that the process may use;
+        machine has; ``threads`` in use and ``cpus`` that the process may use;
         ``blas``, its name, version and build, and ``blas_core``, the CPU that its kernels are for;
         ``kernels``, from each name to the instruction set of the version in use. It shows itself
         as one entry per line.

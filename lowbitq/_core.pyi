@@ -91,6 +91,9 @@ def unpack(
 def packed_dequantize(
     code: Any, panels: NDArray[np.uint8], weight: NDArray[np.float32], /, *, group: int
 ) -> None: ...
+def check_weight(
+    weight: NDArray[np.float32], importance: NDArray[np.float32] | None, /, *, scale_bits: int
+) -> None: ...
 def kmeans(
     values: NDArray[np.float64],
     weights: NDArray[np.float64] | None,
@@ -101,25 +104,43 @@ def entropy_range(
     counts: NDArray[np.float64], kept: NDArray[np.int64], /, *, levels: int
 ) -> None: ...
 def fixed_levels(levels: NDArray[np.float32], /, *, kind: str) -> None: ...
-def linear_dense(
-    weight: NDArray[np.float32], bias: NDArray[np.float32] | None, rotation: Any | None, /
+def copy_dense(
+    weight: NDArray[np.float32],
+    input: Any | None,
+    output: Any | None,
+    fusion: NDArray[np.float32] | None,
+    /,
 ) -> Any: ...
-def linear_packed(
+def copy_packed(
     code: Any,
     panels: NDArray[np.uint8],
-    bias: NDArray[np.float32] | None,
-    rotation: Any | None,
+    input: Any | None,
+    output: Any | None,
+    fusion: NDArray[np.float32] | None,
+    sums: NDArray[np.float32] | None,
     /,
     *,
     rows: int,
     cols: int,
     group: int,
     activation_bits: int,
+    activation_clip: float,
+    activation_scale: float,
+    activation_zero: float,
+    zero_per_token: bool,
+) -> Any: ...
+def linear(
+    copies: tuple[Any, ...],
+    bias: NDArray[np.float32] | None,
+    U: NDArray[np.float32] | None,
+    V: NDArray[np.float32] | None,
+    /,
 ) -> Any: ...
 def linear_forward(layer: Any, x: NDArray[np.float32], y: NDArray[np.float32], /) -> None: ...
 def linears_forward(
     layers: tuple[Any, ...], x: NDArray[np.float32], y: NDArray[np.float32], /
 ) -> None: ...
+def linears_inputs(layers: tuple[Any, ...], /) -> int: ...
 def hessian_add(
     x: NDArray[np.float32], weights: NDArray[np.float32] | None, hessian: NDArray[np.float64], /
 ) -> None: ...
@@ -234,6 +255,9 @@ def block(
     up_proj: Any,
     down_proj: Any,
     /,
+    *,
+    attention_scale: float,
+    mlp_scale: float,
 ) -> Any: ...
 def decoder(
     embedding: Any,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq._core import FormatError
+from lowbitq._core import FormatError, NumericalError
+from lowbitq.checkpoints.archives import load_arrays, save_arrays
 from lowbitq.models.decoder import Model
-from lowbitq.models.tokenizer import Tokenizer
+from lowbitq.models.finite import check_finite
+from lowbitq.models.slots import TAPS, name_in_block
+from lowbitq.models.tokens import check_count
+from lowbitq.texts import Text, windows
 
-Text = str | os.PathLike[str] | Sequence[str] | NDArray[np.integer[Any]]
 Array = NDArray[np.float32]
-
-# The linear layers of a block by the tap that holds their input.
-READERS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "mlp": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
 
 # An activation is massive if it is this many times the typical one of its layer: Sun et al. ask for
 # a magnitude of 100 and 1000 times the median; the root mean square is about 1.5 medians.
@@ -92,7 +87,12 @@ class Statistics:
         Parameters
         ----------
         path : str or path
-            Gets the suffix ``.npz`` if it has none.
+            Gets the suffix ``.npz`` if it has none; ``stats-2.5bit`` has one.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; names it.
         """
         arrays: dict[str, Any] = {"tokens": self.tokens}
         for kind in ("mean_square", "max_abs", "hessians"):
@@ -103,7 +103,7 @@ class Statistics:
         arrays["massive"] = np.array(
             [(m.sample, m.position, m.channel, m.value, m.ratio) for m in self.massive]
         ).reshape(-1, 5)
-        save_arrays(Path(path).with_suffix(".npz"), arrays)
+        save_arrays(_with_suffix(path), arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
@@ -115,7 +115,7 @@ class Statistics:
             If the file is not a whole ``.npz`` with the right arrays.
         """
         parts: dict[str, dict[str, Any]] = {"mean_square": {}, "max_abs": {}, "hessians": {}}
-        arrays = load_arrays(Path(path).with_suffix(".npz"))
+        arrays = load_arrays(_with_suffix(path))
         try:
             for key, array in arrays.items():
                 kind, _, name = key.partition("/")
@@ -132,112 +132,82 @@ class Statistics:
             raise FormatError(f"{path}: not statistics of lowbitq: {error}") from error
 
 
-def save_arrays(path: Path, arrays: dict[str, Any]) -> None:
-    """Write arrays to an ``.npz`` file that is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def _with_suffix(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path if path.suffix else path.with_suffix(".npz")
 
 
-def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Read an ``.npz`` file; FormatError if it is damaged."""
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except OSError:
-        raise
-    except Exception as error:  # zipfile and NumPy raise what they like on damaged files
-        raise FormatError(f"{path}: {error}") from error
+class Stream:
+    """Windows of text on their way through the blocks of a model.
 
-
-def windows(
-    tokenizer: Tokenizer | None,
-    text: Text,
-    *,
-    samples: int = 128,
-    window: int = 2048,
-    seed: int = 0,
-) -> NDArray[np.int32]:
-    """Cut a text into windows at random places, spread evenly over it.
+    The one walk over blocks: whoever looks at layers as the model runs goes along with it. It holds
+    the residual stream at the entrance of a block, ``4 samples window hidden`` bytes. Layers of
+    `model` may be replaced meanwhile, so a later tap can see what earlier layers, quantized
+    already, send it; two streams side by side carry a model and its quantized prefix in lockstep.
 
     Parameters
     ----------
-    tokenizer : Tokenizer or None
-        None is enough if `text` is tokens.
-    text : str, path, sequence of str or ndarray of int
-        The text itself; the path of a file in UTF-8 (a str that ends in ``.txt``); several texts,
-        which are joined; or tokens: one long row, or windows of shape (samples, window) as they
-        are to be used.
-    samples, window : int
-        How many windows of how many tokens. A tokenizer that begins texts with a token of its own
-        has it begin each window.
-    seed : int, default=0
-        The same seed gives the same tokens.
+    model : Model
+    tokens : ndarray of shape (samples, window), integers
 
-    Returns
-    -------
-    ndarray of shape (samples, window), int32
-
-    Raises
-    ------
-    ValueError
-        If the text is empty or has too few tokens.
+    Attributes
+    ----------
+    model : Model
+    index : int
+        The block at whose entrance the windows are.
+    hidden : ndarray of shape (samples, window, hidden), float32
+        The residual stream there.
 
     Examples
     --------
-    >>> windows(None, np.arange(100), samples=2, window=4, seed=1)
-    array([[24, 25, 26, 27],
-           [94, 95, 96, 97]], dtype=int32)
+    >>> stream = Stream(model, tokens)  # doctest: +SKIP
+    >>> for index in stream:  # doctest: +SKIP
+    ...     for taps in stream.taps():
+    ...         print(index, taps["down"].max())
     """
-    if samples < 1 or window < 2:
-        raise ValueError(f"samples = {samples}, window = {window}: expected at least 1 and 2")
-    if isinstance(text, np.ndarray) and text.ndim == 2:
-        return np.ascontiguousarray(text, np.int32)
-    tokens = tokenize(tokenizer, text)
-    begins = tokenizer is not None and tokenizer.adds_bos and not isinstance(text, np.ndarray)
-    length = window - begins
-    needed = length + samples - 1
-    if len(tokens) < needed:
-        raise ValueError(
-            f"text has {len(tokens)} tokens; {samples} windows of {window} need at least {needed}"
-        )
-    # One window begins in each of `samples` equal parts of the places where one can.
-    places = len(tokens) - length + 1
-    parts = np.arange(samples) + np.random.default_rng(seed).random(samples)
-    starts = (parts * places / samples).astype(np.int64)
-    cut = np.asarray(tokens, np.int32)[starts[:, None] + np.arange(length)]
-    if begins:
-        assert tokenizer is not None
-        assert tokenizer.bos_id is not None
-        cut = np.insert(cut, 0, tokenizer.bos_id, axis=1)
-    return np.ascontiguousarray(cut, np.int32)
 
+    def __init__(self, model: Model, tokens: NDArray[np.int32]) -> None:
+        self.model = model
+        self.index = 0
+        self.hidden = np.stack([model.embed(row) for row in tokens])
 
-def tokenize(tokenizer: Tokenizer | None, text: Text) -> NDArray[np.integer[Any]]:
-    """Return the tokens (t,) of a text in any of the forms that `windows` takes."""
-    if isinstance(text, np.ndarray):
-        if text.ndim != 1 or text.dtype.kind not in "iu":
-            raise ValueError(
-                f"tokens have shape {text.shape} and dtype {text.dtype}, expected (t,) integers"
-            )
-        return text
-    if isinstance(text, os.PathLike) or (isinstance(text, str) and text.endswith(".txt")):
-        text = Path(text).read_text(encoding="utf-8")
-    if not isinstance(text, str):
-        parts = list(text) if isinstance(text, Sequence) else [text]
-        if not all(isinstance(part, str) for part in parts):
-            raise TypeError(
-                f"text is {type(text).__name__}, expected str, path, sequence of str or ndarray"
-            )
-        text = "\n\n".join(parts)
-    if not text.strip():
-        raise ValueError("text is empty")
-    if tokenizer is None:
-        raise ValueError("the model has no tokenizer: give tokens instead of text")
-    return tokenizer.encode(text)
+    def __iter__(self) -> Iterator[int]:
+        """Yield the number of each block, and enter the next one unless that has been done."""
+        blocks = len(self.model.blocks)
+        for here in range(self.index, blocks):
+            yield here
+            if self.index == here and here + 1 < blocks:
+                self.advance()
+
+    def taps(self, *, advance: bool = False) -> Iterator[dict[str, Array]]:
+        """Run the block on each window.
+
+        Parameters
+        ----------
+        advance : bool, default=False
+            Whether the windows leave the block by it. False: they stay where they are.
+
+        Yields
+        ------
+        dict of str to ndarray of shape (window, in), float32
+            What the layers read, by the names of `TAPS`, before a rotation of their own. The
+            arrays are written to again for the next window.
+        """
+        taps: dict[str, Array] = {}
+        scratch = None if advance else np.empty_like(self.hidden[0])
+        for hidden in self.hidden:
+            if scratch is not None:
+                scratch[:] = hidden
+                hidden = scratch
+            self.model.block_forward(self.index, hidden, taps)
+            yield taps
+        self.index += advance
+
+    def advance(self) -> None:
+        """Take all windows through the block."""
+        for hidden in self.hidden:
+            self.model.block_forward(self.index, hidden)
+        self.index += 1
 
 
 class Hessian:
@@ -300,35 +270,39 @@ def calibrate(
     Raises
     ------
     ValueError
-        If the text is empty or has too few tokens.
+        If a number of the model is a NaN or an infinity, or text and `window` do not fit the model
+        (as for `windows`).
+    NumericalError
+        If what a layer reads is a NaN, an infinity or too large to square in float32.
 
     Examples
     --------
     >>> stats = calibrate(model, "wikitext2-valid.txt", samples=32)  # doctest: +SKIP
     >>> stats.max_abs["model.layers.11.mlp.down_proj"].max()  # doctest: +SKIP
     """
-    tokens = windows(model.tokenizer, text, samples=samples, window=window, seed=seed)
-    residual = np.stack([model.embed(row) for row in tokens])
+    check_count("first_tokens", first_tokens, 0)
+    check_finite(model)
+    tokens = windows(
+        model.tokenizer, text, samples=samples, window=window, seed=seed, config=model.config
+    )
+    stream = Stream(model, tokens)
     stats = Statistics(tokens, {}, {}, [])
     report = _reporter(progress, len(model.blocks))
-    for index in range(len(model.blocks)):
-        prefix = f"model.layers.{index}."
-        taps: dict[str, Array] = {}
+    for index in stream:
         seen: dict[str, _Seen] = {}
-        for sample, hidden in enumerate(residual):
-            model.block_forward(index, hidden, taps)
+        for sample, taps in enumerate(stream.taps(advance=True)):
             for tap, x in taps.items():
                 if tap not in seen:
-                    seen[tap] = _Seen(prefix + READERS[tap][0], x.shape[1])
+                    seen[tap] = _Seen(name_in_block(index, TAPS[tap][0]), x.shape[1])
                     if hessians:
                         seen[tap].hessian = Hessian(x.shape[1], len(x), first_tokens, first_weight)
                 seen[tap].add(sample, x)
         for tap, found in seen.items():
-            for reader in READERS[tap]:
-                stats.mean_square[prefix + reader] = found.mean_square()
-                stats.max_abs[prefix + reader] = found.max_abs
+            for reader in (name_in_block(index, slot) for slot in TAPS[tap]):
+                stats.mean_square[reader] = found.mean_square()
+                stats.max_abs[reader] = found.max_abs
                 if found.hessian:
-                    stats.hessians[prefix + reader] = found.hessian.complete()
+                    stats.hessians[reader] = found.hessian.complete()
             stats.massive.extend(found.massive)
         report(index + 1, len(model.blocks))
     return stats
@@ -363,7 +337,13 @@ class _Seen:
         self.hessian: Hessian | None = None
 
     def add(self, sample: int, x: Array) -> None:
-        squares = np.square(x).sum(0, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            squares = np.square(x).sum(0, dtype=np.float64)
+        if not (finite := np.isfinite(squares)).all():
+            raise NumericalError(
+                f"the input of {self.layer} has a NaN, an infinity or a number too large to square "
+                f"in channel {finite.argmin()} of sample {sample}"
+            )
         largest = abs(x).max(0)
         typical = float(np.sqrt(np.median(squares) / len(x)))
         for channel in np.flatnonzero(largest > MASSIVE * typical):

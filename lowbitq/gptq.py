@@ -9,13 +9,16 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.formats import Format
-from lowbitq.quantizers import fit_shared, search_options
+from lowbitq.quantizers import diagonal_importance, fit_shared, hold_zeros, search_options
 from lowbitq.tensors import QuantizedTensor
 
 ORDERS = ("none", "act", "group")
 
 # Columns between two matrix products: their square of R stays in the first-level cache.
 _BLOCK = 128
+
+# Powers of two between which a Hessian's sums with squares of float32 weights stay in float64.
+_EXPONENT = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,7 @@ class Feedback:
     Attributes
     ----------
     hessian : ndarray of shape (cols, cols), float64
-        As given, not copied.
+        As given, not copied; but times a power of two if sums of it could leave float64.
     order : ndarray of shape (cols,), int64, or None
         The order in which columns are rounded.
     factor : ndarray of shape (cols, cols), float32 or float64
@@ -33,7 +36,7 @@ class Feedback:
     keeps_groups : bool
         Whether the order keeps the columns of a group together.
     damping : float
-        What was added to the diagonal, in its unit.
+        What was added to the diagonal of `hessian`, in its unit.
     retries : int
         How often the damping was raised tenfold before the factorisation succeeded.
     dead : ndarray of shape (cols,), bool
@@ -90,6 +93,8 @@ def feedback(
 
     Raises
     ------
+    TypeError
+        If the Hessian is not a float64 array.
     ValueError
         If the Hessian is not square or has a NaN, an infinity or a negative diagonal entry.
     NumericalError
@@ -105,12 +110,17 @@ def feedback(
     >>> feedback(np.diag([4.0, 1.0, 9.0]), order="act").order
     array([2, 0, 1])
     """
+    if not isinstance(hessian, np.ndarray) or hessian.dtype != np.float64:
+        raise TypeError("hessian is not an ndarray of float64")
     if hessian.ndim != 2 or hessian.shape[0] != hessian.shape[1]:
         raise ValueError(f"hessian has shape {hessian.shape}, expected (cols, cols)")
     if damping_by not in ("mean", "median"):
         raise ValueError(f"damping_by is {damping_by!r}, expected 'mean' or 'median'")
     if arithmetic not in ("float32", "float64"):
         raise ValueError(f"arithmetic is {arithmetic!r}, expected 'float32' or 'float64'")
+    exponent = int(np.frexp(np.diagonal(hessian).max(initial=0.0))[1])
+    if abs(exponent) > _EXPONENT:
+        hessian = np.ldexp(hessian, -exponent)
     diagonal = np.diagonal(hessian)
     padded = np.pad(hessian, (0, -len(hessian) % run)) if len(hessian) % run else hessian
     columns = _order(np.diagonal(padded), group or len(padded), run, order)
@@ -183,7 +193,8 @@ def gptq(
     Raises
     ------
     ValueError
-        If shapes do not fit, or `weight` has a NaN or an infinity.
+        If shapes do not fit, or `weight` has a NaN, an infinity or a number whose scale would not
+        fit, as it is or with the errors fed back to it.
 
     References
     ----------
@@ -203,8 +214,9 @@ def gptq(
     cols = len(inputs.dead)
     if weight.ndim != 2 or weight.shape[1] != cols:
         raise ValueError(f"weight has shape {weight.shape}, inputs have {cols} columns")
+    _core.check_weight(np.ascontiguousarray(weight), None, scale_bits=format.scale_bits)
     live = np.where(inputs.dead, np.float32(0), weight)
-    diagonal = np.diagonal(inputs.hessian).astype(np.float32) if importance else None
+    diagonal = diagonal_importance(inputs.hessian) if importance else None
     shared = fit_shared(live, format, range=range, importance=diagonal, norm=norm)
     code, group = shared.code(format), format.group or cols
     options = search_options(shared.clip, range, norm=norm)
@@ -233,6 +245,7 @@ def gptq(
         **options,
     )
     if sweeps and format.ordered:
+        hold_zeros(live, format, scale, offset)
         _core.refine(
             code,
             inputs.hessian,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +19,6 @@ class _Layer:
     """What both kinds of layer do alike."""
 
     bias: NDArray[np.float32] | None
-    rotation: Rotation | None
     handle: Any
 
     @property
@@ -49,6 +48,11 @@ class _Layer:
         _core.linear_forward(self.handle, x, y)
         return y
 
+    @property
+    def rotation(self) -> Rotation | None:
+        """Of the input."""
+        raise NotImplementedError
+
     def rotate_input(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
         """What the weights see of `x` (t, cols): `x` itself, or rotated, a new array."""
         return x if self.rotation is None else self.rotation.apply(x)
@@ -57,9 +61,9 @@ class _Layer:
         """Return a layer that differs in the named fields."""
         return replace(self, **changes)  # type: ignore[type-var]
 
-    @property
-    def _rotation_handle(self) -> Any:
-        return None if self.rotation is None else self.rotation.handle
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without the handle, which only this process has: a copy makes its own.
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +97,9 @@ class Linear(_Layer):
     rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
-        handle = _core.linear_dense(self.weight, self.bias, self._rotation_handle)
+        rotation = None if self.rotation is None else self.rotation.handle
+        copy = _core.copy_dense(self.weight, rotation, None, None)
+        handle = _core.linear((copy,), self.bias, None, None)
         object.__setattr__(self, "handle", handle)
 
     @property
@@ -112,65 +118,247 @@ class Linear(_Layer):
         """32.0."""
         return 8 * self.nbytes / self.weight.size
 
+    def to_float(self) -> Linear:
+        """Return the layer itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class Activation:
+    """How the input of a copy is rounded as the model runs.
+
+    ``x ~ scale * q + zero`` with integers ``|q| <= 2**(bits - 1) - 1``, step by step of the packed
+    weights.
+
+    Parameters
+    ----------
+    bits : {8, 4, None}, default=8
+        None: float32 activations, a slow path that decodes the weights exactly. With 8 or 4 a table
+        of more than two levels (nf4, log, kmeans) is rounded to multiples of 1/127 of its largest.
+    clip : float, default=1.0
+        The part of the range of a step that is kept, 0.001 to 1.
+    scale : float or None, default=None
+        Of all tokens and steps. None: of each by its largest magnitude.
+    zero : float or "token", default=0.0
+        What stands for zero, of all tokens. ``"token"``: the middle of each token's range.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+
+    Examples
+    --------
+    >>> Activation(4, clip=0.9).bits
+    4
+    """
+
+    bits: int | None = 8
+    clip: float = 1.0
+    scale: float | None = None
+    zero: float | str = 0.0
+
+    def __post_init__(self) -> None:
+        if self.bits not in (8, 4, None):
+            raise ValueError(f"activation_bits is {self.bits}, expected 8, 4 or None")
+        if not 0.001 <= self.clip <= 1:
+            raise ValueError(f"clip is {self.clip}, expected 0.001 to 1")
+        if self.scale is not None and not 0 < self.scale < np.inf:
+            raise ValueError(f"scale is {self.scale}, expected a positive number or None")
+        if self.zero != "token" and not (
+            isinstance(self.zero, (int, float)) and np.isfinite(self.zero)
+        ):
+            raise ValueError(f"zero is {self.zero!r}, expected a number or 'token'")
+        if self.bits is None and (self.clip, self.scale, self.zero) != (1, None, 0):
+            raise ValueError("clip, scale and zero need 8 or 4 bits, found bits = None")
+
+    @property
+    def is_centred(self) -> bool:
+        """Whether there is a zero point."""
+        return self.zero != 0
+
 
 @dataclass(frozen=True, eq=False)
-class QuantizedLinear(_Layer):
-    """A layer ``y = W act(R x) + b`` with packed weights and quantized activations.
-
-    Each token's activations are rounded to integers with one scale per group of the weight (per 64
-    columns where a row has one group). The result does not depend on the instruction set, the
-    number of threads or the other tokens of the call, to the last bit.
+class Copy:
+    """One quantized copy of a layer, ``weight * P^T (W act(R x))``.
 
     Parameters
     ----------
     tensor : QuantizedTensor
-        W.
-    bias : ndarray of shape (rows,), float32, or None, default=None
-    rotation : Rotation or None, default=None
-        R, of order ``cols``; None: the identity.
-    activation_bits : {8, 4, None}, default=8
-        None: float32 activations, a slow path that decodes the weights exactly. With 8 or 4 a table
-        of more than two levels (nf4, log, kmeans) is rounded to multiples of 1/127 of its largest.
+        W. Copies may have one object in common, which is then stored once.
+    rotation, output_rotation : Rotation or None, default=None
+        R, of order ``cols``, and P, of order ``rows``; None: the identity.
+    activation : Activation
+    weight : ndarray of shape (rows,), float32, or None, default=None
+        With which the outputs are fused; None: ones.
 
     Raises
     ------
     TypeError
         If an array is not float32.
     ValueError
-        If shapes do not fit or `activation_bits` is another number.
+        If shapes do not fit.
+
+    Examples
+    --------
+    >>> tensor = QuantizedTensor.pack("binary", np.eye(2, dtype=np.uint8), np.ones((2, 1), "f4"))
+    >>> Copy(tensor, weight=np.float32([1, 2])).dequantize()
+    array([[ 0.5, -0.5],
+           [-1. ,  1. ]], dtype=float32)
+    """
+
+    tensor: QuantizedTensor
+    rotation: Rotation | None = None
+    output_rotation: Rotation | None = None
+    activation: Activation = Activation()
+    weight: NDArray[np.float32] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        how = self.activation
+        sums = None
+        if how.is_centred:
+            sums = self.tensor.dequantize().sum(1, dtype=np.float64).astype(np.float32)
+        handle = self.tensor.copy_handle(
+            None if self.rotation is None else self.rotation.handle,
+            None if self.output_rotation is None else self.output_rotation.handle,
+            self.weight,
+            sums,
+            activation_bits=how.bits or 0,
+            activation_clip=how.clip,
+            activation_scale=how.scale or 0.0,
+            activation_zero=0.0 if isinstance(how.zero, str) else float(how.zero),
+            zero_per_token=how.zero == "token",
+        )
+        object.__setattr__(self, "handle", handle)
+
+    handle: Any = field(init=False, repr=False, default=None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        names = ("tensor", "rotation", "output_rotation", "activation", "weight")
+        return type(self), tuple(getattr(self, name) for name in names)
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """Return weight * P^T W R, of shape (rows, cols), float32."""
+        matrix = self.tensor.dequantize()
+        if self.rotation is not None:
+            matrix = self.rotation.inverse(matrix)
+        if self.output_rotation is not None:
+            columns = np.ascontiguousarray(matrix.T)
+            matrix = np.ascontiguousarray(self.output_rotation.inverse(columns).T)
+        return matrix if self.weight is None else matrix * self.weight[:, None]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLinear(_Layer):
+    """A layer of packed weights: ``y = sum_i weight_i P_i^T (W_i act_i(R_i x)) + U V^T x + b``.
+
+    The result does not depend on the instruction set, the number of threads or the other tokens of
+    the call, to the last bit, if all activations are integers and there is no adapter.
+
+    Parameters
+    ----------
+    copies : tuple of Copy
+        At least one, of one shape; `of` makes a layer of one.
+    bias : ndarray of shape (rows,), float32, or None, default=None
+    adapter : (ndarray, ndarray) or None, default=None
+        U (rows, rank) and V (cols, rank), float32.
+
+    Attributes
+    ----------
+    tensor, rotation, activation_bits
+        Of the only copy; a ValueError if there are several.
+
+    Raises
+    ------
+    TypeError
+        If an array is not float32.
+    ValueError
+        If shapes do not fit.
 
     Examples
     --------
     >>> codes = np.array([[0, 1, 2, 3]], np.uint8)
     >>> tensor = QuantizedTensor.pack("int2sym", codes, scale=np.ones((1, 1), np.float32))
-    >>> QuantizedLinear(tensor).forward(np.array([[0, 0, 0, 1]], np.float32))
+    >>> QuantizedLinear.of(tensor).forward(np.array([[0, 0, 0, 1]], np.float32))
     array([[1.5]], dtype=float32)
+    >>> QuantizedLinear((Copy(tensor), Copy(tensor))).dequantize()
+    array([[-3., -1.,  1.,  3.]], dtype=float32)
     """
 
-    tensor: QuantizedTensor
+    copies: tuple[Copy, ...]
     bias: NDArray[np.float32] | None = field(default=None, repr=False)
-    rotation: Rotation | None = None
-    activation_bits: int | None = 8
+    adapter: tuple[NDArray[np.float32], NDArray[np.float32]] | None = field(
+        default=None, repr=False
+    )
 
     def __post_init__(self) -> None:
-        if self.activation_bits not in (8, 4, None):
-            raise ValueError(f"activation_bits is {self.activation_bits}, expected 8, 4 or None")
-        handle = self.tensor.linear(
-            self.bias, self._rotation_handle, activation_bits=self.activation_bits
-        )
-        object.__setattr__(self, "handle", handle)
+        object.__setattr__(self, "copies", tuple(self.copies))
+        handles = tuple(copy.handle for copy in self.copies)
+        U, V = self.adapter or (None, None)
+        object.__setattr__(self, "handle", _core.linear(handles, self.bias, U, V))
+
+    @classmethod
+    def of(
+        cls,
+        tensor: QuantizedTensor,
+        bias: NDArray[np.float32] | None = None,
+        rotation: Rotation | None = None,
+        activation_bits: int | None = 8,
+    ) -> QuantizedLinear:
+        """Make a layer of one copy; parameters and errors are those of the classes."""
+        activation = Activation(activation_bits)
+        return cls((Copy(tensor, rotation, activation=activation),), bias)
+
+    @property
+    def tensor(self) -> QuantizedTensor:
+        return self._only.tensor
+
+    @property
+    def rotation(self) -> Rotation | None:
+        return self._only.rotation
+
+    @property
+    def activation_bits(self) -> int | None:
+        return self._only.activation.bits
+
+    @property
+    def _only(self) -> Copy:
+        if len(self.copies) != 1:
+            raise ValueError(f"the layer has {len(self.copies)} copies; ask one of its copies")
+        return self.copies[0]
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, cols)."""
-        return self.tensor.shape
+        return self.copies[0].tensor.shape
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight; a bias is not counted."""
-        return self.tensor.nbytes
+        """Bytes of packed weights, of fusion weights and of the adapter; a bias is not counted."""
+        tensors = {id(copy.tensor): copy.tensor for copy in self.copies}
+        vectors = [copy.weight for copy in self.copies if copy.weight is not None]
+        return sum(part.nbytes for part in [*tensors.values(), *vectors, *(self.adapter or ())])
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits of the weight, everything counted, divided by ``rows * cols``."""
-        return self.tensor.bits_per_weight
+        """Stored bits, everything counted, divided by ``rows * cols``."""
+        rows, cols = self.shape
+        return 8 * self.nbytes / (rows * cols)
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """Return the matrix that the layer stands for, of shape (rows, cols), float32."""
+        matrix = self.copies[0].dequantize()
+        for copy in self.copies[1:]:
+            matrix = matrix + copy.dequantize()
+        return matrix if self.adapter is None else matrix + self.adapter[0] @ self.adapter[1].T
+
+    def to_float(self) -> Linear:
+        """Return the layer with its weights decoded, for float32 activations.
+
+        A layer of one copy keeps its rotation, so that its weights are those that it stores.
+        """
+        [first, *others] = self.copies
+        plain = first.output_rotation is None and first.weight is None and self.adapter is None
+        if plain and not others:
+            return Linear(first.tensor.dequantize(), self.bias, first.rotation)
+        return Linear(self.dequantize(), self.bias)

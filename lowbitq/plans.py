@@ -1,43 +1,42 @@
-"""Plan: what becomes of each layer of a model, and how."""
+"""Plans: what becomes of each layer of a model, and how."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from lowbitq.formats import Format
 from lowbitq.gptq import ORDERS
 from lowbitq.quantizers import RANGES
 
-if TYPE_CHECKING:
-    from lowbitq.models.decoder import Model
+ROTATIONS = ("hadamard", "orthogonal", "none")
+MODES = ("own", "shared", "residual")
 
-_CHOICES: dict[str, tuple[object, ...]] = {
-    "rotation": ("hadamard", "orthogonal", "none"),
-    "method": ("gptq", "rtn"),
-    "range": RANGES,
-    "damping_by": ("mean", "median"),
-    "order": ORDERS,
-    "arithmetic": ("float32", "float64"),
-    "activation_bits": (8, 4, None),
-}
+_ACTIVATIONS = {"a4": 4, "a8": 8, "a32": None}
+Value = TypeVar("Value")
+
+
+def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices or isinstance(value, (bool, float)):
+        expected = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} is {value!r}, expected one of {expected}")
+
+
+def _check_at_least_zero(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{name} is {value}, expected at least 0")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What `compress` does to a model; made by `Plan.uniform` and kept with the result.
+class Rounding:
+    """How a matrix is rounded to its format.
 
     Parameters
     ----------
-    layers : dict of str to str
-        Format of each linear layer by its Hugging Face name.
-    rotation : {"hadamard", "orthogonal", "none"}, default="hadamard"
-        Of the model before it is quantized; see `lowbitq.rotations.rotate`.
-    seed : int, default=0
-        Of the rotation, and of the choice of calibration windows.
     method : {"gptq", "rtn"}, default="gptq"
         ``"rtn"``: round to nearest, without calibration.
     range : str, default="mse"
@@ -53,23 +52,263 @@ class Plan:
         median, 73.2 by the mean, which one massive channel can lift above all others.
     order : {"group", "act", "none"}, default="group"
         Of the columns; see `lowbitq.gptq.feedback`.
+    sweeps : int or None, default=None
+        Passes of coordinate descent over what error feedback has found (``"gptq"`` only). None: two
+        for codes of 1 and 2 bits, none for others. ln perplexity of SmolLM2 after 16 windows of
+        calibration:
+
+        ====================  =====  =====  =====
+        sweeps                    0      1      2
+        ====================  =====  =====  =====
+        2 bits                 4.19   4.08   4.04
+        2 bits, another seed   4.11   4.02   4.00
+        3 bits                3.218         3.203
+        4 bits                3.016         3.028
+        ====================  =====  =====  =====
+    arithmetic : {"float32", "float64"}, default="float32"
+        Of the error feedback.
+
+    Raises
+    ------
+    ValueError
+        If a choice or number is none of these.
+
+    Examples
+    --------
+    >>> Rounding(damping=0.02).sweeps_for(2)
+    2
+    """
+
+    method: str = "gptq"
+    range: str = "mse"
+    norm: float = 2.0
+    importance: bool = True
+    damping: float = 0.01
+    damping_by: str = "median"
+    order: str = "group"
+    sweeps: int | None = None
+    arithmetic: str = "float32"
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, ("gptq", "rtn"))
+        _check_choice("range", self.range, RANGES)
+        _check_choice("damping_by", self.damping_by, ("mean", "median"))
+        _check_choice("order", self.order, ORDERS)
+        _check_choice("arithmetic", self.arithmetic, ("float32", "float64"))
+        _check_at_least_zero("damping", self.damping)
+        if self.sweeps is not None:
+            _check_at_least_zero("sweeps", self.sweeps)
+        if not self.norm > 0:
+            raise ValueError(f"norm is {self.norm}, expected a positive number")
+
+    def sweeps_for(self, bits: int) -> int:
+        """How many sweeps codes of `bits` bits get."""
+        if self.sweeps is not None:
+            return self.sweeps
+        return 2 if bits <= 2 else 0
+
+
+# Of embedding and head. The search of "mse" takes ten times as long, 4 s for SmolLM2, for a sixth
+# less error.
+NEAREST = Rounding(method="rtn", range="minmax")
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """One quantized copy of a layer.
+
+    Parameters
+    ----------
+    format : Format or str
+    rotation : {"hadamard", "orthogonal"} or None, default=None
+        Of this copy's input, besides the rotation of the model. None: no further one.
+    mode : {"own", "shared", "residual"}, default="own"
+        ``"own"``: codes of the weights in this rotation. ``"shared"``: the codes of the first copy.
+        ``"residual"``: codes of what the copies before it left over.
+    activation_bits : {8, 4, None}, default=8
+        Of its input as the model runs; None: float32.
+
+    Raises
+    ------
+    ValueError
+        If a choice is none of these, or the format is unknown.
+
+    Examples
+    --------
+    >>> CopyPlan.parse("int2g64 hadamard residual a4")
+    CopyPlan(format='int2g64', rotation='hadamard', mode='residual', activation_bits=4)
+    """
+
+    format: str
+    rotation: str | None = None
+    mode: str = "own"
+    activation_bits: int | None = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", str(Format.parse(self.format)))
+        _check_choice("rotation", self.rotation, (None, *ROTATIONS[:2]))
+        _check_choice("mode", self.mode, MODES)
+        _check_choice("activation_bits", self.activation_bits, (8, 4, None))
+
+    @classmethod
+    def parse(cls, text: str, *, activation_bits: int | None = 8) -> CopyPlan:
+        """Read a copy from its text: a format, then a rotation, a mode, ``a4``, ``a8`` or ``a32``.
+
+        Parameters
+        ----------
+        text : str
+        activation_bits : {8, 4, None}, default=8
+            Where the text has none.
+
+        Raises
+        ------
+        ValueError
+            If a word has no meaning there.
+        """
+        format, *words = text.split() or [""]
+        found: dict[str, Any] = {}
+        for word in words:
+            for name, choices in (
+                ("rotation", {key: key for key in ROTATIONS[:2]}),
+                ("mode", {key: key for key in MODES}),
+                ("activation_bits", _ACTIVATIONS),
+            ):
+                if word in choices and name not in found:
+                    found[name] = choices[word]
+                    break
+            else:
+                expected = ", ".join([*ROTATIONS[:2], *MODES, *_ACTIVATIONS])
+                raise ValueError(f"copy {text!r} has {word!r}, expected one each of {expected}")
+        return cls(format, **{"activation_bits": activation_bits, **found})
+
+    def __str__(self) -> str:
+        words = [self.format]
+        if self.rotation is not None:
+            words.append(self.rotation)
+        if self.mode != "own":
+            words.append(self.mode)
+        if self.activation_bits != 8:
+            words.append(f"a{self.activation_bits or 32}")
+        return " ".join(words)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer: its copies, how they are rounded, the rank of its adapter.
+
+    Parameters
+    ----------
+    copies : tuple of CopyPlan
+        At least one; their outputs are summed.
+    rounding : Rounding
+    rank : int, default=0
+        Of a low-rank adapter ``U V^T`` beside the copies; 0: none.
+
+    Raises
+    ------
+    ValueError
+        If there is no copy, the first one is no ``"own"`` one, or `rank` is negative.
+
+    Examples
+    --------
+    >>> layer = LayerPlan.parse("int2g64 + int2g64 residual + rank8")
+    >>> len(layer.copies), layer.copies[1].mode, layer.rank
+    (2, 'residual', 8)
+    >>> str(layer)
+    'int2g64 + int2g64 residual + rank8'
+    """
+
+    copies: tuple[CopyPlan, ...]
+    rounding: Rounding = Rounding()
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.copies or self.copies[0].mode != "own":
+            first = (
+                f"the first has mode {self.copies[0].mode!r}" if self.copies else "there is none"
+            )
+            raise ValueError(f"copies: {first}, expected one of mode 'own' first")
+        _check_at_least_zero("rank", self.rank)
+
+    @classmethod
+    def parse(
+        cls,
+        text: LayerPlan | Format | str,
+        rounding: Rounding | None = None,
+        *,
+        activation_bits: int | None = 8,
+    ) -> LayerPlan:
+        """Read a layer from its text: copies joined by ``+``, then optionally ``rankN``.
+
+        Parameters
+        ----------
+        text : str, Format or LayerPlan
+            A LayerPlan is returned as it is.
+        rounding : Rounding, default=None
+            None: the default one.
+        activation_bits : {8, 4, None}, default=8
+            Of copies whose text has none.
+
+        Raises
+        ------
+        ValueError
+            If the text has no such meaning.
+        """
+        if isinstance(text, LayerPlan):
+            return text
+        parts = [part.strip() for part in str(text).split("+")]
+        rank = 0
+        if len(parts) > 1 and parts[-1][:4] == "rank" and parts[-1][4:].isdecimal():
+            rank = int(parts.pop()[4:])
+        copies = (CopyPlan.parse(part, activation_bits=activation_bits) for part in parts)
+        return cls(tuple(copies), rounding or Rounding(), rank)
+
+    def __str__(self) -> str:
+        return " + ".join([*map(str, self.copies), *[f"rank{self.rank}"] * (self.rank > 0)])
+
+
+EMBEDDING = LayerPlan.parse("int8g64", NEAREST)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of a calibration window count.
+
+    Parameters
+    ----------
     first_tokens : int, default=4
         This many tokens at the start of a window ...
     first_weight : float, default=16.0
         ... count this often in the Hessian. They carry the massive activation that all later
         tokens attend to.
-    sweeps : int or None, default=None
-        Passes of coordinate descent over what error feedback has found (``"gptq"`` only). None: two
-        for codes of 1 and 2 bits, none for others. SmolLM2 at 2 bits, 16 windows of calibration: ln
-        perplexity 4.19, 4.08, 4.04 after 0, 1, 2 of them, 4.11, 4.02, 4.00 by another seed. After 0
-        and 2: 3.218 and 3.203 at 3 bits, but 3.016 and 3.028 at 4.
-    arithmetic : {"float32", "float64"}, default="float32"
-        Of the error feedback.
-    activation_bits : {8, 4, None}, default=8
-        Of the layers' inputs as the model runs; None: float32. The head's have 8 where these
-        have 4.
-    embedding : str or None, default="int8g64"
-        Format of the embedding and of the head, tied or not: both are rounded to nearest. None:
+    """
+
+    first_tokens: int = 4
+    first_weight: float = 16.0
+
+    def __post_init__(self) -> None:
+        _check_at_least_zero("first_tokens", self.first_tokens)
+        _check_at_least_zero("first_weight", self.first_weight)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `compress` does to a model; made by `Plan.uniform` and kept with the result.
+
+    Equal plans have equal hashes; a plan and the dictionary in it must not change.
+
+    Parameters
+    ----------
+    layers : dict of str to LayerPlan
+        Each linear layer by its Hugging Face name; a text stands for ``LayerPlan.parse(text)``.
+    rotation : {"hadamard", "orthogonal", "none"}, default="hadamard"
+        Of the model before it is quantized; see `lowbitq.rotate`.
+    seed : int, default=0
+        Of the rotation, and of the choice of calibration windows.
+    sampling : Sampling
+        How the tokens of a window count.
+    embedding : LayerPlan, str or None, default="int8g64"
+        Of the embedding and the head, tied or not: a text stands for rounding to nearest. None:
         they stay as they are. The default leaves SmolLM2's a relative error of 3e-5, at 8.5 bits.
 
     Raises
@@ -79,86 +318,58 @@ class Plan:
 
     Examples
     --------
-    >>> plan = Plan({"model.layers.0.mlp.up_proj": "int4g64"}, damping=0.02)
+    >>> plan = Plan.uniform(["a.up_proj", "a.down_proj"], "int2g64", damping=0.02)
+    >>> str(plan.layers["a.up_proj"]), plan.layers["a.up_proj"].rounding.damping
+    ('int2g64', 0.02)
     >>> Plan.from_json(plan.to_json()) == plan
     True
     """
 
-    layers: dict[str, str]
+    layers: dict[str, LayerPlan]
     rotation: str = "hadamard"
     seed: int = 0
-    method: str = "gptq"
-    range: str = "mse"
-    norm: float = 2.0
-    importance: bool = True
-    damping: float = 0.01
-    damping_by: str = "median"
-    order: str = "group"
-    first_tokens: int = 4
-    first_weight: float = 16.0
-    sweeps: int | None = None
-    arithmetic: str = "float32"
-    activation_bits: int | None = 8
-    embedding: str | None = "int8g64"
+    sampling: Sampling = Sampling()
+    embedding: LayerPlan | None = EMBEDDING
 
     def __post_init__(self) -> None:
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                expected = ", ".join(map(repr, choices))
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {expected}")
-        for name in ("seed", "damping", "first_tokens", "first_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 0")
-        if self.sweeps is not None and not self.sweeps >= 0:
-            raise ValueError(f"sweeps is {self.sweeps}, expected at least 0 or None")
-        if not self.norm > 0:
-            raise ValueError(f"norm is {self.norm}, expected a positive number")
-        layers = {name: str(Format.parse(format)) for name, format in self.layers.items()}
+        _check_choice("rotation", self.rotation, ROTATIONS)
+        _check_at_least_zero("seed", self.seed)
+        layers = {name: LayerPlan.parse(layer) for name, layer in self.layers.items()}
         object.__setattr__(self, "layers", layers)
         if self.embedding is not None:
-            object.__setattr__(self, "embedding", str(Format.parse(self.embedding)))
+            object.__setattr__(self, "embedding", LayerPlan.parse(self.embedding, NEAREST))
 
-    def sweeps_of(self, name: str) -> int:
-        """How many sweeps a layer gets.
+    def __hash__(self) -> int:
+        layers = frozenset(self.layers.items())
+        return hash((layers, self.rotation, self.seed, self.sampling, self.embedding))
 
-        Parameters
-        ----------
-        name : str
-            A key of `layers`.
-
-        Returns
-        -------
-        int
-
-        Examples
-        --------
-        >>> Plan({"gate": "int2g64", "down": "int4g64"}).sweeps_of("gate")
-        2
-        """
-        if self.sweeps is not None:
-            return self.sweeps
-        return 2 if Format.parse(self.layers[name]).bits <= 2 else 0
+    @property
+    def needs_text(self) -> bool:
+        """Whether a layer is rounded with regard to its inputs."""
+        return any(layer.rounding.method == "gptq" for layer in self.layers.values())
 
     @classmethod
     def uniform(
         cls,
-        model: Model,
-        format: Format | str,
+        names: Iterable[str],
+        layer: LayerPlan | Format | str,
         *,
-        overrides: Mapping[str, Format | str] | None = None,
+        overrides: Mapping[str, LayerPlan | Format | str] | None = None,
         **options: Any,
     ) -> Plan:
-        """Plan one format for all linear layers, but for those that a pattern names.
+        """Plan the same for all linear layers, except those that a pattern names.
 
         Parameters
         ----------
-        model : Model
-        format : Format or str
-            Of every layer that no pattern matches.
-        overrides : dict of str to Format or str, default=None
+        names : iterable of str
+            The layers, such as ``dict(model.linears())``.
+        layer : LayerPlan, Format or str
+            For every layer that no pattern matches.
+        overrides : dict of str to LayerPlan, Format or str, default=None
             Patterns of layer names, with ``*`` and ``?``; the last that matches decides.
         **options
-            Fields of Plan.
+            Fields of Rounding, Sampling and Plan, and ``activation_bits`` of copies whose text has
+            none (the head has 8 where these have 4).
 
         Returns
         -------
@@ -173,38 +384,71 @@ class Plan:
 
         Examples
         --------
-        >>> plan = Plan.uniform(model, "int3g64", overrides={"*.down_proj": "int4g64"})
-        ... # doctest: +SKIP
+        >>> names = ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"]
+        >>> plan = Plan.uniform(names, "int3g64", overrides={"*.down_proj": "int4g64"})
+        >>> [str(layer) for layer in plan.layers.values()]
+        ['int3g64', 'int4g64']
         """
-        layers = {name: str(Format.parse(format)) for name, _ in model.linears()}
+        rounding = Rounding(**_take(options, Rounding))
+        if sampled := _take(options, Sampling):
+            options["sampling"] = Sampling(**sampled)
+        bits = options.pop("activation_bits", 8)
+
+        def parse(one: LayerPlan | Format | str) -> LayerPlan:
+            return LayerPlan.parse(one, rounding, activation_bits=bits)
+
+        layers = dict.fromkeys(names, parse(layer))
         for pattern, other in (overrides or {}).items():
             matches = [name for name in layers if fnmatchcase(name, pattern)]
             if not matches:
                 raise ValueError(
-                    f"override {pattern!r} matches none of {len(layers)} layers, "
-                    f"such as {next(iter(layers))!r}"
+                    f"override {pattern!r} matches none of {len(layers)} layers"
+                    + (f", such as {next(iter(layers))!r}" if layers else "")
                 )
-            layers |= dict.fromkeys(matches, str(Format.parse(other)))
+            layers |= dict.fromkeys(matches, parse(other))
+        outer = options.get("embedding", "int8g64")
+        if isinstance(outer, (str, Format)):
+            head_bits = None if bits is None else 8
+            options["embedding"] = LayerPlan.parse(outer, NEAREST, activation_bits=head_bits)
         return cls(layers, **options)
 
-    def to_json(self) -> str:
-        """Write the plan as JSON.
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as what JSON can hold.
 
         Returns
         -------
-        str
-            Indented, with the fields in their order here.
+        dict
+            ``layers`` and ``embedding`` are texts, ``rounding`` that of most layers, ``roundings``
+            what other layers have instead.
         """
-        return json.dumps(asdict(self), indent=2)
+        common = Counter(layer.rounding for layer in self.layers.values()).most_common(1)
+        rounding = common[0][0] if common else Rounding()
+        others = {
+            name: _differences(layer.rounding, rounding)
+            for name, layer in self.layers.items()
+            if layer.rounding != rounding
+        }
+        outer = self.embedding
+        if outer is not None and outer.rounding != NEAREST:
+            others["embedding"] = _differences(outer.rounding, NEAREST)
+        return {
+            "layers": {name: str(layer) for name, layer in self.layers.items()},
+            "rotation": self.rotation,
+            "seed": self.seed,
+            "sampling": asdict(self.sampling),
+            "embedding": None if outer is None else str(outer),
+            "rounding": asdict(rounding),
+            "roundings": others,
+        }
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote.
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """Read what `to_dict` returned, or a plan of version 0.1, whose fields stand side by side.
 
         Parameters
         ----------
-        text : str
-            Fields may be missing, but for ``layers``: they have their defaults.
+        values : mapping
+            Fields may be missing: they have their defaults.
 
         Returns
         -------
@@ -213,24 +457,79 @@ class Plan:
         Raises
         ------
         ValueError
-            If `text` is no JSON object, or has an unknown field or a bad value.
+            If there is an unknown field or a bad value.
         """
+        left = dict(values)
+        layers, roundings = _object(left, "layers"), _object(left, "roundings")
+        rounding = _typed(Rounding, _object(left, "rounding") | _take(left, Rounding))
+        sampling = _typed(Sampling, _object(left, "sampling") | _take(left, Sampling))
+        bits, outer = left.pop("activation_bits", 8), left.pop("embedding", "int8g64")
+        _check_choice("activation_bits", bits, (8, 4, None))
+        for name, default in (("rotation", "hadamard"), ("seed", 0)):
+            _check_type(name, left.get(name, default), default)
+        if unknown := sorted(set(left) - {"rotation", "seed"}):
+            raise ValueError(f"a plan has no field {unknown[0]!r}")
+
+        def parse(name: str, text: object, default: Rounding, bits: int | None) -> LayerPlan:
+            if not isinstance(text, str):
+                raise ValueError(f"{name} is {text!r}, expected str")
+            own = _typed(Rounding, _object(roundings, name), default)
+            return LayerPlan.parse(text, own, activation_bits=bits)
+
+        parsed = {name: parse(name, text, rounding, bits) for name, text in layers.items()}
+        if outer is not None:
+            outer = parse("embedding", outer, NEAREST, None if bits is None else 8)
+        if roundings:
+            raise ValueError(f"roundings has {next(iter(roundings))!r}, which is no layer")
+        return cls(parsed, sampling=sampling, embedding=outer, **left)
+
+    def to_json(self) -> str:
+        """Write the plan as indented JSON, the object of `to_dict`."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what `to_json` wrote; errors are those of `from_dict`."""
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"the plan is not JSON: {error}") from error
-        if not isinstance(values, dict) or not isinstance(values.get("layers"), dict):
-            raise ValueError("a plan is a JSON object with an object named 'layers'")
-        known = {field.name: field for field in fields(cls)}
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"a plan has no field {unknown[0]!r}; it has {', '.join(known)}")
-        for name, value in values.items():
-            default = known[name].default
-            kinds = (int, float) if isinstance(default, float) else (type(default),)
-            optional = name in ("activation_bits", "embedding") and value is None
-            if name != "layers" and not optional and type(value) not in kinds:
-                raise ValueError(f"{name} is {value!r}, expected {kinds[-1].__name__}")
-        for layer, format in values["layers"].items():
-            if type(format) is not str:
-                raise ValueError(f"layers has {format!r} for {layer}, expected str")
-        return cls(**values)
+        if not isinstance(values, dict):
+            raise ValueError(f"a plan is a JSON object, found {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def _take(values: dict[str, Any], kind: type) -> dict[str, Any]:
+    """Remove the fields of a dataclass from `values`, and return them."""
+    return {f.name: values.pop(f.name) for f in fields(kind) if f.name in values}
+
+
+def _differences(value: Any, other: Any) -> dict[str, Any]:
+    before = asdict(other)
+    return {name: now for name, now in asdict(value).items() if now != before[name]}
+
+
+def _object(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """Remove an object from `values`; an empty one if it is not there."""
+    found = values.pop(name, {})
+    if not isinstance(found, dict):
+        raise ValueError(f"{name!r} is {found!r}, expected a JSON object")
+    return dict(found)
+
+
+def _typed(kind: type[Value], found: dict[str, Any], default: Value | None = None) -> Value:
+    """Make a dataclass from JSON: every field of its default's type."""
+    default = kind() if default is None else default
+    known = asdict(default)  # type: ignore[call-overload]
+    for name, value in found.items():
+        if name not in known:
+            raise ValueError(f"a plan has no field {name!r}")
+        if not (name == "sweeps" and value is None):
+            _check_type(name, value, 0 if name == "sweeps" else known[name])
+    return replace(default, **found)  # type: ignore[type-var]
+
+
+def _check_type(name: str, value: object, default: object) -> None:
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if type(value) not in kinds:
+        raise ValueError(f"{name} is {value!r}, expected {kinds[-1].__name__}")

@@ -63,7 +63,8 @@ def quantize(
 
     Every group of ``format.group`` columns has its own scale and offset:
     ``weight[r, k] ~ scale[r, g] * level[codes[r, k]] + offset[r, g]``. They are rounded to what is
-    stored before the codes are chosen.
+    stored before the codes are chosen. A group of zeros stays zeros, and range ``"mse"`` makes no
+    group worse than zeros, however small its weights are.
 
     Parameters
     ----------
@@ -79,7 +80,8 @@ def quantize(
         binary and ternary codes have.
     importance : ndarray of shape (cols,), float32, default=None
         Non-negative weight of each column's error, such as the diagonal of the layer's Hessian;
-        for range ``"mse"`` and for learned levels. None: all columns count the same.
+        for range ``"mse"`` and for learned levels. Only ratios matter. None: all columns count the
+        same; so do those of a group in which all weights are 0.
     percentile : float, default=99.9
         50 to 100, with range ``"percentile"``.
     clip_ratio : float, default=1.0
@@ -100,8 +102,9 @@ def quantize(
     TypeError
         If `weight` or `importance` is not a float32 array.
     ValueError
-        If an option is unknown or out of range, a shape does not fit, or `weight` has a NaN or
-        an infinity.
+        If an option is unknown or out of range, a shape does not fit, `weight` has a NaN, an
+        infinity or a number that no stored scale reaches, or `importance` one that is not finite
+        or negative.
 
     References
     ----------
@@ -131,14 +134,9 @@ def quantize(
     )
     rows, cols = weight.shape
     panels = _core.aligned_empty(bytes=format.panel_bytes(rows, cols))
-    _core.quantize_packed(
-        shared.code(format),
-        weight,
-        importance,
-        panels,
-        group=format.group or cols,
-        **search_options(shared.clip * clip_ratio, range, percentile, norm),
-    )
+    code, group = shared.code(format), format.group or cols
+    search = search_options(shared.clip * clip_ratio, range, percentile, norm)
+    _core.quantize_packed(code, weight, importance, panels, group=group, **search)
     return QuantizedTensor(format, rows, cols, panels, shared.levels, shared.unit, shared.zero)
 
 
@@ -205,11 +203,13 @@ def adaround(
         raise TypeError("hessian is not an ndarray of float64")
     if hessian.ndim != 2 or hessian.shape != (np.shape(weight)[-1],) * 2:
         raise ValueError(f"hessian has shape {hessian.shape}, expected (cols, cols)")
-    diagonal = np.ascontiguousarray(np.diagonal(hessian), np.float32)
-    if not (diagonal >= 0).all():
-        raise ValueError(f"hessian has {diagonal.min()} on its diagonal, expected numbers from 0")
-    nearest = quantize(weight, format, importance=diagonal, **options)
+    diagonal = np.diagonal(hessian)
+    unfit = diagonal[~((diagonal >= 0) & (diagonal < np.inf))]
+    if unfit.size:
+        raise ValueError(f"hessian has {unfit[0]} on its diagonal, expected finite numbers from 0")
+    nearest = quantize(weight, format, importance=diagonal_importance(hessian), **options)
     scale, offset, codes = nearest.scale, nearest.offset, np.empty(weight.shape, np.uint8)
+    hold_zeros(weight, format, scale, offset)
     _core.adaround(
         nearest.handle,
         hessian,
@@ -293,7 +293,10 @@ def fit_shared(
     shared = Shared(_fixed_levels(format), 1.0, float(np.float32(zero)))
     if range != "kl" and not format.learns_levels and format.scale_bits == 16:
         return shared
-    _check_finite(weight)
+    # What one learns from; what is only rounded is checked on the way.
+    _core.check_weight(weight, importance, scale_bits=format.scale_bits)
+    if importance is not None and not importance.any():
+        importance = None
     search = {"range": range, "percentile": percentile, "clip_ratio": clip_ratio, "norm": norm}
     some = weight[:: max(1, weight.size // _SAMPLE)]
     sample = _Sample(np.ascontiguousarray(some), importance, format, search)
@@ -339,6 +342,25 @@ def search_options(
         "shrink": 0.9,
         "norm": norm,
     }
+
+
+def diagonal_importance(hessian: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Return the diagonal of a Hessian as importance, times a power of two that float32 holds."""
+    diagonal = np.diagonal(hessian)
+    return np.asarray(np.ldexp(diagonal, -np.frexp(diagonal.max())[1]), np.float32)
+
+
+def hold_zeros(
+    weight: NDArray[np.float32], format: Format, scale: NDArray[Any], offset: NDArray[Any]
+) -> None:
+    """Set scale and offset (rows, groups) of groups of zeros to 0, so that no code moves them.
+
+    Where one scale serves the whole matrix, nothing happens.
+    """
+    if not format.per_tensor:
+        starts = np.arange(0, weight.shape[1], format.group or weight.shape[1])
+        empty = ~np.logical_or.reduceat(weight, starts, axis=1)
+        scale[empty] = offset[empty] = 0
 
 
 def mse(x: ArrayLike, approximation: ArrayLike, axis: int | None = None) -> Any:
@@ -471,16 +493,6 @@ def _check(
         raise ValueError(f"zero is {zero}, but format {format} does not let it be chosen")
 
 
-def _check_finite(weight: NDArray[np.float32]) -> None:
-    """Before one learns from it; what is only rounded is checked by the core on the way."""
-    finite = np.isfinite(weight)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        raise ValueError(
-            f"weight[{row}, {column}] is {weight[row, column]}, expected finite numbers"
-        )
-
-
 def _fixed_levels(format: Format) -> NDArray[np.float32] | None:
     if not format.has_levels or format.learns_levels:
         return None
@@ -513,7 +525,7 @@ class _Sample:
     def options(self, shared: Shared) -> dict[str, Any]:
         clip = shared.clip * self.search["clip_ratio"]
         others = {name: x for name, x in self.search.items() if name != "clip_ratio"}
-        return search_options(clip, **others)
+        return {"group": self.group, "fixed": False} | search_options(clip, **others)
 
     def round(self, shared: Shared, **changes: Any) -> tuple[NDArray[np.float32], float]:
         """Scales (rows, groups), and the sum of weighted squared errors with them."""
@@ -522,15 +534,7 @@ class _Sample:
         codes = np.empty(self.format.code_shape(rows, cols), np.uint8)
         scale, offset = np.empty((2, rows, -(-cols // self.group)), np.float32)
         _core.quantize(
-            code,
-            self.weight,
-            self.importance,
-            codes,
-            scale,
-            offset,
-            group=self.group,
-            fixed=False,
-            **self.options(shared),
+            code, self.weight, self.importance, codes, scale, offset, **self.options(shared)
         )
         values = self.levels_of(codes, shared)
         error = self.widen(scale) * values + self.widen(offset) - self.weight
@@ -556,7 +560,9 @@ class _Sample:
         best, least = np.zeros(self.format.level_count, np.float32), np.inf
         for _ in range(8):
             wide = self.widen(np.where(scale > 0, scale, 1).astype(np.float64))
-            share = np.square(wide) * (1 if self.importance is None else self.importance)
+            # A group of zeros has no say in the levels.
+            share = np.square(self.widen(scale), dtype=np.float64)
+            share *= 1 if self.importance is None else self.importance
             levels = np.empty(self.format.level_count)
             _core.kmeans((self.weight / wide).ravel(), share.ravel(), levels)
             table = (levels / (abs(levels).max() or 1)).astype(np.float32)
@@ -570,7 +576,11 @@ class _Sample:
         """The largest scale divided by the largest integer, or less if that pays for the others."""
         scale, _ = self.round(shared, unit=0.0)
         whole = float(scale.max()) / ((1 << self.format.scale_bits) - 1)
-        units = [float(np.float32(part * whole)) for part in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)]
+        smallest = np.finfo(np.float32).smallest_normal  # below it multiples lose their digits
+        units = [
+            float(np.maximum(np.float32(part * whole), smallest))
+            for part in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+        ]
         return min(units, key=lambda unit: self.round(shared, unit=unit)[1])
 
     def fit_tensor(self, shared: Shared) -> Shared:
@@ -578,16 +588,7 @@ class _Sample:
         flat = self.weight.reshape(1, -1)
         each = None if self.importance is None else np.tile(self.importance, len(self.weight))
         scale, offset = np.empty((2, 1, 1), np.float32)
-        _core.quantize(
-            shared.code(self.format),
-            flat,
-            each,
-            None,
-            scale,
-            offset,
-            group=flat.size,
-            fixed=False,
-            **self.options(shared),
-        )
+        code, options = shared.code(self.format), self.options(shared) | {"group": flat.size}
+        _core.quantize(code, flat, each, None, scale, offset, **options)
         zero = shared.zero if self.format.symmetric else float(-offset[0, 0] / scale[0, 0])
         return replace(shared, unit=float(scale[0, 0]), zero=zero)

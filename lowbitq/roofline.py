@@ -8,7 +8,7 @@ byte that it reads runs at min(peak, I * bandwidth) at best.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -234,7 +234,9 @@ def random_layer(format: Format, rows: int, cols: int) -> QuantizedLinear:
     codes = np.random.default_rng(0).integers(0, format.level_count, shape, dtype=np.uint8)
     scale = np.full((rows, format.groups(cols)), 2.0**-6, np.float32)
     offset = None if format.symmetric else -scale
-    return QuantizedLinear(QuantizedTensor.pack(format, codes, scale, offset, shape=(rows, cols)))
+    return QuantizedLinear.of(
+        QuantizedTensor.pack(format, codes, scale, offset, shape=(rows, cols))
+    )
 
 
 def copy_layer(layer: QuantizedLinear) -> QuantizedLinear:
@@ -258,4 +260,4 @@ def copy_layer(layer: QuantizedLinear) -> QuantizedLinear:
     panels[:] = layer.tensor.panels
     arrays, metadata = layer.tensor.to_arrays()
     tensor = QuantizedTensor.from_arrays({**arrays, "panels": panels}, metadata)
-    return replace(layer, tensor=tensor)
+    return QuantizedLinear.of(tensor)

@@ -1,10 +1,11 @@
-"""Rotations: orthogonal matrices that spread outliers, alone and folded into a model."""
+"""Rotations: orthogonal matrices that spread outliers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+import reprlib
+from collections.abc import Mapping
 from functools import cache
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -272,16 +273,21 @@ class Rotation:
         Rotation(24, 'hadamard', seed=5, stream=0)
         """
         try:
-            n, seed, stream = (int(fields[name]) for name in ("n", "seed", "stream"))
-            kind, orders = str(fields["kind"]), tuple(int(c) for c in fields["orders"])
+            kind, orders = fields["kind"], tuple(fields["orders"])
+            n, seed, stream = (fields[name] for name in ("n", "seed", "stream"))
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"fields are {dict(fields)}, expected kind, n, seed, stream, orders"
+                f"fields are {reprlib.repr(fields)}, expected kind, n, seed, stream, orders"
             ) from error
+        named = [("n", n), ("seed", seed), ("stream", stream), *(("orders", c) for c in orders)]
+        for name, value in named:
+            if type(value) is not int or value >= 2**63:
+                found = f"{name} of a rotation: found {reprlib.repr(value)}"
+                raise ValueError(f"{found}, expected an integer below 2^63")
         if kind not in KINDS:
-            raise ValueError(f"kind is {kind!r}, expected one of {', '.join(KINDS)}")
+            raise ValueError(f"kind is {reprlib.repr(kind)}, expected one of {', '.join(KINDS)}")
         if n < 1 or min(orders, default=1) < 1 or max(orders, default=1) > n:
-            raise ValueError(f"orders are {orders}, expected divisors of n = {n}")
+            raise ValueError(f"orders are {reprlib.repr(orders)}, expected divisors of n = {n}")
         rotation = cls.__new__(cls)
         if kind == "hadamard":
             rotation._start(n, kind, seed, stream, orders=orders)
@@ -336,140 +342,3 @@ def _bases(orders: tuple[int, ...]) -> Float32:
         pair[1] = pair[0].T
         at += pair.size
     return bases
-
-
-class _Linear(Protocol):
-    weight: Any
-    bias: Any
-    rotation: Any
-
-    def replace(self, **changes: Any) -> Any: ...
-
-
-class _Block(Protocol):
-    attention_norm: Any
-    mlp_norm: Any
-    linears: Any
-
-
-class _Model(Protocol):
-    config: Any
-    blocks: Any
-    residual_rotation: Any
-
-    def copy(self) -> Any: ...
-
-
-ModelT = TypeVar("ModelT", bound=_Model)
-
-
-def rotate(
-    model: ModelT, kind: str = "hadamard", seed: int = 0, *, online_down: bool = True
-) -> ModelT:
-    """Rotate a float model without changing what it computes.
-
-    With R the residual rotation, P one of each block's value heads and Q one of each block's
-    inner activations, the weights of a block become
-
-        q, k          W diag(gain) R^T
-        v             P W diag(gain) R^T,  P b   (P on every head)
-        o             R W P^T,  R b              (P on every head)
-        gate, up      W diag(gain) R^T
-        down          R W Q^T,  R b, with Q applied to its input as the model runs
-
-    and the norm gains become ones (None). The embedding, the final norm and the head stay as they
-    are: the model applies R after the embedding and R^T before the final norm.
-
-    Parameters
-    ----------
-    model : Model
-        In float32 and not yet rotated. Left unchanged.
-    kind : {"hadamard", "orthogonal", "none"}, default="hadamard"
-        Of the residual rotation R; P and Q are Hadamard. ``"none"``: an equal model, norm gains
-        where they were.
-    seed : int, default=0
-        Every use draws signs of its own from it.
-    online_down : bool, default=True
-        Whether there is a Q. It costs a fast transform per token and block, and tames the
-        activations that are hardest to quantize.
-
-    Returns
-    -------
-    Model
-        Logits equal the original's to rounding.
-
-    Raises
-    ------
-    ValueError
-        If `kind` is unknown, or the model is rotated or quantized already.
-
-    References
-    ----------
-    S. Ashkboos et al., "QuaRot: Outlier-free 4-bit inference in rotated LLMs", 2024, section 4.
-
-    Examples
-    --------
-    A model without blocks, for brevity.
-
-    >>> from types import SimpleNamespace
-    >>> sizes = SimpleNamespace(hidden_size=576, head_dim=64, intermediate_size=1536)
-    >>> model = SimpleNamespace(config=sizes, blocks=[], residual_rotation=None)
-    >>> model.copy = lambda: SimpleNamespace(**vars(model))
-    >>> rotate(model, seed=1).residual_rotation
-    Rotation(576, 'hadamard', seed=1, stream=0)
-    """
-    if kind not in ("hadamard", "orthogonal", "none"):
-        raise ValueError(f"kind is {kind!r}, expected 'hadamard', 'orthogonal' or 'none'")
-    linears = [linear for block in model.blocks for linear in block.linears.values()]
-    if model.residual_rotation is not None or any(x.rotation is not None for x in linears):
-        raise ValueError("model is rotated already; rotate the original")
-    if not all(hasattr(linear, "weight") for linear in linears):
-        raise ValueError("model is quantized already; rotate the float original")
-    rotated: ModelT = model.copy()
-    if kind == "none":
-        return rotated
-    residual = Rotation(model.config.hidden_size, kind, seed)
-    rotated.residual_rotation = residual
-    for i, block in enumerate(rotated.blocks):
-        head = Rotation(model.config.head_dim, seed=seed, stream=2 * i + 1)
-        inner = Rotation(model.config.intermediate_size, seed=seed, stream=2 * i + 2)
-        _rotate_block(block, residual, head, inner if online_down else None)
-    return rotated
-
-
-def _rotate_block(
-    block: _Block, residual: Rotation, head: Rotation, inner: Rotation | None
-) -> None:
-    linears: MutableMapping[str, _Linear] = block.linears
-    for name in ("q_proj", "k_proj", "v_proj"):
-        linears[name] = _fused(linears[name], block.attention_norm, residual)
-    for name in ("gate_proj", "up_proj"):
-        linears[name] = _fused(linears[name], block.mlp_norm, residual)
-    block.attention_norm = block.mlp_norm = None
-    v, o, down = linears["v_proj"], linears["o_proj"], linears["down_proj"]
-    linears["v_proj"] = v.replace(weight=_outputs(head, v.weight), bias=_outputs(head, v.bias))
-    linears["o_proj"] = o.replace(
-        weight=_outputs(residual, _inputs(head, o.weight)), bias=_outputs(residual, o.bias)
-    )
-    down_weight = down.weight if inner is None else inner.apply(down.weight)
-    linears["down_proj"] = down.replace(
-        weight=_outputs(residual, down_weight), bias=_outputs(residual, down.bias), rotation=inner
-    )
-
-
-def _fused(linear: _Linear, gain: Float32 | None, rotation: Rotation) -> Any:
-    """The layer that reads rotated activations not yet multiplied by `gain`: W diag(gain) R^T."""
-    weight = linear.weight if gain is None else linear.weight * gain
-    return linear.replace(weight=rotation.apply(weight))
-
-
-def _inputs(rotation: Rotation, weight: Float32) -> Float32:
-    """W R^T, the columns of W being whole heads of R's order."""
-    return rotation.apply(weight.reshape(-1, rotation.n)).reshape(weight.shape)
-
-
-def _outputs(rotation: Rotation, weight: Float32 | None) -> Float32 | None:
-    """R W or R b, the rows of W being whole heads of R's order; None of no bias."""
-    if weight is None:
-        return None
-    return np.ascontiguousarray(_inputs(rotation, np.ascontiguousarray(weight.T)).T)

@@ -69,7 +69,7 @@ class QuantizedTensor:
         object.__setattr__(self, "zero", _float32(format.zero if self.zero is None else self.zero))
         object.__setattr__(self, "unit", _float32(self.unit))
         object.__setattr__(self, "handle", code_of(format, self.levels, self.unit, self.zero))
-        self.linear(activation_bits=None)  # checks dtypes, sizes and numbers
+        self._float_copy()  # checks dtypes, sizes and numbers
 
     @classmethod
     def pack(
@@ -192,40 +192,27 @@ class QuantizedTensor:
             raise ValueError(f"x has shape {x.shape}, expected ({self.cols},) or ({self.cols}, t)")
         tokens = np.ascontiguousarray(np.atleast_2d(x.T))
         y = np.empty((tokens.shape[0], self.rows), np.float32)
-        _core.linear_forward(self.linear(activation_bits=None), tokens, y)
+        layer = _core.linear((self._float_copy(),), None, None, None)
+        _core.linear_forward(layer, tokens, y)
         return y.T if x.ndim == 2 else y[0]
 
-    def linear(
-        self,
-        bias: NDArray[np.float32] | None = None,
-        rotation: Any = None,
-        *,
-        activation_bits: int | None,
-    ) -> Any:
-        """Make the C handle of a layer with these weights; it keeps all arrays alive.
+    def copy_handle(self, *parts: Any, **activation: Any) -> Any:
+        """Make the C handle of a layer's copy with these weights; it keeps all arrays alive.
 
         Parameters
         ----------
-        bias : ndarray of shape (rows,), float32, or None
-            Added to the product.
-        rotation : handle of a Rotation, or None
-            Applied to the layer's input.
-        activation_bits : int or None
-            8 or 4: activations are quantized. None: float32.
+        *parts
+            Handles of the input and the output rotation, or None; fusion weights (rows,) and sums
+            of the rows of the weights (rows,), float32, or None.
+        **activation
+            How the input is rounded, as `_core.copy_packed` has it.
 
         Returns
         -------
         capsule
-            For `_core.linear_forward` and the decoder.
+            For `_core.linear`.
         """
-        return _core.linear_packed(
-            self.handle,
-            self.panels,
-            bias,
-            rotation,
-            activation_bits=activation_bits or 0,
-            **self._layout,
-        )
+        return _core.copy_packed(self.handle, self.panels, *parts, **activation, **self._layout)
 
     def to_arrays(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Split into arrays and metadata for a file.
@@ -291,10 +278,42 @@ class QuantizedTensor:
         except (TypeError, ValueError, OverflowError) as error:
             raise _core.FormatError(f"damaged packed matrix: {error}") from error
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = (self.format, self.rows, self.cols, self.panels)
+        return _unpickled, (*fields, self.levels, self.unit, self.zero)
+
+    def _float_copy(self) -> Any:
+        return self.copy_handle(
+            None,
+            None,
+            None,
+            None,
+            activation_bits=0,
+            activation_clip=1.0,
+            activation_scale=0.0,
+            activation_zero=0.0,
+            zero_per_token=False,
+        )
+
     @property
-    def _layout(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, Any]:
         group = self.format.group or max(self.cols, 1)
         return {"rows": self.rows, "cols": self.cols, "group": group}
+
+
+def aligned(panels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the bytes at a 64-byte boundary: themselves, or copied where they lie elsewhere."""
+    if panels.ctypes.data % 64 == 0:
+        return panels
+    copy = _core.aligned_empty(bytes=panels.size)
+    copy[:] = panels
+    return copy
+
+
+def _unpickled(
+    format: Format, rows: int, cols: int, panels: NDArray[np.uint8], *more: Any
+) -> QuantizedTensor:
+    return QuantizedTensor(format, rows, cols, aligned(panels), *more)
 
 
 def _float32(value: float) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import scipy_openblas32  # noqa: F401  (loads the library that _core links to)
 import tokenizers
@@ -17,6 +19,13 @@ from lowbitq import _core
 ISAS = ["portable", "avx2", "avx512"]
 
 collect_ignore_glob = ["golden/make_*.py"]  # they need torch
+
+# No test asserts a time.
+hypothesis.settings.register_profile("lowbitq", deadline=None)
+hypothesis.settings.load_profile("lowbitq")
+
+# Tests send Ctrl-C, which a shell makes its background jobs ignore.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=ISAS)

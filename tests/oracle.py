@@ -233,9 +233,9 @@ UNIT = 2.0**-24  # largest relative rounding error of float32
 
 def rmsnorm(x, gain, epsilon):
     """Result and bound: cols + 2 roundings in the mean square count half, five follow."""
-    x = x.astype(float)
-    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * (1 if gain is None else gain)
-    return y, abs(y) * ((x.shape[-1] + 2) / 2 + 5) * UNIT
+    x, gain = x.astype(float), np.ones(x.shape[-1]) if gain is None else gain.astype(float)
+    y = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * gain
+    return y, abs(y) * ((x.shape[-1] + 2) / 2 + 5) * UNIT + (1 + abs(gain)) * 2.0**-150
 
 
 def swiglu(gate, up):
@@ -320,7 +320,7 @@ def decoder(network, tokens):
     """Logits of a network in float64, one token after the other as the formulas stand.
 
     `network` has embedding, final_norm, head, frequency, heads, kv_heads, epsilon and blocks, each
-    a dict of norms (arrays or None) and of linear layers, (weight, bias or None).
+    a dict of norms (arrays or None), of linear layers, (weight, bias or None), and of scales.
     """
     heads, kv_heads, epsilon = network["heads"], network["kv_heads"], network["epsilon"]
 
@@ -339,10 +339,11 @@ def decoder(network, tokens):
         if block["query_norm"] is not None:
             q, k = normed(q, block["query_norm"]), normed(k, block["key_norm"])
         q, k = (rope(a, network["frequency"], 0)[0] for a in (q, k))
-        x = x + linear(block["o_proj"], attention(q, k, v)[0].reshape(len(x), -1))
+        added = linear(block["o_proj"], attention(q, k, v)[0].reshape(len(x), -1))
+        x = x + block.get("attention_scale", 1.0) * added
         n = normed(x, block["mlp_norm"])
         inner = swiglu(linear(block["gate_proj"], n), linear(block["up_proj"], n))[0]
-        x = x + linear(block["down_proj"], inner)
+        x = x + block.get("mlp_scale", 1.0) * linear(block["down_proj"], inner)
     head = network["embedding"] if network["head"] is None else network["head"]
     return normed(x, network["final_norm"]) @ head.astype(float).T
 

@@ -69,3 +69,34 @@ def pack(spec, codes, scale, offset):
         **layout(spec),
     )
     return panels
+
+
+def packed_copy(panels, spec, *, levels=None, input=None, output=None, weight=None, **activation):
+    """A handle of a copy; `activation`: bits, clip, scale, zero (None: of each token), sums."""
+    bits, zero = activation.pop("bits", 8), activation.pop("zero", 0.0)
+    return _core.copy_packed(
+        code_of(spec, levels),
+        panels,
+        input,
+        output,
+        weight,
+        activation.pop("sums", None),
+        activation_bits=bits,
+        activation_clip=activation.pop("clip", 1.0),
+        activation_scale=activation.pop("scale", 0.0),
+        activation_zero=0.0 if zero is None else zero,
+        zero_per_token=zero is None,
+        **activation,
+        **layout(spec),
+    )
+
+
+def packed_layer(panels, levels, bias, rotation, *, activation_bits, **spec):
+    """A handle of a layer of one packed copy."""
+    copy = packed_copy(panels, spec, levels=levels, input=rotation, bits=activation_bits)
+    return _core.linear((copy,), bias, None, None)
+
+
+def dense_layer(weight, bias, rotation):
+    """A handle of a layer of one dense copy."""
+    return _core.linear((_core.copy_dense(weight, rotation, None, None),), bias, None, None)

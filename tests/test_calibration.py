@@ -1,4 +1,4 @@
-"""Windows of text, and what the layers of a model read."""
+"""What the layers of a model read."""
 
 from __future__ import annotations
 
@@ -6,84 +6,10 @@ import numpy as np
 import pytest
 from random_model import random_model, random_tokens
 
-from lowbitq._core import FormatError
-from lowbitq.calibration import Statistics, calibrate, windows
-
-
-class Words:
-    """A tokenizer whose tokens are the lengths of words."""
-
-    bos_id = 99
-
-    def __init__(self, adds_bos=False):
-        self.adds_bos = adds_bos
-
-    def encode(self, text):
-        return np.array([len(word) for word in text.split()], np.int32)
-
-
-def test_windows_are_pieces_of_the_text():
-    tokens = np.arange(1000)
-    found = windows(None, tokens, samples=7, window=50, seed=1)
-    assert found.shape == (7, 50)
-    assert found.dtype == np.int32
-    assert (np.diff(found, axis=1) == 1).all()
-    assert (np.diff(found[:, 0]) > 0).all(), "windows begin at different places"
-
-
-def test_windows_follow_the_seed():
-    tokens = np.arange(1000)
-    a, b, c = (windows(None, tokens, samples=4, window=50, seed=s) for s in (1, 1, 2))
-    assert np.array_equal(a, b)
-    assert not np.array_equal(a, c)
-
-
-@pytest.mark.parametrize("count", [10, 11, 40])
-def test_windows_of_a_short_text(count):
-    found = windows(None, np.arange(count), samples=count - 9, window=10)
-    assert np.array_equal(found[:, 0], np.arange(count - 9)), "every place once"
-
-
-def test_every_kind_of_text_gives_the_same_windows(tmp_path):
-    words = [("x" * (1 + i % 9)) for i in range(200)]
-    text = " ".join(words)
-    path = tmp_path / "text.txt"
-    path.write_text(text, encoding="utf-8")
-    expected = windows(None, Words().encode(text), samples=3, window=20)
-    for form in (text, path, str(path), [" ".join(words[:90]), " ".join(words[90:])]):
-        assert np.array_equal(windows(Words(), form, samples=3, window=20), expected)
-
-
-def test_windows_begin_as_the_tokenizer_says():
-    found = windows(Words(adds_bos=True), "a bb ccc dddd " * 50, samples=3, window=20)
-    assert found.shape == (3, 20)
-    assert (found[:, 0] == 99).all()
-    assert (found[:, 1:] < 5).all()
-
-
-def test_windows_can_be_given():
-    tokens = np.arange(12).reshape(3, 4)
-    assert np.array_equal(windows(None, tokens), tokens)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "text is empty"),
-        ([" \n"], "text is empty"),
-        ("a b c", "text has 3 tokens; 2 windows of 5 need at least 6"),
-        (np.arange(5), "text has 5 tokens; 2 windows of 5 need at least 6"),
-        (np.ones(9), "expected .* integers"),
-    ],
-)
-def test_too_little_text_is_an_error(text, message):
-    with pytest.raises(ValueError, match=message):
-        windows(Words(), text, samples=2, window=5)
-
-
-def test_text_needs_a_tokenizer():
-    with pytest.raises(ValueError, match="no tokenizer"):
-        windows(None, "some text", samples=1, window=2)
+from lowbitq._core import FormatError, NumericalError
+from lowbitq.calibration import Statistics, Stream, calibrate
+from lowbitq.linears import Linear
+from lowbitq.quantizers import quantize
 
 
 def test_calibrate_sees_the_inputs_of_every_layer():
@@ -132,6 +58,13 @@ def test_calibrate_shows_a_bar_if_asked(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_bad_counts_are_refused():
+    for options in ({"first_tokens": -1}, {"samples": 0}, {"window": 1}):
+        ((name, value),) = options.items()
+        with pytest.raises(ValueError, match=f"{name} is {value}, expected at least"):
+            calibrate(random_model(), random_tokens(40), **options)
+
+
 def test_a_massive_activation_is_found():
     model = random_model(layers=1)
     model.blocks[0].attention_norm[7] = 1e5
@@ -145,6 +78,14 @@ def test_a_massive_activation_is_found():
     assert found[1].position == abs(column).argmax()
     assert found[1].value == column[found[1].position]
     assert found[1].ratio > 1000
+
+
+@pytest.mark.parametrize("gain", [1e25, 3e38])
+def test_an_input_beyond_float32_is_named(gain):
+    model = random_model(layers=2)
+    model.blocks[1].mlp_norm[7] = gain
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.gate_proj .* channel 7 of"):
+        calibrate(model, random_tokens(40).reshape(2, 20))
 
 
 @pytest.mark.parametrize("hessians", [False, True])
@@ -162,6 +103,18 @@ def test_statistics_survive_a_file(tmp_path, hessians):
         assert all(np.array_equal(a[name], b[name]) for name in a)
 
 
+def test_statistics_have_the_name_that_was_given(tmp_path):
+    """What follows a point in a name is replaced by nothing."""
+    names = ["stats-2.5bit", "stats-2.6bit", "a.npz", "v1.2"]
+    for i, name in enumerate(names):
+        Statistics(np.full((1, 2), i, np.int32), {}, {}, []).save(str(tmp_path / name))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    for i, name in enumerate(names):
+        assert Statistics.load(tmp_path / name).tokens[0, 0] == i
+    Statistics(np.zeros((1, 2), np.int32), {}, {}, []).save(tmp_path / "plain")
+    assert (tmp_path / "plain.npz").exists()
+
+
 def test_a_damaged_file_is_an_error(tmp_path):
     path = tmp_path / "stats.npz"
     calibrate(random_model(layers=1), random_tokens(40).reshape(2, 20)).save(path)
@@ -173,3 +126,47 @@ def test_a_damaged_file_is_an_error(tmp_path):
     np.savez(path, other=np.zeros(3))
     with pytest.raises(FormatError, match="not statistics"):
         Statistics.load(path)
+
+
+# --- the walk over blocks -------------------------------------------------------------------------
+
+
+def by_hand(model, tokens, blocks):
+    """The residual streams before a block, and its taps, from one block_forward after another."""
+    hidden, taps = model.embed(tokens), {}
+    for index in range(blocks):
+        model.block_forward(index, hidden)
+    before = hidden.copy()
+    model.block_forward(blocks, hidden, taps)
+    return before, taps
+
+
+def test_a_stream_goes_through_all_blocks():
+    model, tokens = random_model(layers=3), random_tokens(60).reshape(3, 20)
+    stream = Stream(model, tokens)
+    seen = []
+    for index in stream:
+        seen.append(index)
+        expected = [by_hand(model, row, index) for row in tokens]
+        assert np.array_equal(stream.hidden, [before for before, _ in expected])
+        for taps, (_, own) in zip(stream.taps(), expected, strict=True):
+            assert all(np.array_equal(taps[name], own[name]) for name in own)
+        assert np.array_equal(stream.hidden, [before for before, _ in expected]), "it moved"
+        if index == 1:  # done here or by the iterator, once
+            assert len(list(stream.taps(advance=True))) == 3
+    assert seen == [0, 1, 2]
+
+
+def test_streams_in_lockstep_stop_between_taps():
+    """A float model beside one whose query, key and value are quantized already."""
+    model, tokens = random_model(layers=2), random_tokens(60).reshape(3, 20)
+    student = model.copy()
+    teacher, prefix = Stream(model, tokens), Stream(student, tokens)
+    for _ in zip(teacher, prefix, strict=True):
+        block = student.blocks[prefix.index]
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = block.linears[name]
+            block.linears[name] = Linear(quantize(linear.weight, "int2g32").dequantize())
+        pairs = zip(teacher.taps(), prefix.taps(), strict=True)
+        same = [[np.array_equal(a[tap], b[tap]) for tap in ("qkv", "o", "mlp")] for a, b in pairs]
+        assert same == [[prefix.index == 0, False, False]] * 3

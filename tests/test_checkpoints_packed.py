@@ -6,6 +6,7 @@ import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from power_cut import assert_on_disk, journal, killed_in
 from safetensors.numpy import load_file
 from small_files import write_packed
 
 from lowbitq import FormatError
-from lowbitq.checkpoints import packed
+from lowbitq.checkpoints import packed, writing
 from lowbitq.checkpoints.packed import narrowest, read_packed, write_arrays
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +54,7 @@ def test_what_is_read_is_what_was_written(saved):
         assert not view.flags.writeable
         assert view.ctypes.data % 64 == 0
     assert folder.json("plan.json") == {"a": [1, 2.5, "é"]}
-    assert folder.config["quantization_config"] == {"quant_method": "lowbitq", "format_version": 2}
+    assert folder.config["quantization_config"] == {"quant_method": "lowbitq", "format_version": 3}
 
 
 def test_the_safetensors_package_reads_it_too(saved):
@@ -150,12 +152,12 @@ def test_the_tensor_and_its_byte_are_named(saved):
 def rewrite(path, change):
     value = json.loads(path.read_text())
     change(value)
-    path.write_bytes(packed._json_text(value))
+    path.write_bytes(packed.json_text(value))
 
 
 def test_newer_formats_are_refused(saved):
-    rewrite(saved / "config.json", lambda c: c["quantization_config"].update(format_version=3))
-    with pytest.raises(FormatError, match="format_version is 3, expected 2: another lowbitq may"):
+    rewrite(saved / "config.json", lambda c: c["quantization_config"].update(format_version=4))
+    with pytest.raises(FormatError, match="format_version is 4, expected 2 or 3: another lowbitq"):
         read_packed(saved)
 
 
@@ -171,6 +173,7 @@ LISTINGS = {
     "outside": ({"../x": []}, r"'\.\./x' is no file with a list"),
     "missing": ({"absent.json": []}, r"'absent\.json' is missing"),
     "surrogate": ({"\ud800": []}, r"'\\ud800' is missing"),
+    "long": ({"a" * 300: []}, r"'aaa.*aaa' is missing"),
     "nul": ({"\0": []}, r"'\\x00' is missing"),
     "section": ({"config.json": [{"section": "a"}]}, r"section 0 of 'config\.json' is malformed"),
     "negative": (
@@ -187,10 +190,79 @@ LISTINGS = {
 
 @pytest.mark.parametrize("case", LISTINGS)
 def test_hostile_checksums(saved, case):
-    listing, message = LISTINGS[case]
-    (saved / "checksums.json").write_bytes(packed._json_text(packed._listing(listing)))
+    entries, message = LISTINGS[case]
+    listing = json.loads((saved / "checksums.json").read_text())["files"] | entries
+    (saved / "checksums.json").write_bytes(packed.json_text(packed._listing(listing)))
     with pytest.raises(FormatError, match=message):
         read_packed(saved)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "tokenizer.json", "model-2.safetensors", "folder"])
+def test_files_that_were_not_saved_are_refused(saved, name):
+    """A tokenizer put beside a model that has none would be taken for the model's own."""
+    (saved / name).mkdir() if name == "folder" else (saved / name).write_text("{}")
+    with pytest.raises(FormatError, match=rf"checksums\.json, byte 0: '{name}' was added"):
+        read_packed(saved)
+
+
+def test_hidden_files_are_not_looked_at(saved):
+    """Of git, or of a download from a hub."""
+    (saved / ".cache").mkdir()
+    (saved / ".gitattributes").write_text("*.safetensors filter=lfs")
+    assert list(read_packed(saved).tensors) == list(ARRAYS)
+
+
+def test_entries_stand_for_the_files_that_were_opened(saved):
+    folder = read_packed(saved)
+    (saved / "plan.json").write_text("{}")
+    (saved / "tokenizer.json").write_text("{}")
+    assert (folder / "plan.json").is_file()
+    assert str(folder / "plan.json") == str(saved / "plan.json")
+    assert not (folder / "tokenizer.json").is_file()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        (folder / "tokenizer.json").read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
+        folder.json("tokenizer.json")
+
+
+OTHER = {"w": np.ones(3, np.float32)}
+
+
+def read_while(saved, happens, monkeypatch):
+    """Read the folder once for each of its files, with something happening before that one."""
+    opened = packed.MappedFile
+    for number in range(1, 5):
+        count = 0
+
+        def opening(path, number=number, **options):
+            nonlocal count
+            count += 1
+            if count == number:
+                happens(saved)
+            return opened(path, **options)
+
+        write_packed(saved, ARRAYS, plan={"arrays": len(ARRAYS)})
+        with monkeypatch.context() as patch:
+            patch.setattr(packed, "MappedFile", opening)
+            yield lambda: read_packed(saved)
+        assert count >= number
+
+
+def test_a_model_that_is_replaced_meanwhile_is_read_as_one(saved, monkeypatch):
+    found = []
+    for read in read_while(
+        saved, lambda path: write_packed(path, OTHER, plan={"arrays": 1}), monkeypatch
+    ):
+        folder = read()
+        assert folder.json("plan.json") == {"arrays": len(folder.tensors)}
+        found.append(len(folder.tensors))
+    assert found == [1] * len(found), "the old one is gone before all of it is open"
+
+
+def test_a_model_that_is_removed_meanwhile_is_missing(saved, monkeypatch):
+    for read in read_while(saved, shutil.rmtree, monkeypatch):
+        with pytest.raises((FileNotFoundError, FormatError), match="model"):
+            read()
 
 
 # All or nothing
@@ -210,23 +282,76 @@ def test_a_model_is_replaced_as_a_whole(saved):
     assert np.array_equal(old, ARRAYS["gains"]), "still mapped"
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
+@pytest.mark.parametrize("replacing", [False, True])
+def test_a_model_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch, replacing, exchanges):
+    path = tmp_path / "model"
+    if replacing:
+        write_packed(path, ARRAYS)
+    events = journal(monkeypatch)
+    if not exchanges:
+        monkeypatch.setattr(writing, "_exchange", lambda one, other: False)
+    write_packed(path, {"w": np.ones(3, np.float32)})
+    events = [event for event in events if event != ("name", str(path))]  # the old one steps aside
+    assert_on_disk(events, path)
+
+
+def test_what_is_added_while_a_model_is_written_is_kept(tmp_path, saved):
+    def write_while_added(path):
+        with packed.new_folder(path) as folder:
+            packed.write_json(folder / "config.json", packed.quantization_config())
+            path.mkdir(exist_ok=True)
+            (path / "notes.txt").write_text("text")
+
+    for path, message in {
+        saved: r"model holds notes\.txt, which is no part",
+        tmp_path / "fresh": "fresh is neither empty nor a model",
+    }.items():
+        with pytest.raises(FileExistsError, match=message):
+            write_while_added(path)
+        assert (path / "notes.txt").read_text() == "text"
+    (saved / "notes.txt").unlink()
+    assert list(read_packed(saved).tensors) == list(ARRAYS)
+    assert entries(tmp_path) == ["fresh", "model"]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_what_a_killed_save_left_is_removed_by_the_next(tmp_path, saved):
+    def killed():
+        with packed.new_folder(saved) as folder:
+            packed.write_arrays(folder / "model.safetensors", ARRAYS)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    killed_in(killed)
+    (tmp_path / ".model.89abcdef.old").mkdir()
+    (tmp_path / ".models.89abcdef.new").mkdir()
+    assert len(entries(tmp_path)) == 4
+    with packed.new_folder(saved) as folder:
+        write_packed(saved, ARRAYS)
+        assert folder.exists(), "its writer lives"
+        packed.write_json(folder / "config.json", packed.quantization_config())
+        packed.write_arrays(folder / "model.safetensors", {"w": np.ones(3, np.float32)})
+    assert entries(tmp_path) == [".models.89abcdef.new", "model"]
+    assert list(read_packed(saved).tensors) == ["w"]
+
+
 def test_without_exchange_a_model_is_replaced_too(saved, monkeypatch):
-    monkeypatch.setattr(packed, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(writing, "_exchange", lambda one, other: False)
     write_packed(saved, {"w": np.ones(3, np.float32)})
     assert entries(saved.parent) == ["model"]
     assert list(read_packed(saved).tensors) == ["w"]
 
 
 def test_a_failing_rename_puts_the_old_model_back(saved, monkeypatch):
-    monkeypatch.setattr(packed, "_exchange", lambda one, other: False)
-    rename = packed.Path.rename
+    monkeypatch.setattr(writing, "_exchange", lambda one, other: False)
+    rename = Path.rename
 
     def failing(self, target):
         if self.name.endswith(".new"):
             raise OSError(errno.EIO, "Input/output error", str(self))
         return rename(self, target)
 
-    monkeypatch.setattr(packed.Path, "rename", failing)
+    monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="Input/output error"):
         write_packed(saved, {"w": np.ones(3, np.float32)})
     assert entries(saved.parent) == ["model"]

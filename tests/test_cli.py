@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -92,14 +94,17 @@ def test_damaged_file_exits_1(capsys, tmp_path):
     assert "m.gguf" in err[0]
 
 
-def test_interrupt_exits_4(capsys, monkeypatch):
+@pytest.mark.parametrize("command", [["inspect", "m"], ["quantize", "m", "out"]])
+def test_interrupt_exits_4(capsys, monkeypatch, tmp_path, command):
+    """Before there is a block, the same command has nothing to go on from."""
+
     def load(path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(lq, "load", load)
-    code, _, err = run(capsys, "inspect", "m")
-    assert code == 4
-    assert "the same command goes on" in err[0]
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, *command) == (4, "", ["lowbitq: interrupted"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_unexpected_error_is_one_line_with_its_kind(capsys, monkeypatch):
@@ -121,30 +126,6 @@ def test_demo_without_its_model_says_how_to_get_it(capsys, monkeypatch):
 def test_demo_model_is_that_of_the_environment(monkeypatch):
     monkeypatch.setenv("LOWBITQ_DEMO_MODEL", "/somewhere/model.gguf")
     assert cli.demo_model() == Path("/somewhere/model.gguf")
-
-
-def test_text_of_a_file_is_halved(tmp_path):
-    (tmp_path / "text.txt").write_text("abcdef", encoding="utf-8")
-    texts = cli.read_texts(tmp_path / "text.txt", halves=True)
-    assert (texts.calibration, texts.held_out) == ("abc", "def")
-    assert cli.read_texts(tmp_path / "text.txt").held_out == "abcdef"
-
-
-def test_text_of_the_data_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("LOWBITQ_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"wikitext2-valid\.txt"):
-        cli.read_texts(None)
-    (tmp_path / "wikitext2-valid.txt").write_text("valid")
-    (tmp_path / "wikitext2-test.txt").write_text("test")
-    texts = cli.read_texts(None)
-    assert (texts.calibration, texts.held_out) == ("valid", "test")
-
-
-def test_text_of_last_resort_shares_no_topic(monkeypatch):
-    monkeypatch.delenv("LOWBITQ_DATA", raising=False)
-    texts = cli.read_texts(None)
-    assert min(len(texts.calibration), len(texts.held_out)) > 100_000
-    assert not set(texts.calibration.split("\n\n")) & set(texts.held_out.split("\n\n"))
 
 
 @pytest.fixture
@@ -188,6 +169,17 @@ def test_quantize_saves_what_was_verified(capsys, quantize):
     assert layers[0]["format"] == result["embedding"]
 
 
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(quantize, text_file):
+    command, out = quantize
+    text_file.write_text("abcdefghij" * 20)
+    code, _, err = command()
+    assert code == 0
+    (line,) = err
+    assert line.startswith("lowbitq: text has 200 tokens, but 4 windows of 64 need 256: only the 3")
+    assert out.is_dir()
+
+
 @pytest.mark.parametrize(("asked", "bits"), [("none", 32), ("int4g32", 5)])
 def test_quantize_treats_the_embedding_as_asked(quantize, asked, bits):
     command, out = quantize
@@ -209,28 +201,81 @@ def test_quantize_leaves_foreign_folders_alone(quantize):
     (out / "thesis.txt").write_text("all of it")
     code, _, err = command()
     assert code == 1
-    assert err == [f"lowbitq: {out} exists and is not a saved model"]
+    assert err == [f"lowbitq: {out} is neither empty nor a model saved by lowbitq"]
     assert (out / "thesis.txt").read_text() == "all of it"
 
 
-def test_interrupted_quantize_goes_on(quantize, monkeypatch, tmp_path):
-    command, out = quantize
-    work_dir = tmp_path / "work"
+def interrupted(*arguments):
+    raise KeyboardInterrupt
 
-    def interrupted(model, path):
-        raise KeyboardInterrupt
+
+@pytest.mark.parametrize("option", [[], ["--work-dir"]])
+def test_interrupted_quantize_goes_on(quantize, monkeypatch, tmp_path, option):
+    command, out = quantize
+    work_dir = tmp_path / "small.work"
+    option = [*option, work_dir] if option else []
 
     with monkeypatch.context() as patch:
         patch.setattr(lq.QuantizedModel, "save", interrupted)
-        assert command("--work-dir", work_dir)[0] == 4
+        code, _, err = command(*option)
+        said = f"interrupted; the same command goes on from the blocks in {work_dir}"
+        assert (code, err) == (4, [f"lowbitq: {said}"])
+        _, _, err = command(*option, "--restart")
+        assert "the same command without --restart goes on" in err[0]
     assert not out.exists()
     finished = {path: path.stat().st_mtime_ns for path in work_dir.glob("block*")}
     assert len(finished) == 2
-    assert command("--work-dir", work_dir)[0] == 0
-    assert {path: path.stat().st_mtime_ns for path in work_dir.glob("block*")} == finished
+
+    def saved(model, path):
+        assert {path: path.stat().st_mtime_ns for path in work_dir.glob("block*")} == finished
+        save(model, path)
+
+    save = lq.QuantizedModel.save
+    monkeypatch.setattr(lq.QuantizedModel, "save", saved)
+    assert command(*option)[0] == 0
+    assert work_dir.exists() == bool(option), "a folder that the user chose is kept"
     first = lq.load(out).logits(range(50))
+    monkeypatch.setattr(lq.QuantizedModel, "save", save)
     command()
     assert (lq.load(out).logits(range(50)) == first).all()
+
+
+def test_blocks_of_another_task_are_named_before_the_model_is_loaded(quantize, monkeypatch):
+    command, out = quantize
+    with monkeypatch.context() as patch:
+        patch.setattr(lq.QuantizedModel, "save", interrupted)
+        assert command()[0] == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(lq, "load", interrupted)
+        for option, different in {
+            ("--format", "int2g32"): "format (int3g32, not int2g32)",
+            ("--seed", 1): "plan (seed)",
+            ("--method", "rtn"): "plan (rounding (method)) and windows",
+            ("--samples", 3): "samples",
+            ("--window", 65): "windows",
+        }.items():
+            code, _, err = command(*option)
+            assert code == 1
+            assert len(err) == 1
+            assert (
+                f"small.work holds finished blocks of another run, with different {different};"
+                in (err[0])
+            )
+            assert "--restart discards them" in err[0]
+        assert command()[0] == 4, "its own are no obstacle"
+    assert command("--format", "int2g32", "--restart")[0] == 0
+    assert {row["format"] for row in lq.load(out).report().layers[1:]} == {"int2g32"}
+    assert not out.with_name("small.work").exists()
+
+
+def test_the_work_folder_may_be_a_link_and_hold_other_files(quantize, tmp_path):
+    command, out = quantize
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "notes.txt").write_text("text")
+    out.with_name("small.work").symlink_to(tmp_path / "scratch")
+    assert command()[0] == 0
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["notes.txt"]
+    assert out.with_name("small.work").is_symlink()
 
 
 def test_folder_that_reads_back_differently_exits_5(quantize, tiny_folder, monkeypatch):
@@ -272,6 +317,24 @@ def test_evaluate(capsys, tiny_folder, text_file, quantize):
     assert result["perplexity"] == expected.to_dict()["perplexity"]
     code, shown, _ = run(capsys, *arguments)
     assert "ln ratio" in shown
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["quantize", "out"]])
+def test_text_in_another_encoding_is_one_line(capsys, tiny_folder, tmp_path, command):
+    path = tmp_path / "latin.txt"
+    path.write_bytes(b"na\xefve")
+    code, out, err = run(capsys, command[0], tiny_folder, *command[1:], "--text", path)
+    assert (code, out, err) == (1, "", [f"lowbitq: {path}: byte 2: not UTF-8"])
+
+
+def test_windows_longer_than_the_positions_are_one_line(capsys, tiny_folder, text_file):
+    arguments = ["evaluate", tiny_folder, "--text", text_file, "--window", 5000]
+    text_file.write_text("A word. " * 1000)
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
+    assert err == [
+        "lowbitq: window is 5000, but the model has 4096 positions: give window=4096 or less"
+    ]
 
 
 def test_generate(capsys, tiny_folder):
@@ -321,21 +384,56 @@ def test_bench_without_matplotlib_says_how_to_get_it(capsys, monkeypatch):
     assert err == ["lowbitq: plots need matplotlib; get it by: pip install matplotlib"]
 
 
-def test_demo(capsys, tiny_folder, text_file, tmp_path, monkeypatch):
+@pytest.fixture
+def demo(capsys, tiny_folder, text_file, tmp_path, monkeypatch):
+    """The demo command on the tiny model, in an empty folder."""
     monkeypatch.setenv("LOWBITQ_DEMO_MODEL", str(tiny_folder))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     arguments = ["demo", "--text", text_file, "--samples", 4, "--window", 64, "--windows", 2]
-    code, out, _ = run(capsys, *arguments, "--save", tmp_path / "models")
+    return lambda *more: run(capsys, *arguments, *more)
+
+
+def test_demo(demo, tmp_path):
+    code, out, _ = demo("--save", tmp_path / "models")
     assert code == 0
     assert "Q4_1" in out
+    assert "4 windows of 64 tokens of the first half" in out
     table = [line.split() for line in out.splitlines()]
     formats = ["float32", "int4g64", "int3g64", "int2g64"]
     assert [row[0] for row in table if row and row[0] in formats] == 2 * formats
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted(formats[1:])
-    rows = json.loads(run(capsys, *arguments, "--json")[1])["rows"]
+    rows = json.loads(demo("--json")[1])["rows"]
     assert [row["format"] for row in rows] == formats
     assert rows[0]["kl"]["value"] == 0
     bits = [row["bits_per_weight"] for row in rows]
     assert bits == sorted(bits, reverse=True)
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_interrupted_demo_goes_on(demo, tmp_path, monkeypatch):
+    whole = json.loads(demo("--json")[1])["rows"]
+    evaluate = lq.evaluate
+
+    def interrupted_late(model, *arguments, **options):
+        if getattr(model, "plan", None) and "int3g64" in map(str, model.plan.layers.values()):
+            raise KeyboardInterrupt
+        return evaluate(model, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lq, "evaluate", interrupted_late)
+        code, _, err = demo()
+    assert code == 4
+    work = Path("lowbitq-demo.work")
+    assert err[-1].endswith(f"goes on from the blocks in {work / 'int4g64'}, {work / 'int3g64'}")
+    finished = {path: path.stat().st_mtime_ns for path in work.glob("*/block*")}
+    assert len(finished) == 4
+    code, _, err = demo("--seed", 1)
+    assert code == 1
+    assert "different plan (seed); --restart discards them" in err[0]
+    rows = json.loads(demo("--json")[1])["rows"]
+    assert [row["perplexity"] for row in rows] == [row["perplexity"] for row in whole]
+    assert not list((tmp_path / "here").iterdir())
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -344,3 +442,36 @@ def test_threads_are_those_asked_for(capsys, tiny_folder, threads):
     run(capsys, "inspect", tiny_folder, "--threads", threads)
     assert lq.show_config()["threads"] == threads
     lq.set_num_threads(before)
+
+
+def test_generate_goes_on_where_a_character_cannot_be_shown(monkeypatch, tiny_folder):
+    monkeypatch.setattr(lq.Model, "generate", lambda self, prompt, *, on_token, **_: on_token("é"))
+    shown = io.BytesIO()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+        assert cli.main(["generate", str(tiny_folder), "a"]) == 0
+        sys.stdout.flush()
+        assert shown.getvalue() == b"a?\n"
+
+
+@pytest.mark.parametrize("prompt", ["h\u00e9", "\u4f60"])
+def test_a_prompt_that_the_locale_cannot_decode_is_utf_8(prompt):
+    escaped = prompt.encode().decode("ascii", "surrogateescape")
+    options = cli._parser().parse_args(["generate", "m", escaped])
+    assert options.prompt == prompt
+    assert cli._parser().parse_args(["generate", "m", prompt]).prompt == prompt
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "tekken.json"])
+def test_a_tokenizer_in_another_form_is_pointed_out(capsys, tmp_path, tiny_folder, name):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder, ignore=shutil.ignore_patterns("tokenizer.json"))
+    (folder / name).write_text("{}")
+    code, _, err = run(capsys, "quantize", folder, tmp_path / "out", "--method", "rtn")
+    assert code == 0
+    assert f"no tokenizer.json, the one form that is read, but {name}" in err[0]
+    code, _, err = run(capsys, "generate", folder, "a")
+    assert code == 1
+    assert "no tokenizer.json" in err[-1]
+    with pytest.warns(UserWarning, match=name):
+        lq.load(folder)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from random_model import random_model, random_tokens
 
+from lowbitq import _core, compression
 from lowbitq._core import FormatError
-from lowbitq.calibration import calibrate
-from lowbitq.compression import compress, default_text
+from lowbitq.calibration import Statistics, calibrate
+from lowbitq.compression import compress, leftovers
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.plans import Plan
@@ -23,6 +26,10 @@ from lowbitq.quantizers import relative_error
 TOKENS = random_tokens(8 * 64).reshape(8, 64)
 HELD_OUT = random_tokens(64, seed=1)
 MUCH = random_tokens(64 * 64, seed=2).reshape(64, 64)  # enough for feedback not to overfit
+
+
+def names_of(model):
+    return [name for name, _ in model.linears()]
 
 
 def assert_same(one, two):
@@ -54,7 +61,7 @@ def test_eight_bits_change_little(method, rotation):
     assert all(isinstance(linear, QuantizedLinear) for _, linear in small.linears())
     assert np.array_equal(model.logits(HELD_OUT), before), "the given model has changed"
     assert divergence(small, model) < 1e-3
-    assert small.plan.method == method
+    assert {layer.rounding.method for layer in small.plan.layers.values()} == {method}
     assert small.bits_per_weight == pytest.approx(9, abs=0.01)
 
 
@@ -121,7 +128,7 @@ def test_embedding_and_head_are_packed(make, rotation):
             assert abs(after - before).max() <= 1.01 * half_step
             exact = relative_error(before, after)
             assert small.records[name]["relative_error"] == pytest.approx(exact, rel=1e-4)
-            assert small.records[name]["format"] == small.plan.embedding
+            assert small.records[name]["format"] == str(small.plan.embedding)
             assert outer[name].activation_bits == 8
     assert isinstance(model.embedding, Linear), "the given model has changed"
 
@@ -157,7 +164,7 @@ def test_blocks_see_the_packed_embedding():
 
 def test_formats_follow_the_plan():
     model = random_model()
-    plan = Plan.uniform(model, "int4g32", overrides={"*.q_proj": "int2g64"})
+    plan = Plan.uniform(names_of(model), "int4g32", overrides={"*.q_proj": "int2g64"})
     small = compress(model, plan, text=TOKENS)
     for name, linear in small.linears():
         expected = "int2g64" if name.endswith("q_proj") else "int4g32"
@@ -188,7 +195,7 @@ def test_blocks_see_the_quantized_prefix():
     model = random_model(layers=2)
     whole = compress(model, "int2g32", text=TOKENS, rotation="none")
     alone = Plan.uniform(
-        model, "int2g32", rotation="none", overrides={"model.layers.0.*": "int8g32"}
+        names_of(model), "int2g32", rotation="none", overrides={"model.layers.0.*": "int8g32"}
     )
     other = compress(model, alone, text=TOKENS)
     name = "model.layers.1.mlp.up_proj"
@@ -201,6 +208,49 @@ def test_statistics_bring_their_tokens():
     assert_same(compress(model, "int4g32", stats), compress(model, "int4g32", text=TOKENS))
     with pytest.raises(TypeError, match="text and stats"):
         compress(model, "int4g32", stats, text=TOKENS)
+
+
+def test_hessians_stand_for_the_text():
+    """Without rotation and with a float embedding, those of the first block are those it sees."""
+    model = random_model(layers=2)
+    stats = calibrate(model, TOKENS, hessians=True, first_tokens=3, first_weight=7)
+    options = {"rotation": "none", "embedding": None, "first_tokens": 3, "first_weight": 7}
+    seen = compress(model, "int3g32", text=TOKENS, **options).records
+    known = compress(model, "int3g32", stats, **options).records
+    for name, record in seen.items():
+        same = record["sha256"] == known[name]["sha256"]
+        assert same == name.startswith("model.layers.0.")
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "orthogonal"])
+def test_hessians_are_turned_with_the_model(rotation):
+    """To the last digits: sums of other numbers, so codes may differ at a tie."""
+    model = random_model(layers=1)
+    model.blocks[0].attention_norm[:] = np.linspace(0.5, 2, 64)
+    stats = calibrate(model, MUCH, hessians=True)
+    options = {"rotation": rotation, "embedding": None}
+    seen = compress(model, "int3g32", text=MUCH, **options).records
+    known = compress(model, "int3g32", stats, **options).records
+    for name, record in seen.items():
+        assert known[name]["damping"] == pytest.approx(record["damping"], rel=1e-4)
+        assert known[name]["relative_error"] == pytest.approx(record["relative_error"], rel=0.02)
+
+
+def test_hessians_that_do_not_fit_are_refused(tmp_path):
+    model = random_model(layers=1)
+    stats = calibrate(model, TOKENS, hessians=True)
+    compress(model, "int3g32", stats, work_dir=tmp_path)
+    other = calibrate(model, TOKENS, hessians=True, first_tokens=0)
+    with pytest.raises(ValueError, match="with different hessians"):
+        compress(model, "int3g32", other, work_dir=tmp_path)
+    name = "model.layers.0.self_attn.o_proj"
+    del stats.hessians[name]
+    with pytest.raises(ValueError, match=rf"{name}'\] has shape None, expected \(64, 64\)"):
+        compress(model, "int3g32", stats)
+    stats = calibrate(model, TOKENS, hessians=True)
+    model.blocks[0].mlp_norm[5] = 0
+    with pytest.raises(ValueError, match="a norm of block 0 has gains of 0: give text"):
+        compress(model, "int3g32", stats)
 
 
 def test_progress_reports_each_layer():
@@ -225,29 +275,90 @@ def test_progress_bar(capsys):
 def test_refusals():
     model = random_model()
     with pytest.raises(TypeError, match="'seed' belongs into the plan"):
-        compress(model, Plan.uniform(model, "int4g32"), text=TOKENS, seed=1)
+        compress(model, Plan.uniform(names_of(model), "int4g32"), text=TOKENS, seed=1)
     with pytest.raises(ValueError, match="the plan is for another model"):
-        compress(model, Plan.uniform(random_model(layers=2), "int4g32"), text=TOKENS)
+        compress(model, Plan.uniform(names_of(random_model(layers=2)), "int4g32"), text=TOKENS)
     with pytest.raises(ValueError, match="unknown format"):
         compress(model, "int9g32", text=TOKENS)
     with pytest.raises(TypeError, match="colour"):
         compress(model, "int4g32", text=TOKENS, colour="red")
-    with pytest.raises(ValueError, match="need at least 67"):
-        compress(model, "int4g32", text=np.arange(50), samples=4, window=64)
     small = compress(model, "int4g32", method="rtn")
     with pytest.raises(ValueError, match="already"):
         compress(small, "int4g32", text=TOKENS)
-    model.blocks[1].linears["q_proj"].weight[3, 4] = np.nan
-    with pytest.raises(ValueError, match=r"layers.1.self_attn.q_proj has a NaN .* at \[3, 4\]"):
-        compress(model, "int4g32", text=TOKENS)
+    with pytest.raises(TypeError, match="stats is str, expected Statistics"):
+        compress(model, "int4g32", "a text")
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (TOKENS + 0.5, TypeError, "text has dtype float64"),
+        (TOKENS > 5, TypeError, "text has dtype bool"),
+        (TOKENS + 100, ValueError, r"text has \d+, expected 0 to 99"),
+        (TOKENS.astype(np.int64) + 2**32, ValueError, r"text has 42949673\d\d, expected 0 to 99"),
+        (TOKENS[0] - 50, ValueError, r"text has -\d+, expected 0 to 99"),
+        (TOKENS[:, :1], ValueError, r"text has shape \(8, 1\), expected at least one window"),
+        (TOKENS[:0], ValueError, r"text has shape \(0, 64\), expected at least one window"),
+        (np.arange(50), ValueError, "text has 50 tokens, fewer than one window of 64"),
+        (np.zeros((1, 2049), int), ValueError, "window is 2049, but the model has 2048 positions"),
+        ("text", ValueError, "no tokenizer"),
+    ],
+)
+def test_text_is_checked_before_work_begins(tmp_path, text, error, message):
+    model, work = random_model(), tmp_path / "work"
+    with pytest.raises(error, match=message):
+        compress(model, "int4g32", text=text, samples=4, window=64, work_dir=work)
+    with pytest.raises(error, match=message):
+        calibrate(model, text, samples=4, window=64)
+    if isinstance(text, np.ndarray) and text.ndim == 2:
+        with pytest.raises(
+            error, match=re.sub("^text has (?!shape)", "stats.tokens has ", message)
+        ):
+            compress(model, "int4g32", Statistics(text, {}, {}, []), work_dir=work)
+    assert not work.exists()
+
+
+def test_windows_are_not_longer_than_the_positions():
+    """The default is 2048: the error says what to give instead."""
     model = random_model()
-    model.embedding.weight[5, 6] = np.inf
-    with pytest.raises(ValueError, match=r"embed_tokens has a NaN or an infinity at \[5, 6\]"):
-        compress(model, "int4g32", text=TOKENS)
+    model.config = replace(model.config, max_positions=1024)
+    for run in (calibrate, lambda model, text: compress(model, "int4g32", text=text)):
+        with pytest.raises(ValueError, match=r"window is 2048, but .* 1024 .* give window=1024"):
+            run(model, np.arange(5000) % 100)
 
 
-def test_the_default_text_is_long():
-    assert len(default_text()) > 300_000
+def test_windows_are_not_longer_than_the_sliding_window(tmp_path):
+    model, work = random_model(), tmp_path / "work"
+    model.config = replace(model.config, sliding_window=63)
+    with pytest.raises(ValueError, match="64 tokens exceed the sliding window of 63"):
+        compress(model, "int4g32", text=TOKENS, work_dir=work)
+    assert not work.exists()
+
+
+@pytest.mark.parametrize("options", [
+    {"method": "gptq"}, {"method": "rtn"}, {"method": "rtn", "embedding": None},
+    {"rotation": "none"},
+])  # fmt: skip
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_is_not_finite_is_refused(options, value):
+    """Wherever it is not; in a matrix, a norm within, and one that no block reads."""
+    for name, place, array in [
+        ("model.layers.1.self_attn.q_proj.weight", (3, 4), lambda m: linear_of(m, 1).weight),
+        ("model.embed_tokens.weight", (5, 6), lambda m: m.embedding.weight),
+        ("model.layers.2.input_layernorm.weight", (9,), lambda m: m.blocks[2].attention_norm),
+        ("model.norm.weight", (7,), lambda m: m.final_norm),
+    ]:
+        model = random_model()
+        array(model)[place] = value
+        where = f"{name} has a NaN or an infinity at [{', '.join(map(str, place))}]"
+        with pytest.raises(ValueError, match=re.escape(where)):
+            compress(model, "int4g32", text=TOKENS, **options)
+        with pytest.raises(ValueError, match=re.escape(where)):
+            calibrate(model, TOKENS)
+
+
+def linear_of(model, index):
+    return model.blocks[index].linears["q_proj"]
 
 
 # --- work_dir -------------------------------------------------------------------------------------
@@ -286,15 +397,110 @@ def test_a_killed_run_goes_on_to_the_same_result(tmp_path):
     assert_same(compress(model, "int3g32", text=TOKENS, work_dir=work), whole)
 
 
-def test_work_of_something_else_is_refused(tmp_path):
+def biased_model(value, layers=1):
+    model = random_model(layers=layers)
+    layer = model.blocks[0].linears["o_proj"]
+    model.blocks[0].linears["o_proj"] = layer.replace(bias=np.full(64, value, np.float32))
+    return model
+
+
+def other_gain():
     model = random_model(layers=1)
-    compress(model, "int3g32", text=TOKENS, work_dir=tmp_path)
-    with pytest.raises(ValueError, match="made with other plan; remove it"):
-        compress(model, "int4g32", text=TOKENS, work_dir=tmp_path)
-    with pytest.raises(ValueError, match="made with other tokens"):
-        compress(model, "int3g32", text=TOKENS[:4], work_dir=tmp_path)
-    with pytest.raises(ValueError, match="made with other weights"):
-        compress(random_model(seed=1, layers=1), "int3g32", text=TOKENS, work_dir=tmp_path)
+    model.blocks[0].mlp_norm[3] *= 2
+    return model
+
+
+def other_config(**changes):
+    model = random_model(layers=1)
+    model.config = replace(model.config, **changes)
+    return model
+
+
+OTHERS = {
+    "format": ({"format": "int4g32"}, r"layers \(model.layers.0.self_attn.q_proj, "),
+    "seed": ({"seed": 1, "text": TOKENS}, r"plan \(seed\);"),
+    "tokens": ({"text": TOKENS[:, ::-1].copy()}, "tokens;"),
+    "windows of the same tokens": ({"text": TOKENS.reshape(4, 128)}, "windows and tokens;"),
+    "weights": ({"model": random_model(seed=1, layers=1)}, "weights;"),
+    "gain": ({"model": other_gain()}, "weights;"),
+    "a bias more": ({"model": biased_model(0)}, "weights;"),
+    "rope_theta": ({"model": other_config(rope_theta=5e5)}, r"configuration \(rope_theta\);"),
+    "norm_eps": ({"model": other_config(norm_eps=0.5)}, r"configuration \(norm_eps\);"),
+    "rope_scaling": (
+        {"model": other_config(rope_scaling={"rope_type": "linear", "factor": 8.0})},
+        r"configuration \(rope_scaling\);",
+    ),
+}
+
+
+def worked(work_dir, format="int3g32", model=None, text=TOKENS, **options):
+    """Compress a model of one block with a work_dir."""
+    return compress(
+        model or random_model(layers=1), format, text=text, work_dir=work_dir, **options
+    )
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_work_of_something_else_is_refused(tmp_path, case):
+    worked(tmp_path)
+    arguments, different = OTHERS[case]
+    with pytest.raises(ValueError, match=f"another run, with different {different}"):
+        worked(tmp_path, **arguments)
+
+
+def test_biases_decide_too(tmp_path):
+    worked(tmp_path, model=biased_model(1))
+    with pytest.raises(ValueError, match="with different weights"):
+        worked(tmp_path, model=biased_model(2))
+
+
+def test_another_version_or_instruction_set_does_not_go_on(tmp_path, monkeypatch):
+    """A result that no single run gives is no result."""
+    worked(tmp_path)
+    used = _core.config()
+    isa = "portable" if used["isa"] != "portable" else "avx2"
+    with monkeypatch.context() as patch:
+        patch.setattr(_core, "config", lambda: used | {"isa": isa})
+        with pytest.raises(ValueError, match=r"with different instruction set \(isa\)"):
+            worked(tmp_path)
+    monkeypatch.setattr(compression, "__version__", "0.0.1")
+    with pytest.raises(ValueError, match="with different version"):
+        worked(tmp_path)
+
+
+def test_an_equal_plan_goes_on(tmp_path):
+    """Written in another order, and with a whole number for a float."""
+    patterns = {"*.q_proj": "int2g64", "*.k_proj": "int4g32"}
+    first = worked(tmp_path, overrides=patterns, norm=2.0, first_weight=8)
+    before = (tmp_path / "block_0000.npz").stat().st_mtime_ns
+    turned = dict(reversed(patterns.items()))
+    names = names_of(random_model(layers=1))[::-1]
+    plan = Plan.uniform(names, "int3g32", overrides=turned, norm=2, first_weight=8.0)
+    again = compress(random_model(layers=1), plan, text=TOKENS, work_dir=tmp_path)
+    assert (tmp_path / "block_0000.npz").stat().st_mtime_ns == before
+    assert_same(again, first)
+
+
+def test_what_is_taken_up_lies_at_cache_lines(tmp_path):
+    worked(tmp_path)
+    for _, linear in worked(tmp_path).matrices():
+        assert linear.tensor.panels.ctypes.data % 64 == 0
+
+
+def test_leftovers_are_known_without_the_model(tmp_path):
+    options = {"samples": 8, "window": 64, "rotation": "hadamard"}
+    assert leftovers(tmp_path, "int3g32", **options) is None
+    worked(tmp_path)
+    assert leftovers(tmp_path, "int3g32", **options) is None
+    assert leftovers(tmp_path, "int2g32", **options) == "format (int3g32, not int2g32)"
+    assert leftovers(tmp_path, "int3g32", **options | {"window": 65}) == "windows"
+    assert leftovers(tmp_path, "int3g32", **options | {"samples": 9}) is None, "if text is short"
+    assert leftovers(tmp_path, "int3g32", **options | {"samples": 7}) == "samples"
+    assert (
+        leftovers(tmp_path, "int3g32", **options, method="rtn")
+        == "plan (rounding (method)) and windows"
+    )
+    assert leftovers(tmp_path, "int3g32", **options, embedding=None) == "plan (embedding)"
 
 
 def test_damaged_work_is_an_error(tmp_path):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 
 import lowbitq as lq
 from lowbitq import evaluation
@@ -224,8 +225,21 @@ def test_progress_counts_windows(model, tokens):
         ("abcd", {"window": 1}, ValueError, "window is 1, expected at least 2"),
         ("abcd", {"windows": 0}, ValueError, "windows is 0, expected at least 1"),
         ("abcd" * 9, {"window": 16, "windows": 3}, ValueError, "36 tokens, 2 windows of 16"),
-        ("abcd" * 2000, {"window": 5000}, ValueError, "the model has 4096 positions"),
-        (np.zeros(9), {}, ValueError, "dtype float64"),
+        (
+            "abcd" * 2000,
+            {"window": 5000},
+            ValueError,
+            "window is 5000, but the model has 4096 positions: .* window=4096",
+        ),
+        (np.zeros(9), {}, TypeError, "text has dtype float64, expected integers"),
+        (np.zeros(9, bool), {}, TypeError, "text has dtype bool, expected integers"),
+        (np.array(["a", "b"]), {}, TypeError, "text has dtype <U1, expected integers"),
+        ([1, 2, VOCAB], {}, ValueError, f"text has {VOCAB}, expected 0 to {VOCAB - 1}"),
+        (np.array([5, -1]), {}, ValueError, "text has -1, expected"),
+        (np.array([5, 2**32 + 5]), {}, ValueError, "text has 4294967301, expected"),
+        ("abcd", {"window": 2.5}, TypeError, "window is 2.5, expected an integer"),
+        ("abcd", {"windows": "1"}, TypeError, "windows is '1', expected an integer"),
+        ("wiki.test.raw", {}, FileNotFoundError, "wiki.test.raw: no such file"),
         (np.zeros((3, 3), int), {}, ValueError, r"shape \(3, 3\)"),
         (17, {}, TypeError, "text is int, expected str, path"),
         (["a", 2], {}, TypeError, "text is list, expected str, path"),
@@ -248,6 +262,67 @@ def test_vocabularies_must_agree(model, reference, tokens):
     reference.config = SimpleNamespace(vocab_size=VOCAB + 1, max_positions=4096)
     with pytest.raises(ValueError, match=f"reference has {VOCAB + 1} tokens"):
         lq.kl_divergence(model, reference, tokens)
+
+
+def letters(alphabet, *, adds_bos=False, merges=()):
+    """A tokenizer with a token for each letter, then one for each merged pair."""
+    pairs = [a + b for a, b in merges]
+    vocabulary = {token: number for number, token in enumerate([*alphabet, *pairs])}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=list(merges)))
+    return lq.Tokenizer(backend, names={"bos_token": alphabet[0]}, adds_bos=adds_bos)
+
+
+ALPHABET = ".abcdefgh"
+TEXT = "abcd efgh" * 20
+
+
+@pytest.mark.parametrize("function", [lq.evaluate, lq.kl_divergence, lq.agreement])
+def test_a_reference_with_another_tokenizer_is_refused(function, model, reference, tmp_path):
+    def run(ours, theirs, text=TEXT):
+        model.tokenizer, reference.tokenizer = ours, theirs
+        return function(model, text=text, reference=reference, window=16)
+
+    plain, merged = letters(ALPHABET), letters(ALPHABET, merges=[("g", "h")])
+    plain.save(tmp_path)
+    saved = lq.Tokenizer.from_folder(tmp_path)
+    padded = letters(ALPHABET + "xyz")
+    for other in (plain, saved, padded, letters(ALPHABET, adds_bos=True), None):
+        run(plain, other)
+        if other is not None:
+            run(other, plain)
+    with pytest.raises(ValueError, match="its token 1 is 'b', the model's is 'a'"):
+        run(plain, letters(".bacdefgh"))
+    with pytest.raises(ValueError, match="its token 8 is 'x', the model's is 'h'"):
+        run(plain, letters(".abcdefgx"), "abcd" * 20)  # in no word of the text
+    for ours, theirs in ((plain, merged), (merged, plain)):
+        with pytest.raises(ValueError, match="it cuts the text into other tokens"):
+            run(ours, theirs)
+        (tmp_path / "text.raw").write_text(TEXT)
+        with pytest.raises(ValueError, match="it cuts the text into other tokens"):
+            run(ours, theirs, tmp_path / "text.raw")
+    run(plain, letters(".bacdefgh"), np.arange(64) % 9)
+
+
+def test_the_reference_has_positions_for_the_windows(model, reference, tokens):
+    reference.config = SimpleNamespace(vocab_size=VOCAB, max_positions=64)
+    lq.evaluate(model, tokens, reference, window=64)
+    with pytest.raises(ValueError, match="window is 65, but the reference has 64 positions"):
+        lq.evaluate(model, tokens, reference, window=65)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_refused(model, reference, tokens, value):
+    model.table[5, 9] = value
+    with pytest.raises(ValueError, match="logits has a NaN or infinity"):
+        lq.perplexity(model, tokens, window=100)
+    with pytest.raises(ValueError, match="logits has a NaN or infinity"):
+        lq.kl_divergence(reference, model, tokens, window=100)
+
+
+def test_lists_of_tokens_are_tokens(model, tokens):
+    found = lq.perplexity(model, tokens.tolist(), window=100)
+    assert found == lq.perplexity(model, tokens, window=100)
+    assert "tokens as given" in found.protocol
 
 
 def test_file_that_is_absent_is_named(model, tmp_path):

@@ -56,6 +56,14 @@ def test_frequencies_follow_the_definition(temperature, top_k, top_p):
     assert statistic <= freedom + 5 * np.sqrt(2 * freedom)
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, 2), (0.75, 3), (0.5000001, 3), (1.0, 4)])
+def test_tokens_that_reach_top_p_exactly_are_enough(top_p, kept):
+    # Four equal tokens: the sums 0.25, 0.5, 0.75 and 1 are exact.
+    generator = np.random.default_rng(0)
+    drawn = {sample([0.0] * 4, temperature=1, top_p=top_p, generator=generator) for _ in range(200)}
+    assert drawn == set(range(kept))
+
+
 LOGITS = st.lists(st.sampled_from([-INF, -3.0, -1.0, 0.0, 1.0, 2.5]), min_size=1, max_size=12)
 
 
@@ -111,7 +119,9 @@ class Script:
     """A model that continues any prompt with the same tokens, and records what it was given."""
 
     def __init__(self, script, tokenizer=None, vocab_size=64, ends=(0,)):
-        self.config = SimpleNamespace(vocab_size=vocab_size, max_positions=200, eos_token_ids=ends)
+        self.config = SimpleNamespace(
+            vocab_size=vocab_size, max_positions=200, sliding_window=None, eos_token_ids=ends
+        )
         self.tokenizer = tokenizer
         self.script = script
         self.read = []
@@ -213,19 +223,33 @@ def test_seed_decides():
         ("", {}, ValueError, "no tokens"),
         ([1.5], {}, TypeError, "float64"),
         ([[1]], {}, ValueError, r"shape \(1, 1\)"),
-        ([300], {}, ValueError, "300 to 300, the vocabulary 257"),
-        ([-1], {}, ValueError, "-1 to -1"),
+        ([300], {}, ValueError, "prompt has 300, expected 0 to 256"),
+        ([-1], {}, ValueError, "prompt has -1"),
+        ([[1], [1, 2]], {}, ValueError, "prompt has rows of different lengths"),
         ([1] * 150, {}, ValueError, "150 tokens.*200 positions"),
         ([1], {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
+        ([1], {"max_new_tokens": 2.5}, TypeError, "max_new_tokens is 2.5, expected an integer"),
+        ([1], {"top_k": 1.5}, TypeError, "top_k is 1.5"),
         ([1], {"stop": "x"}, ValueError, "stop needs"),
         ("a", {"stop": [""]}, ValueError, "not empty"),
         ("a", {"temperature": -1}, ValueError, "temperature"),
-        ("a", {"seed": -1}, ValueError, "non-negative"),
+        ("a", {"seed": -1}, ValueError, "seed is -1, expected at least 0"),
+        ("a", {"seed": 0.5}, TypeError, "seed is 0.5"),
     ],
 )
 def test_generate_refuses(prompt, options, error, message):
     with pytest.raises(error, match=message):
         generate(writing("x"), prompt, **options)
+
+
+def test_the_sliding_window_is_checked_before_the_first_token():
+    model = Script([5])
+    model.config.sliding_window = 8
+    assert generate(model, [1] * 5, max_new_tokens=4).tolist() == [5] * 4
+    model.read.clear()
+    with pytest.raises(ValueError, match="9 tokens exceed the sliding window of 8"):
+        generate(model, [1] * 5, max_new_tokens=5)
+    assert not model.read
 
 
 def test_text_needs_a_tokenizer():

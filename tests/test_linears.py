@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import pytest
 from test_tensors import random_tensor
 
-from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.linears import Activation, Copy, Linear, QuantizedLinear
 from lowbitq.rotations import Rotation
 
 
@@ -34,10 +37,10 @@ def test_int8_activations_cost_half_a_step_per_column(text):
     _, scale = oracle.quantize_activations(x, step, 127)
     half_steps = oracle.per_column(scale, step, 200) * np.float32(0.5001)
     slack = half_steps @ abs(tensor.dequantize()).T
-    layer = QuantizedLinear(tensor)
+    layer = QuantizedLinear.of(tensor)
     assert layer.activation_bits == 8
     assert (abs(layer.forward(x) - exact) <= slack + 8 * rounding).all()
-    plain = QuantizedLinear(tensor, activation_bits=None)
+    plain = QuantizedLinear.of(tensor, activation_bits=None)
     assert (abs(plain.forward(x) - exact) <= rounding).all()
 
 
@@ -52,10 +55,10 @@ def test_rounded_levels_cost_half_a_step_per_column(text):
     exact, rounding = oracle.float_linear(tensor.dequantize(), rounded.astype(np.float32), None)
     half_steps = oracle.per_column(tensor.scale, group, 200) * abs(tensor.levels).max() / 254
     slack = abs(rounded) @ half_steps.T * 1.0001
-    layer = QuantizedLinear(tensor)
+    layer = QuantizedLinear.of(tensor)
     assert layer.activation_bits == 8
     assert (abs(layer.forward(x) - exact) <= slack + 8 * rounding).all()
-    plain = QuantizedLinear(tensor, activation_bits=None)
+    plain = QuantizedLinear.of(tensor, activation_bits=None)
     exact, rounding = oracle.float_linear(tensor.dequantize(), x, None)
     assert (abs(plain.forward(x) - exact) <= rounding).all()
 
@@ -63,7 +66,7 @@ def test_rounded_levels_cost_half_a_step_per_column(text):
 def test_replace_makes_a_new_layer():
     tensor, _ = random_tensor("int4g64", 16, 64)
     x = np.ones((1, 64), np.float32)
-    layer = QuantizedLinear(tensor)
+    layer = QuantizedLinear.of(tensor)
     other = layer.replace(bias=np.ones(16, np.float32))
     assert layer.bias is None
     np.testing.assert_allclose(other.forward(x), layer.forward(x) + 1, rtol=1e-6)
@@ -74,10 +77,20 @@ def test_parts_that_do_not_fit_are_refused():
     tensor, _ = random_tensor("int4g64", 16, 64)
     weight = np.zeros((3, 5), np.float32)
     with pytest.raises(ValueError, match="activation_bits is 5, expected 8, 4 or None"):
-        QuantizedLinear(tensor, activation_bits=5)
+        QuantizedLinear.of(tensor, activation_bits=5)
+    for how, message in (
+        ({"clip": 0.0}, "clip is 0.0, expected 0.001 to 1"),
+        ({"clip": float("nan")}, "clip is nan"),
+        ({"scale": -1.0}, "scale is -1.0, expected a positive number or None"),
+        ({"zero": "row"}, "zero is 'row', expected a number or 'token'"),
+        ({"zero": float("inf")}, "zero is inf"),
+        ({"bits": None, "clip": 0.5}, "clip, scale and zero need 8 or 4 bits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Activation(**how)
     with pytest.raises(ValueError, match="axis 0 of bias has size 15, expected rows = 16"):
-        QuantizedLinear(tensor, np.zeros(15, np.float32))
-    with pytest.raises(ValueError, match=r"axis 0 \(r\) of bias has size 4, expected 3"):
+        QuantizedLinear.of(tensor, np.zeros(15, np.float32))
+    with pytest.raises(ValueError, match="axis 0 of bias has size 4, expected rows = 3"):
         Linear(weight, np.zeros(4, np.float32))
     with pytest.raises(TypeError, match="weight has dtype float64, expected float32"):
         Linear(weight.astype(np.float64))
@@ -96,10 +109,10 @@ def test_a_rotation_is_applied_first(kind, tokens):
     rotation = Rotation(192, kind=kind, seed=3)
     x = np.random.default_rng(1).normal(size=(tokens, 192)).astype(np.float32)
     kept = x.copy()
-    layer = QuantizedLinear(tensor, rotation=rotation)
+    layer = QuantizedLinear.of(tensor, rotation=rotation)
     turned = layer.rotate_input(x)
     assert (turned == rotation.apply(x)).all()
-    assert (layer.forward(x) == layer.replace(rotation=None).forward(turned)).all()
+    assert (layer.forward(x) == QuantizedLinear.of(tensor).forward(turned)).all()
     dense = Linear(tensor.dequantize(), rotation=rotation)
     assert (dense.forward(x) == dense.replace(rotation=None).forward(turned)).all()
     assert (x == kept).all()
@@ -108,3 +121,65 @@ def test_a_rotation_is_applied_first(kind, tokens):
 def test_a_rotation_of_another_order_is_refused():
     with pytest.raises(ValueError, match="rotation has order 64, but the layer has 5 columns"):
         Linear(np.zeros((3, 5), np.float32), rotation=Rotation(64))
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def layer_of_copies():
+    """Two copies of their own, one with the tensor of the first, and an adapter."""
+    rng = np.random.default_rng(3)
+    one, two = (random_tensor(text, 33, 192)[0] for text in ("int2g64", "int3g64"))
+    copies = [
+        Copy(one, Rotation(192, seed=1), activation=Activation(4, clip=0.9)),
+        Copy(two, output_rotation=Rotation(33, seed=2), weight=rng.normal(size=33).astype("f4")),
+        Copy(one, activation=Activation(zero="token")),
+    ]
+    adapter = tuple(rng.normal(size=(n, 3)).astype(np.float32) for n in (33, 192))
+    return QuantizedLinear(copies, rng.normal(size=33).astype(np.float32), adapter)
+
+
+def test_a_layer_is_the_sum_of_its_copies():
+    layer = layer_of_copies()
+    x = np.random.default_rng(1).normal(size=(5, 192)).astype(np.float32)
+    alone = [QuantizedLinear((copy,)).forward(x).astype(np.float64) for copy in layer.copies]
+    expected = sum(alone) + x @ layer.adapter[1] @ layer.adapter[0].T + layer.bias
+    np.testing.assert_allclose(
+        layer.forward(x), expected, rtol=1e-5, atol=1e-5 * abs(expected).max()
+    )
+
+
+def test_dequantized_copies_compute_the_same_without_rounding():
+    layer = layer_of_copies()
+    exact = layer.replace(copies=[replace(c, activation=Activation(None)) for c in layer.copies])
+    x = np.random.default_rng(1).normal(size=(5, 192)).astype(np.float32)
+    expected = x.astype(np.float64) @ layer.dequantize().T + layer.bias
+    size = abs(expected).max()
+    np.testing.assert_allclose(exact.forward(x), expected, atol=1e-5 * size)
+    np.testing.assert_allclose(layer.to_float().forward(x), expected, atol=1e-5 * size)
+    one = QuantizedLinear.of(layer.copies[0].tensor, layer.bias, Rotation(192, seed=1))
+    assert np.array_equal(one.to_float().weight, one.tensor.dequantize())
+    assert one.to_float().rotation is one.rotation
+
+
+def test_everything_stored_is_counted_once():
+    layer = layer_of_copies()
+    one, two, _ = layer.copies
+    expected = one.tensor.nbytes + two.tensor.nbytes + 4 * 33 + 4 * 3 * (33 + 192)
+    assert layer.nbytes == expected
+    assert layer.bits_per_weight == 8 * expected / (33 * 192)
+
+
+def test_what_only_one_copy_has():
+    layer = layer_of_copies()
+    for name in ("tensor", "rotation", "activation_bits"):
+        with pytest.raises(ValueError, match="the layer has 3 copies; ask one of its copies"):
+            getattr(layer, name)
+
+
+def test_layers_of_copies_pickle():
+    layer = layer_of_copies()
+    again = pickle.loads(pickle.dumps(layer))
+    x = np.random.default_rng(1).normal(size=(5, 192)).astype(np.float32)
+    assert np.array_equal(again.forward(x), layer.forward(x))
+    assert again.nbytes == layer.nbytes

@@ -9,19 +9,23 @@ import json
 import os
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
 import pytest
 import random_model
+import test_models
 from golden import tiny_models
 
 import lowbitq
-from lowbitq import FormatError, Plan, quantize
+from lowbitq import FormatError, Plan, _core, quantize
 from lowbitq.checkpoints import packed
-from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.checkpoints.safetensors import read_safetensors
+from lowbitq.linears import Activation, Copy, Linear, QuantizedLinear
 from lowbitq.models import Model, QuantizedModel, load
-from lowbitq.rotations import rotate
+from lowbitq.models.rotating import rotate
+from lowbitq.rotations import Rotation
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -36,11 +40,11 @@ def compress(model, formats=FORMATS, keep=(), **options):
         for field in dataclasses.fields(Model)
         if field.init
     }
-    result = QuantizedModel(**parts, **options)
+    result = QuantizedModel(**parts | options)
     for i, (name, linear) in enumerate(list(model.linears())):
         if name.split(".")[-1] not in keep:
             tensor = quantize(linear.weight, formats[i % len(formats)], range="minmax")
-            result.replace_linear(name, QuantizedLinear(tensor, linear.bias, linear.rotation))
+            result.replace_linear(name, QuantizedLinear.of(tensor, linear.bias, linear.rotation))
     return result
 
 
@@ -71,7 +75,7 @@ def test_logits_come_back_to_the_last_bit(tmp_path, name, kind):
 
 def test_a_packed_head_comes_back(tmp_path):
     model, tokens = tiny("llama3", tmp_path), tiny_models.tokens_of("llama3")
-    model.head = QuantizedLinear(quantize(model.head.weight, "int8g16"))
+    model.head = QuantizedLinear.of(quantize(model.head.weight, "int8g16"))
     model.save(tmp_path / "saved")
     loaded = load(tmp_path / "saved")
     assert isinstance(loaded.head, QuantizedLinear)
@@ -88,7 +92,7 @@ def test_what_the_head_is_decides_whether_it_is_tied(tmp_path):
 
 
 def test_saving_what_was_loaded_changes_nothing(tmp_path):
-    tiny("qwen3", tmp_path, plan={"seed": 1}).save(tmp_path / "a")
+    tiny("qwen3", tmp_path, plan=Plan({}, seed=1)).save(tmp_path / "a")
     load(tmp_path / "a").save(tmp_path / "b")
     load(tmp_path / "b").save(tmp_path / "b")
     for file in (tmp_path / "a").iterdir():
@@ -106,7 +110,7 @@ def test_packed_weights_stay_mapped(tmp_path):
 def test_what_is_known_of_a_model_comes_back(tmp_path):
     name = "model.layers.0.mlp.up_proj"
     records = {name: {"relative_error": np.float32(0.25), "seconds": 1.5, "format": "int2g32sym"}}
-    plan = {"seed": 7, "layers": {name: "int2g32sym"}}
+    plan = Plan({name: "int2g32sym"}, seed=7)
     model = tiny("llama", tmp_path, plan=plan, records=records)
     model.provenance["seed"] = 7
 
@@ -122,6 +126,92 @@ def test_what_is_known_of_a_model_comes_back(tmp_path):
     assert loaded.provenance["saved_by"]["numpy"] == np.__version__
 
 
+def replaced(path):
+    path.with_name("other").write_bytes(path.read_bytes()[::-1])
+    path.with_name("other").replace(path)
+
+
+def overwritten(path):
+    """In place, with the old size and time of change."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[::-1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+SOURCES = {
+    "replaced": replaced,
+    "overwritten": overwritten,
+    "cut": lambda path: path.write_bytes(b"GGUF"),
+    "removed": Path.unlink,
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "the same": Path.touch,
+}
+
+
+@pytest.mark.parametrize("gguf", [False, True])
+@pytest.mark.parametrize("case", SOURCES)
+def test_the_digest_is_that_of_what_was_loaded(tmp_path, case, gguf):
+    """Or unknown, if the file is not certainly the same."""
+    if gguf:
+        source = test_models.to_gguf("llama", tmp_path / "a.gguf")
+    else:
+        (tmp_path / "source").mkdir()
+        source = tiny_models.write_folder("llama", tmp_path / "source")
+    file = source if gguf else source / "model.safetensors"
+    model = compress(load(source))
+    model.save(tmp_path / "saved")
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert load(tmp_path / "saved").provenance["source_sha256"] == {file.name: digest}
+
+    SOURCES[case](file)
+    model.save(tmp_path / "saved")
+
+    assert load(tmp_path / "saved").provenance["source_sha256"] == {file.name: "unknown"}
+    assert "source_files" not in load(tmp_path / "saved").provenance
+
+
+def test_a_source_that_changes_while_it_is_hashed_is_unknown(tmp_path, monkeypatch):
+    source = test_models.to_gguf("llama", tmp_path / "a.gguf")
+    model = compress(load(source))
+    sha256 = hashlib.sha256
+
+    def changing():
+        with open(source, "ab") as file:
+            file.write(b"more")
+        return sha256()
+
+    monkeypatch.setattr(hashlib, "sha256", changing)
+    model.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").provenance["source_sha256"] == {"a.gguf": "unknown"}
+
+
+@pytest.mark.parametrize(
+    "provenance",
+    [
+        {"source": 5, "source_files": 5},
+        {"source": "/etc", "source_files": {"/dev/zero": {}, "\0": None, "": 1}},
+        {"source_files": {"/dev/zero": {"inode": 1}}, "source_sha256": None},
+        {1: {2, 3}, ("a",): Path("/x"), "b": np.arange(3), "c": b"\0", "d": "\ud800"},
+        {"a": reduce(lambda inner, _: [inner], range(500), 1)},
+        [1, 2],
+        None,
+    ],
+)
+def test_a_strange_provenance_does_not_keep_a_model_from_being_saved(tmp_path, provenance):
+    model = compress(random_model.random_model(), provenance=provenance)
+    model.save(tmp_path / "saved")
+    assert load(tmp_path / "saved").provenance["saved_by"]["lowbitq"] == lowbitq.__version__
+    assert model.provenance == provenance or provenance is not model.provenance
+
+
+def test_a_provenance_in_circles_is_saved(tmp_path):
+    model = compress(random_model.random_model())
+    model.provenance["self"] = model.provenance
+    model.save(tmp_path / "saved")
+    assert "self" in load(tmp_path / "saved").provenance
+
+
 def test_what_compress_makes_can_be_kept(tmp_path):
     (tmp_path / "source").mkdir()
     source = load(tiny_models.write_folder("llama", tmp_path / "source"))
@@ -132,8 +222,64 @@ def test_what_compress_makes_can_be_kept(tmp_path):
     loaded = load(tmp_path / "saved")
 
     assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
-    assert Plan(**loaded.plan) == model.plan
+    assert loaded.plan == model.plan
     assert str(loaded.report()) == str(model.report())
+
+
+def test_copies_of_layers_come_back(tmp_path):
+    """With rotations, activations, weights and an adapter of their own; one tensor lies once."""
+    model, tokens = tiny("llama", tmp_path), tiny_models.tokens_of("llama")
+    rng = np.random.default_rng(0)
+    for name, linear in list(model.linears()):
+        rows, cols = linear.shape
+        turns = Rotation(cols, seed=5), Rotation(rows, "orthogonal", seed=6)
+        tensor = quantize(rng.standard_normal((rows, cols), np.float32), "kmeans2g64")
+        copies = [
+            linear.copies[0],
+            Copy(tensor, turns[0], turns[1], Activation(4, clip=0.9, zero="token")),
+            Copy(tensor, weight=rng.standard_normal(rows, np.float32) / 8),
+        ]
+        adapter = tuple(rng.standard_normal((n, 2), np.float32) / 8 for n in (rows, cols))
+        model.replace_linear(name, QuantizedLinear(copies, linear.bias, adapter))
+
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(model.logits(tokens)))
+    assert loaded.nbytes == model.nbytes
+    for _, linear in loaded.linears():
+        assert linear.copies[1].tensor is linear.copies[2].tensor
+    arrays = read_safetensors(tmp_path / "saved" / "model.safetensors").tensors
+    assert sum(name.endswith(".panels") for name in arrays) == 2 * len(list(model.linears()))
+    # The first copies have groups of 64, 32 and 64 columns; the others go together, as in memory,
+    # although no two layers have one object.
+    for block in (model.blocks[0].linears, loaded.blocks[0].linears):
+        handles = tuple(block[name].handle for name in ("q_proj", "k_proj", "v_proj"))
+        assert _core.linears_inputs(handles) == 2 + 1 + 1
+
+
+def test_a_block_may_stand_twice(tmp_path):
+    """Its layers are stored once; each place has its own keys and values."""
+    model, tokens = tiny("llama", tmp_path), tiny_models.tokens_of("llama")
+    once = model.nbytes
+    half = dataclasses.replace(model.blocks[1], attention_scale=0.5, mlp_scale=0.25)
+    model.blocks = [model.blocks[0], half, model.blocks[1], *model.blocks[2:]]
+    expected = model.logits(tokens)
+    assert model.nbytes == once
+
+    model.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+
+    assert len(loaded.blocks) == len(model.blocks) == loaded.config.layers
+    assert np.array_equal(bits_of(loaded.logits(tokens)), bits_of(expected))
+    assert loaded.nbytes == once
+    assert loaded.bits_per_weight == model.bits_per_weight
+    assert [block.mlp_scale for block in loaded.blocks[:3]] == [1, 0.25, 1]
+    for name, linear in loaded.blocks[1].linears.items():
+        assert loaded.blocks[2].linears[name] is linear
+    cache = loaded.new_cache(len(tokens))
+    steps = [loaded.step([token], cache) for token in tokens]
+    np.testing.assert_allclose(steps, expected, rtol=0.02, atol=0.02 * abs(expected).max())
 
 
 def test_the_embedding_takes_no_more_than_it_must(tmp_path):
@@ -220,7 +366,7 @@ def test_format_version_2_is_read_for_ever():
     difference = abs(model.logits(expected["tokens"]) - expected["logits"]).max()
     assert difference < 1e-4 * abs(expected["logits"]).max()
     assert model.residual_rotation is not None
-    assert model.plan == {"seed": 3}
+    assert model.plan == Plan({}, seed=3)
 
 
 # Damage
@@ -228,7 +374,7 @@ def test_format_version_2_is_read_for_ever():
 
 def test_every_damaged_file_is_named(tmp_path):
     saved = tmp_path / "saved"
-    tiny("llama", tmp_path, plan={"seed": 1}).save(saved)
+    tiny("llama", tmp_path, plan=Plan({}, seed=1)).save(saved)
     for path in sorted(saved.iterdir()):
         intact = path.read_bytes()
         for damaged in (intact[: len(intact) // 2], b"", b"\x89PNG" + intact[4:]):
@@ -243,18 +389,30 @@ def test_every_damaged_file_is_named(tmp_path):
 
 
 LAYER = "model.layers.1.mlp.down_proj"
+
+
+def copy_of(entry):
+    return entry["layers"][LAYER]["copies"][0]
+
+
 FORGERIES = {
     "no layers": (lambda entry: entry.pop("layers"), "'layers'"),
     "no layer": (lambda entry: entry["layers"].pop(LAYER), LAYER),
     "no object": (lambda entry: entry["layers"].update({LAYER: 3}), LAYER),
-    "no fields": (lambda entry: entry["layers"][LAYER].pop("activation_bits"), "activation_bits"),
+    "no fields": (lambda entry: copy_of(entry).pop("activation"), "activation"),
     "other rows": (
-        lambda entry: entry["layers"][LAYER]["tensor"].update(rows=47),
+        lambda entry: copy_of(entry)["tensor"].update(rows=47),
         rf"{LAYER}: shape is \(47, 88\), expected \(48, 88\)",
     ),
-    "other size": (lambda entry: entry["layers"][LAYER]["tensor"].update(cols=9), LAYER),
-    "format": (lambda entry: entry["layers"][LAYER]["tensor"].update(format="int9"), LAYER),
-    "rotation": (lambda entry: entry["layers"][LAYER]["rotation"].update(n=7), LAYER),
+    "other size": (lambda entry: copy_of(entry)["tensor"].update(cols=9), LAYER),
+    "format": (lambda entry: copy_of(entry)["tensor"].update(format="int9"), LAYER),
+    "rotation": (lambda entry: copy_of(entry)["rotation"].update(n=7), LAYER),
+    "large rotation": (
+        lambda entry: entry["residual_rotation"].update(n=2**40, orders=[]),
+        "residual_rotation: the rotation has order 1099511627776, expected 48",
+    ),
+    "scales": (lambda entry: entry["blocks"][1].update(mlp_scale=1e9), r"blocks\[1\]: is"),
+    "no scales": (lambda entry: entry["blocks"].pop(), "blocks"),
     "residual": (lambda entry: entry["residual_rotation"].pop("n"), "residual_rotation"),
     "embedding": (
         lambda entry: entry["layers"].update({"model.embed_tokens": entry["layers"][LAYER]}),

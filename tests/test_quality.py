@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 
 import pytest
 
 import lowbitq as lq
+from lowbitq.linears import Activation
 
 pytestmark = [pytest.mark.slow, pytest.mark.model, pytest.mark.timeout(3600)]
 
@@ -27,7 +29,9 @@ def test_quantized_activations_cost_little(model, wikitext, rotation):
     small = lq.compress(model, "int4g64", method="rtn", rotation=rotation)
     exact = small.copy()
     for name, linear in small.matrices():
-        exact.replace_linear(name, linear.replace(activation_bits=None))
+        [copy] = linear.copies
+        exact_copy = dataclasses.replace(copy, activation=Activation(None))
+        exact.replace_linear(name, linear.replace(copies=(exact_copy,)))
     found = lq.evaluate(small, wikitext / "wikitext2-test.txt", exact, windows=4)
     assert abs(found.log_ratio) <= 0.01
 

@@ -8,6 +8,7 @@ import pytest
 
 from lowbitq.formats import Format
 from lowbitq.quantizers import (
+    adaround,
     dequantize,
     fit_shared,
     max_error,
@@ -319,3 +320,74 @@ def test_weights_that_are_not_finite_are_named(text, bad):
 def test_wrong_values_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         quantize(**({"weight": normal(4, 64), "format": "int4g64"} | options))
+
+
+SMALL = ["int1g64", "int2g64", "int4g64sym", "int8", "binary", "ternary", "nf4", "log4g64"]
+SMALL += ["kmeans2g64", "kmeans4", "int4g32s8", "ternaryg64s4", "kmeans2g16s4"]
+SMALL += ["int3tensorsym", "int3tensor", "nf4tensor", "kmeans3tensor"]
+
+
+@pytest.mark.parametrize("text", SMALL)
+def test_zeros_stay_zeros_and_small_weights_do_not_grow(text):
+    for range in ("mse", "minmax", "percentile"):
+        tensor = quantize(np.zeros((17, 100), np.float32), text, range=range)
+        assert not tensor.dequantize().any()
+        assert np.isfinite(tensor.scale).all()
+    weight = normal(20, 192).astype(np.float64)
+    for exponent in (-3, -7, -8, -9, -12, -30, -38, -42, -45):
+        small = (weight * 10.0**exponent).astype(np.float32)
+        if small.any():
+            assert distortion(small, text) <= 1 + 1e-6
+
+
+@pytest.mark.parametrize("text", SMALL)
+def test_a_group_of_zeros_among_others(text):
+    weight = normal(5, 128)
+    weight[:, 64:] = 0
+    weight[3] = 0
+    for tensor in (quantize(weight, text), adaround(weight, oracle.gram(128, 0), text, steps=0)):
+        values = tensor.dequantize()
+        if "tensor" not in text:
+            assert not values[3].any()
+        if tensor.format.group:
+            assert not values[:, 64:].any()
+        assert relative_error(weight, values) <= 1
+
+
+def test_zero_groups_have_no_say_in_learned_levels():
+    weight = normal(32, 256) * np.float32(1e-3)
+    padded = np.hstack([weight, np.zeros_like(weight)])
+    levels = [quantize(w, "kmeans2g64").levels for w in (weight, np.ascontiguousarray(padded))]
+    assert np.array_equal(*levels)
+
+
+def test_one_group_that_dominates_integer_scales():
+    """The others are too small for the common unit: none of them is worse than zeros."""
+    for text in ("int4g32s8", "int2g32s8", "ternaryg64s4", "kmeans2g16s4", "nf4g16s8"):
+        for share in (30, 1e3, 1e5):
+            weight = normal(16, 256)
+            weight[2, :64] *= np.float32(share)
+            values = quantize(weight, text).dequantize().astype(float)
+            group = Format.parse(text).group
+            errors = ((values - weight) ** 2).reshape(16, -1, group).sum(2)
+            sizes = (weight.astype(float) ** 2).reshape(16, -1, group).sum(2)
+            assert (errors <= sizes * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("text", ["int3g64", "kmeans2g64", "int4g16s4", "int3tensor", "nf4"])
+def test_importance_of_nothing_but_zeros_is_none(text):
+    weight = normal(16, 128)
+    tensors = [quantize(weight, text, importance=i) for i in (None, np.zeros(128, np.float32))]
+    assert (tensors[0].panels == tensors[1].panels).all()
+
+
+@pytest.mark.parametrize("text", ["int4g64", "int4tensor", "kmeans2", "int4g16s4"])
+def test_unfit_numbers_are_named_in_their_places(text):
+    weight, importance = normal(40, 64), np.ones(64, np.float32)
+    for bad in (np.nan, np.inf, -1.0):
+        importance[33] = bad
+        with pytest.raises(ValueError, match=r"importance\[33\] is "):
+            quantize(weight, text, importance=importance)
+    weight[20, 33] = 1e32
+    with pytest.raises(ValueError, match=r"weight\[20, 33\] is 1e\+32, expected at most"):
+        quantize(weight, text)

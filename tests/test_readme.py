@@ -41,7 +41,7 @@ def test_program_runs(tiny_folder, tmp_path, monkeypatch, capsys):
     program = program.replace("wikitext2-valid.txt", "calibration.txt")
     program = program.replace("wikitext2-test.txt", "held_out.txt")
     for name in ("calibration", "held_out"):
-        Path(f"{name}.txt").write_text(f"The {name} of rivers, fords and bridges. " * 1000)
+        Path(f"{name}.txt").write_text(f"The {name} of rivers, fords and bridges. " * 1600)
     names = {}
     exec(program, names)
     assert isinstance(names["small"], lq.QuantizedModel)

@@ -10,7 +10,8 @@ import pytest
 from golden import tiny_models
 
 from lowbitq.models import load
-from lowbitq.rotations import Rotation, hadamard_orders, rotate
+from lowbitq.models.rotating import rotate
+from lowbitq.rotations import Rotation, hadamard_orders
 
 SIZES = [1, 2, 3, 5, 7, 12, 20, 64, 80, 96, 128, 144, 171, 576]
 LIMIT = 1e-4  # of the largest logit; rotations may cost no more than rounding does elsewhere
@@ -136,6 +137,17 @@ def test_refusals_of_rotations():
         ({"orders": []}, "expected a power of two"),
         ({"orders": None}, "expected kind, n, seed, stream, orders"),
         ({"n": 0}, "n = 0"),
+        ({"n": float("inf")}, "n of a rotation: found inf, expected an integer"),
+        ({"n": float("nan")}, "n of a rotation: found nan"),
+        ({"n": 24.0}, "n of a rotation: found 24.0"),
+        ({"n": "24"}, "n of a rotation: found '24'"),
+        ({"seed": True}, "seed of a rotation: found True"),
+        ({"seed": 2**63}, "seed of a rotation: found 9223372036854775808"),
+        ({"stream": 0.5}, "stream of a rotation: found 0.5"),
+        ({"orders": [12.0]}, "orders of a rotation: found 12.0"),
+        ({"orders": ["12"]}, "orders of a rotation: found '12'"),
+        ({"orders": "12"}, "orders of a rotation: found '1'"),
+        ({"kind": ["hadamard"]}, r"kind is \['hadamard'\]"),
         ({"seed": -1}, "seed is -1"),
         ({"kind": "matrix"}, "'matrix' of a rotation is missing"),
     ],

@@ -1,51 +1,24 @@
-"""Tokenizers: equal to transformers' and sentencepiece's, round trips, damaged files."""
+"""Tokenizers: equal to transformers', sentencepiece's and llama.cpp's, round trips, refusals."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_vocabularies import GOLDEN, HERE, byte_level, sentencepiece
 
 from lowbitq import FormatError
 from lowbitq.checkpoints.gguf import read_gguf
 from lowbitq.models.chat import render_chat
 from lowbitq.models.tokenizer import Tokenizer
-from lowbitq.models.vocabulary import PRE_TOKENIZERS
+from lowbitq.models.vocabulary import PRE_TOKENIZERS, refusing
 
-# GPT-2's alphabet: a byte that prints is itself, the others follow each other from U+0100.
-PRINTS = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-OTHERS = [byte for byte in range(256) if byte not in PRINTS]
-ALPHABET = [chr(b if b in PRINTS else 256 + OTHERS.index(b)) for b in range(256)]
-
-
-def byte_level(pre="gpt-2", **changes):
-    """Metadata of a vocabulary with every byte, a few merges and two control tokens."""
-    merges = ["l o", "lo w", "Ġ low", "Ġ Ġ", "1 2", "12 3"]
-    tokens = ["<|endoftext|>", "<|im_end|>", *ALPHABET, *(m.replace(" ", "") for m in merges)]
-    metadata = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": "{{ bos_token }}{% for m in messages %}{{ m.role }}: "
-        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-    }
-    metadata |= {f"tokenizer.{key.replace('__', '.')}": value for key, value in changes.items()}
-    return {key: value for key, value in metadata.items() if value is not None}
-
-
-HERE = Path(__file__).parent / "golden"
-GOLDEN = json.loads((HERE / "tokens.json").read_text(encoding="utf-8"))
 MIXED = (HERE / "mixed.txt").read_bytes().decode()
 
 
@@ -80,7 +53,7 @@ def test_smollm_equals_transformers(smollm):
 
 @pytest.mark.model
 def test_smollm_knows_its_ends_and_its_chat(smollm):
-    assert (smollm.bos_id, smollm.eos_ids, smollm.adds_bos) == (1, (2, 0), False)
+    assert (smollm.bos_id, smollm.eos_ids, smollm.adds_bos) == (1, (2, 0, 4), False)
     assert smollm.vocab_size == 49152
     assert smollm.chat([{"role": "user", "content": "Hi"}]) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -103,19 +76,6 @@ def test_byte_level_equals_transformers(pre, tmp_path):
     assert_golden(tokenizer.encode(MIXED), golden["text"])
     tokenizer.save(tmp_path)
     assert_golden(Tokenizer.from_folder(tmp_path).encode(MIXED), golden["text"])
-
-
-def sentencepiece(**changes):
-    golden = GOLDEN["sentencepiece"]
-    metadata = {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": golden["tokens"],
-        "tokenizer.ggml.scores": np.array(golden["scores"], np.float32),
-        "tokenizer.ggml.token_type": np.array(golden["token_type"], np.int32),
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-    }
-    return metadata | {f"tokenizer.ggml.{key}": value for key, value in changes.items()}
 
 
 def test_sentencepiece_equals_its_reference():
@@ -148,6 +108,79 @@ def test_chat_equals_transformers(golden):
         variables=GOLDEN["names"] | {"enable_thinking": True},
     )
     assert text == golden["text"]
+
+
+VOCABULARIES = json.loads((HERE / "vocabularies.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", VOCABULARIES["cases"])
+def test_vocabularies_equal_llama_cpp(case):
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in case["metadata"].items()}
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert sorted(tokenizer.eos_ids) == case["ends"]
+    for text, ids in zip(VOCABULARIES["texts"], case["ids"], strict=True):
+        assert tokenizer.encode(text).tolist() == ids
+
+
+def test_llama_cpp_was_asked_about_every_pre_tokenizer():
+    asked = {case["metadata"].get("pre") for case in VOCABULARIES["cases"]}
+    aliases = {"llama3", "llama-v3"}
+    assert asked - {None} == PRE_TOKENIZERS.keys() - aliases
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|fim_pad|>"])
+def test_ends_of_text_are_known_by_name(name, kind):
+    metadata = byte_level()
+    metadata["tokenizer.ggml.tokens"] = [*metadata["tokenizer.ggml.tokens"][:-1], name]
+    metadata["tokenizer.ggml.tokens"][1] = "</s>"
+    metadata["tokenizer.ggml.merges"] = metadata["tokenizer.ggml.merges"][:-1]
+    metadata["tokenizer.ggml.token_type"][-1] = kind
+    tokenizer = Tokenizer.from_gguf(metadata)
+    last = len(metadata["tokenizer.ggml.tokens"]) - 1
+    assert set(tokenizer.eos_ids) == {0, 1, last}
+    assert tokenizer.encode(name).tolist() == [last]
+    assert tokenizer.decode([last], skip_special=True) == ""
+
+
+def test_defaults_of_sentencepiece():
+    metadata = sentencepiece()
+    del metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]
+    tokenizer = Tokenizer.from_gguf(metadata)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.adds_bos) == (1, (2,), True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("add_eos_token", True),
+        ("add_sep_token", True),
+        ("add_space_prefix", True),
+        ("remove_extra_whitespaces", True),
+        ("precompiled_charsmap", np.ones(4, np.uint8)),
+        ("suppress_tokens", [3]),
+        ("normalizer.lowercase", True),
+        ("of_the_future", "yes"),
+    ],
+)
+def test_gguf_keys_that_may_change_tokens_are_refused(key, value):
+    metadata = byte_level() | {f"tokenizer.ggml.{key}": value}
+    with pytest.raises(FormatError, match=rf"tokenizer\.ggml\.{key} is .* not supported"):
+        Tokenizer.from_gguf(metadata)
+    neutral = {bool: False, str: "", list: [], np.ndarray: np.empty(0, np.uint8)}[type(value)]
+    Tokenizer.from_gguf(byte_level() | {f"tokenizer.ggml.{key}": neutral})
+
+
+def test_a_long_token_takes_no_quadratic_time():
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "a", "b" * 2_000_000],
+        "tokenizer.ggml.scores": [0.0, -1.0, -2.0],
+        "tokenizer.ggml.add_bos_token": False,
+    }
+    started = time.process_time()
+    Tokenizer.from_gguf(metadata)
+    assert time.process_time() - started < 2  # all cuts would take an hour
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs", "Cn"]), max_size=60)
@@ -255,95 +288,18 @@ def test_chat_takes_messages_only():
         Tokenizer.from_gguf(byte_level()).chat("hi")
 
 
-def folder_with(tmp_path, tokenizer=None, **files):
-    """A saved tokenizer whose configuration files are replaced or updated."""
-    Tokenizer.from_gguf(byte_level() if tokenizer is None else tokenizer).save(tmp_path)
-    for name, value in files.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    return tmp_path
-
-
-def test_folder_as_transformers_writes_them(tmp_path):
-    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}")
-    config = {
-        "bos_token": {"content": "<|endoftext|>", "special": True},
-        "eos_token": "<|im_end|>",
-        "pad_token": None,
-        "chat_template": [{"name": "default", "template": "a"}, {"name": "tools", "template": "b"}],
-    }
-    tokenizer = byte_level("llama-bpe", ggml__add_bos_token=True, chat_template=None)
-    folder = folder_with(
-        tmp_path, tokenizer, tokenizer_config=config, generation_config={"eos_token_id": [0, 1]}
-    )
-    found = Tokenizer.from_folder(folder)
-    # No add_bos_token, but tokenizer.json begins a text with the token, as LLaMA 3's does.
-    assert found.adds_bos
-    assert found.eos_ids == (1, 0)
-    assert found.chat([]) == "a"
-    folder_with(tmp_path, tokenizer, tokenizer_config=config | {"add_bos_token": False})
-    assert not Tokenizer.from_folder(folder).adds_bos
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"tokenizer_config": []}, "tokenizer_config.json: list"),
-        ({"tokenizer_config": {"bos_token": 1}}, "bos_token is 1"),
-        ({"tokenizer_config": {"bos_token": "nowhere"}}, "'nowhere' is not in the vocabulary"),
-        ({"tokenizer_config": {"bos_token": "\ud800"}}, "surrogate"),
-        ({"tokenizer_config": {"add_bos_token": "yes"}}, "add_bos_token is 'yes'"),
-        ({"tokenizer_config": {"add_bos_token": True}}, "none is named"),
-        ({"generation_config": {"eos_token_id": ["1"]}}, "generation_config.json: eos_token_id"),
-        ({"generation_config": {"eos_token_id": -1}}, r"\[1, -1\]"),
-    ],
-)
-def test_folder_with_wrong_configuration(tmp_path, files, message):
-    with pytest.raises(FormatError, match=message):
-        Tokenizer.from_folder(folder_with(tmp_path, **files))
-
-
-def test_folder_without_a_tokenizer(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path)
+def test_an_interrupt_stays_an_interrupt():
+    for error in (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        with pytest.raises(error), refusing("here"):
+            raise error
+    with pytest.raises(FormatError, match="here: what"), refusing("here"):
+        raise BaseException("what")
 
 
 def test_unknown_pre_tokenizer_is_refused():
     for pre in ("no-such-rule", None):
         with pytest.raises(FormatError, match=r"a\.gguf: tokenizer\.ggml\.pre .*smollm"):
             Tokenizer.from_gguf(byte_level(pre), source="a.gguf")
-
-
-def test_broken_json_names_file_and_offset(tmp_path):
-    (tmp_path / "tokenizer.json").write_text('{"é": 1, }', encoding="utf-8")
-    with pytest.raises(FormatError, match=r"tokenizer\.json: byte 10"):
-        Tokenizer.from_folder(tmp_path)
-    (tmp_path / "tokenizer.json").write_bytes(b'{"\xff')
-    with pytest.raises(FormatError, match=r"tokenizer\.json: byte 2"):
-        Tokenizer.from_folder(tmp_path)
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": 1}))
-    with pytest.raises(FormatError, match=r"tokenizer\.json"):
-        Tokenizer.from_folder(tmp_path)
-
-
-@given(data=st.data())
-def test_damaged_folders(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("damaged")
-    Tokenizer.from_gguf(byte_level("qwen2", ggml__add_bos_token=True)).save(folder)
-    file = data.draw(st.sampled_from(sorted(folder.iterdir())))
-    content = bytearray(file.read_bytes())
-    place = data.draw(st.integers(0, len(content) - 1))
-    if data.draw(st.booleans()):
-        del content[place : place + data.draw(st.integers(1, 40))]
-    else:
-        content[place] = data.draw(st.integers(0, 255))
-    file.write_bytes(content)
-    refusal = str(folder)
-    try:
-        tokenizer = Tokenizer.from_folder(folder)
-        tokenizer.decode(tokenizer.encode("low 123 é"))
-    except FormatError as error:
-        refusal = str(error)
-    assert str(folder) in refusal
 
 
 VALUES = st.recursive(

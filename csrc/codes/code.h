@@ -53,12 +53,12 @@ typedef struct {
 /* LBQ_PANEL groups of weights, one in each lane, or one long group spread over all lanes. */
 typedef struct {
     float *w;                /* (count, LBQ_PANEL), finite; overwritten by the search */
-    const float *importance; /* alike, from 0 to 1, or NULL */
+    const float *importance; /* alike, shares as in codes/importance.h, or NULL */
     ptrdiff_t count;
     bool together; /* the lanes are parts of one group */
-    int rest;      /* together: so many lanes have one weight more, after the others; where other
-                      lanes lack it, w is finite and importance 0 */
-    const float *low, *high; /* the least and the most of each group, or NULL */
+    int rest;      /* together: the first `rest` lanes hold one extra weight, stored after the
+                      others; in the other lanes w is finite there and importance 0 */
+    const float *low, *high; /* minimum and maximum of each group, or NULL */
 } lbq_groups;
 
 /* Grids of a strip's rows, one lane a row: [3][rows of the strip], scale, offset, 1 / scale. Lanes
@@ -194,20 +194,30 @@ void lbq_decode_bytes(const lbq_code *code, const lbq_grid *grid, uint8_t *words
                       ptrdiff_t columns, ptrdiff_t stride, float *w);
 
 /* Fits scalar codes. MINMAX and PERCENTILE round outwards, so that rounding clips nothing. A scale
- * is positive: zeros get the smallest that can be stored. float16 ends at 65504, where scale and
- * offset saturate. */
+ * is at least the smallest that can be stored; a symmetric code to which zeros are nearer than that
+ * grid, as it has no level of 0, gets scale 0. MSE gives other codes to which zeros are nearer the
+ * smallest scale and offset 0. float16 ends at 65504, where scale and offset saturate. */
 void lbq_code_fit(const lbq_code *code, const lbq_search *search, const lbq_groups *groups,
                   float *scale, float *offset);
 
-/* The same for given ranges [low, high], `clip` of which is kept: MINMAX. */
+/* Grids over given ranges [low, high], `clip` of which is kept, as MINMAX fits them before it is
+ * compared with zeros. */
 void lbq_range_fit(const lbq_code *code, double clip, const float *low, const float *high,
                    float *scale, float *offset);
 
-/* The code of the nearest value of a scalar code; ties go to the even code. */
+/* The code of the nearest value of a scalar code; ties go to the even code. 0 if scale is 0. */
 uint8_t lbq_code_encode(const lbq_code *code, double w, double scale, double offset);
 
 /* scale * level + offset. */
 double lbq_code_decode(const lbq_code *code, uint8_t value, double scale, double offset);
+
+/* Whether a grid fitted to the range [low, high] reaches it: the grid is not the largest that can
+ * be stored. */
+bool lbq_grid_reaches(const lbq_code *code, float low, float high, float scale, float offset);
+
+/* LBQ_BAD_VALUE for a NaN or infinity in W, and for a weight that no scale of `scale_bits` reaches,
+ * naming row and column. */
+lbq_status lbq_check_weights(int scale_bits, ptrdiff_t rows, ptrdiff_t cols, const float *W);
 
 /* The table of NF4 (count 16), or `count` = 2^b signed powers of two: 0, +-1, +-1/2, ...; as many
  * negative as positive ones, but for one more, the smallest, above zero. */

@@ -3,6 +3,7 @@
 #include <math.h>
 
 #include "codes/code.h"
+#include "core/interrupt.h"
 
 /* Sum over the bins of P log(P / Q) when the first `kept` bins are cut into `levels` runs. P is
  * the histogram with all that lies beyond moved into the last bin kept; Q spreads the mass of each
@@ -54,6 +55,7 @@ lbq_entropy_range(const double *counts, int bins, int levels, int *kept)
     for (int i = 0; i < levels - 1; i++)
         inside += counts[i];
     for (int end = levels; end <= bins; end++) {
+        LBQ_TRY(lbq_interrupted());
         inside += counts[end - 1];
         if (inside <= 0)
             continue;

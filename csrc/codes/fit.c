@@ -13,7 +13,10 @@
 #include <math.h>
 #include <string.h>
 
+#include "codes/importance.h"
+#include "codes/range.h"
 #include "codes/stored.h"
+#include "core/interrupt.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
 
@@ -23,13 +26,14 @@ enum { LANES = LBQ_PANEL, BLOCK = 256 /* weights of a lane that are summed in fl
 
 typedef float lanes[LANES];
 
-/* Weights are changed to (weight - shift) / unit, lest digits cancel or numbers overflow; scales
- * and offsets of the search are those of the changed weights. */
+/* Weights are changed to (weight - shift) / unit, to avoid cancellation and overflow; scales and
+ * offsets of the search are those of the changed weights. */
 typedef struct {
     const lbq_code *code;
     const lbq_groups *in;
     double norm;
     const float *importance; /* NULL if it is nothing but zeros */
+    bool dominated;          /* as importance.h says; then it is not NULL */
     lanes low, high, unit, shift;
     float h[4][LANES]; /* sums of importance times 1, w, w^2; and one over the first */
     float first, last; /* levels */
@@ -159,6 +163,26 @@ grid_of(const float *scale, const float *offset)
     return at;
 }
 
+typedef double wide[LANES];
+
+/* In float64, for dominated groups. */
+static void
+judge(const groups *g, const grid *at, trial *t)
+{
+    lbq_judgement found;
+    wide scale, offset;
+    for (int l = 0; l < LANES; l++) {
+        scale[l] = (double)at->scale[l];
+        offset[l] = (double)at->offset[l];
+    }
+    lbq_judge_grid(g->code, g->in, g->importance, g->norm, scale, offset, &found);
+    for (int l = 0; l < LANES; l++) {
+        t->error[l] = (float)found.error[l];
+        t->scale[l] = (float)found.scale[l];
+        t->offset[l] = (float)found.offset[l];
+    }
+}
+
 static float
 fixed_zero(const groups *g)
 {
@@ -168,127 +192,16 @@ fixed_zero(const groups *g)
 static void
 try(const groups *g, const grid *at, trial *t)
 {
+    if (g->dominated) {
+        judge(g, at, t);
+        return;
+    }
     sums s;
     sum_groups(g, at->inverse, at->scale, s);
     lbq_kernel.refit_f32(g->h[0], at->inverse, s[0], g->code->symmetric, fixed_zero(g), t->error);
     if (g->norm != 2)
         memcpy(t->error, s[POWER], sizeof t->error);
 }
-
-/* --- ranges ---------------------------------------------------------------------------------- */
-
-static void
-find_range(groups *g)
-{
-    const lbq_groups *const in = g->in;
-    if (in->low && in->high) {
-        memcpy(g->low, in->low, sizeof g->low);
-        memcpy(g->high, in->high, sizeof g->high);
-        return;
-    }
-    lbq_kernel.lanes_range_f32(in->w, in->count, g->low, g->high);
-    if (!in->together)
-        return;
-    float low = in->w[0], high = in->w[0];
-    for (int l = 0; l < (in->count > 0 ? LANES : in->rest); l++) {
-        low = fminf(low, g->low[l]);
-        high = fmaxf(high, g->high[l]);
-    }
-    for (int l = 0; l < in->rest; l++) {
-        low = fminf(low, in->w[in->count * LANES + l]);
-        high = fmaxf(high, in->w[in->count * LANES + l]);
-    }
-    for (int l = 0; l < LANES; l++) {
-        g->low[l] = low;
-        g->high[l] = high;
-    }
-}
-
-/* An integer with the same order as the float. */
-static int32_t
-order_of(float x)
-{
-    int32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits < 0 ? INT32_MIN - bits : bits;
-}
-
-static float
-of_order(int32_t bits)
-{
-    float x;
-    bits = bits < 0 ? INT32_MIN - bits : bits;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-/* How many weights of each group do not exceed its pivot. */
-static void
-count_up_to(const groups *g, const float *pivot, ptrdiff_t *count)
-{
-    const lbq_groups *const in = g->in;
-    ptrdiff_t all = 0;
-    memset(count, 0, LANES * sizeof *count);
-    for (ptrdiff_t k = 0; k < in->count; k++)
-        for (int l = 0; l < LANES; l++)
-            count[l] += in->w[k * LANES + l] <= pivot[l];
-    for (int l = 0; l < in->rest; l++)
-        count[l] += in->w[in->count * LANES + l] <= pivot[l];
-    for (int l = 0; in->together && l < LANES; l++)
-        all += count[l];
-    for (int l = 0; in->together && l < LANES; l++)
-        count[l] = all;
-}
-
-/* The order statistic `rank`, found by bisection over the bits of a float, which takes neither
- * scratch nor a sort. */
-static void
-find_rank(const groups *g, ptrdiff_t rank, float *found)
-{
-    int32_t low[LANES], high[LANES];
-    for (int l = 0; l < LANES; l++) {
-        low[l] = order_of(g->low[l]);
-        high[l] = order_of(g->high[l]);
-    }
-    for (bool more = true; more;) {
-        ptrdiff_t below[LANES];
-        int32_t half[LANES];
-        for (int l = 0; l < LANES; l++) {
-            half[l] = low[l] + (int32_t)(((uint32_t)high[l] - (uint32_t)low[l]) / 2);
-            found[l] = of_order(half[l]);
-        }
-        count_up_to(g, found, below);
-        more = false;
-        for (int l = 0; l < LANES; l++) {
-            if (low[l] == high[l])
-                continue;
-            if (below[l] > rank)
-                high[l] = half[l];
-            else
-                low[l] = half[l] + 1;
-            more = more || low[l] < high[l];
-        }
-    }
-    for (int l = 0; l < LANES; l++)
-        found[l] = of_order(low[l]);
-}
-
-/* The quantile between order statistics as NumPy's "linear" has it. */
-static void
-quantile(const groups *g, double percent, float *found)
-{
-    const ptrdiff_t count = g->in->together ? g->in->count * LANES + g->in->rest : g->in->count;
-    const double position = percent / 100 * (double)(count - 1);
-    const ptrdiff_t rank = (ptrdiff_t)position;
-    lanes here, next;
-    find_rank(g, rank, here);
-    find_rank(g, rank + 1 < count ? rank + 1 : rank, next);
-    for (int l = 0; l < LANES; l++)
-        found[l] = (float)((double)here[l] +
-                           ((double)next[l] - (double)here[l]) * (position - (double)rank));
-}
-
-typedef double wide[LANES];
 
 /* --- the search ------------------------------------------------------------------------------ */
 
@@ -301,12 +214,15 @@ typedef struct {
 #define ENOUGH (1 - 1e-5f)
 
 /* Keeps what a trial yields where that is better: its refit, or under another norm than 2 the grid
- * itself. */
+ * itself. In dominated groups the error of a refit is measured too: it cannot be foretold from sums
+ * over the grid before it, in which the large shares leave no digits to the others. */
 static bool
 improves(const groups *g, const float *scale, const float *offset, best_fit *best)
 {
-    const grid at = grid_of(scale, offset);
-    if (g->norm == 2) {
+    if (lbq_interrupted() != LBQ_OK)
+        return false;
+    grid at = grid_of(scale, offset);
+    if (g->norm == 2 && !g->dominated) {
         sums s;
         sum_groups(g, at.inverse, at.scale, s);
         return lbq_kernel.improve_f32(
@@ -314,13 +230,19 @@ improves(const groups *g, const float *scale, const float *offset, best_fit *bes
     }
     trial t;
     try(g, &at, &t);
+    if (g->dominated) {
+        for (int l = 0; l < LANES; l++)
+            t.scale[l] = t.scale[l] > 0 ? t.scale[l] : scale[l];
+        at = grid_of(t.scale, t.offset);
+        try(g, &at, &t);
+    }
     bool improved = false;
     for (int l = 0; l < LANES; l++)
         if (t.scale[l] > 0 && t.error[l] < best->error[l] * ENOUGH) {
             improved = true;
             best->error[l] = t.error[l];
-            best->scale[l] = scale[l];
-            best->offset[l] = offset[l];
+            best->scale[l] = at.scale[l];
+            best->offset[l] = at.offset[l];
             best->next_scale[l] = t.scale[l];
             best->next_offset[l] = t.offset[l];
         }
@@ -331,7 +253,7 @@ improves(const groups *g, const float *scale, const float *offset, best_fit *bes
 static void
 descend(const groups *g, int steps, best_fit *best)
 {
-    const bool squares = g->norm == 2;
+    const bool squares = g->norm == 2 && !g->dominated;
     for (int i = 0; i < steps; i++) {
         lanes scale, offset;
         memcpy(scale, squares ? best->scale : best->next_scale, sizeof scale);
@@ -422,6 +344,7 @@ centre(groups *g)
     }
     for (int l = 0; l < LANES; l++)
         g->h[3][l] = 1 / g->h[0][l];
+    g->dominated = g->importance && lbq_dominated(in, g->importance, (double)g->h[0][0]);
 }
 
 /* The candidate ranges, and from the best of them downhill. */
@@ -462,6 +385,58 @@ search(const groups *g, const lbq_search *range, best_fit *best)
     descend(g, 20, best);
 }
 
+/* Scales near the best one that dominated groups try: each leaves another rest when its offset is
+ * rounded, and the smallest of 13 is a tenth of one alone. Apart by some steps of a float16. */
+enum { NEARBY = 6 };
+#define APART (1.0 / 512)
+
+/* The best grid as stored: its scale rounded down (way 1), up (2), or to others nearby, about the
+ * level `pivot`, whose value stays. */
+static void
+store_best(const groups *g, const best_fit *best, int way, const double *pivot, double *s,
+           double *o)
+{
+    const int direction = way == 1 ? LBQ_DOWN : way == 2 ? LBQ_UP : LBQ_NEAREST;
+    const double change = direction == LBQ_NEAREST ? (way - 3 - NEARBY) * APART : 0;
+    wide found;
+    for (int l = 0; l < LANES; l++) {
+        found[l] = (double)best->scale[l] * (double)g->unit[l];
+        s[l] = found[l] + change * found[l];
+        o[l] = (double)g->shift[l] + (double)best->offset[l] * (double)g->unit[l];
+    }
+    lbq_store_scales(g->code, direction, s);
+    for (int l = 0; l < LANES; l++)
+        o[l] += pivot[l] * (found[l] - s[l]);
+    lbq_store_offsets(g->code, s, LBQ_NEAREST, o);
+}
+
+/* The middle level; in dominated groups that of the large shares. */
+static void
+find_pivot(const groups *g, const best_fit *best, double *pivot)
+{
+    lbq_judgement at_best;
+    wide scale, offset;
+    for (int l = 0; l < LANES; l++) {
+        pivot[l] = 0.5 * ((double)g->first + (double)g->last);
+        scale[l] = (double)best->scale[l];
+        offset[l] = (double)best->offset[l];
+    }
+    if (!g->dominated)
+        return;
+    lbq_judge_grid(g->code, g->in, g->importance, g->norm, scale, offset, &at_best);
+    memcpy(pivot, at_best.level, sizeof at_best.level);
+}
+
+/* Grids (s, o) as grids of the changed weights. */
+static void
+narrow_grid(const groups *g, const double *s, const double *o, float *scale, float *offset)
+{
+    for (int l = 0; l < LANES; l++) {
+        scale[l] = (float)(s[l] / (double)g->unit[l]);
+        offset[l] = (float)((o[l] - (double)g->shift[l]) / (double)g->unit[l]);
+    }
+}
+
 static void
 fit_least_error(groups *g, const lbq_search *range, float *scale, float *offset)
 {
@@ -469,39 +444,57 @@ fit_least_error(groups *g, const lbq_search *range, float *scale, float *offset)
     centre(g);
     best_fit best;
     search(g, range, &best);
-    const double middle = 0.5 * ((double)g->first + (double)g->last);
+    wide pivot;
+    find_pivot(g, &best, pivot);
     lanes least;
-    for (int direction = 0; direction <= 2; direction++) {
+    const int trials = g->dominated ? 3 + 2 * NEARBY + 1 : 3;
+    for (int i = 0; i < trials; i++) {
         wide s, o;
         lanes narrow_s, narrow_o;
         for (int l = 0; l < LANES; l++) {
-            s[l] = direction == 0 ? (double)scale[l] : (double)best.scale[l] * (double)g->unit[l];
-            o[l] = direction == 0
-                       ? (double)offset[l]
-                       : (double)g->shift[l] + (double)best.offset[l] * (double)g->unit[l];
+            s[l] = (double)scale[l];
+            o[l] = (double)offset[l];
         }
-        if (direction > 0) {
-            wide found;
-            memcpy(found, s, sizeof found);
-            lbq_store_scales(g->code, direction == 1 ? LBQ_DOWN : LBQ_UP, s);
-            for (int l = 0; l < LANES; l++)
-                o[l] += middle * (found[l] - s[l]);
-            lbq_store_offsets(g->code, s, LBQ_NEAREST, o);
-        }
-        for (int l = 0; l < LANES; l++) {
-            narrow_s[l] = (float)(s[l] / (double)g->unit[l]);
-            narrow_o[l] = (float)((o[l] - (double)g->shift[l]) / (double)g->unit[l]);
-        }
+        if (i > 0)
+            store_best(g, &best, i, pivot, s, o);
+        narrow_grid(g, s, o, narrow_s, narrow_o);
         const grid at = grid_of(narrow_s, narrow_o);
         trial t;
         try(g, &at, &t);
         for (int l = 0; l < LANES; l++)
-            if (direction == 0 || (t.error[l] < least[l] && best.error[l] < HUGE_VALF)) {
+            if (i == 0 || (t.error[l] < least[l] && best.error[l] < HUGE_VALF)) {
                 least[l] = t.error[l];
                 scale[l] = (float)s[l];
                 offset[l] = (float)o[l];
             }
     }
+}
+
+/* Replaces coarse grids that are worse than zeros; in float16 also those that gain less than a
+ * tenth on them, which GPTQ would lose again by what it feeds to a few weights of one step. */
+static void
+prefer_zeros(const groups *g, float *scale, float *offset)
+{
+    const float coarse = lbq_coarse_scale(g->code);
+    const double gain = g->code->scale_bits == 16 ? 0.9 : 1;
+    if (!lbq_any_coarse(g->code, scale))
+        return;
+    wide s, o, origin, zeros, none = {0};
+    lbq_judgement found;
+    for (int l = 0; l < LANES; l++) {
+        s[l] = (double)scale[l] / (double)g->unit[l];
+        o[l] = ((double)offset[l] - (double)g->shift[l]) / (double)g->unit[l];
+        origin[l] = -(double)g->shift[l] / (double)g->unit[l];
+    }
+    lbq_judge_grid(g->code, g->in, g->importance, g->norm, s, o, &found);
+    lbq_judge_value(g->in, g->importance, g->norm, origin, zeros);
+    if (g->code->scale_bits != 16 && !g->code->symmetric) /* an offset is kept as zero * scale */
+        lbq_store_scales(g->code, LBQ_NEAREST, none);
+    for (int l = 0; l < LANES; l++)
+        if (scale[l] <= coarse && found.error[l] > gain * zeros[l]) {
+            scale[l] = (float)none[l];
+            offset[l] = g->code->symmetric ? -g->code->zero * scale[l] : 0;
+        }
 }
 
 static groups
@@ -519,7 +512,9 @@ groups_of(const lbq_code *code, double norm, const lbq_groups *in)
         g.middle[i] = 0.5f * (code->levels[i] + code->levels[i + 1]);
         g.jump[i] = code->levels[i + 1] - code->levels[i];
     }
-    find_range(&g);
+    for (int l = 0; l < LANES; l++)
+        g.unit[l] = 1;
+    lbq_groups_range(in, g.low, g.high);
     return g;
 }
 
@@ -528,16 +523,12 @@ lbq_code_fit(const lbq_code *code, const lbq_search *range, const lbq_groups *in
              float *offset)
 {
     assert(in->count + in->rest > 0 && (code->symmetric || !code->levels));
-    if (range->method == LBQ_RANGE_MINMAX && in->low && in->high) {
-        lbq_range_fit(code, range->clip, in->low, in->high, scale, offset);
-        return;
-    }
     groups g = groups_of(code, range->norm, in);
     lanes low, high;
     switch (range->method) {
     case LBQ_RANGE_PERCENTILE:
-        quantile(&g, 100 - range->percentile, low);
-        quantile(&g, range->percentile, high);
+        lbq_groups_quantile(in, g.low, g.high, 100 - range->percentile, low);
+        lbq_groups_quantile(in, g.low, g.high, range->percentile, high);
         lbq_range_fit(code, range->clip, low, high, scale, offset);
         break;
     case LBQ_RANGE_MSE:
@@ -547,4 +538,6 @@ lbq_code_fit(const lbq_code *code, const lbq_search *range, const lbq_groups *in
         lbq_range_fit(code, range->clip, g.low, g.high, scale, offset);
         break;
     }
+    if (code->symmetric || range->method == LBQ_RANGE_MSE)
+        prefer_zeros(&g, scale, offset);
 }

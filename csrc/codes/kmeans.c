@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "codes/code.h"
+#include "core/interrupt.h"
 #include "core/memory.h"
 
 enum {
@@ -35,11 +36,12 @@ order_of(double x)
 
 /* Sorts by value, digit by digit from the lowest one on, `room` for as many points: a quarter of
  * the time of qsort, which calls a function for each comparison. */
-static void
+static lbq_status
 sort(point *points, point *room, ptrdiff_t n)
 {
     for (int shift = 0; shift < 64; shift += DIGIT_BITS) {
         ptrdiff_t at[1 << DIGIT_BITS] = {0}, before = 0;
+        LBQ_TRY(lbq_interrupted());
         for (ptrdiff_t i = 0; i < n; i++)
             at[order_of(points[i].value) >> shift & DIGIT_MASK]++;
         for (int digit = 0; digit <= DIGIT_MASK; digit++) {
@@ -53,6 +55,7 @@ sort(point *points, point *room, ptrdiff_t n)
         room = points;
         points = sorted;
     }
+    return LBQ_OK;
 }
 
 /* Prefix sums of weight, weight x and weight x^2, x measured from the mean. */
@@ -219,9 +222,10 @@ lbq_kmeans(ptrdiff_t n, const double *values, const double *weights, int count, 
         total += p.weight;
         mean += p.weight * p.value;
     }
+    if (status == LBQ_OK)
+        status = sort(points, room, n);
     if (status == LBQ_OK) {
         mean = total > 0 ? mean / total : 0;
-        sort(points, room, n);
         /* Bins: prefix sums at `bins` places, gathered at the front. */
         fill_prefix(&sum, points, n, mean);
         for (int i = 0; i <= bins && bins < n; i++) {

@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "codes/importance.h"
 #include "codes/stored.h"
 #include "core/memory.h"
 #include "core/pack.h"
@@ -52,35 +53,44 @@ typedef struct {
 
 /* A group of +-largest has a scale of twice that if it is binary. */
 static float
-largest_weight(const lbq_code *code)
+largest_weight(int scale_bits)
 {
-    return code->scale_bits == 16 ? 65504.0f / 2 : 1e30f;
+    return scale_bits == 16 ? 65504.0f / 2 : 1e30f;
 }
 
+/* The rows [first, end) of W. */
 static lbq_status
-check_row(const quantization *job, ptrdiff_t row)
+check_weight_rows(int scale_bits, ptrdiff_t first, ptrdiff_t end, ptrdiff_t cols, const float *W)
 {
-    const float *const W = job->W + row * job->cols;
-    const float largest = largest_weight(job->code);
+    const float largest = largest_weight(scale_bits);
+    float low[LBQ_PANEL], high[LBQ_PANEL];
     bool fit = true;
-    for (ptrdiff_t k = 0; k < job->cols; k++)
-        fit &= fabsf(W[k]) <= largest;
-    for (ptrdiff_t k = 0; k < job->cols && !fit; k++) {
-        LBQ_REQUIRE(isfinite(W[k]),
+    for (ptrdiff_t row = first; row < end && fit; row += LBQ_PANEL) {
+        const ptrdiff_t count = lbq_smaller(LBQ_PANEL, end - row);
+        fit = lbq_kernel.range_f32(W + row * cols, cols, count, cols, largest, low, high);
+    }
+    for (ptrdiff_t i = first * cols; i < end * cols && !fit; i++) {
+        LBQ_REQUIRE(isfinite(W[i]),
                     LBQ_BAD_VALUE,
                     "weight[%td, %td] is %g, expected finite numbers",
-                    row,
-                    k,
-                    (double)W[k]);
-        LBQ_REQUIRE(fabsf(W[k]) <= largest,
+                    i / cols,
+                    i % cols,
+                    (double)W[i]);
+        LBQ_REQUIRE(fabsf(W[i]) <= largest,
                     LBQ_BAD_VALUE,
                     "weight[%td, %td] is %g, expected at most %g: its scale would not fit",
-                    row,
-                    k,
-                    (double)W[k],
+                    i / cols,
+                    i % cols,
+                    (double)W[i],
                     (double)largest);
     }
     return LBQ_OK;
+}
+
+lbq_status
+lbq_check_weights(int scale_bits, ptrdiff_t rows, ptrdiff_t cols, const float *W)
+{
+    return check_weight_rows(scale_bits, 0, rows, cols, W);
 }
 
 /* The rows of one strip, or of one of its panels; none if `count` < 1. */
@@ -105,9 +115,8 @@ panel_of(panel_rows strip, ptrdiff_t panel)
 static lbq_status
 check_rows(const quantization *job, panel_rows rows)
 {
-    for (ptrdiff_t l = 0; l < rows.count; l++)
-        LBQ_TRY(check_row(job, rows.first + l));
-    return LBQ_OK;
+    const ptrdiff_t end = rows.first + rows.count;
+    return check_weight_rows(job->code->scale_bits, rows.first, end, job->cols, job->W);
 }
 
 /* The only group of a matrix that is one row, spread over all lanes. */
@@ -141,12 +150,16 @@ fit_rows(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t co
         return LBQ_OK;
     }
     if (!lbq_kernel.range_f32(
-            W, job->cols, rows.count, count, largest_weight(job->code), low, high))
+            W, job->cols, rows.count, count, largest_weight(job->code->scale_bits), low, high))
         return check_rows(job, rows);
     for (ptrdiff_t l = rows.count; l < LBQ_PANEL; l++)
         low[l] = high[l] = 0;
-    if (job->search->method != LBQ_RANGE_MINMAX) /* which reads nothing but the range */
-        lbq_kernel.to_lanes_f32(W, job->cols, rows.count, NULL, NULL, count, tile);
+    if (job->search->method == LBQ_RANGE_MINMAX) {
+        lbq_range_fit(job->code, job->search->clip, low, high, scale, offset);
+        if (!job->code->symmetric || !lbq_any_coarse(job->code, scale))
+            return LBQ_OK;
+    }
+    lbq_kernel.to_lanes_f32(W, job->cols, rows.count, NULL, NULL, count, tile);
     const lbq_groups groups = {
         .w = tile,
         .importance = job->importance ? job->importance + begin * LBQ_PANEL : NULL,
@@ -302,6 +315,19 @@ load_grid(const quantization *job, panel_rows rows, ptrdiff_t group, float *grid
     }
 }
 
+/* Whether a packed group is finished: none of its scales is the smallest float16 there is, where
+ * zeros may fit better. */
+static bool
+finished(const quantization *job, ptrdiff_t group, const uint8_t *panel)
+{
+    uint16_t half[LBQ_PANEL];
+    memcpy(half, panel + job->geometry.scale_at + group * job->geometry.scale_stride, sizeof half);
+    bool coarse = false;
+    for (int l = 0; l < LBQ_PANEL; l++)
+        coarse |= half[l] <= 1;
+    return !(coarse && job->code->symmetric);
+}
+
 static lbq_status
 round_strip(void *context, ptrdiff_t strip, int worker)
 {
@@ -312,13 +338,16 @@ round_strip(void *context, ptrdiff_t strip, int worker)
     const float *const W = job->W + rows.first * job->cols;
     /* Where a row has one scale, its range has brought it to the caches; next come others. */
     const ptrdiff_t ahead = job->groups == 1 ? LBQ_PANEL * job->cols : 0;
+    const float limit = largest_weight(code->scale_bits);
     bool fit = !job->fixed;
-    ptrdiff_t g = 0;
+    ptrdiff_t packed = 0;
     if (fit && job->packed && code->kind->pack && rows.count == LBQ_PANEL)
-        g = code->kind->pack(code, job->search, job->packed, W, largest_weight(code), panels, &fit);
+        packed = code->kind->pack(code, job->search, job->packed, W, limit, panels, &fit);
     if (!fit)
         LBQ_TRY(check_rows(job, rows));
-    for (; g < job->groups; g++) {
+    for (ptrdiff_t g = 0; g < job->groups; g++) {
+        if (g < packed && finished(job, g, panels))
+            continue;
         const ptrdiff_t begin = g * job->group, end = lbq_smaller(begin + job->group, job->cols);
         grids grid = {0};
         if (job->fixed) {
@@ -328,7 +357,7 @@ round_strip(void *context, ptrdiff_t strip, int worker)
             LBQ_TRY(store_grid(job, rows, g, grid, panels));
         }
         for (ptrdiff_t l = 0; l < job->strip; l++)
-            grid[2 * job->strip + l] = 1 / grid[l];
+            grid[2 * job->strip + l] = grid[l] != 0 ? 1 / grid[l] : 0;
         for (ptrdiff_t k = begin; k < end && (job->codes || job->packed); k += job->step) {
             uint8_t words[LBQ_MAX_STEP * LBQ_STRIP];
             const ptrdiff_t count = lbq_smaller(job->step, end - k);
@@ -355,15 +384,6 @@ over_strips(quantization *job, const float *importance)
                 rows,
                 cols,
                 group);
-    float most = 0;
-    for (ptrdiff_t k = 0; importance && k < cols; k++) {
-        LBQ_REQUIRE(importance[k] >= 0 && isfinite(importance[k]),
-                    LBQ_BAD_VALUE,
-                    "importance[%td] is %g, expected finite numbers from 0",
-                    k,
-                    (double)importance[k]);
-        most = importance[k] > most ? importance[k] : most;
-    }
     job->groups = lbq_pieces(cols, group);
     job->together = rows == 1 && job->groups == 1 && cols >= LONG;
     const ptrdiff_t width = lbq_smaller(group, cols);
@@ -371,22 +391,28 @@ over_strips(quantization *job, const float *importance)
     const ptrdiff_t wide = job->together ? job->tile : cols * LBQ_PANEL;
     const size_t tile_bytes = (size_t)(job->tile * lbq_threads()) * sizeof(float);
     const size_t wide_bytes = importance ? (size_t)wide * sizeof(float) : 0;
+    const size_t share_bytes = importance ? (size_t)cols * sizeof(float) : 0;
     job->strip = lbq_strip_rows(job->code);
     job->scratch_bytes = kind->scratch ? lbq_padded(kind->scratch(job->code)) : 0;
     const size_t scratch_bytes = job->scratch_bytes * (size_t)lbq_threads();
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(
-        &arena, lbq_padded(tile_bytes) + lbq_padded(wide_bytes) + lbq_padded(scratch_bytes)));
+    LBQ_TRY(lbq_arena_open(&arena,
+                           lbq_padded(tile_bytes) + lbq_padded(scratch_bytes) +
+                               lbq_padded(wide_bytes) + lbq_padded(share_bytes)));
     job->tiles = lbq_arena_take(&arena, tile_bytes);
     job->scratch = lbq_arena_take(&arena, scratch_bytes);
+    lbq_status status = LBQ_OK;
     if (importance) {
-        float *const shares = lbq_arena_take(&arena, wide_bytes);
+        float *const lanes = lbq_arena_take(&arena, wide_bytes);
+        float *const shares = lbq_arena_take(&arena, share_bytes);
         const ptrdiff_t copies = job->together ? 1 : LBQ_PANEL;
-        for (ptrdiff_t i = 0; i < wide; i++)
-            shares[i] = i < cols * copies && most > 0 ? importance[i / copies] / most : 0;
-        job->importance = shares;
+        status = lbq_importance_shares(cols, group, importance, shares);
+        for (ptrdiff_t i = 0; i < wide && status == LBQ_OK; i++)
+            lanes[i] = i < cols * copies ? shares[i / copies] : 0;
+        job->importance = lanes;
     }
-    const lbq_status status = lbq_parallel(lbq_pieces(rows, job->strip), round_strip, job);
+    if (status == LBQ_OK)
+        status = lbq_parallel(lbq_pieces(rows, job->strip), round_strip, job);
     lbq_arena_close(&arena);
     return status;
 }

@@ -16,12 +16,12 @@ odd(int value)
 uint8_t
 lbq_code_encode(const lbq_code *code, double w, double scale, double offset)
 {
-    const double x = (w - offset) / scale;
+    const double x = scale != 0 ? (w - offset) / scale : 0;
     const int top = code->count - 1;
     if (!code->levels)
         return (uint8_t)(x > 0 ? x < top ? rint(x) : top : 0);
     int value = 0;
-    for (; value < top; value++) {
+    for (; value < top && scale != 0; value++) {
         const double middle = 0.5 * ((double)code->levels[value] + code->levels[value + 1]);
         if (!(x > middle || (x == middle && odd(value))))
             break;

@@ -43,6 +43,32 @@ multiple_of(const lbq_code *code, double x, int direction)
     return (float)(fmin(fmax(whole, 1), most) * code->unit);
 }
 
+float
+lbq_coarse_scale(const lbq_code *code)
+{
+    if (code->scale_bits == 16)
+        return code->symmetric ? 0x1p-24f : 0x1p-21f;
+    return code->scale_bits == 0 || code->unit == 0 ? FLT_MIN : code->unit;
+}
+
+bool
+lbq_any_coarse(const lbq_code *code, const float *scale)
+{
+    const float coarse = lbq_coarse_scale(code);
+    bool any = false;
+    for (int l = 0; l < LANES; l++)
+        any |= scale[l] <= coarse;
+    return any;
+}
+
+bool
+lbq_grid_reaches(const lbq_code *code, float low, float high, float scale, float offset)
+{
+    const float most = code->scale_bits == 16 ? 65504 : 1e30f;
+    const float stored = fmaxf(scale, code->symmetric ? 0 : fabsf(offset));
+    return fmaxf(-low, high) <= 1e30f && stored < most;
+}
+
 void
 lbq_store_scales(const lbq_code *code, int direction, double *scale)
 {

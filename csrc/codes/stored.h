@@ -9,6 +9,13 @@
 /* Where to round: not above x, next to x, not below x. */
 enum { LBQ_DOWN = -1, LBQ_NEAREST, LBQ_UP };
 
+/* Stored scales up to this one are coarse: rounding may have made a grid worse than zeros. The
+ * smallest that can be stored; with float16 offsets, which are rounded too, the first eight. */
+float lbq_coarse_scale(const lbq_code *code);
+
+/* Whether any of LBQ_PANEL scales is. */
+bool lbq_any_coarse(const lbq_code *code, const float *scale);
+
 /* In place. A lone float32 offset is kept as the zero of the matrix, -zero * scale. */
 void lbq_store_scales(const lbq_code *code, int direction, double *scale);
 void lbq_store_offsets(const lbq_code *code, const double *scale, int direction, double *offset);

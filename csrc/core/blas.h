@@ -1,13 +1,23 @@
-/* OpenBLAS: the routines that are used, under names without the build's prefix.
+/* OpenBLAS: the routines that are used, under names without the build's prefix, and products that
+ * are cut into tasks.
+ *
+ * OpenBLAS runs in the thread that calls it; lbq_sgemm and lbq_dgemm share a product out among the
+ * pool's threads, in tiles that depend on its sizes only, so results do not depend on the number of
+ * threads. Other routines are called by LBQ_BLAS, for pieces of some 50 ms at most.
+ *
+ * OpenBLAS takes a buffer for each call that is under way, and ends the process where there is no
+ * memory for one. So no call begins before its buffer exists, and a fork waits for those under way,
+ * whose locks the child would inherit.
  *
  * Fortran symbols are declared here because Debian's OpenBLAS has no LAPACKE. Matrices given to
  * cblas_ are row-major where CblasRowMajor says so; LAPACK's are column-major, so "L" names the
- * upper triangle of a row-major matrix. Call BLAS from the calling thread or in tasks of
- * lbq_parallel_blas, never inside other tasks. */
+ * upper triangle of a row-major matrix. */
 #ifndef LBQ_BLAS_H
 #define LBQ_BLAS_H
 
 #include <stddef.h>
+
+#include "core/status.h"
 
 #define LBQ_BLAS_PASTE(prefix, name) prefix##name
 #define LBQ_BLAS_NAME(prefix, name) LBQ_BLAS_PASTE(prefix, name)
@@ -19,6 +29,26 @@ enum { CblasUpper = 121, CblasLower = 122 };
 enum { CblasNonUnit = 131, CblasUnit = 132 };
 enum { CblasLeft = 141, CblasRight = 142 };
 
+/* C (m, n) = alpha op(A) op(B) + beta C, all row-major, op(A) (m, k), op(B) (k, n), with row
+ * strides lda, ldb, ldc; LBQ_NO_MEMORY, LBQ_INTERRUPTED. May be called in a task. */
+lbq_status lbq_sgemm(int transa, int transb, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, float alpha,
+                     const float *A, ptrdiff_t lda, const float *B, ptrdiff_t ldb, float beta,
+                     float *C, ptrdiff_t ldc);
+lbq_status lbq_dgemm(int transa, int transb, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, double alpha,
+                     const double *A, ptrdiff_t lda, const double *B, ptrdiff_t ldb, double beta,
+                     double *C, ptrdiff_t ldc);
+
+/* Around each call of OpenBLAS; LBQ_NO_MEMORY if there is no buffer and no memory for one. */
+lbq_status lbq_blas_enter(void);
+void lbq_blas_leave(void);
+
+#define LBQ_BLAS(name, ...)                                                                        \
+    do {                                                                                           \
+        LBQ_TRY(lbq_blas_enter());                                                                 \
+        BLAS(name)(__VA_ARGS__);                                                                   \
+        lbq_blas_leave();                                                                          \
+    } while (0)
+
 void BLAS(cblas_sgemm)(int order, int transa, int transb, int m, int n, int k, float alpha,
                        const float *a, int lda, const float *b, int ldb, float beta, float *c,
                        int ldc);
@@ -29,6 +59,8 @@ void BLAS(cblas_sgemv)(int order, int trans, int m, int n, float alpha, const fl
                        const float *x, int incx, float beta, float *y, int incy);
 void BLAS(cblas_ssyrk)(int order, int uplo, int trans, int n, int k, float alpha, const float *a,
                        int lda, float beta, float *c, int ldc);
+void BLAS(cblas_dsyrk)(int order, int uplo, int trans, int n, int k, double alpha, const double *a,
+                       int lda, double beta, double *c, int ldc);
 void BLAS(cblas_dsymm)(int order, int side, int uplo, int m, int n, double alpha, const double *a,
                        int lda, const double *b, int ldb, double beta, double *c, int ldc);
 void BLAS(cblas_strsm)(int order, int side, int uplo, int trans, int diag, int m, int n,
@@ -41,9 +73,9 @@ void BLAS(dgeqrf_)(const int *m, const int *n, double *a, const int *lda, double
                    const int *lwork, int *info);
 void BLAS(dorgqr_)(const int *m, const int *n, const int *k, double *a, const int *lda,
                    const double *tau, double *work, const int *lwork, int *info);
-void BLAS(dgesdd_)(const char *jobz, const int *m, const int *n, double *a, const int *lda,
-                   double *s, double *u, const int *ldu, double *vt, const int *ldvt, double *work,
-                   const int *lwork, int *iwork, int *info, size_t);
+void BLAS(dormqr_)(const char *side, const char *trans, const int *m, const int *n, const int *k,
+                   const double *a, const int *lda, const double *tau, double *c, const int *ldc,
+                   double *work, const int *lwork, int *info, size_t, size_t);
 
 void BLAS(openblas_set_num_threads)(int threads);
 char *BLAS(openblas_get_config)(void);
@@ -52,7 +84,7 @@ char *BLAS(openblas_get_corename)(void);
 typedef void (*lbq_blas_job)(int thread, void *data, int extra);
 typedef void (*lbq_blas_threads)(int sync, lbq_blas_job job, int jobs, size_t size, void *data,
                                  int extra);
-/* Absent before OpenBLAS 0.3.27: then it keeps its own threads. */
+/* Absent before OpenBLAS 0.3.27. */
 __attribute__((weak)) void BLAS(openblas_set_threads_callback_function)(lbq_blas_threads callback);
 
 #endif

@@ -4,7 +4,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-static _Thread_local char message[512];
+/* Short: loaders have little room for the thread-local variables of a library. */
+static _Thread_local char message[256];
 
 lbq_status
 lbq_fail(lbq_status status, const char *format, ...)

@@ -13,6 +13,7 @@ typedef enum {
     LBQ_NO_MEMORY,
     LBQ_NOT_POSITIVE_DEFINITE,
     LBQ_BAD_FORMAT,
+    LBQ_INTERRUPTED,
 } lbq_status;
 
 /* Stores the printf-style message for this thread and returns `status`. */

@@ -4,7 +4,8 @@
  * spin. Whoever takes the last index closes the region to those who have not joined, and the
  * caller waits for those who have: a worker that the system does not run holds up nobody. Who
  * waits spins for a few microseconds, since the next call of a decoder comes soon, and then sleeps.
- * After fork the child has none of the parent's threads: it starts its own at the next call. */
+ * After fork the child has none of the parent's threads: it starts its own at the next call. A fork
+ * does not wait for the region: its caller may be waiting for what the forking thread holds. */
 #include "core/threads.h"
 
 #include <assert.h>
@@ -22,7 +23,7 @@
 #include <sys/syscall.h>
 #endif
 
-#include "core/blas.h"
+#include "core/interrupt.h"
 
 enum {
     MAX_THREADS = 256,
@@ -36,11 +37,13 @@ enum {
 typedef struct {
     lbq_task task;
     void *context;
+    lbq_watch *watch; /* the caller's */
+    int threads;      /* that may take part: what the caller has scratch for */
     ptrdiff_t count;
     atomic_ptrdiff_t next;
     ptrdiff_t failed_index; /* this and what follows: under `failures` */
     lbq_status status;
-    char message[512];
+    char message[256];
 } job;
 
 /* The region: how many workers are in it; whether more may join; whether all are to end. */
@@ -54,7 +57,8 @@ static atomic_uint asleep;  /* workers that wait for `region` to change and no l
 static atomic_uint awaited; /* 1: the caller sleeps until the last worker has left */
 static int started;         /* workers that run */
 static pthread_t workers[MAX_THREADS];
-static atomic_int wanted; /* threads asked for; 0: not yet set */
+static atomic_int wanted;         /* threads asked for; 0: not yet set */
+static _Thread_local int settled; /* what lbq_threads() says meanwhile; 0: what is wanted */
 static _Thread_local bool inside;
 
 /* sleep_while: until wake() is called on the word, unless that is no longer `value`; may also
@@ -140,23 +144,34 @@ spin_while(bool (*such)(unsigned))
             sched_yield();
 }
 
+/* Keeps the failure of the lowest index, or that the call was interrupted. */
+static void
+note_failure(job *work, lbq_status status, ptrdiff_t index)
+{
+    pthread_mutex_lock(&failures);
+    const bool first = work->status == LBQ_OK || index < work->failed_index;
+    if (status == LBQ_INTERRUPTED || (first && work->status != LBQ_INTERRUPTED)) {
+        work->status = status;
+        work->failed_index = index;
+        snprintf(work->message, sizeof work->message, "%s", lbq_message());
+    }
+    pthread_mutex_unlock(&failures);
+}
+
 static void
 run(job *work, int worker)
 {
     inside = true;
     for (ptrdiff_t index; (index = atomic_fetch_add(&work->next, 1)) < work->count;) {
-        if (index == work->count - 1)
+        lbq_status status = lbq_interrupted();
+        if (status != LBQ_OK)
+            atomic_store(&work->next, work->count);
+        if (status != LBQ_OK || index == work->count - 1)
             atomic_fetch_and(&region, ~(unsigned)OPEN);
-        const lbq_status status = work->task(work->context, index, worker);
         if (status == LBQ_OK)
-            continue;
-        pthread_mutex_lock(&failures);
-        if (work->status == LBQ_OK || index < work->failed_index) {
-            work->status = status;
-            work->failed_index = index;
-            snprintf(work->message, sizeof work->message, "%s", lbq_message());
-        }
-        pthread_mutex_unlock(&failures);
+            status = work->task(work->context, index, worker);
+        if (status != LBQ_OK)
+            note_failure(work, status, index);
     }
     inside = false;
 }
@@ -179,7 +194,11 @@ worker_main(void *argument)
             return NULL;
         if (!atomic_compare_exchange_weak(&region, &now, now + 1))
             continue;
-        run(current, worker);
+        if (worker < current->threads) {
+            lbq_watch_join(current->watch);
+            run(current, worker);
+            lbq_watch_join(NULL);
+        }
         now = atomic_fetch_sub(&region, 1) - 1;
         if (!is_populated(now) && atomic_exchange(&awaited, 0))
             wake(&awaited, 1);
@@ -199,21 +218,10 @@ stop_workers(void)
 }
 
 static void
-before_fork(void)
-{
-    pthread_mutex_lock(&callers);
-}
-
-static void
-after_fork_in_parent(void)
-{
-    pthread_mutex_unlock(&callers);
-}
-
-static void
 after_fork_in_child(void)
 {
     pthread_mutex_init(&callers, NULL);
+    pthread_mutex_init(&failures, NULL);
 #ifndef __linux__
     pthread_mutex_init(&bedroom, NULL);
     pthread_cond_init(&bell, NULL);
@@ -230,7 +238,7 @@ start_workers(int threads)
 {
     static bool watching_fork;
     if (!watching_fork) {
-        pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+        pthread_atfork(NULL, NULL, after_fork_in_child);
         watching_fork = true;
     }
     if (started > threads - 1)
@@ -249,7 +257,7 @@ static lbq_status
 run_on_pool(job *work)
 {
     assert(work->count >= 1);
-    start_workers(lbq_threads());
+    start_workers(atomic_load(&wanted));
     current = work;
     atomic_fetch_or(&region, OPEN);
     if (atomic_load(&asleep) > 0)
@@ -269,64 +277,30 @@ run_on_pool(job *work)
 static lbq_status
 run_in_caller(ptrdiff_t count, lbq_task task, void *context)
 {
-    for (ptrdiff_t index = 0; index < count; index++)
+    for (ptrdiff_t index = 0; index < count; index++) {
+        LBQ_TRY(lbq_interrupted());
         LBQ_TRY(task(context, index, 0));
+    }
     return LBQ_OK;
 }
 
 lbq_status
 lbq_parallel(ptrdiff_t count, lbq_task task, void *context)
 {
-    if (count <= 1 || inside || lbq_threads() == 1 || pthread_mutex_trylock(&callers) != 0)
-        return run_in_caller(count, task, context);
-    job work = {.task = task, .context = context, .count = count};
+    if (count <= 1 || inside || lbq_threads() == 1 || pthread_mutex_trylock(&callers) != 0) {
+        LBQ_TRY(run_in_caller(count, task, context));
+        return lbq_interrupted();
+    }
+    job work = {
+        .task = task,
+        .context = context,
+        .watch = lbq_watch_joined(),
+        .threads = lbq_threads(),
+        .count = count,
+    };
     const lbq_status status = run_on_pool(&work);
     pthread_mutex_unlock(&callers);
-    return status;
-}
-
-/* OpenBLAS with one thread never calls back, so a task may call it; its scratch memory is one
- * block per call under a lock of its own, so several tasks may. */
-lbq_status
-lbq_parallel_blas(ptrdiff_t count, lbq_task task, void *context)
-{
-    assert(!inside);
-    job work = {.task = task, .context = context, .count = count};
-    pthread_mutex_lock(&callers);
-    BLAS(openblas_set_num_threads)(1);
-    const lbq_status status = count <= 1 ? run_in_caller(count, task, context) : run_on_pool(&work);
-    BLAS(openblas_set_num_threads)(lbq_threads());
-    pthread_mutex_unlock(&callers);
-    return status;
-}
-
-typedef struct {
-    lbq_blas_job job;
-    char *data;
-    size_t size;
-    int extra;
-} blas_jobs;
-
-static lbq_status
-blas_task(void *context, ptrdiff_t index, int worker)
-{
-    (void)worker;
-    const blas_jobs *const jobs = context;
-    jobs->job((int)index, jobs->data + (size_t)index * jobs->size, jobs->extra);
-    return LBQ_OK;
-}
-
-/* OpenBLAS hands its jobs over here. Its jobs wait for one another, so unlike lbq_parallel this
- * waits for the pool rather than running them one by one. */
-static void
-blas_callback(int sync, lbq_blas_job blas_job, int jobs, size_t size, void *data, int extra)
-{
-    (void)sync;
-    blas_jobs context = {.job = blas_job, .data = data, .size = size, .extra = extra};
-    job work = {.task = blas_task, .context = &context, .count = jobs};
-    pthread_mutex_lock(&callers);
-    run_on_pool(&work);
-    pthread_mutex_unlock(&callers);
+    return status == LBQ_OK ? lbq_interrupted() : status;
 }
 
 int
@@ -344,8 +318,16 @@ lbq_cpus(void)
 int
 lbq_threads(void)
 {
-    const int threads = atomic_load(&wanted);
+    const int threads = settled ? settled : atomic_load(&wanted);
     return threads ? threads : 1;
+}
+
+int
+lbq_settle_threads(int threads)
+{
+    const int before = settled;
+    settled = threads;
+    return before;
 }
 
 lbq_status
@@ -356,13 +338,10 @@ lbq_set_threads(int threads)
                 "threads is %d, expected 1 to %d",
                 threads,
                 MAX_THREADS);
+    LBQ_REQUIRE(!inside, LBQ_BAD_VALUE, "the number of threads cannot change inside a computation");
     pthread_mutex_lock(&callers);
     const int got = start_workers(threads);
     atomic_store(&wanted, got);
-    /* With one thread OpenBLAS keeps to the caller and never calls back. */
-    if (BLAS(openblas_set_threads_callback_function))
-        BLAS(openblas_set_threads_callback_function)(blas_callback);
-    BLAS(openblas_set_num_threads)(got);
     pthread_mutex_unlock(&callers);
     LBQ_REQUIRE(
         got == threads, LBQ_NO_MEMORY, "the system let %d of %d threads start", got, threads);

@@ -5,7 +5,7 @@
  * fixed, so a task must compute the same thing whoever runs it: write by index, use `worker`
  * (0 <= worker < lbq_threads()) only to choose scratch memory. The first failure, by index, is
  * the result. Called inside a task, or by a second thread while the pool is busy, it runs in the
- * caller alone. OpenBLAS runs its jobs on this same pool where it can (0.3.27 and later). */
+ * caller alone. Between tasks it asks lbq_interrupted(); an interrupted call has run some tasks. */
 #ifndef LBQ_THREADS_H
 #define LBQ_THREADS_H
 
@@ -17,17 +17,12 @@ typedef lbq_status (*lbq_task)(void *context, ptrdiff_t index, int worker);
 
 lbq_status lbq_parallel(ptrdiff_t count, lbq_task task, void *context);
 
-/* The same for tasks that call BLAS, which keeps to the thread of its caller meanwhile: equal bits
- * for any number of threads, which OpenBLAS does not promise when it cuts a product itself. Waits
- * for the pool where lbq_parallel would go without. Not inside a task. */
-lbq_status lbq_parallel_blas(ptrdiff_t count, lbq_task task, void *context);
-
 /* For cutting a range: how many pieces of `size` make up `whole`, the last perhaps shorter, and the
  * smaller of two ends. */
 static inline ptrdiff_t
 lbq_pieces(ptrdiff_t whole, ptrdiff_t size)
 {
-    return (whole + size - 1) / size;
+    return whole / size + (whole % size != 0); /* no sum: size may be PTRDIFF_MAX */
 }
 
 static inline ptrdiff_t
@@ -36,8 +31,24 @@ lbq_smaller(ptrdiff_t a, ptrdiff_t b)
     return a < b ? a : b;
 }
 
-/* Number of threads, the caller included, of the pool and of OpenBLAS; at least 1. */
+/* Index of a tile in the upper triangle of a square of tiles, column by column, to its row and
+ * column: all of a triangle of n columns are n (n + 1) / 2. */
+static inline void
+lbq_triangle_at(ptrdiff_t index, ptrdiff_t *row, ptrdiff_t *column)
+{
+    *column = 0;
+    while (index > *column)
+        index -= ++*column;
+    *row = index;
+}
+
+/* Number of threads of the pool, the caller included; at least 1. */
 int lbq_threads(void);
+
+/* Makes lbq_threads() a constant for this thread, so that scratch for each worker and the call that
+ * uses it agree whatever other threads set; 0 ends that. Returns the constant before. */
+int lbq_settle_threads(int threads);
+
 lbq_status lbq_set_threads(int threads);
 
 /* The number of CPUs this process may run on. */

@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "core/blas.h"
+#include "core/interrupt.h"
 #include "core/memory.h"
 #include "core/threads.h"
 #include "gptq/hessian.h"
@@ -134,6 +135,8 @@ descend(const row_state *s, double tolerance)
     for (int sweep = 0; moved && sweep < SWEEPS; sweep++) {
         moved = false;
         for (ptrdiff_t k = 0; k < s->cols; k++) {
+            if (lbq_interrupted() != LBQ_OK)
+                return HUGE_VAL;
             const double alone = change(s, k);
             double least = alone;
             ptrdiff_t partner = k;
@@ -194,6 +197,7 @@ finish_row(void *context, ptrdiff_t row, int worker)
         }
         start(&s);
         const double error = descend(&s, 1e-9 * j->unit);
+        LBQ_TRY(lbq_interrupted());
         for (ptrdiff_t k = 0; error < least && k < j->cols; k++)
             j->first[begin + k] = s.turn[k] * j->gap[begin + k] > 0;
         least = error < least ? error : least;
@@ -226,20 +230,19 @@ run(job *j, const lbq_adaround_options *options, ptrdiff_t rows, const double *H
         j->beta = 2 + 18 * (1 - clamp(part / 0.7, 0, 1));
         j->decay_first = 1 - pow(0.9, step + 1);
         j->decay_second = 1 - pow(0.99, step + 1);
-        BLAS(cblas_sgemm)(CblasRowMajor,
+        LBQ_TRY(lbq_sgemm(CblasNoTrans,
                           CblasNoTrans,
-                          CblasNoTrans,
-                          (int)rows,
-                          (int)cols,
-                          (int)cols,
+                          rows,
+                          cols,
+                          cols,
                           1,
                           j->error,
-                          (int)cols,
+                          cols,
                           j->narrow,
-                          (int)cols,
+                          cols,
                           0,
                           j->gradient,
-                          (int)cols);
+                          cols));
         LBQ_TRY(lbq_parallel(rows, step_row, j));
     }
     return lbq_parallel(rows, finish_row, j);

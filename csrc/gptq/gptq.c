@@ -1,5 +1,5 @@
-/* GPTQ in LDL form: one Cholesky factorisation of the reversed matrix, then tiles of rows, each
- * from the first column to the last without waiting for the others. */
+/* GPTQ in LDL form, once H is factored: tiles of rows, each from the first column to the last
+ * without waiting for the others. */
 #include "gptq/gptq.h"
 
 #include <float.h>
@@ -7,264 +7,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "codes/importance.h"
 #include "core/blas.h"
+#include "core/interrupt.h"
 #include "core/memory.h"
 #include "core/threads.h"
+#include "gptq/factor.h"
 #include "kernels/kernels.h"
 
 enum {
     LANES = LBQ_PANEL,
     /* Rows of a task: products pack R anew for each. */
     MAX_TILE = 1024,
-    FEW = 8,   /* columns whose sums stay in registers */
-    SIDE = 64, /* of the tiles in which H is put in order */
+    FEW = 8, /* columns whose sums stay in registers */
 };
-
-/* Of float32's pivots, relative to the diagonal of H. Those above were right to 0.06 %, and the
- * entries of R as well, on Hessians of 512 and 1536 columns whose spectra fall as powers up to 3,
- * damped by 1e-1 to 1e-5. */
-#define LEAST_PIVOT 0x1p-14
-
-/* --- order ------------------------------------------------------------------------------------ */
-
-/* A checked copy of `order`; the identity for NULL. */
-static lbq_status
-copy_order(ptrdiff_t cols, const int64_t *order, int64_t *copy)
-{
-    for (ptrdiff_t j = 0; j < cols; j++)
-        copy[j] = order ? -1 : j;
-    for (ptrdiff_t j = 0; order && j < cols; j++) {
-        LBQ_REQUIRE(order[j] >= 0 && order[j] < cols && copy[order[j]] < 0,
-                    LBQ_BAD_VALUE,
-                    "order[%td] is %lld, expected a permutation of 0 to %td",
-                    j,
-                    (long long)order[j],
-                    cols - 1);
-        copy[order[j]] = j;
-    }
-    if (order)
-        memcpy(copy, order, (size_t)cols * sizeof *copy);
-    return LBQ_OK;
-}
-
-/* --- factorisation ---------------------------------------------------------------------------- */
-
-static int
-compare(const void *a, const void *b)
-{
-    const double x = *(const double *)a, y = *(const double *)b;
-    return (x > y) - (x < y);
-}
-
-/* Mean or median of the positive diagonal entries; `sorted` (cols) is scratch. */
-static double
-typical_diagonal(ptrdiff_t cols, const double *H, bool median, double *sorted)
-{
-    ptrdiff_t live = 0;
-    double sum = 0;
-    for (ptrdiff_t j = 0; j < cols; j++)
-        if (H[j * cols + j] > 0)
-            sum += sorted[live++] = H[j * cols + j];
-    if (live == 0)
-        return 1;
-    if (!median)
-        return sum / (double)live;
-    qsort(sorted, (size_t)live, sizeof *sorted, compare);
-    return (sorted[(live - 1) / 2] + sorted[live / 2]) / 2;
-}
-
-static lbq_status
-check_hessian(ptrdiff_t cols, const double *H)
-{
-    for (ptrdiff_t i = 0; i < cols; i++)
-        for (ptrdiff_t j = i; j < cols; j++)
-            LBQ_REQUIRE(isfinite(H[i * cols + j]) && (i != j || H[i * cols + j] >= 0),
-                        LBQ_BAD_VALUE,
-                        "H[%td, %td] is %g, expected finite numbers, on the diagonal >= 0",
-                        i,
-                        j,
-                        H[i * cols + j]);
-    return LBQ_OK;
-}
-
-typedef struct {
-    ptrdiff_t cols;
-    const double *H;
-    const int64_t *order;
-    double damping;
-    void *R; /* (cols, cols), of floats or doubles */
-    bool failed;
-} factoring;
-
-static double
-damped(const factoring *job, ptrdiff_t column)
-{
-    const double diagonal = job->H[column * job->cols + column];
-    return (diagonal > 0 ? diagonal : 1) + job->damping;
-}
-
-/* The damped matrix in reversed order, up to its diagonal; by tiles, since an order that keeps
- * groups together finds those of a tile near each other. */
-#define REVERSE(name, real)                                                                        \
-    static void name(const factoring *job, real *R)                                                \
-    {                                                                                              \
-        const ptrdiff_t n = job->cols;                                                             \
-        const double *const H = job->H;                                                            \
-        const int64_t *const from = job->order + n - 1;                                            \
-        for (ptrdiff_t top = 0; top < n; top += SIDE)                                              \
-            for (ptrdiff_t left = 0; left <= top; left += SIDE)                                    \
-                for (ptrdiff_t i = top; i < lbq_smaller(top + SIDE, n); i++)                       \
-                    for (ptrdiff_t j = left; j < lbq_smaller(left + SIDE, i + 1); j++) {           \
-                        const ptrdiff_t row = from[-i], col = from[-j];                            \
-                        R[i * n + j] = (real)(row < col ? H[row * n + col] : H[col * n + row]);    \
-                    }                                                                              \
-        for (ptrdiff_t i = 0; i < n; i++)                                                          \
-            R[i * n + i] = (real)damped(job, from[-i]);                                            \
-    }
-REVERSE(reverse_f32, float)
-REVERSE(reverse_f64, double)
-#undef REVERSE
-
-/* The lower factor C of the matrix in reversed order: then R[i, j] = C[n-1-i, n-1-j] / C[n-1-j,
- * n-1-j], since reversing rows and columns turns lower triangles into upper ones. */
-static lbq_status
-factor_f64(void *context, ptrdiff_t index, int worker)
-{
-    (void)index, (void)worker;
-    factoring *const job = context;
-    double *const R = job->R;
-    reverse_f64(job, R);
-    const int order = (int)job->cols;
-    int info;
-    BLAS(dpotrf_)("U", &order, R, &order, &info, 1);
-    job->failed = info != 0;
-    return LBQ_OK;
-}
-
-/* The same in float32, which fails as well where a pivot has lost its digits. What rounding does
- * amounts to changing each entry of H by some 2^-24 times the diagonals of its row and its column
- * (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, theorem 10.5). Next to a
- * damping of 1 % that is nothing, but a pivot far below the diagonal would be noise. */
-static lbq_status
-factor_f32(void *context, ptrdiff_t index, int worker)
-{
-    (void)index, (void)worker;
-    factoring *const job = context;
-    const ptrdiff_t n = job->cols;
-    float *const R = job->R;
-    reverse_f32(job, R);
-    const int order = (int)n;
-    int info;
-    BLAS(spotrf_)("U", &order, R, &order, &info, 1);
-    job->failed = info != 0;
-    for (ptrdiff_t j = 0; j < n && !job->failed; j++) {
-        const double pivot = (double)R[j * n + j];
-        job->failed = pivot * pivot < LEAST_PIVOT * damped(job, job->order[n - 1 - j]);
-    }
-    return LBQ_OK;
-}
-
-/* C, lower, to R, upper: entry (i, j) moves to (n-1-i, n-1-j), in place since the two triangles
- * meet only in the diagonal. `diagonal` (n) is scratch. */
-#define TURN_OVER(name, real)                                                                      \
-    static void name(ptrdiff_t n, real *R, real *diagonal)                                         \
-    {                                                                                              \
-        for (ptrdiff_t i = 0; i < n; i++)                                                          \
-            diagonal[i] = R[i * n + i];                                                            \
-        for (ptrdiff_t i = 0; i < n; i++) {                                                        \
-            real *const to = R + (n - 1 - i) * n;                                                  \
-            for (ptrdiff_t j = 0; j < i; j++)                                                      \
-                to[n - 1 - j] = R[i * n + j] / diagonal[j];                                        \
-            to[n - 1 - i] = 1;                                                                     \
-        }                                                                                          \
-    }
-TURN_OVER(turn_over_f32, float)
-TURN_OVER(turn_over_f64, double)
-#undef TURN_OVER
-
-/* In float64; the result, in float32, in R. */
-static lbq_status
-factor_narrowed(factoring *job)
-{
-    const size_t entries = (size_t)job->cols * (size_t)job->cols;
-    float *const R = job->R;
-    double *wide;
-    LBQ_TRY(lbq_allocate(entries * sizeof *wide, &wide));
-    job->R = wide;
-    const lbq_status status = lbq_parallel_blas(1, factor_f64, job);
-    job->R = R;
-    for (ptrdiff_t i = 0; i < job->cols; i++)
-        for (ptrdiff_t j = 0; j <= i; j++)
-            R[i * job->cols + j] = (float)wide[i * job->cols + j];
-    lbq_free(wide);
-    return status;
-}
-
-/* As tasks, so that OpenBLAS runs each in one thread: cut among threads it would round differently
- * for each number of them. */
-static lbq_status
-try_to_factor(factoring *job, bool float64, lbq_gptq_report *report)
-{
-    report->float64 = float64;
-    if (float64)
-        return lbq_parallel_blas(1, factor_f64, job);
-    LBQ_TRY(lbq_parallel_blas(1, factor_f32, job));
-    if (!job->failed)
-        return LBQ_OK;
-    report->float64 = true;
-    return factor_narrowed(job);
-}
-
-lbq_status
-lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double damping, bool median,
-                bool float64, void *R, lbq_gptq_report *report)
-{
-    LBQ_REQUIRE(cols > 0, LBQ_BAD_SHAPE, "H has no columns");
-    LBQ_REQUIRE(damping >= 0 && isfinite(damping),
-                LBQ_BAD_VALUE,
-                "damping is %g, expected a finite number >= 0",
-                damping);
-    LBQ_TRY(check_hessian(cols, H));
-    const size_t order_bytes = (size_t)cols * sizeof(int64_t);
-    const size_t scratch_bytes = (size_t)cols * sizeof(double);
-    lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(order_bytes) + lbq_padded(scratch_bytes)));
-    int64_t *const permutation = lbq_arena_take(&arena, order_bytes);
-    lbq_status status = copy_order(cols, order, permutation);
-    double *const scratch = lbq_arena_take(&arena, scratch_bytes);
-    const double mean = typical_diagonal(cols, H, false, scratch);
-    const double typical = median ? typical_diagonal(cols, H, true, scratch) : mean;
-    factoring job = {
-        .cols = cols,
-        .H = H,
-        .order = permutation,
-        .damping = damping * typical,
-        .R = R,
-    };
-    *report = (lbq_gptq_report){0};
-    for (ptrdiff_t j = 0; j < cols; j++)
-        report->dead += H[j * cols + j] == 0;
-    while (status == LBQ_OK) {
-        report->damping = job.damping;
-        status = try_to_factor(&job, float64, report);
-        if (status != LBQ_OK || !job.failed)
-            break;
-        report->retries++;
-        job.damping = job.damping > 0 ? 10 * job.damping : 1e-8 * typical;
-        if (job.damping > 10 * mean)
-            status = lbq_fail(LBQ_NOT_POSITIVE_DEFINITE,
-                              "H is not positive definite, not even with %g added to its diagonal",
-                              report->damping);
-    }
-    if (status == LBQ_OK && float64)
-        turn_over_f64(cols, R, scratch);
-    else if (status == LBQ_OK)
-        turn_over_f32(cols, R, (float *)scratch);
-    lbq_arena_close(&arena);
-    return status;
-}
-
-/* --- rounding --------------------------------------------------------------------------------- */
 
 typedef struct {
     const lbq_gptq_problem *problem;
@@ -280,7 +36,8 @@ typedef struct {
     const int64_t *order, *group_of; /* (cols): which column is at a place, and its group */
     const int64_t *ascending;        /* (cols): the columns of each block, ascending, */
     const int64_t *place;            /* (cols): and the places of these in the block */
-    const float *importance;         /* (cols, LANES) in order, at most 1; or NULL */
+    const float *importance;         /* (cols, LANES) in order: shares; or NULL */
+    const uint8_t *still;            /* (rows, groups): whether it absorbs nothing; NULL: none */
     const float *W;
     uint8_t *codes;
     float *scale, *offset;
@@ -346,9 +103,29 @@ encode_f64(const run_state *state, ptrdiff_t rows, const double *lanes_of, const
         e[i / strip * state->pitch + i % strip] = (double)e_f32[i];
 }
 
+/* That the grids of a group, fitted to what feedback has made of its weights in rows from `row` on,
+ * reach them. */
+static lbq_status
+check_fit(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t group,
+          const lbq_groups *groups, const float *scale, const float *offset)
+{
+    const lbq_gptq_problem *const p = state->problem;
+    const ptrdiff_t begin = group * p->group;
+    for (ptrdiff_t l = 0; l < rows; l++)
+        LBQ_REQUIRE(lbq_grid_reaches(p->code, groups->low[l], groups->high[l], scale[l], offset[l]),
+                    LBQ_BAD_VALUE,
+                    "weight[%td, %td:%td] reaches %g with the errors fed back to it: its scale "
+                    "would not fit",
+                    row + l,
+                    begin,
+                    lbq_smaller(begin + p->group, p->cols),
+                    (double)fmaxf(-groups->low[l], groups->high[l]));
+    return LBQ_OK;
+}
+
 #define REAL float
 #define NAME(name) name##_f32
-#define GEMM BLAS(cblas_sgemm)
+#define GEMM lbq_sgemm
 #define FEEDBACK lbq_kernel.feedback_f32
 #define SOLVE lbq_kernel.solve_f32
 #include "gptq/gptq_rows.h"
@@ -360,7 +137,7 @@ encode_f64(const run_state *state, ptrdiff_t rows, const double *lanes_of, const
 
 #define REAL double
 #define NAME(name) name##_f64
-#define GEMM BLAS(cblas_dgemm)
+#define GEMM lbq_dgemm
 #define FEEDBACK feedback_f64
 #define SOLVE solve_f64
 #include "gptq/gptq_rows.h"
@@ -438,27 +215,28 @@ sort_blocks(ptrdiff_t blocks, const ptrdiff_t *block_begin, const int64_t *order
     }
 }
 
-static lbq_status
-check_weights(const lbq_gptq_problem *p, const float *W)
+/* Finds the groups that absorb no errors: those of zeros, which stay so, and those of no more than
+ * two of the smallest scales, which could not follow what is fed to them. Rows that share their
+ * scale with others can, unless all are that small. */
+static bool
+find_still(const run_state *state, uint8_t *still)
 {
-    bool finite = true;
-    float low[LANES], high[LANES];
-    for (ptrdiff_t row = 0; row < p->rows && finite; row += LANES)
-        finite = lbq_kernel.range_f32(W + row * p->cols,
-                                      p->cols,
-                                      lbq_smaller(LANES, p->rows - row),
-                                      p->cols,
-                                      FLT_MAX,
-                                      low,
-                                      high);
-    for (ptrdiff_t i = 0; !finite && i < p->rows * p->cols; i++)
-        LBQ_REQUIRE(isfinite(W[i]),
-                    LBQ_BAD_VALUE,
-                    "weight[%td, %td] is %g, expected finite numbers",
-                    i / p->cols,
-                    i % p->cols,
-                    (double)W[i]);
-    return LBQ_OK;
+    const lbq_gptq_problem *const p = state->problem;
+    const float most = p->code->scale_bits == 16 ? 0x1p-23f : 2 * FLT_MIN;
+    if (p->code->scale_bits == 0 && !(p->fixed && state->scale[0] <= FLT_MIN))
+        return false;
+    bool any = false;
+    for (ptrdiff_t i = 0; i < p->rows * state->groups; i++) {
+        const ptrdiff_t begin = i % state->groups * p->group;
+        const ptrdiff_t end = lbq_smaller(begin + p->group, p->cols);
+        const float *const row = state->W + i / state->groups * p->cols;
+        ptrdiff_t k = begin;
+        while (k < end && fabsf(row[k]) <= most)
+            k++;
+        still[i] = k == end;
+        any |= still[i];
+    }
+    return any;
 }
 
 /* One group per row: scale and offset of the weights as they are. */
@@ -481,16 +259,15 @@ fit_rows(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* Importance (cols) in order, copied to all lanes. */
-static void
-spread_importance(const lbq_gptq_problem *p, const int64_t *order, float *shares)
+/* The shares of columns in order, copied to all lanes; `by_column` (cols) is scratch. */
+static lbq_status
+spread_importance(const lbq_gptq_problem *p, const int64_t *order, float *by_column, float *shares)
 {
-    float most = 0;
-    for (ptrdiff_t k = 0; k < p->cols; k++)
-        most = p->importance[k] > most ? p->importance[k] : most;
+    LBQ_TRY(lbq_importance_shares(p->cols, p->group, p->importance, by_column));
     for (ptrdiff_t j = 0; j < p->cols; j++)
         for (int l = 0; l < LANES; l++)
-            shares[j * LANES + l] = most > 0 ? p->importance[order[j]] / most : 0;
+            shares[j * LANES + l] = by_column[order[j]];
+    return LBQ_OK;
 }
 
 static lbq_status
@@ -500,7 +277,7 @@ run_tiles(run_state *state)
     if (!p->fixed && !state->refit)
         LBQ_TRY(lbq_parallel(lbq_pieces(p->rows, LANES), fit_rows, state));
     const ptrdiff_t tiles = lbq_pieces(p->rows, state->tile);
-    return lbq_parallel_blas(tiles, p->float64 ? round_rows_f64 : round_rows_f32, state);
+    return lbq_parallel(tiles, p->float64 ? round_rows_f64 : round_rows_f32, state);
 }
 
 lbq_status
@@ -517,7 +294,7 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
                 p->group,
                 p->block);
     LBQ_TRY(lbq_code_check(p->code, p->fixed ? NULL : p->search));
-    LBQ_TRY(check_weights(p, W));
+    LBQ_TRY(lbq_check_weights(p->code->scale_bits, p->rows, cols, W));
     const lbq_code_kind *const kind = p->code->kind;
     const ptrdiff_t strip = lbq_strip_rows(p->code);
     run_state state = {
@@ -541,9 +318,11 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
     const size_t order_bytes = lbq_padded((size_t)cols * sizeof(int64_t));
     const size_t begin_bytes = lbq_padded((size_t)(cols + 1) * sizeof(ptrdiff_t));
     const size_t seen_bytes = lbq_padded((size_t)(state.refit ? groups : cols / state.run + 1));
+    const size_t still_bytes = lbq_padded((size_t)(p->rows * groups));
     const size_t share_bytes = p->importance ? (size_t)cols * LANES * sizeof(float) : 0;
     lbq_arena plan, work;
-    LBQ_TRY(lbq_arena_open(&plan, 5 * order_bytes + begin_bytes + seen_bytes + share_bytes));
+    LBQ_TRY(lbq_arena_open(
+        &plan, 5 * order_bytes + begin_bytes + seen_bytes + still_bytes + lbq_padded(share_bytes)));
     int64_t *const order = lbq_arena_take(&plan, order_bytes);
     int64_t *const group_of = lbq_arena_take(&plan, order_bytes);
     ptrdiff_t *const block_begin = lbq_arena_take(&plan, begin_bytes);
@@ -551,14 +330,16 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
     int64_t *const place = lbq_arena_take(&plan, order_bytes);
     int64_t *const at = lbq_arena_take(&plan, order_bytes);
     uint8_t *const seen = lbq_arena_take(&plan, seen_bytes);
+    uint8_t *const still = lbq_arena_take(&plan, still_bytes);
     memset(seen, 0, seen_bytes);
+    state.still = find_still(&state, still) ? still : NULL;
     block_begin[0] = 0;
-    lbq_status status = copy_order(cols, p->order, order);
+    lbq_status status = lbq_order_copy(cols, p->order, order);
     if (status == LBQ_OK)
         status = check_runs(&state, order);
     if (status == LBQ_OK && p->importance) {
         float *const shares = lbq_arena_take(&plan, share_bytes);
-        spread_importance(p, order, shares);
+        status = spread_importance(p, order, (float *)at, shares);
         state.importance = shares;
     }
     if (status == LBQ_OK) {

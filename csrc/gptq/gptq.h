@@ -19,30 +19,12 @@
 #include "codes/code.h"
 #include "core/status.h"
 
-/* What it took to factor H. */
-typedef struct {
-    double damping; /* what was added to the diagonal */
-    int retries;    /* times it was raised tenfold */
-    ptrdiff_t dead; /* columns with H_jj = 0: their input is always zero */
-    bool float64;   /* the factorisation was in float64 */
-} lbq_gptq_report;
-
-/* R (cols, cols) with R D R^T = P (H + damping I) P^T, P the permutation; R has ones on its
- * diagonal and is undefined below it. Its entries are double if `float64`, else float; these are
- * computed in float32 if that is accurate enough, else in float64. H (cols, cols) is read on and
- * above the diagonal. The first damping tried is `damping` times the mean, or the median, of the
- * positive diagonal entries; a dead column gets H_jj = 1. LBQ_BAD_VALUE for a NaN or infinity in H,
- * a negative diagonal or an order that is no permutation; LBQ_NOT_POSITIVE_DEFINITE if damping by
- * ten times that mean does not help. */
-lbq_status lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double damping,
-                           bool median, bool float64, void *R, lbq_gptq_report *report);
-
 typedef struct {
     const lbq_code *code;
     const lbq_search *search;
     ptrdiff_t rows, cols;
     ptrdiff_t group;         /* columns k with the same k / group share scale and offset */
-    const int64_t *order;    /* as given to lbq_gptq_factor */
+    const int64_t *order;    /* as given to lbq_gptq_factor, gptq/factor.h */
     const void *R;           /* from there, double if `float64`, else float */
     const float *importance; /* (cols) of squared errors when scales are fitted, or NULL */
     bool fixed;              /* scale and offset are given, not fitted */
@@ -55,7 +37,10 @@ typedef struct {
  * as the feedback has moved them until then; so unless `fixed`, or a row is one group, the order
  * keeps the columns of a group together (else LBQ_BAD_VALUE). cols and group are whole words of the
  * code, and the order keeps their columns together and ascending; inside a word the feedback is
- * that of earlier words. W is zero in dead columns. LBQ_BAD_VALUE for a NaN or infinity in W. */
+ * that of earlier words. W is zero in dead columns. A group of zeros stays so: it absorbs no
+ * errors, nor does one too small for its scale to follow them. LBQ_BAD_VALUE as lbq_check_weights
+ * and lbq_check_importance have it, and for a group to which so much is fed that its scale does not
+ * fit, naming row and columns. */
 lbq_status lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float *scale,
                     float *offset);
 

@@ -45,10 +45,20 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
     return at[7];
 }
 
+/* Takes back what is fed to a column of groups that absorb nothing, in rows from `row` on. */
+static void
+NAME(keep_still)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t group,
+                 REAL *shift)
+{
+    for (ptrdiff_t l = 0; l < rows; l++)
+        if (state->still[(row + l) * state->groups + group])
+            shift[l] = 0;
+}
+
 /* Scale and offset of the columns [begin, end) of the block, for each row of a panel of the strip,
  * from the weights as published GPTQ would have changed them by now: w + x with x R_gg = feedback,
  * R_gg the group's own square of R. */
-static void
+static lbq_status
 NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t panel, ptrdiff_t begin,
                 ptrdiff_t end, const REAL *e, const NAME(scratch) * s)
 {
@@ -59,21 +69,28 @@ NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t panel, ptrdif
     for (ptrdiff_t j = 0; j < count; j++)
         memcpy(s->x + j * LANES, e + (begin + j) * state->pitch + first, LANES * sizeof(REAL));
     SOLVE(count, R, state->width, s->x);
+    for (ptrdiff_t j = 0; j < count && state->still; j++)
+        NAME(keep_still)(state, at->row + first, rows, group, s->x + j * LANES);
     for (ptrdiff_t j = 0; j < count; j++)
         for (int l = 0; l < LANES; l++)
             s->values[j * LANES + l] =
                 (float)(s->w[(begin + j) * state->strip + first + l] + s->x[j * LANES + l]);
+    float scale[LANES], offset[LANES], low[LANES], high[LANES];
+    lbq_kernel.lanes_range_f32(s->values, count, low, high);
     const lbq_groups groups = {
         .w = s->values,
         .importance = state->importance ? state->importance + (at->column + begin) * LANES : NULL,
         .count = count,
+        .low = low,
+        .high = high,
     };
-    float scale[LANES], offset[LANES];
     p->code->kind->fit(p->code, p->search, &groups, scale, offset);
+    LBQ_TRY(check_fit(state, at->row + first, rows, group, &groups, scale, offset));
     for (ptrdiff_t l = 0; l < rows; l++) {
         state->scale[(at->row + first + l) * state->groups + group] = scale[l];
         state->offset[(at->row + first + l) * state->groups + group] = offset[l];
     }
+    return LBQ_OK;
 }
 
 /* The grids of one group, as lbq_grid has them. */
@@ -84,7 +101,7 @@ NAME(load_grid)(const run_state *state, const lanes *at, ptrdiff_t group, REAL *
         const ptrdiff_t from = (at->row + l) * state->groups + group;
         grid[l] = l < at->rows ? (REAL)state->scale[from] : 1;
         grid[state->strip + l] = l < at->rows ? (REAL)state->offset[from] : 0;
-        grid[2 * state->strip + l] = 1 / grid[l];
+        grid[2 * state->strip + l] = grid[l] != 0 ? 1 / grid[l] : 0;
     }
 }
 
@@ -123,6 +140,8 @@ NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, pt
                 group = group_of[j];
                 NAME(load_grid)(state, at, group, grid);
             }
+            for (ptrdiff_t c = j; c < j + run && state->still; c++)
+                NAME(keep_still)(state, at->row, at->rows, group, e + c * pitch);
             NAME(encode)(state,
                          at->rows,
                          grid,
@@ -136,7 +155,7 @@ NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, pt
 }
 
 /* One block for the rows of the strip. */
-static void
+static lbq_status
 NAME(round_strip)(const run_state *state, const lanes *at, ptrdiff_t width, REAL *e,
                   const NAME(scratch) * s)
 {
@@ -161,7 +180,7 @@ NAME(round_strip)(const run_state *state, const lanes *at, ptrdiff_t width, REAL
                 end++;
             NAME(feed)(state, 0, begin, begin, end, e, s);
             for (ptrdiff_t panel = 0; panel * LANES < at->rows; panel++)
-                NAME(fit_group)(state, at, panel, begin, end, e, s);
+                LBQ_TRY(NAME(fit_group)(state, at, panel, begin, end, e, s));
         }
         NAME(round_columns)(state, at, begin, end, e, s);
     }
@@ -180,10 +199,11 @@ NAME(round_strip)(const run_state *state, const lanes *at, ptrdiff_t width, REAL
                                  p->cols,
                                  state->codes + (at->row + l) * p->cols);
     }
+    return LBQ_OK;
 }
 
 /* The columns from the block `first` up to the block `last`, for `rows` rows from `row` on. */
-static void
+static lbq_status
 NAME(round_blocks)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t first,
                    ptrdiff_t last, const NAME(scratch) * s)
 {
@@ -192,32 +212,32 @@ NAME(round_blocks)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdif
     const ptrdiff_t begin = state->block_begin[first], end = state->block_begin[last];
     if (last - first > 1) {
         const ptrdiff_t half = first + (last - first) / 2, middle = state->block_begin[half];
-        NAME(round_blocks)(state, row, rows, first, half, s);
-        GEMM(CblasRowMajor,
-             CblasTrans,
-             CblasNoTrans,
-             (int)(end - middle),
-             (int)rows,
-             (int)(middle - begin),
-             1,
-             R + begin * cols + middle,
-             (int)cols,
-             s->errors + begin * pitch,
-             (int)pitch,
-             1,
-             s->errors + middle * pitch,
-             (int)pitch);
-        NAME(round_blocks)(state, row, rows, half, last, s);
-        return;
+        LBQ_TRY(NAME(round_blocks)(state, row, rows, first, half, s));
+        LBQ_TRY(GEMM(CblasTrans,
+                     CblasNoTrans,
+                     end - middle,
+                     rows,
+                     middle - begin,
+                     1,
+                     R + begin * cols + middle,
+                     cols,
+                     s->errors + begin * pitch,
+                     pitch,
+                     1,
+                     s->errors + middle * pitch,
+                     pitch));
+        return NAME(round_blocks)(state, row, rows, half, last, s);
     }
     for (ptrdiff_t i = begin; i < end; i++)
         memcpy(s->square + (i - begin) * state->width,
                R + i * cols + begin,
                (size_t)(end - begin) * sizeof(REAL));
     for (ptrdiff_t l = 0; l < rows; l += state->strip) {
+        LBQ_TRY(lbq_interrupted());
         const lanes at = {row + l, lbq_smaller(state->strip, rows - l), begin};
-        NAME(round_strip)(state, &at, end - begin, s->errors + begin * pitch + l, s);
+        LBQ_TRY(NAME(round_strip)(state, &at, end - begin, s->errors + begin * pitch + l, s));
     }
+    return LBQ_OK;
 }
 
 static lbq_status
@@ -229,6 +249,5 @@ NAME(round_rows)(void *context, ptrdiff_t index, int worker)
     NAME(scratch) s;
     NAME(scratch_of)(state, state->scratch + (size_t)worker * state->scratch_bytes, &s);
     memset(s.errors, 0, (size_t)(state->problem->cols * state->pitch) * sizeof(REAL));
-    NAME(round_blocks)(state, first, rows, 0, state->blocks, &s);
-    return LBQ_OK;
+    return NAME(round_blocks)(state, first, rows, 0, state->blocks, &s);
 }

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "core/blas.h"
+#include "core/interrupt.h"
 #include "core/memory.h"
 #include "core/threads.h"
 
@@ -30,16 +31,6 @@ typedef struct {
     float *tiles; /* edge * edge numbers for each thread */
 } adding;
 
-/* Index of a tile of the upper triangle to its row and column: column by column. */
-static void
-tile_at(ptrdiff_t index, ptrdiff_t *row, ptrdiff_t *column)
-{
-    *column = 0;
-    while (index > *column)
-        index -= ++*column;
-    *row = index;
-}
-
 static lbq_status
 add_tile(void *context, ptrdiff_t index, int worker)
 {
@@ -47,39 +38,41 @@ add_tile(void *context, ptrdiff_t index, int worker)
     const ptrdiff_t cols = job->cols, edge = job->edge;
     float *const tile = job->tiles + (ptrdiff_t)worker * edge * edge;
     ptrdiff_t row, column;
-    tile_at(index, &row, &column);
+    lbq_triangle_at(index, &row, &column);
     row *= edge;
     column *= edge;
     const int height = (int)lbq_smaller(edge, cols - row),
               width = (int)lbq_smaller(edge, cols - column);
     const float *const left = job->X + row, *const right = job->X + column;
     if (row == column)
-        BLAS(cblas_ssyrk)(CblasRowMajor,
-                          CblasUpper,
-                          CblasTrans,
-                          width,
-                          (int)job->tokens,
-                          1,
-                          left,
-                          (int)cols,
-                          0,
-                          tile,
-                          (int)edge);
+        LBQ_BLAS(cblas_ssyrk,
+                 CblasRowMajor,
+                 CblasUpper,
+                 CblasTrans,
+                 width,
+                 (int)job->tokens,
+                 1,
+                 left,
+                 (int)cols,
+                 0,
+                 tile,
+                 (int)edge);
     else
-        BLAS(cblas_sgemm)(CblasRowMajor,
-                          CblasTrans,
-                          CblasNoTrans,
-                          height,
-                          width,
-                          (int)job->tokens,
-                          1,
-                          left,
-                          (int)cols,
-                          right,
-                          (int)cols,
-                          0,
-                          tile,
-                          (int)edge);
+        LBQ_BLAS(cblas_sgemm,
+                 CblasRowMajor,
+                 CblasTrans,
+                 CblasNoTrans,
+                 height,
+                 width,
+                 (int)job->tokens,
+                 1,
+                 left,
+                 (int)cols,
+                 right,
+                 (int)cols,
+                 0,
+                 tile,
+                 (int)edge);
     for (ptrdiff_t i = 0; i < height; i++) {
         double *const sum = job->H + (row + i) * cols + column;
         for (ptrdiff_t j = row == column ? i : 0; j < width; j++)
@@ -119,7 +112,7 @@ add_blocks(ptrdiff_t tokens, ptrdiff_t cols, const float *X, const float *weight
             block = scaled;
         }
         adding job = {count, cols, block, H, edge, tiles};
-        LBQ_TRY(lbq_parallel_blas(side * (side + 1) / 2, add_tile, &job));
+        LBQ_TRY(lbq_parallel(side * (side + 1) / 2, add_tile, &job));
     }
     return LBQ_OK;
 }
@@ -169,34 +162,37 @@ measure_rows(void *context, ptrdiff_t index, int worker)
     double sum = 0;
     for (ptrdiff_t begin = 0; begin < cols; begin += SLAB) {
         const ptrdiff_t width = lbq_smaller(SLAB, cols - begin);
-        BLAS(cblas_dsymm)(CblasRowMajor,
-                          CblasRight,
-                          CblasUpper,
-                          (int)rows,
-                          (int)width,
-                          1,
-                          job->H + begin * (cols + 1),
-                          (int)cols,
-                          e + begin,
-                          (int)cols,
-                          0,
-                          product,
-                          SLAB);
+        LBQ_TRY(lbq_interrupted());
+        LBQ_BLAS(cblas_dsymm,
+                 CblasRowMajor,
+                 CblasRight,
+                 CblasUpper,
+                 (int)rows,
+                 (int)width,
+                 1,
+                 job->H + begin * (cols + 1),
+                 (int)cols,
+                 e + begin,
+                 (int)cols,
+                 0,
+                 product,
+                 SLAB);
         if (begin > 0)
-            BLAS(cblas_dgemm)(CblasRowMajor,
-                              CblasNoTrans,
-                              CblasNoTrans,
-                              (int)rows,
-                              (int)width,
-                              (int)begin,
-                              2,
-                              e,
-                              (int)cols,
-                              job->H + begin,
-                              (int)cols,
-                              1,
-                              product,
-                              SLAB);
+            LBQ_BLAS(cblas_dgemm,
+                     CblasRowMajor,
+                     CblasNoTrans,
+                     CblasNoTrans,
+                     (int)rows,
+                     (int)width,
+                     (int)begin,
+                     2,
+                     e,
+                     (int)cols,
+                     job->H + begin,
+                     (int)cols,
+                     1,
+                     product,
+                     SLAB);
         for (ptrdiff_t r = 0; r < rows; r++)
             for (ptrdiff_t k = 0; k < width; k++)
                 sum += e[r * cols + begin + k] * product[r * SLAB + k];
@@ -218,7 +214,7 @@ lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *
     measuring job = {.rows = rows, .cols = cols, .tile = tile, .H = H, .E = E};
     job.sums = lbq_arena_take(&arena, sum_bytes);
     job.scratch = lbq_arena_take(&arena, scratch_bytes);
-    const lbq_status status = lbq_parallel_blas(tasks, measure_rows, &job);
+    const lbq_status status = lbq_parallel(tasks, measure_rows, &job);
     double total = 0;
     for (ptrdiff_t i = 0; i < tasks && status == LBQ_OK; i++)
         total += job.sums[i];
@@ -233,15 +229,23 @@ lbq_status
 lbq_hessian_unfold(ptrdiff_t cols, const double *H, double damping, double *full)
 {
     enum { SIDE = 32 };
+    double most = 0;
+    for (ptrdiff_t k = 0; k < cols; k++)
+        most = fmax(most, H[k * (cols + 1)] + damping);
+    int exponent = 0;
+    if (most <= DBL_MAX)
+        frexp(most, &exponent);
+    const double unit = ldexp(1, exponent > -1000 ? -exponent : 1000);
     bool finite = true;
-    for (ptrdiff_t top = 0; top < cols; top += SIDE)
+    for (ptrdiff_t top = 0; top < cols; top += SIDE) {
+        LBQ_TRY(lbq_interrupted());
         for (ptrdiff_t left = top; left < cols; left += SIDE) {
             const ptrdiff_t bottom = lbq_smaller(top + SIDE, cols);
             const ptrdiff_t right = lbq_smaller(left + SIDE, cols);
             double copy[SIDE][SIDE + 1];
             for (ptrdiff_t i = top; i < bottom; i++)
                 for (ptrdiff_t k = i > left ? i : left; k < right; k++) {
-                    const double value = H[i * cols + k] + (i == k ? damping : 0);
+                    const double value = unit * (H[i * cols + k] + (i == k ? damping : 0));
                     finite &= fabs(value) <= DBL_MAX;
                     full[i * cols + k] = copy[k - left][i - top] = value;
                 }
@@ -249,6 +253,7 @@ lbq_hessian_unfold(ptrdiff_t cols, const double *H, double damping, double *full
                 for (ptrdiff_t i = top; i < lbq_smaller(bottom, k); i++)
                     full[k * cols + i] = copy[k - left][i - top];
         }
+    }
     LBQ_REQUIRE(finite, LBQ_BAD_VALUE, "the Hessian has a NaN or an infinity");
     return LBQ_OK;
 }

@@ -20,7 +20,8 @@ lbq_status lbq_hessian_add(ptrdiff_t tokens, ptrdiff_t cols, const float *X,
 lbq_status lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *E,
                              double *value);
 
-/* full = H + damping I with both triangles. LBQ_BAD_VALUE for a NaN or infinity in H. */
+/* full = H + damping I with both triangles, times a power of two that brings its diagonal below 1.
+ * LBQ_BAD_VALUE for a NaN or infinity in H. */
 lbq_status lbq_hessian_unfold(ptrdiff_t cols, const double *H, double damping, double *full);
 
 #endif

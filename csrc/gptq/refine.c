@@ -11,6 +11,7 @@
 #include <math.h>
 
 #include "core/blas.h"
+#include "core/interrupt.h"
 #include "core/memory.h"
 #include "core/threads.h"
 #include "gptq/hessian.h"
@@ -206,18 +207,18 @@ add_moves(const tile *t, ptrdiff_t first, ptrdiff_t last, ptrdiff_t begin, ptrdi
 }
 
 /* One sweep over the blocks [first, last) of all rows. */
-static void
+static lbq_status
 sweep_blocks(const tile *t, ptrdiff_t first, ptrdiff_t last)
 {
     const job *const j = t->job;
     const ptrdiff_t begin = first * BLOCK, end = lbq_smaller(last * BLOCK, j->cols);
     if (last - first > 1) {
         const ptrdiff_t half = first + (last - first) / 2, middle = half * BLOCK;
-        sweep_blocks(t, first, half);
+        LBQ_TRY(sweep_blocks(t, first, half));
         add_moves(t, first, half, middle, end);
-        sweep_blocks(t, half, last);
+        LBQ_TRY(sweep_blocks(t, half, last));
         add_moves(t, half, last, begin, middle);
-        return;
+        return lbq_interrupted();
     }
     for (ptrdiff_t r = 0; r < t->rows; r++) {
         ptrdiff_t *const at = t->begin + r * (j->blocks + 1) + first, moved = at[0];
@@ -227,6 +228,7 @@ sweep_blocks(const tile *t, ptrdiff_t first, ptrdiff_t last)
         }
         at[1] = moved;
     }
+    return lbq_interrupted();
 }
 
 static lbq_status
@@ -237,26 +239,25 @@ descend_rows(void *context, ptrdiff_t index, int worker)
     tile t = {.job = j, .row = row, .rows = lbq_smaller(j->tile, j->rows - row)};
     tile_bytes(j, j->scratch + (size_t)worker * j->scratch_bytes, &t);
     LBQ_TRY(load_errors(&t));
-    BLAS(cblas_sgemm)(CblasRowMajor,
+    LBQ_TRY(lbq_sgemm(CblasNoTrans,
                       CblasNoTrans,
-                      CblasNoTrans,
-                      (int)t.rows,
-                      (int)j->cols,
-                      (int)j->cols,
+                      t.rows,
+                      j->cols,
+                      j->cols,
                       1,
                       t.error,
-                      (int)j->cols,
+                      j->cols,
                       j->narrow,
-                      (int)j->cols,
+                      j->cols,
                       0,
                       t.product,
-                      (int)j->cols);
+                      j->cols));
     for (ptrdiff_t r = 0; r < t.rows; r++)
         j->moves[row + r] = t.begin[r * (j->blocks + 1)] = 0;
     bool more = true;
     for (int sweep = 0; sweep < j->sweeps && more; sweep++) {
         more = false;
-        sweep_blocks(&t, 0, j->blocks);
+        LBQ_TRY(sweep_blocks(&t, 0, j->blocks));
         for (ptrdiff_t r = 0; r < t.rows; r++) {
             const ptrdiff_t moved = t.begin[r * (j->blocks + 1) + j->blocks];
             j->moves[row + r] += moved;
@@ -266,20 +267,15 @@ descend_rows(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* What is derived from H, in a unit that float32 can hold: a power of two above its diagonal. */
+/* What is derived from H, in a unit that float32 can hold. */
 static lbq_status
 prepare(job *j, const double *H, double damping, double *full, float *narrow, double *diagonal,
         float *root)
 {
     LBQ_TRY(lbq_hessian_unfold(j->cols, H, damping, full));
-    double most = 0;
-    int exponent;
-    for (ptrdiff_t k = 0; k < j->cols; k++)
-        most = fmax(most, full[k * (j->cols + 1)]);
-    frexp(most, &exponent);
-    const double inverse = ldexp(1, exponent > -1000 ? -exponent : 1000);
     for (ptrdiff_t i = 0; i < j->cols * j->cols; i++) {
-        full[i] *= inverse;
+        if (i % j->cols == 0)
+            LBQ_TRY(lbq_interrupted());
         narrow[i] = (float)full[i];
     }
     for (ptrdiff_t k = 0; k < j->cols; k++) {
@@ -343,7 +339,7 @@ lbq_refine(const lbq_code *code, ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t group
                                 lbq_arena_take(&arena, diagonal),
                                 lbq_arena_take(&arena, root));
     if (status == LBQ_OK)
-        status = lbq_parallel_blas(lbq_pieces(rows, j.tile), descend_rows, &j);
+        status = lbq_parallel(lbq_pieces(rows, j.tile), descend_rows, &j);
     *moved = 0;
     for (ptrdiff_t r = 0; status == LBQ_OK && r < rows; r++)
         *moved += j.moves[r];

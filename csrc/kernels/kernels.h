@@ -62,6 +62,19 @@ typedef struct {
        int8_t *q,                                                                                  \
        float *scale,                                                                               \
        float *total))                                                                              \
+    /* The same by scale = step_scale or, where that is 0, clip * max |x| / limit; q is cut to     \
+     * +-limit. */                                                                                 \
+    X(clip_i8,                                                                                     \
+      void,                                                                                        \
+      (const float *x,                                                                             \
+       ptrdiff_t cols,                                                                             \
+       ptrdiff_t step,                                                                             \
+       int limit,                                                                                  \
+       float clip,                                                                                 \
+       float step_scale,                                                                           \
+       int8_t *q,                                                                                  \
+       float *scale,                                                                               \
+       float *total))                                                                              \
     /* `width` rows of q, `columns` bytes each, to lbq_activations.values; exact. */               \
     X(interleave, void, (const int8_t *q, ptrdiff_t columns, ptrdiff_t width, int8_t *values))     \
     /* Sums that 1-bit codes ask for. For every 32 columns [part][n][i][m], m = 0..15: the sum     \
@@ -160,9 +173,10 @@ typedef struct {
        float *low,                                                                                 \
        float *high))                                                                               \
     /* Codes of `rows` <= LBQ_PANEL rows, each with its grid: (w - offset) (1 / scale), clipped to \
-     * 0 and top <= 255, ties to even, laid out as lbq_step_unpack does; zeros in further rows,    \
-     * and up to whole 16 columns; exact. grid as [2][LBQ_PANEL]: scale, offset. What is wanted    \
-     * next lies `ahead` numbers further on, and may be fetched; 0: nothing. */                    \
+     * 0 and top <= 255, ties to even, or 0 where scale is 0; laid out as lbq_step_unpack does;    \
+     * zeros in further rows, and up to whole 16 columns; exact. grid as [2][LBQ_PANEL]: scale,    \
+     * offset. What is wanted next lies `ahead` numbers further on, and may be fetched; 0:         \
+     * nothing. */                                                                                 \
     X(encode_f32,                                                                                  \
       void,                                                                                        \
       (const float *w,                                                                             \
@@ -302,7 +316,8 @@ typedef struct {
     X(round_f32,                                                                                   \
       void,                                                                                        \
       (const float *grid, int top, const float *w, const float *shift, uint8_t *codes, float *e))  \
-    /* y[i] = gain[i] x[i] / sqrt(mean of x^2 + epsilon); gain may be NULL, y may be x. */         \
+    /* y[i] = gain[i] x[i] / sqrt(mean of x^2 + epsilon); gain may be NULL, y may be x. Squares    \
+     * beyond float32 are summed in float64 (norm.h), so every finite x is right. */               \
     X(rmsnorm_f32,                                                                                 \
       void,                                                                                        \
       (const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y))               \

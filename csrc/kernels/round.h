@@ -12,6 +12,9 @@
 
 enum { LBQ_ROWS = 8 };
 
+/* In place of 1 / 0: every weight gets code 0, and an infinity that pads a row stays one. */
+#define LBQ_NEARLY_ZERO 0x1p-126f
+
 /* What an instruction set does by itself for LBQ_ROWS rows, those of a panel from `first` on:
  * range_f32, encode_f32, and rounding to float16 down (direction -1) or up (1), at most +-65504. */
 typedef struct {

@@ -1,180 +1,193 @@
-/* Forward pass of linear layers: rotate their input, then one of three products.
+/* Forward pass of linear layers: copies of equal inputs go together through one of two products.
  *
- * Dense weights go to BLAS. Packed ones with float32 activations are decoded a few panels at a
- * time and go to BLAS too: the reference. Packed ones with integer activations (quantized.c) are
- * the fast path, which rotates token by token as it quantizes. */
+ * Integer activations (quantized.c) are the fast path, which rotates token by token as it
+ * quantizes. Float32 activations (decoded.c) are rotated first and go to BLAS. */
 #include "linear/linear.h"
 
 #include <assert.h>
+#include <math.h>
 #include <string.h>
 
 #include "core/blas.h"
 #include "core/memory.h"
-#include "core/threads.h"
-#include "kernels/kernels.h"
+#include "linear/decoded.h"
 #include "linear/quantized.h"
+
+/* --- checks ----------------------------------------------------------------------------------- */
+
+static lbq_status
+check_rotation(const lbq_rotation *rotation, const char *name, const char *axis, ptrdiff_t n)
+{
+    LBQ_REQUIRE(!rotation || rotation->n == n,
+                LBQ_BAD_SHAPE,
+                "the %s rotation has order %td, but the layer has %td %s",
+                name,
+                rotation->n,
+                n,
+                axis);
+    return LBQ_OK;
+}
+
+static lbq_status
+check_activation(const lbq_activation *activation)
+{
+    const int bits = activation->bits;
+    LBQ_REQUIRE(bits == 0 || bits == 4 || bits == 8,
+                LBQ_BAD_VALUE,
+                "activation_bits is %d, expected 0, 4 or 8",
+                bits);
+    const float scale = activation->scale;
+    LBQ_REQUIRE(!bits || scale == 0 || (scale >= 0x1p-100f && isfinite(scale)),
+                LBQ_BAD_VALUE,
+                "scale is %g, expected 0 or a finite number from 2^-100",
+                (double)scale);
+    LBQ_REQUIRE(!isinf(activation->zero),
+                LBQ_BAD_VALUE,
+                "zero is %g, expected a finite number or NaN",
+                (double)activation->zero);
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_copy_check(const lbq_copy *copy)
+{
+    LBQ_REQUIRE(copy->rows >= 1 && copy->rows <= INT32_MAX && copy->cols >= 1 &&
+                    copy->cols <= INT32_MAX,
+                LBQ_BAD_SHAPE,
+                "a layer of %td x %td, expected sizes of 1 to 2^31 - 1",
+                copy->rows,
+                copy->cols);
+    LBQ_TRY(check_rotation(copy->input, "input", "columns", copy->cols));
+    LBQ_TRY(check_rotation(copy->output, "output", "rows", copy->rows));
+    LBQ_TRY(check_activation(&copy->activation));
+    LBQ_REQUIRE(!copy->activation.bits || !copy->dense,
+                LBQ_BAD_VALUE,
+                "activation_bits is %d, but a dense layer takes float32 activations",
+                copy->activation.bits);
+    LBQ_REQUIRE(!copy->sums || copy->activation.bits,
+                LBQ_BAD_VALUE,
+                "sums are given, but float32 activations have no zero point");
+    if (copy->dense)
+        return LBQ_OK;
+    lbq_packed_geometry geometry;
+    return lbq_packed_geometry_of(&copy->matrix.packed, &geometry);
+}
 
 lbq_status
 lbq_linear_check(const lbq_linear *layer)
 {
-    const lbq_rotation *const rotation = layer->rotation;
-    LBQ_REQUIRE(layer->rows >= 1 && layer->rows <= INT32_MAX && layer->cols >= 1 &&
-                    layer->cols <= INT32_MAX,
-                LBQ_BAD_SHAPE,
-                "a layer of %td x %td, expected sizes of 1 to 2^31 - 1",
-                layer->rows,
-                layer->cols);
-    LBQ_REQUIRE(!rotation || rotation->n == layer->cols,
-                LBQ_BAD_SHAPE,
-                "the rotation has order %td, but the layer has %td columns",
-                rotation->n,
-                layer->cols);
-    const int activation_bits = layer->activation_bits;
-    LBQ_REQUIRE(activation_bits == 0 || activation_bits == 4 || activation_bits == 8,
-                LBQ_BAD_VALUE,
-                "activation_bits is %d, expected 0, 4 or 8",
-                activation_bits);
-    LBQ_REQUIRE(!activation_bits || !layer->dense,
-                LBQ_BAD_VALUE,
-                "activation_bits is %d, but a dense layer takes float32 activations",
-                activation_bits);
-    if (layer->dense)
-        return LBQ_OK;
-    lbq_packed_geometry geometry;
-    return lbq_packed_geometry_of(&layer->matrix.packed, &geometry);
-}
-
-/* y = x W^T + beta y for W (rows, cols). */
-static void
-multiply_dense(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float beta, float *y)
-{
-    const int rows = (int)layer->rows, cols = (int)layer->cols;
-    if (tokens == 1)
-        BLAS(cblas_sgemv)(
-            CblasRowMajor, CblasNoTrans, rows, cols, 1, layer->dense, cols, x, 1, beta, y, 1);
-    else
-        BLAS(cblas_sgemm)(CblasRowMajor,
-                          CblasNoTrans,
-                          CblasTrans,
-                          (int)tokens,
-                          rows,
-                          cols,
-                          1,
-                          x,
-                          cols,
-                          layer->dense,
-                          cols,
-                          beta,
-                          y,
-                          rows);
-}
-
-/* Panels decoded at a time: 4 MiB of float32, at most 16 panels. */
-enum { DECODED_FLOATS = 1 << 20, DECODED_PANELS = 16 };
-
-typedef struct {
-    const lbq_matrix *matrix;
-    const lbq_packed_geometry *geometry;
-    ptrdiff_t first;  /* panel */
-    ptrdiff_t stride; /* 16 * panels decoded at a time */
-    float *weight;    /* (cols, stride): transposed, so that a panel's 16 rows lie together */
-} decoding;
-
-static lbq_status
-decode_strip(void *context, ptrdiff_t index, int worker)
-{
-    (void)worker;
-    const decoding *const d = context;
-    const lbq_packed_geometry *const g = d->geometry;
-    const ptrdiff_t panel = index * g->strip;
-    for (ptrdiff_t s = 0; s < g->steps; s++)
-        lbq_matrix_values(d->matrix,
-                          g,
-                          d->first + panel,
-                          s,
-                          d->stride,
-                          d->weight + s * g->step * d->stride + panel * LBQ_PANEL);
+    LBQ_REQUIRE(layer->count >= 1, LBQ_BAD_SHAPE, "a layer has no copies, expected at least one");
+    for (ptrdiff_t i = 0; i < layer->count; i++)
+        LBQ_REQUIRE(layer->copies[i].rows == layer->rows && layer->copies[i].cols == layer->cols,
+                    LBQ_BAD_SHAPE,
+                    "copy %td is (%td, %td), the first is (%td, %td)",
+                    i,
+                    layer->copies[i].rows,
+                    layer->copies[i].cols,
+                    layer->rows,
+                    layer->cols);
     return LBQ_OK;
 }
 
-static lbq_status
-multiply_decoded(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+bool
+lbq_linear_is_float(const lbq_linear *layer)
 {
-    const lbq_packed *const packed = &layer->matrix.packed;
-    lbq_packed_geometry geometry;
-    LBQ_TRY(lbq_packed_geometry_of(packed, &geometry));
-    ptrdiff_t panels = DECODED_FLOATS / LBQ_PANEL / packed->cols + 1;
-    panels = panels < DECODED_PANELS ? panels : DECODED_PANELS;
-    panels = lbq_pieces(panels, geometry.strip) * geometry.strip;
-    panels = panels < geometry.panels ? panels : geometry.panels;
-    decoding d = {&layer->matrix, &geometry, 0, panels * LBQ_PANEL, NULL};
-    LBQ_TRY(lbq_allocate(sizeof(float) * (size_t)(packed->cols * d.stride), &d.weight));
-    lbq_status status = LBQ_OK;
-    for (; d.first < geometry.panels && status == LBQ_OK; d.first += panels) {
-        const ptrdiff_t left = geometry.panels - d.first;
-        const ptrdiff_t row = d.first * LBQ_PANEL, rows = packed->rows - row;
-        status = lbq_parallel(lbq_smaller(left, panels) / geometry.strip, decode_strip, &d);
-        BLAS(cblas_sgemm)(CblasRowMajor,
-                          CblasNoTrans,
-                          CblasNoTrans,
-                          (int)tokens,
-                          (int)(rows < d.stride ? rows : d.stride),
-                          (int)packed->cols,
-                          1,
-                          x,
-                          (int)packed->cols,
-                          d.weight,
-                          (int)d.stride,
-                          1,
-                          y + row,
-                          (int)packed->rows);
+    for (ptrdiff_t i = 0; i < layer->count; i++)
+        if (!layer->copies[i].activation.bits)
+            return true;
+    return false;
+}
+
+/* --- forward ---------------------------------------------------------------------------------- */
+
+/* A layer on its way: its copies before `next` are in y. */
+typedef struct {
+    const lbq_linear *layer;
+    float *y;
+    ptrdiff_t next;
+} progress;
+
+static bool
+same_float(float a, float b)
+{
+    return a == b || (isnan(a) && isnan(b));
+}
+
+/* Whether two copies multiply the same activations: equal rotation, quantizer and step. */
+static bool
+same_activations(const lbq_copy *a, const lbq_copy *b)
+{
+    if (a->activation.bits != b->activation.bits || !lbq_same_rotation(a->input, b->input))
+        return false;
+    if (!a->activation.bits)
+        return true;
+    return a->activation.clip == b->activation.clip && a->activation.scale == b->activation.scale &&
+           !a->sums == !b->sums &&
+           (!a->sums || same_float(a->activation.zero, b->activation.zero)) &&
+           lbq_packed_step(&a->matrix.packed) == lbq_packed_step(&b->matrix.packed);
+}
+
+/* y (+)= weight * z, by rows. */
+static void
+add_weighted(ptrdiff_t tokens, ptrdiff_t rows, const float *weight, const float *z, bool add,
+             float *y)
+{
+    for (ptrdiff_t t = 0; t < tokens; t++, y += rows, z += rows)
+        for (ptrdiff_t r = 0; r < rows; r++) {
+            const float value = weight ? weight[r] * z[r] : z[r];
+            y[r] = add ? y[r] + value : value;
+        }
+}
+
+static void
+fill_rows(ptrdiff_t tokens, ptrdiff_t rows, const float *bias, float *y)
+{
+    for (ptrdiff_t t = 0; t < tokens; t++)
+        memcpy(y + t * rows, bias, sizeof(float) * (size_t)rows);
+}
+
+/* A float term: BLAS adds to what is in y, the bias of a lone copy included. */
+static lbq_status
+add_float_term(const lbq_term *term, ptrdiff_t tokens, const float *x)
+{
+    const lbq_copy *const copy = term->copy;
+    if (!term->weight) {
+        if (term->bias)
+            fill_rows(tokens, copy->rows, term->bias, term->y);
+        return lbq_multiply_float(copy, tokens, x, term->add || term->bias, term->y);
     }
-    lbq_free(d.weight);
+    const size_t bytes = sizeof(float) * (size_t)tokens * (size_t)copy->rows;
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, bytes));
+    float *const product = lbq_arena_take(&arena, bytes);
+    const lbq_status status = lbq_multiply_float(copy, tokens, x, 0, product);
+    if (status == LBQ_OK)
+        add_weighted(tokens, copy->rows, term->weight, product, term->add, term->y);
+    lbq_arena_close(&arena);
     return status;
 }
 
+/* Terms of equal activations: of x after `hadamard`, where that is not NULL. */
 static lbq_status
-multiply_float(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+multiply(ptrdiff_t count, const lbq_term *terms, const lbq_hadamard *hadamard, ptrdiff_t tokens,
+         const float *x)
 {
-    if (layer->dense && !layer->bias) {
-        multiply_dense(layer, tokens, x, 0, y);
-        return LBQ_OK;
-    }
-    const size_t row_bytes = sizeof(float) * (size_t)layer->rows;
-    for (ptrdiff_t t = 0; t < tokens; t++) {
-        if (layer->bias)
-            memcpy(y + t * layer->rows, layer->bias, row_bytes);
-        else
-            memset(y + t * layer->rows, 0, row_bytes);
-    }
-    if (!layer->dense)
-        return multiply_decoded(layer, tokens, x, y);
-    multiply_dense(layer, tokens, x, 1, y);
-    return LBQ_OK;
-}
-
-/* Layers that see the same activations: x after `hadamard`, where that is not NULL. */
-static lbq_status
-multiply(ptrdiff_t count, const lbq_linear *const *layers, const lbq_hadamard *hadamard,
-         ptrdiff_t tokens, const float *x, float *const *y)
-{
-    if (layers[0]->activation_bits)
-        return lbq_multiply_quantized(count, layers, hadamard, tokens, x, y);
+    if (terms[0].copy->activation.bits)
+        return lbq_multiply_quantized(count, terms, hadamard, tokens, x);
     assert(!hadamard);
     for (ptrdiff_t i = 0; i < count; i++)
-        LBQ_TRY(multiply_float(layers[i], tokens, x, y[i]));
+        LBQ_TRY(add_float_term(&terms[i], tokens, x));
     return LBQ_OK;
 }
 
 static lbq_status
-rotate_and_multiply(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t tokens,
-                    const float *x, float *const *y)
+rotate_and_multiply(ptrdiff_t count, const lbq_term *terms, ptrdiff_t tokens, const float *x)
 {
-    const lbq_rotation *const rotation = layers[0]->rotation;
+    const lbq_rotation *const rotation = terms[0].copy->input;
     if (!rotation)
-        return multiply(count, layers, NULL, tokens, x, y);
-    if (layers[0]->activation_bits && !rotation->dense)
-        return multiply(count, layers, &rotation->hadamard, tokens, x, y);
+        return multiply(count, terms, NULL, tokens, x);
+    if (terms[0].copy->activation.bits && !rotation->dense)
+        return multiply(count, terms, &rotation->hadamard, tokens, x);
     const size_t bytes = sizeof(float) * (size_t)tokens * (size_t)rotation->n;
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena, bytes));
@@ -182,9 +195,125 @@ rotate_and_multiply(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t 
     memcpy(rotated, x, bytes);
     lbq_status status = lbq_rotate(rotation, tokens, rotated);
     if (status == LBQ_OK)
-        status = multiply(count, layers, NULL, tokens, rotated, y);
+        status = multiply(count, terms, NULL, tokens, rotated);
     lbq_arena_close(&arena);
     return status;
+}
+
+/* The same where copies may have output rotations: their products go to scratch, are rotated back
+ * and then added. */
+static lbq_status
+add_terms(ptrdiff_t count, lbq_term *terms, ptrdiff_t tokens, const float *x)
+{
+    size_t bytes = 0;
+    for (ptrdiff_t i = 0; i < count; i++)
+        if (terms[i].copy->output)
+            bytes += lbq_padded(sizeof(float) * (size_t)tokens * (size_t)terms[i].copy->rows);
+    if (!bytes)
+        return rotate_and_multiply(count, terms, tokens, x);
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, bytes));
+    lbq_term products[LBQ_SHARED];
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const ptrdiff_t rows = terms[i].copy->rows;
+        products[i] = (lbq_term){.copy = terms[i].copy, .y = terms[i].y};
+        if (terms[i].copy->output)
+            products[i].y = lbq_arena_take(&arena, sizeof(float) * (size_t)tokens * (size_t)rows);
+        else
+            products[i] = terms[i];
+    }
+    lbq_status status = rotate_and_multiply(count, products, tokens, x);
+    for (ptrdiff_t i = 0; i < count && status == LBQ_OK; i++) {
+        const lbq_copy *const copy = terms[i].copy;
+        if (!copy->output)
+            continue;
+        status = lbq_rotate_back(copy->output, tokens, products[i].y);
+        add_weighted(tokens, copy->rows, terms[i].weight, products[i].y, terms[i].add, terms[i].y);
+    }
+    lbq_arena_close(&arena);
+    return status;
+}
+
+/* Whether a product can add the bias: of the last copy, with nothing to be added after it. */
+static bool
+takes_bias(const lbq_linear *layer, ptrdiff_t index)
+{
+    const lbq_copy *const copy = &layer->copies[index];
+    return index + 1 == layer->count && !layer->rank && !copy->output &&
+           (copy->activation.bits || (index == 0 && !copy->weight));
+}
+
+/* Takes copies that come next and quantize x alike: as that of the layer which lags behind most, so
+ * that layers wait for each other. 0 if all are done. */
+static ptrdiff_t
+gather(progress *all, ptrdiff_t layers, lbq_term *terms)
+{
+    const progress *least = NULL;
+    for (const progress *at = all; at < all + layers; at++)
+        if (at->next < at->layer->count && (!least || at->next < least->next))
+            least = at;
+    if (!least)
+        return 0;
+    const lbq_copy *const lead = &least->layer->copies[least->next];
+    ptrdiff_t count = 0;
+    for (progress *at = all; at < all + layers; at++) {
+        bool open = true; /* what is added after a rotation back is the last of its layer */
+        while (open && count < LBQ_SHARED && at->next < at->layer->count) {
+            const lbq_copy *const copy = &at->layer->copies[at->next];
+            if (copy != lead && !same_activations(lead, copy))
+                break;
+            terms[count++] = (lbq_term){
+                .copy = copy,
+                .weight = copy->weight,
+                .bias = takes_bias(at->layer, at->next) ? at->layer->bias : NULL,
+                .y = at->y,
+                .add = at->next > 0,
+            };
+            open = !copy->output;
+            at->next++;
+        }
+    }
+    return count;
+}
+
+/* y += x V U^T. */
+static lbq_status
+add_adapter(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+{
+    const ptrdiff_t rows = layer->rows, cols = layer->cols, rank = layer->rank;
+    const size_t bytes = sizeof(float) * (size_t)tokens * (size_t)rank;
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, bytes));
+    float *const inner = lbq_arena_take(&arena, bytes);
+    lbq_status status = lbq_sgemm(
+        CblasNoTrans, CblasNoTrans, tokens, rank, cols, 1, x, cols, layer->V, rank, 0, inner, rank);
+    if (status == LBQ_OK)
+        status = lbq_sgemm(CblasNoTrans,
+                           CblasTrans,
+                           tokens,
+                           rows,
+                           rank,
+                           1,
+                           inner,
+                           rank,
+                           layer->U,
+                           rank,
+                           1,
+                           y,
+                           rows);
+    lbq_arena_close(&arena);
+    return status;
+}
+
+static lbq_status
+finish(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y)
+{
+    if (layer->rank)
+        LBQ_TRY(add_adapter(layer, tokens, x, y));
+    if (layer->bias && !takes_bias(layer, layer->count - 1))
+        for (ptrdiff_t t = 0; t < tokens; t++)
+            add_weighted(1, layer->rows, NULL, layer->bias, true, y + t * layer->rows);
+    return LBQ_OK;
 }
 
 lbq_status
@@ -192,17 +321,34 @@ lbq_linears_forward(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t 
                     const float *x, float *const *y)
 {
     LBQ_REQUIRE(tokens <= INT32_MAX, LBQ_BAD_SHAPE, "%td tokens are too many", tokens);
+    assert(count <= LBQ_LAYERS);
     if (tokens == 0)
         return LBQ_OK;
-    for (ptrdiff_t first = 0, end; first < count; first = end) {
-        assert(lbq_linear_check(layers[first]) == LBQ_OK);
-        assert(layers[first]->cols == layers[0]->cols);
-        for (end = first + 1; end < count && end < first + LBQ_SHARED; end++)
-            if (!lbq_same_activations(layers[first], layers[end]))
-                break;
-        LBQ_TRY(rotate_and_multiply(end - first, layers + first, tokens, x, y + first));
+    progress all[LBQ_LAYERS];
+    for (ptrdiff_t i = 0; i < count; i++) {
+        assert(lbq_linear_check(layers[i]) == LBQ_OK && layers[i]->cols == layers[0]->cols);
+        all[i] = (progress){layers[i], y[i], 0};
     }
+    lbq_term terms[LBQ_SHARED];
+    for (ptrdiff_t taken; (taken = gather(all, count, terms)) > 0;)
+        LBQ_TRY(add_terms(taken, terms, tokens, x));
+    for (ptrdiff_t i = 0; i < count; i++)
+        LBQ_TRY(finish(layers[i], tokens, x, y[i]));
     return LBQ_OK;
+}
+
+ptrdiff_t
+lbq_linears_inputs(ptrdiff_t count, const lbq_linear *const *layers)
+{
+    assert(count <= LBQ_LAYERS);
+    progress all[LBQ_LAYERS];
+    for (ptrdiff_t i = 0; i < count; i++)
+        all[i] = (progress){layers[i], NULL, 0};
+    lbq_term terms[LBQ_SHARED];
+    ptrdiff_t inputs = 0;
+    while (gather(all, count, terms) > 0)
+        inputs++;
+    return inputs;
 }
 
 lbq_status
@@ -211,13 +357,52 @@ lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, fl
     return lbq_linears_forward(1, &layer, tokens, x, &y);
 }
 
+/* --- rows ------------------------------------------------------------------------------------- */
+
+/* The rows of one copy, into `weight` or, by way of it, added to `sum`. */
+static lbq_status
+copy_rows(const lbq_copy *copy, ptrdiff_t count, const int32_t *row, float *weight, float *sum)
+{
+    const ptrdiff_t cols = copy->cols;
+    if (!copy->dense)
+        LBQ_TRY(lbq_matrix_rows(&copy->matrix, count, row, weight));
+    for (ptrdiff_t i = 0; copy->dense && i < count; i++)
+        memcpy(weight + i * cols, copy->dense + row[i] * cols, (size_t)cols * sizeof(float));
+    for (ptrdiff_t i = 0; copy->weight && i < count; i++)
+        for (ptrdiff_t k = 0; k < cols; k++)
+            weight[i * cols + k] *= copy->weight[row[i]];
+    if (copy->input)
+        LBQ_TRY(lbq_rotate_back(copy->input, count, weight));
+    if (sum != weight)
+        add_weighted(count, cols, NULL, weight, true, sum);
+    return LBQ_OK;
+}
+
+static void
+add_adapter_rows(const lbq_linear *layer, ptrdiff_t count, const int32_t *row, float *weight)
+{
+    for (ptrdiff_t i = 0; i < count; i++)
+        for (ptrdiff_t k = 0; k < layer->cols; k++)
+            for (ptrdiff_t j = 0; j < layer->rank; j++)
+                weight[i * layer->cols + k] +=
+                    layer->U[row[i] * layer->rank + j] * layer->V[k * layer->rank + j];
+}
+
 lbq_status
 lbq_linear_rows(const lbq_linear *layer, ptrdiff_t count, const int32_t *row, float *weight)
 {
-    const ptrdiff_t cols = layer->cols;
-    if (!layer->dense)
-        LBQ_TRY(lbq_matrix_rows(&layer->matrix, count, row, weight));
-    for (ptrdiff_t i = 0; layer->dense && i < count; i++)
-        memcpy(weight + i * cols, layer->dense + row[i] * cols, (size_t)cols * sizeof(float));
-    return layer->rotation ? lbq_rotate_back(layer->rotation, count, weight) : LBQ_OK;
+    LBQ_TRY(copy_rows(&layer->copies[0], count, row, weight, weight));
+    const size_t bytes = sizeof(float) * (size_t)count * (size_t)layer->cols;
+    if (layer->count > 1) {
+        lbq_arena arena;
+        LBQ_TRY(lbq_arena_open(&arena, bytes));
+        float *const one = lbq_arena_take(&arena, bytes);
+        lbq_status status = LBQ_OK;
+        for (ptrdiff_t i = 1; i < layer->count && status == LBQ_OK; i++)
+            status = copy_rows(&layer->copies[i], count, row, one, weight);
+        lbq_arena_close(&arena);
+        LBQ_TRY(status);
+    }
+    add_adapter_rows(layer, count, row, weight);
+    return LBQ_OK;
 }

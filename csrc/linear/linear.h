@@ -1,11 +1,14 @@
-/* A linear layer: y = W act(R x) + b, with W dense or packed.
+/* A linear layer: a sum of copies of one matrix, a low-rank adapter and a bias.
  *
- * R is an optional input rotation, act the activation quantizer: none (float32), or int8 with a
- * scale and a sum per step of the packed weight (activation_bits = 8; 4 uses the range -7..7).
- * Levels are then rounded to 8 bits too (lbq_byte_levels). */
+ *     y  =  sum_i  weight_i * P_i^T ( W_i act_i( R_i x ) )   +   U V^T x   +   b
+ *
+ * A copy has an input rotation R, an output rotation P, weights that are dense or packed, an
+ * activation quantizer act and a fusion weight per row. A table of levels is rounded to 8 bits
+ * where activations are integers (lbq_byte_levels). One copy is the ordinary case. */
 #ifndef LBQ_LINEAR_H
 #define LBQ_LINEAR_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -13,32 +16,63 @@
 #include "core/status.h"
 #include "rotate/rotation.h"
 
+enum { LBQ_LAYERS = 8 /* that one call takes */ };
+
+/* How x is rounded, step by step of the packed weight:
+ *
+ *     x ~ scale * q + zero,   |q| <= 2^(bits-1) - 1,   scale = clip * max |x - zero| / limit
+ */
+typedef struct {
+    int bits;    /* 8 or 4; 0: x stays float32 */
+    float clip;  /* part of a step's range that is kept, 0 < clip <= 1 */
+    float scale; /* of every step; 0: by the formula, of each token */
+    float zero;  /* read where the copy has `sums`. NaN: the middle of each token's range */
+} lbq_activation;
+
 typedef struct {
     ptrdiff_t rows, cols;
-    const float *dense;           /* W (rows, cols), or NULL: */
-    lbq_matrix matrix;            /* the packed W */
-    const float *bias;            /* (rows) or NULL */
-    const lbq_rotation *rotation; /* of the input, or NULL */
-    int activation_bits;          /* 0: float32; 8 or 4, packed only */
+    const float *dense;                 /* W (rows, cols), or NULL: */
+    lbq_matrix matrix;                  /* the packed W */
+    const lbq_rotation *input, *output; /* R, P; NULL: the identity */
+    lbq_activation activation;          /* bits = 0 where W is dense */
+    const float *weight;                /* (rows); NULL: 1 */
+    const float *sums;                  /* W 1 (rows); NULL: activations have no zero point */
+} lbq_copy;
+
+typedef struct {
+    ptrdiff_t rows, cols;
+    ptrdiff_t count;        /* of copies, at least 1 */
+    const lbq_copy *copies; /* each (rows, cols) */
+    const float *bias;      /* (rows) or NULL */
+    ptrdiff_t rank;         /* 0: no adapter */
+    const float *U, *V;     /* (rows, rank), (cols, rank) */
 } lbq_linear;
 
-/* LBQ_OK if the parts fit together; else LBQ_BAD_VALUE or LBQ_BAD_SHAPE. Call it once per layer. */
+/* LBQ_OK if the parts fit together; else LBQ_BAD_VALUE or LBQ_BAD_SHAPE. Call each once. */
+lbq_status lbq_copy_check(const lbq_copy *copy);
 lbq_status lbq_linear_check(const lbq_linear *layer);
 
+/* Whether a copy takes float32 activations. */
+bool lbq_linear_is_float(const lbq_linear *layer);
+
 /* y (tokens, rows) for x (tokens, cols), both finite; a NaN or infinity in a token's x makes that
- * token's y NaN. Where activations are quantized y is equal bit for bit on every instruction set,
- * for every number of threads and whatever other tokens come along (kernels.h has the order of
- * operations; b is added last). LBQ_NO_MEMORY if there is none for scratch. */
+ * token's y NaN. Copies are added in their order, then the adapter, then b. Where activations are
+ * quantized and there is no adapter, y is equal bit for bit on every instruction set, for every
+ * number of threads and regardless of the other tokens (kernels.h has the order of operations).
+ * LBQ_NO_MEMORY if there is none for scratch. */
 lbq_status lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y);
 
-/* The same for `count` layers of one x: y[i] is the output of layers[i]. Neighbours of equal
- * rotation, activation_bits and step quantize x once and split their panels over the threads
- * together. The bits are those of one call per layer. */
+/* The same for `count` <= LBQ_LAYERS layers of one x: y[i] is the output of layers[i]. Copies of
+ * equal input rotation, activation and step, of one layer or several, quantize x once and split
+ * their panels over the threads together. The bits are those of one call per layer. */
 lbq_status lbq_linears_forward(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t tokens,
                                const float *x, float *const *y);
 
-/* weight (count, cols): rows row[0], row[1], ... of W R, as an embedding looks them up; each is
- * from 0 to rows - 1. */
+/* How often such a call rotates and quantizes x. */
+ptrdiff_t lbq_linears_inputs(ptrdiff_t count, const lbq_linear *const *layers);
+
+/* weight (count, cols): rows row[0], row[1], ... of the sum of all copies and the adapter, as an
+ * embedding looks them up; each is from 0 to rows - 1. No copy has an output rotation. */
 lbq_status lbq_linear_rows(const lbq_linear *layer, ptrdiff_t count, const int32_t *row,
                            float *weight);
 

@@ -10,6 +10,7 @@
 #include "linear/quantized.h"
 
 #include <assert.h>
+#include <math.h>
 #include <string.h>
 
 #include "core/memory.h"
@@ -28,16 +29,16 @@ enum {
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
 };
 
-/* One of the layers. A unit is what is not split among threads: a panel for gemv, a band for
- * gemm. Units of all layers are counted together. */
+/* One of the terms. A unit is what is not split among threads: a panel for gemv, a band for gemm.
+ * Units of all terms are counted together; a term that is added to the one before it has none of
+ * its own, since it follows that one panel by panel, while its sums are in cache. */
 typedef struct {
     const lbq_matrix *matrix;
     lbq_packed_geometry geometry;
     lbq_gemv gemv; /* NULL: there is none */
     ptrdiff_t rows;
     ptrdiff_t together; /* panels expanded at a time */
-    const float *bias;
-    float *y;
+    const lbq_term *term;
     ptrdiff_t factors; /* where those with its levels begin */
     ptrdiff_t units, first_unit;
 } part;
@@ -48,12 +49,13 @@ typedef struct {
 } grid;
 
 typedef struct {
-    const lbq_hadamard *hadamard; /* before quantizing, or NULL */
-    int limit;                    /* of the quantized activations */
+    const lbq_hadamard *hadamard;     /* before quantizing, or NULL */
+    const lbq_activation *activation; /* how */
+    bool centred;                     /* x - zero is quantized */
     ptrdiff_t tokens, cols, step, steps;
     const float *x;
     part parts[LBQ_SHARED];
-    ptrdiff_t units;        /* of all parts */
+    ptrdiff_t count, units; /* of all parts */
     grid grids[LBQ_SHARED]; /* of the parts, equal ones once */
     ptrdiff_t grid_count;   /* sets of factors */
     ptrdiff_t width, tiles; /* tokens per tile */
@@ -64,6 +66,7 @@ typedef struct {
     float *factors;         /* likewise, [grid][tile] */
     size_t sums_bytes;      /* of subset sums: 8 per value, if a part has 1-bit codes to look up */
     uint8_t *sums;
+    float *zeros;       /* (tokens), if centred */
     ptrdiff_t per_task; /* tiles, units or blocks of units, in the loop that runs */
 } product;
 
@@ -91,7 +94,7 @@ open_workspace(const product *job, lbq_arena *arena, workspace *w)
 {
     const lbq_hadamard *const hadamard = job->hadamard;
     const size_t values = (size_t)job->tile_bytes, steps = sizeof(float) * (size_t)job->steps;
-    const size_t row = hadamard ? sizeof(float) * (size_t)job->cols : 0;
+    const size_t row = hadamard || job->centred ? sizeof(float) * (size_t)job->cols : 0;
     const size_t rotating = hadamard ? sizeof(float) * lbq_hadamard_scratch(hadamard) : 0;
     const size_t bytes = lbq_padded(values) + 2 * lbq_padded(steps) + lbq_padded(row);
     LBQ_TRY(lbq_arena_open(arena, bytes + lbq_padded(rotating)));
@@ -103,16 +106,43 @@ open_workspace(const product *job, lbq_arena *arena, workspace *w)
     return LBQ_OK;
 }
 
+/* Moves x to around zero; returns what was subtracted. */
+static float
+centre(const product *job, float *x)
+{
+    float zero = job->activation->zero;
+    if (isnan(zero)) {
+        float low = x[0], high = x[0];
+        for (ptrdiff_t k = 1; k < job->cols; k++) {
+            low = x[k] < low ? x[k] : low;
+            high = x[k] > high ? x[k] : high;
+        }
+        zero = 0.5f * low + 0.5f * high;
+    }
+    for (ptrdiff_t k = 0; k < job->cols; k++)
+        x[k] -= zero;
+    return zero;
+}
+
 static void
 quantize_token(const product *job, ptrdiff_t token, const workspace *w, int8_t *q)
 {
+    const lbq_activation *const how = job->activation;
+    const int limit = (1 << (how->bits - 1)) - 1;
     const float *x = job->x + token * job->cols;
-    if (job->hadamard) {
+    if (job->hadamard || job->centred) {
         memcpy(w->row, x, sizeof(float) * (size_t)job->cols);
-        lbq_hadamard_forward(job->hadamard, 1, w->row, w->rotating);
+        if (job->hadamard)
+            lbq_hadamard_forward(job->hadamard, 1, w->row, w->rotating);
+        if (job->centred)
+            job->zeros[token] = centre(job, w->row);
         x = w->row;
     }
-    lbq_kernel.quantize_i8(x, job->cols, job->step, job->limit, q, w->scale, w->total);
+    if (how->clip == 1 && how->scale == 0)
+        lbq_kernel.quantize_i8(x, job->cols, job->step, limit, q, w->scale, w->total);
+    else
+        lbq_kernel.clip_i8(
+            x, job->cols, job->step, limit, how->clip, how->scale, q, w->scale, w->total);
 }
 
 /* A token's factors for weights of a grid, as in lbq_activations. */
@@ -177,15 +207,53 @@ part_of(const product *job, ptrdiff_t unit)
     return of;
 }
 
+/* The next part that is added to the same y; NULL: none. */
+static const part *
+following(const product *job, const part *of)
+{
+    const part *const next = of + 1;
+    return next < job->parts + job->count && next->units == 0 ? next : NULL;
+}
+
 /* The bias of the rows of some panels, for some tokens. */
 static void
 add_bias(const part *of, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t token, ptrdiff_t tokens)
 {
+    const float *const bias = of->term->bias;
     const ptrdiff_t row = panel * LBQ_PANEL;
     const ptrdiff_t rows = lbq_smaller(panels * LBQ_PANEL, of->rows - row);
-    for (ptrdiff_t t = token; of->bias && t < token + tokens; t++)
+    for (ptrdiff_t t = token; bias && t < token + tokens; t++)
         for (ptrdiff_t r = row; r < row + rows; r++)
-            of->y[t * of->rows + r] += of->bias[r];
+            of->term->y[t * of->rows + r] += bias[r];
+}
+
+/* Whether sums are what y is to hold. */
+static bool
+is_plain(const part *of)
+{
+    return !of->term->add && !of->term->weight && !of->term->copy->sums;
+}
+
+/* Sums of some rows and one token, into y. */
+static void
+store_sums(const product *job, const part *of, ptrdiff_t token, ptrdiff_t row, ptrdiff_t rows,
+           const float *sums)
+{
+    const lbq_term *const term = of->term;
+    float *const y = term->y + token * of->rows + row;
+    if (is_plain(of)) {
+        memcpy(y, sums, sizeof(float) * (size_t)rows);
+        return;
+    }
+    const float zero = job->centred ? job->zeros[token] : 0;
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        float value = sums[r];
+        if (term->copy->sums)
+            value += zero * term->copy->sums[row + r];
+        if (term->weight)
+            value *= term->weight[row + r];
+        y[r] = term->add ? y[r] + value : value;
+    }
 }
 
 static lbq_panel
@@ -201,18 +269,18 @@ static void
 multiply_panels(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels)
 {
     const ptrdiff_t bytes = of->geometry.panel_bytes, rows = of->rows;
-    const ptrdiff_t whole = job->tokens == 1 ? rows / LBQ_PANEL : 0;
+    const ptrdiff_t whole = job->tokens == 1 && is_plain(of) ? rows / LBQ_PANEL : 0;
     const lbq_activations x = tile_at(job, of, 0);
     lbq_panel panel = panel_at(of, first);
     for (ptrdiff_t p = first; p < first + panels; p++) {
         _Alignas(64) float sums[FEW * LBQ_PANEL];
         if (p < whole) { /* sixteen sums of one token */
-            of->gemv(&panel, &x, of->y + p * LBQ_PANEL);
+            of->gemv(&panel, &x, of->term->y + p * LBQ_PANEL);
         } else {
             of->gemv(&panel, &x, sums);
             const ptrdiff_t row = p * LBQ_PANEL, here = lbq_smaller(LBQ_PANEL, rows - row);
             for (ptrdiff_t t = 0; t < job->tokens; t++)
-                memcpy(of->y + t * rows + row, sums + t * LBQ_PANEL, sizeof(float) * (size_t)here);
+                store_sums(job, of, t, row, here, sums + t * LBQ_PANEL);
         }
         panel.codes += bytes;
         panel.scale += bytes;
@@ -230,7 +298,8 @@ gemv_task(void *context, ptrdiff_t index, int worker)
         const part *const of = part_of(job, unit);
         const ptrdiff_t first = unit - of->first_unit;
         const ptrdiff_t panels = lbq_smaller(of->units - first, end - unit);
-        multiply_panels(job, of, first, panels);
+        for (const part *p = of; p; p = following(job, p))
+            multiply_panels(job, p, first, panels);
         unit += panels;
     }
     return LBQ_OK;
@@ -241,16 +310,19 @@ static void
 store_tile(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels, ptrdiff_t tile,
            const float *sums)
 {
-    const ptrdiff_t rows = of->rows, row = first * LBQ_PANEL, token = tile * LBQ_TILE;
+    const ptrdiff_t rows = of->rows, token = tile * LBQ_TILE;
     const ptrdiff_t tokens = lbq_smaller(LBQ_TILE, job->tokens - token);
-    const ptrdiff_t whole = lbq_smaller(panels, rows / LBQ_PANEL - first);
-    float *const y = of->y + token * rows + row;
-    lbq_kernel.store_tile(sums, whole, tokens, rows, y);
-    if (whole == panels)
-        return;
-    const size_t rest = sizeof(float) * (size_t)(rows % LBQ_PANEL);
-    for (ptrdiff_t t = 0; t < tokens; t++)
-        memcpy(y + t * rows + whole * LBQ_PANEL, sums + (whole * LBQ_TILE + t) * LBQ_PANEL, rest);
+    ptrdiff_t p = 0;
+    if (is_plain(of)) {
+        p = lbq_smaller(panels, rows / LBQ_PANEL - first);
+        float *const y = of->term->y + token * rows + first * LBQ_PANEL;
+        lbq_kernel.store_tile(sums, p, tokens, rows, y);
+    }
+    for (; p < panels; p++) {
+        const ptrdiff_t row = (first + p) * LBQ_PANEL, here = lbq_smaller(LBQ_PANEL, rows - row);
+        for (ptrdiff_t t = 0; t < tokens; t++)
+            store_sums(job, of, token + t, row, here, sums + (p * LBQ_TILE + t) * LBQ_PANEL);
+    }
 }
 
 /* Panels from `first` on, those expanded together, times `tiles` tiles; bytes, sums are scratch. */
@@ -318,7 +390,8 @@ gemm_task(void *context, ptrdiff_t index, int worker)
     for (ptrdiff_t i = index * job->per_task; i < end; i++) {
         const part *const of = part_of(job, i % job->units);
         const ptrdiff_t first = (i % job->units - of->first_unit) * BAND;
-        multiply_band(job, of, first, i / job->units * BLOCK, bytes, sums);
+        for (const part *p = of; p; p = following(job, p))
+            multiply_band(job, p, first, i / job->units * BLOCK, bytes, sums);
     }
     lbq_arena_close(&arena);
     return LBQ_OK;
@@ -351,30 +424,31 @@ run(product *job)
 }
 
 static lbq_gemv
-gemv_of(const lbq_linear *layer)
+gemv_of(const lbq_copy *copy)
 {
-    const lbq_code *const code = layer->matrix.code;
+    const lbq_code *const code = copy->matrix.code;
     return code->kind->gemv ? code->kind->gemv(code) : NULL;
 }
 
-/* Puts the layer behind the `index` parts that are there. */
+/* Puts the term behind the parts that are there. */
 static lbq_status
-add_part(product *job, ptrdiff_t index, const lbq_linear *layer, float *y)
+add_part(product *job, const lbq_term *term)
 {
-    const lbq_matrix *const matrix = &layer->matrix;
+    const lbq_matrix *const matrix = &term->copy->matrix;
     const lbq_byte_levels *const levels = &matrix->code->bytes;
-    part *const to = &job->parts[index];
+    part *const to = &job->parts[job->count];
     *to = (part){
         .matrix = matrix,
-        .gemv = gemv_of(layer),
-        .rows = layer->rows,
-        .bias = layer->bias,
-        .y = y,
+        .gemv = gemv_of(term->copy),
+        .rows = term->copy->rows,
+        .term = term,
         .first_unit = job->units,
     };
     LBQ_TRY(lbq_packed_geometry_of(&matrix->packed, &to->geometry));
     to->together = to->geometry.strip > PAIR ? to->geometry.strip : PAIR;
-    to->units = lbq_pieces(layer->rows, LBQ_PANEL * (job->width < LBQ_TILE ? 1 : BAND));
+    if (job->count == 0 || term->y != to[-1].term->y)
+        to->units = lbq_pieces(to->rows, LBQ_PANEL * (job->width < LBQ_TILE ? 1 : BAND));
+    job->count++;
     job->units += to->units;
     if (to->gemv == lbq_kernel.gemv_u1_i8 && job->width < LBQ_TILE)
         job->sums_bytes = 8 * (size_t)job->tile_bytes;
@@ -390,29 +464,22 @@ add_part(product *job, ptrdiff_t index, const lbq_linear *layer, float *y)
     return LBQ_OK;
 }
 
-bool
-lbq_same_activations(const lbq_linear *a, const lbq_linear *b)
-{
-    return a->rotation == b->rotation && a->activation_bits == b->activation_bits &&
-           (!a->activation_bits ||
-            lbq_packed_step(&a->matrix.packed) == lbq_packed_step(&b->matrix.packed));
-}
-
 lbq_status
-lbq_multiply_quantized(ptrdiff_t count, const lbq_linear *const *layers,
-                       const lbq_hadamard *hadamard, ptrdiff_t tokens, const float *x,
-                       float *const *y)
+lbq_multiply_quantized(ptrdiff_t count, const lbq_term *terms, const lbq_hadamard *hadamard,
+                       ptrdiff_t tokens, const float *x)
 {
     assert(count <= LBQ_SHARED);
+    const lbq_copy *const first = terms[0].copy;
     bool few = tokens <= FEW;
     for (ptrdiff_t i = 0; i < count; i++)
-        few = few && gemv_of(layers[i]);
+        few = few && gemv_of(terms[i].copy);
     product job = {
         .hadamard = hadamard,
-        .limit = (1 << (layers[0]->activation_bits - 1)) - 1,
+        .activation = &first->activation,
+        .centred = first->sums,
         .tokens = tokens,
-        .cols = layers[0]->cols,
-        .step = lbq_packed_step(&layers[0]->matrix.packed),
+        .cols = first->cols,
+        .step = lbq_packed_step(&first->matrix.packed),
         .x = x,
         .width = !few          ? LBQ_TILE
                  : tokens == 1 ? 1
@@ -424,15 +491,18 @@ lbq_multiply_quantized(ptrdiff_t count, const lbq_linear *const *layers,
     job.tile_bytes = job.padded * job.width;
     job.tile_factors = job.steps * 3 * job.width;
     for (ptrdiff_t i = 0; i < count; i++)
-        LBQ_TRY(add_part(&job, i, layers[i], y[i]));
+        LBQ_TRY(add_part(&job, &terms[i]));
     const size_t values = (size_t)(job.tiles * job.tile_bytes);
     const size_t factors = sizeof(float) * (size_t)(job.grid_count * job.tiles * job.tile_factors);
+    const size_t zeros = job.centred ? sizeof(float) * (size_t)tokens : 0;
 
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena,
-                           lbq_padded(values) + lbq_padded(factors) + lbq_padded(job.sums_bytes)));
+                           lbq_padded(values) + lbq_padded(factors) + lbq_padded(zeros) +
+                               lbq_padded(job.sums_bytes)));
     job.values = lbq_arena_take(&arena, values);
     job.factors = lbq_arena_take(&arena, factors);
+    job.zeros = lbq_arena_take(&arena, zeros);
     job.sums = lbq_arena_take(&arena, job.sums_bytes);
     const lbq_status status = run(&job);
     lbq_arena_close(&arena);

@@ -10,18 +10,20 @@
 #include "linear/linear.h"
 #include "rotate/hadamard.h"
 
-enum { LBQ_SHARED = 4 /* layers that one product takes at most */ };
+enum { LBQ_SHARED = 4 /* terms of one product */ };
 
-/* Whether both layers, of the same input, see the same quantized activations: those of one step,
- * of so many bits, after one rotation. */
-bool lbq_same_activations(const lbq_linear *a, const lbq_linear *b);
+/* weight * W act(R x) + bias, written to y or added to it. */
+typedef struct {
+    const lbq_copy *copy;
+    const float *weight, *bias; /* (rows) or NULL */
+    float *y;                   /* (tokens, rows) */
+    bool add;
+} lbq_term;
 
-/* y[i] (tokens, rows) = W_i act(R x) + b_i for each of `count` layers with the same activations,
- * which are rotated and quantized once, each step to integers of activation_bits, 8 or 4; levels
- * are bytes (lbq_byte_levels). `hadamard` is R, or NULL for 1, whatever the
- * layers say. */
-lbq_status lbq_multiply_quantized(ptrdiff_t count, const lbq_linear *const *layers,
-                                  const lbq_hadamard *hadamard, ptrdiff_t tokens, const float *x,
-                                  float *const *y);
+/* `count` terms whose copies quantize x alike: it is rotated and quantized once, each step to
+ * integers of activation.bits. Terms of one y are neighbours. `hadamard` is R (NULL: identity); the
+ * copies' own input rotations are ignored, as are their output rotations. */
+lbq_status lbq_multiply_quantized(ptrdiff_t count, const lbq_term *terms,
+                                  const lbq_hadamard *hadamard, ptrdiff_t tokens, const float *x);
 
 #endif

@@ -2,8 +2,13 @@
 #include "python/args.h"
 
 #include <string.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 
 #include "core/memory.h"
+#include "core/threads.h"
 #include "python/module.h"
 
 /* Sizes bound so far to the letters of shapes; -1: none. */
@@ -50,6 +55,37 @@ fits_dtype(int found, int expected)
 }
 
 static int
+check_size(const char *function, const lbq_arg *arg, int axis, unsigned char letter,
+           int may_be_empty, ptrdiff_t size, letters *sizes)
+{
+    const int fixed = letter >= '0' && letter <= '9';
+    ptrdiff_t *const bound = &sizes->size[letter];
+    const ptrdiff_t expected = fixed ? letter - '0' : *bound < 0 ? size : *bound;
+    if (size != expected) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: axis %d (%c) of %s has size %zd, expected %zd",
+                     function,
+                     axis,
+                     letter,
+                     arg->name,
+                     (Py_ssize_t)size,
+                     (Py_ssize_t)expected);
+        return -1;
+    }
+    if (size == 0 && !may_be_empty) {
+        PyErr_Format(PyExc_ValueError,
+                     "%s: axis %d (%c) of %s has size 0, expected at least 1",
+                     function,
+                     axis,
+                     letter,
+                     arg->name);
+        return -1;
+    }
+    *bound = size;
+    return 0;
+}
+
+static int
 parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *sizes)
 {
     lbq_array *const to = arg->to;
@@ -70,7 +106,9 @@ parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *
                      dtype_name(arg->dtype));
         return -1;
     }
-    const int rank = (int)strlen(arg->text);
+    int rank = 0;
+    for (const char *at = arg->text; *at; at++)
+        rank += *at != '*';
     if (PyArray_NDIM(array) != rank) {
         PyErr_Format(PyExc_ValueError,
                      "%s: %s has %d axes, expected %d (%s)",
@@ -89,28 +127,18 @@ parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *
         PyErr_Format(PyExc_ValueError, "%s: %s is read-only", function, arg->name);
         return -1;
     }
+    const char *text = arg->text;
     for (int axis = 0; axis < rank; axis++) {
-        const unsigned char letter = (unsigned char)arg->text[axis];
+        const unsigned char letter = (unsigned char)*text++;
         const ptrdiff_t size = PyArray_DIM(array, axis);
-        const int fixed = letter >= '0' && letter <= '9';
-        ptrdiff_t *const bound = &sizes->size[letter];
-        const ptrdiff_t expected = fixed ? letter - '0' : *bound < 0 ? size : *bound;
-        if (size != expected) {
-            PyErr_Format(PyExc_ValueError,
-                         "%s: axis %d (%c) of %s has size %zd, expected %zd",
-                         function,
-                         axis,
-                         letter,
-                         arg->name,
-                         (Py_ssize_t)size,
-                         (Py_ssize_t)expected);
+        if (check_size(function, arg, axis, letter, *text == '*', size, sizes) < 0)
             return -1;
-        }
-        *bound = size;
+        text += *text == '*';
         to->dims[axis] = size;
     }
     to->data = PyArray_DATA(array);
     to->dtype = PyArray_TYPE(array);
+    to->item_bytes = (size_t)PyArray_ITEMSIZE(array);
     return 0;
 }
 
@@ -237,6 +265,57 @@ parse_value(const char *function, const lbq_arg *arg, PyObject *value, letters *
     return -1;
 }
 
+/* Of the array that was given; 0 if None was. */
+static size_t
+bytes_of(const lbq_arg *arg)
+{
+    const lbq_array *const array = arg->to;
+    if (!array->data)
+        return 0;
+    size_t bytes = array->item_bytes;
+    int axis = 0;
+    for (const char *at = arg->text; *at; at++)
+        if (*at != '*')
+            bytes *= (size_t)array->dims[axis++];
+    return bytes;
+}
+
+/* An output over memory of another array would change what is still to be read, and what has been
+ * checked. */
+static int
+check_overlap(const char *function, const lbq_arg *out, const lbq_arg *other)
+{
+    const uintptr_t a = (uintptr_t)((lbq_array *)out->to)->data;
+    const uintptr_t b = (uintptr_t)((lbq_array *)other->to)->data;
+    const size_t a_bytes = bytes_of(out), b_bytes = bytes_of(other);
+    if (a_bytes == 0 || b_bytes == 0 || a + a_bytes <= b || b + b_bytes <= a)
+        return 0;
+    if (out->over && strcmp(out->over, other->name) == 0 && a == b && a_bytes == b_bytes)
+        return 0;
+    PyErr_Format(PyExc_ValueError,
+                 "%s: %s shares memory with %s, expected arrays of their own",
+                 function,
+                 out->name,
+                 other->name);
+    return -1;
+}
+
+static int
+is_array(const lbq_arg *arg)
+{
+    return arg->kind == LBQ_ARG_IN || arg->kind == LBQ_ARG_OUT;
+}
+
+static int
+check_overlaps(const char *function, const lbq_arg *spec, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        for (size_t j = 0; spec[i].kind == LBQ_ARG_OUT && j < count; j++)
+            if (j != i && is_array(&spec[j]) && check_overlap(function, &spec[i], &spec[j]) < 0)
+                return -1;
+    return 0;
+}
+
 int
 lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject *args, PyObject *kwargs)
 {
@@ -265,7 +344,54 @@ lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject *arg
         PyErr_Format(PyExc_TypeError, "%s: takes no further arguments", function);
         return -1;
     }
-    return 0;
+    return check_overlaps(function, spec, count);
+}
+
+/* The main thread is where Python runs the handlers of signals. Others must not wait for the GIL
+ * in the middle of a call: at the end of the interpreter it would end them there. */
+static bool
+is_main_thread(void)
+{
+#ifdef __linux__
+    return syscall(SYS_gettid) == getpid();
+#else
+    return true;
+#endif
+}
+
+/* Runs the handlers of the signals that have come; the call ends if one of them raised. */
+static bool
+run_signal_handlers(lbq_watch *watch)
+{
+    lbq_running *const running = (lbq_running *)watch;
+    if (!is_main_thread())
+        return false;
+    const pid_t process = getpid();
+    PyEval_RestoreThread(running->released);
+    bool raised = PyErr_CheckSignals() < 0;
+    if (!raised && getpid() != process) {
+        PyErr_SetString(PyExc_RuntimeError,
+                        "a signal handler forked: the child has not the threads of this call");
+        raised = true;
+    }
+    running->released = PyEval_SaveThread();
+    return raised;
+}
+
+void
+lbq_run_begin(lbq_running *running)
+{
+    running->outer_threads = lbq_settle_threads(lbq_threads());
+    running->released = PyEval_SaveThread();
+    running->outer = lbq_watch_open(&running->watch, run_signal_handlers);
+}
+
+void
+lbq_run_end(lbq_running *running)
+{
+    lbq_watch_join(running->outer);
+    PyEval_RestoreThread(running->released);
+    lbq_settle_threads(running->outer_threads);
 }
 
 PyObject *
@@ -287,6 +413,8 @@ lbq_result(PyObject *module, lbq_status status)
         return NULL;
     case LBQ_BAD_FORMAT:
         PyErr_SetString(state->format_error, lbq_message());
+        return NULL;
+    case LBQ_INTERRUPTED: /* the handler of a signal has raised */
         return NULL;
     }
     PyErr_SetString(PyExc_SystemError, "unknown status");

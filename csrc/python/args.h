@@ -16,8 +16,10 @@
  *
  * Arrays and handles are positional, in the order of the table, of the exact dtype and
  * C-contiguous: never converted, never copied, borrowed for the call. A shape is one letter per
- * axis, as in einsum; a letter has one size per call, a digit is that size. Numbers, flags and
- * texts are keyword-only and required, numbers within a closed range. Where LBQ_..._OR_NONE is
+ * axis, as in einsum; a letter has one size per call, at least 1, or at least 0 where '*' follows
+ * it ("t*k": no tokens will do); a digit is that size. No output shares memory with another array,
+ * except that LBQ_OUT_OVER may be the very array that it names. Numbers, flags and texts are
+ * keyword-only and required, numbers within a closed range. Where LBQ_..._OR_NONE is
  * given None, the data pointer is NULL and the letters of its shape stay free.
  *
  * Handles are capsules around a C struct whose pointers reach into the arrays it was made from;
@@ -35,6 +37,7 @@
 #endif
 #include <numpy/arrayobject.h>
 
+#include "core/interrupt.h"
 #include "core/status.h"
 
 enum { LBQ_MAX_DIMS = 4, LBQ_MAX_ARGS = 32 };
@@ -45,6 +48,7 @@ typedef struct {
     void *data; /* NULL: None was given */
     ptrdiff_t dims[LBQ_MAX_DIMS];
     int dtype;
+    size_t item_bytes;
 } lbq_array;
 
 /* A tuple of handles of one type. */
@@ -79,24 +83,31 @@ typedef struct {
     int dtype;
     int or_none;
     double low, high;
+    const char *over; /* the input that an output may be; NULL: none */
 } lbq_arg;
 
-#define LBQ_IN(name, to, dtype, shape) {name, LBQ_ARG_IN, (lbq_array *){to}, shape, dtype, 0, 0, 0}
+#define LBQ_IN(name, to, dtype, shape)                                                             \
+    {name, LBQ_ARG_IN, (lbq_array *){to}, shape, dtype, 0, 0, 0, NULL}
 #define LBQ_IN_OR_NONE(name, to, dtype, shape)                                                     \
-    {name, LBQ_ARG_IN, (lbq_array *){to}, shape, dtype, 1, 0, 0}
+    {name, LBQ_ARG_IN, (lbq_array *){to}, shape, dtype, 1, 0, 0, NULL}
 #define LBQ_OUT(name, to, dtype, shape)                                                            \
-    {name, LBQ_ARG_OUT, (lbq_array *){to}, shape, dtype, 0, 0, 0}
+    {name, LBQ_ARG_OUT, (lbq_array *){to}, shape, dtype, 0, 0, 0, NULL}
 #define LBQ_OUT_OR_NONE(name, to, dtype, shape)                                                    \
-    {name, LBQ_ARG_OUT, (lbq_array *){to}, shape, dtype, 1, 0, 0}
+    {name, LBQ_ARG_OUT, (lbq_array *){to}, shape, dtype, 1, 0, 0, NULL}
+#define LBQ_OUT_OVER(name, to, dtype, shape, input)                                                \
+    {name, LBQ_ARG_OUT, (lbq_array *){to}, shape, dtype, 0, 0, 0, input}
 #define LBQ_INOUT LBQ_OUT
-#define LBQ_HANDLE(name, to, type) {name, LBQ_ARG_HANDLE, (void *)(to), type, 0, 0, 0, 0}
-#define LBQ_HANDLE_OR_NONE(name, to, type) {name, LBQ_ARG_HANDLE, (void *)(to), type, 0, 1, 0, 0}
-#define LBQ_HANDLES(name, to, type) {name, LBQ_ARG_HANDLES, (lbq_handles *){to}, type, 0, 0, 0, 0}
+#define LBQ_HANDLE(name, to, type) {name, LBQ_ARG_HANDLE, (void *)(to), type, 0, 0, 0, 0, NULL}
+#define LBQ_HANDLE_OR_NONE(name, to, type)                                                         \
+    {name, LBQ_ARG_HANDLE, (void *)(to), type, 0, 1, 0, 0, NULL}
+#define LBQ_HANDLES(name, to, type)                                                                \
+    {name, LBQ_ARG_HANDLES, (lbq_handles *){to}, type, 0, 0, 0, 0, NULL}
 #define LBQ_INT(name, to, low, high)                                                               \
-    {name, LBQ_ARG_INT, (Py_ssize_t *){to}, NULL, 0, 0, (double)(low), (double)(high)}
-#define LBQ_FLOAT(name, to, low, high) {name, LBQ_ARG_FLOAT, (double *){to}, NULL, 0, 0, low, high}
-#define LBQ_BOOL(name, to) {name, LBQ_ARG_BOOL, (int *){to}, NULL, 0, 0, 0, 0}
-#define LBQ_TEXT(name, to) {name, LBQ_ARG_TEXT, (const char **){to}, NULL, 0, 0, 0, 0}
+    {name, LBQ_ARG_INT, (Py_ssize_t *){to}, NULL, 0, 0, (double)(low), (double)(high), NULL}
+#define LBQ_FLOAT(name, to, low, high)                                                             \
+    {name, LBQ_ARG_FLOAT, (double *){to}, NULL, 0, 0, low, high, NULL}
+#define LBQ_BOOL(name, to) {name, LBQ_ARG_BOOL, (int *){to}, NULL, 0, 0, 0, 0, NULL}
+#define LBQ_TEXT(name, to) {name, LBQ_ARG_TEXT, (const char **){to}, NULL, 0, 0, 0, 0, NULL}
 
 #define LBQ_BINDING(name)                                                                          \
     PyObject *lbq_bind_##name(PyObject *module, PyObject *args, PyObject *kwargs);                 \
@@ -114,9 +125,30 @@ int lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject 
 #define LBQ_RUN(call)                                                                              \
     do {                                                                                           \
         lbq_status lbq_run_status;                                                                 \
-        Py_BEGIN_ALLOW_THREADS lbq_run_status = (call);                                            \
-        Py_END_ALLOW_THREADS return lbq_result(module, lbq_run_status);                            \
+        LBQ_CALL(lbq_run_status, call);                                                            \
+        return lbq_result(module, lbq_run_status);                                                 \
     } while (0)
+
+/* Makes the call without the GIL. On the main thread it asks Python meanwhile for the signals that
+ * have come, so that Ctrl-C ends it. */
+#define LBQ_CALL(status, call)                                                                     \
+    do {                                                                                           \
+        lbq_running lbq_call_running;                                                              \
+        lbq_run_begin(&lbq_call_running);                                                          \
+        status = (call);                                                                           \
+        lbq_run_end(&lbq_call_running);                                                            \
+    } while (0)
+
+/* A call that runs without the GIL. */
+typedef struct {
+    lbq_watch watch; /* first, so that its address is the one of the whole */
+    lbq_watch *outer;
+    PyThreadState *released;
+    int outer_threads;
+} lbq_running;
+
+void lbq_run_begin(lbq_running *running);
+void lbq_run_end(lbq_running *running);
 
 /* None for LBQ_OK; else sets the exception that the status stands for and returns NULL. */
 PyObject *lbq_result(PyObject *module, lbq_status status);

@@ -2,6 +2,7 @@
 #include <float.h>
 #include <string.h>
 
+#include "codes/importance.h"
 #include "codes/quantize.h"
 #include "core/memory.h"
 #include "python/code_args.h"
@@ -81,6 +82,26 @@ LBQ_BINDING(codes)
         }
     }
     return all;
+}
+
+static lbq_status
+check_weight(int scale_bits, const lbq_array *W, const lbq_array *importance)
+{
+    LBQ_TRY(lbq_check_weights(scale_bits, W->dims[0], W->dims[1], W->data));
+    return importance->data ? lbq_check_importance(W->dims[1], importance->data) : LBQ_OK;
+}
+
+LBQ_BINDING(check_weight)
+{
+    lbq_array W, importance;
+    Py_ssize_t scale_bits;
+    const lbq_arg spec[] = {
+        LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
+        LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
+        LBQ_INT("scale_bits", &scale_bits, 0, 16),
+    };
+    LBQ_PARSE("check_weight", spec);
+    LBQ_RUN(check_weight((int)scale_bits, &W, &importance));
 }
 
 static lbq_status
@@ -278,8 +299,8 @@ LBQ_BINDING(kmeans)
 {
     lbq_array values, weights, levels;
     const lbq_arg spec[] = {
-        LBQ_IN("values", &values, NPY_FLOAT64, "n"),
-        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT64, "n"),
+        LBQ_IN("values", &values, NPY_FLOAT64, "n*"),
+        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT64, "n*"),
         LBQ_OUT("levels", &levels, NPY_FLOAT64, "l"),
     };
     LBQ_PARSE("kmeans", spec);
@@ -353,6 +374,10 @@ PyMethodDef lbq_methods_codes[] = {
                LBQ_SEARCH_TEXT ")\n--\n\n"
                "Round weight (r, k) to codes (whole blocks) group by group, fitting scale and offset "
                "(r, g) by method 'minmax', 'percentile' or 'mse', or with those given.")
+    LBQ_METHOD(check_weight,
+               "check_weight(weight, importance, /, *, scale_bits)\n--\n\n"
+               "Raise unless scales of scale_bits reach all of weight (r, k), and importance (k) is "
+               "finite and not negative.")
     LBQ_METHOD(quantize_packed,
                "quantize_packed(code, weight, importance, panels, /, *, group, " LBQ_SEARCH_TEXT
                ")\n--\n\n"

@@ -66,8 +66,8 @@ LBQ_BINDING(half_to_float)
 {
     lbq_array x, y;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &x, NPY_UINT16, "n"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "n"),
+        LBQ_IN("x", &x, NPY_UINT16, "n*"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "n*"),
     };
     LBQ_PARSE("half_to_float", spec);
     LBQ_RUN(lbq_half_to_float(x.data, x.dims[0], y.data));
@@ -77,8 +77,8 @@ LBQ_BINDING(bfloat_to_float)
 {
     lbq_array x, y;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &x, NPY_UINT16, "n"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "n"),
+        LBQ_IN("x", &x, NPY_UINT16, "n*"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "n*"),
     };
     LBQ_PARSE("bfloat_to_float", spec);
     LBQ_RUN(lbq_bfloat_to_float(x.data, x.dims[0], y.data));
@@ -88,18 +88,23 @@ LBQ_BINDING(float_to_half)
 {
     lbq_array x, y;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &x, NPY_FLOAT32, "n"),
-        LBQ_OUT("y", &y, NPY_UINT16, "n"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "n*"),
+        LBQ_OUT("y", &y, NPY_UINT16, "n*"),
     };
     LBQ_PARSE("float_to_half", spec);
     LBQ_RUN(lbq_float_to_half(x.data, x.dims[0], y.data));
 }
 
+enum { RANDOM_RUN = 1 << 16 }; /* numbers between two questions whether to go on */
+
 static lbq_status
 random_bits(uint64_t seed, uint64_t stream, ptrdiff_t count, uint64_t *out)
 {
-    for (ptrdiff_t i = 0; i < count; i++)
+    for (ptrdiff_t i = 0; i < count; i++) {
+        if (i % RANDOM_RUN == 0)
+            LBQ_TRY(lbq_interrupted());
         out[i] = lbq_random_bits(seed, stream, (uint64_t)i);
+    }
     return LBQ_OK;
 }
 
@@ -108,7 +113,7 @@ LBQ_BINDING(random_bits)
     lbq_array out;
     Py_ssize_t seed, stream;
     const lbq_arg spec[] = {
-        LBQ_OUT("out", &out, NPY_UINT64, "n"),
+        LBQ_OUT("out", &out, NPY_UINT64, "n*"),
         LBQ_INT("seed", &seed, 0, PY_SSIZE_T_MAX),
         LBQ_INT("stream", &stream, 0, PY_SSIZE_T_MAX),
     };
@@ -119,8 +124,11 @@ LBQ_BINDING(random_bits)
 static lbq_status
 random_normal(uint64_t seed, uint64_t stream, ptrdiff_t count, double *out)
 {
-    for (ptrdiff_t i = 0; i < count; i++)
+    for (ptrdiff_t i = 0; i < count; i++) {
+        if (i % RANDOM_RUN == 0)
+            LBQ_TRY(lbq_interrupted());
         out[i] = lbq_random_normal(seed, stream, (uint64_t)i);
+    }
     return LBQ_OK;
 }
 
@@ -129,7 +137,7 @@ LBQ_BINDING(random_normal)
     lbq_array out;
     Py_ssize_t seed, stream;
     const lbq_arg spec[] = {
-        LBQ_OUT("out", &out, NPY_FLOAT64, "n"),
+        LBQ_OUT("out", &out, NPY_FLOAT64, "n*"),
         LBQ_INT("seed", &seed, 0, PY_SSIZE_T_MAX),
         LBQ_INT("stream", &stream, 0, PY_SSIZE_T_MAX),
     };
@@ -166,8 +174,7 @@ LBQ_BINDING(aligned_empty)
 }
 
 PyMethodDef lbq_methods_core[] = {
-    LBQ_METHOD(set_num_threads,
-               "set_num_threads(*, threads)\n--\n\nThreads of the pool and of OpenBLAS, 1 to 256.")
+    LBQ_METHOD(set_num_threads, "set_num_threads(*, threads)\n--\n\nThreads of the pool, 1 to 256.")
         LBQ_METHOD(use_isa,
                    "use_isa(*, isa)\n--\n\nUse the kernels up to 'portable', 'avx2' or 'avx512'.")
             LBQ_METHOD(

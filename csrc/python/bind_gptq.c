@@ -1,5 +1,6 @@
 /* Bindings of csrc/gptq. */
 #include "gptq/adaround.h"
+#include "gptq/factor.h"
 #include "gptq/gptq.h"
 #include "gptq/hessian.h"
 #include "gptq/refine.h"
@@ -10,8 +11,8 @@ LBQ_BINDING(hessian_add)
 {
     lbq_array X, weights, H;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &X, NPY_FLOAT32, "tk"),
-        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT32, "t"),
+        LBQ_IN("x", &X, NPY_FLOAT32, "t*k"),
+        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT32, "t*"),
         LBQ_INOUT("hessian", &H, NPY_FLOAT64, "kk"),
     };
     LBQ_PARSE("hessian_add", spec);
@@ -23,14 +24,13 @@ LBQ_BINDING(hessian_error)
     lbq_array H, E;
     const lbq_arg spec[] = {
         LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
-        LBQ_IN("error", &E, NPY_FLOAT32, "rk"),
+        LBQ_IN("error", &E, NPY_FLOAT32, "r*k"),
     };
     LBQ_PARSE("hessian_error", spec);
     double value;
     lbq_status status;
-    Py_BEGIN_ALLOW_THREADS status = lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value);
-    Py_END_ALLOW_THREADS return status == LBQ_OK ? PyFloat_FromDouble(value)
-                                                 : lbq_result(module, status);
+    LBQ_CALL(status, lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value));
+    return status == LBQ_OK ? PyFloat_FromDouble(value) : lbq_result(module, status);
 }
 
 LBQ_BINDING(gptq_factor)
@@ -49,18 +49,19 @@ LBQ_BINDING(gptq_factor)
     const bool float64 = R.dtype == NPY_FLOAT64;
     lbq_gptq_report report;
     lbq_status status;
-    Py_BEGIN_ALLOW_THREADS status =
-        lbq_gptq_factor(H.dims[0], H.data, order.data, damping, median, float64, R.data, &report);
-    Py_END_ALLOW_THREADS return status == LBQ_OK ? Py_BuildValue("{s:d,s:i,s:n,s:N}",
-                                                                 "damping",
-                                                                 report.damping,
-                                                                 "retries",
-                                                                 report.retries,
-                                                                 "dead",
-                                                                 (Py_ssize_t)report.dead,
-                                                                 "float64",
-                                                                 PyBool_FromLong(report.float64))
-                                                 : lbq_result(module, status);
+    LBQ_CALL(
+        status,
+        lbq_gptq_factor(H.dims[0], H.data, order.data, damping, median, float64, R.data, &report));
+    return status == LBQ_OK ? Py_BuildValue("{s:d,s:i,s:n,s:N}",
+                                            "damping",
+                                            report.damping,
+                                            "retries",
+                                            report.retries,
+                                            "dead",
+                                            (Py_ssize_t)report.dead,
+                                            "float64",
+                                            PyBool_FromLong(report.float64))
+                            : lbq_result(module, status);
 }
 
 static lbq_status
@@ -138,19 +139,19 @@ LBQ_BINDING(adaround)
     lbq_status status = lbq_check_parts(&layout, &codes, &scale, &offset);
     if (status != LBQ_OK)
         return lbq_result(module, status);
-    Py_BEGIN_ALLOW_THREADS status = lbq_adaround(code,
-                                                 &options,
-                                                 rows,
-                                                 cols,
-                                                 group,
-                                                 W.data,
-                                                 H.data,
-                                                 scale.data,
-                                                 offset.data,
-                                                 codes.data,
-                                                 &softness);
-    Py_END_ALLOW_THREADS return status == LBQ_OK ? PyFloat_FromDouble(softness)
-                                                 : lbq_result(module, status);
+    LBQ_CALL(status,
+             lbq_adaround(code,
+                          &options,
+                          rows,
+                          cols,
+                          group,
+                          W.data,
+                          H.data,
+                          scale.data,
+                          offset.data,
+                          codes.data,
+                          &softness));
+    return status == LBQ_OK ? PyFloat_FromDouble(softness) : lbq_result(module, status);
 }
 
 LBQ_BINDING(refine)
@@ -177,20 +178,20 @@ LBQ_BINDING(refine)
     if (status != LBQ_OK)
         return lbq_result(module, status);
     ptrdiff_t moved;
-    Py_BEGIN_ALLOW_THREADS status = lbq_refine(code,
-                                               rows,
-                                               cols,
-                                               group,
-                                               W.data,
-                                               H.data,
-                                               damping,
-                                               (int)sweeps,
-                                               scale.data,
-                                               offset.data,
-                                               codes.data,
-                                               &moved);
-    Py_END_ALLOW_THREADS return status == LBQ_OK ? PyLong_FromSsize_t(moved)
-                                                 : lbq_result(module, status);
+    LBQ_CALL(status,
+             lbq_refine(code,
+                        rows,
+                        cols,
+                        group,
+                        W.data,
+                        H.data,
+                        damping,
+                        (int)sweeps,
+                        scale.data,
+                        offset.data,
+                        codes.data,
+                        &moved));
+    return status == LBQ_OK ? PyLong_FromSsize_t(moved) : lbq_result(module, status);
 }
 
 /* clang-format off */

@@ -47,6 +47,7 @@ handle_of(PyObject *module, PyObject *args, const lbq_rotation *rotation)
     if (status != LBQ_OK)
         return lbq_result(module, status);
     *block = *rotation;
+    lbq_rotation_identify(block);
     return lbq_handle_new("lowbitq.rotation", block, args);
 }
 
@@ -54,8 +55,8 @@ LBQ_BINDING(hadamard_rotation)
 {
     lbq_array orders, bases, diagonal;
     const lbq_arg spec[] = {
-        LBQ_IN("orders", &orders, NPY_INT64, "m"),
-        LBQ_IN("bases", &bases, NPY_FLOAT32, "b"),
+        LBQ_IN("orders", &orders, NPY_INT64, "m*"),
+        LBQ_IN("bases", &bases, NPY_FLOAT32, "b*"),
         LBQ_IN("diagonal", &diagonal, NPY_FLOAT32, "n"),
     };
     LBQ_PARSE("hadamard_rotation", spec);
@@ -105,7 +106,7 @@ rotate_rows(PyObject *module, PyObject *args, PyObject *kwargs, const char *name
     lbq_array x;
     const lbq_arg spec[] = {
         LBQ_HANDLE("rotation", &rotation, "lowbitq.rotation"),
-        LBQ_INOUT("x", &x, NPY_FLOAT32, "tn"),
+        LBQ_INOUT("x", &x, NPY_FLOAT32, "t*n"),
     };
     LBQ_PARSE(name, spec);
     if (x.dims[1] != rotation->n)

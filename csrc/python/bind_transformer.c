@@ -1,4 +1,6 @@
 /* Bindings of csrc/transformer. */
+#include <string.h>
+
 #include "core/memory.h"
 #include "python/module.h"
 #include "transformer/attention.h"
@@ -19,9 +21,9 @@ LBQ_BINDING(rmsnorm)
     lbq_array x, gain, y;
     double epsilon;
     const lbq_arg spec[] = {
-        LBQ_IN("x", &x, NPY_FLOAT32, "rc"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "r*c"),
         LBQ_IN_OR_NONE("gain", &gain, NPY_FLOAT32, "c"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "rc"),
+        LBQ_OUT_OVER("y", &y, NPY_FLOAT32, "r*c", "x"),
         LBQ_FLOAT("epsilon", &epsilon, 0, 1),
     };
     LBQ_PARSE("rmsnorm", spec);
@@ -32,9 +34,9 @@ LBQ_BINDING(swiglu)
 {
     lbq_array gate, up, y;
     const lbq_arg spec[] = {
-        LBQ_IN("gate", &gate, NPY_FLOAT32, "tn"),
-        LBQ_IN("up", &up, NPY_FLOAT32, "tn"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "tn"),
+        LBQ_IN("gate", &gate, NPY_FLOAT32, "t*n"),
+        LBQ_IN("up", &up, NPY_FLOAT32, "t*n"),
+        LBQ_OUT_OVER("y", &y, NPY_FLOAT32, "t*n", "gate"),
     };
     LBQ_PARSE("swiglu", spec);
     LBQ_RUN(lbq_swiglu(gate.dims[0] * gate.dims[1], gate.data, up.data, y.data));
@@ -53,9 +55,10 @@ rope(const lbq_array *x, const lbq_array *frequency, const lbq_array *gain, ptrd
     float *cosine;
     LBQ_TRY(lbq_allocate((size_t)(2 * tokens * half) * sizeof *cosine, &cosine));
     float *const sine = cosine + tokens * half;
-    lbq_rope_table(first, tokens, half, frequency->data, factor, cosine, sine);
-    const lbq_status status =
-        lbq_rope(tokens, x->dims[1], half, cosine, sine, gain->data, epsilon, x->data);
+    lbq_status status =
+        lbq_rope_table(first, 1, tokens, half, frequency->data, factor, cosine, sine);
+    if (status == LBQ_OK)
+        status = lbq_rope(tokens, x->dims[1], half, cosine, sine, gain->data, epsilon, x->data);
     lbq_free(cosine);
     return status;
 }
@@ -66,7 +69,7 @@ LBQ_BINDING(rope)
     Py_ssize_t first;
     double factor, epsilon;
     const lbq_arg spec[] = {
-        LBQ_INOUT("x", &x, NPY_FLOAT32, "thd"),
+        LBQ_INOUT("x", &x, NPY_FLOAT32, "t*hd"),
         LBQ_IN("frequency", &frequency, NPY_FLOAT64, "f"),
         LBQ_IN_OR_NONE("gain", &gain, NPY_FLOAT32, "d"),
         LBQ_INT("first", &first, 0, INT32_MAX),
@@ -102,9 +105,12 @@ attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, int bits, 
     const size_t bytes = lbq_store_bytes(&heads, capacity, bits);
     const size_t scratch = lbq_attention_scratch(&heads, tokens);
     lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, lbq_padded(bytes) + lbq_padded(scratch)));
+    const size_t key_bytes = sizeof(float) * (size_t)(positions * heads.kv_heads * heads.head_dim);
+    LBQ_TRY(
+        lbq_arena_open(&arena, lbq_padded(bytes) + lbq_padded(scratch) + lbq_padded(key_bytes)));
     const lbq_store store = lbq_store_at(&heads, capacity, bits, lbq_arena_take(&arena, bytes));
-    lbq_status status = lbq_attention_store(&heads, 0, positions, k->data, v->data, &store);
+    float *const keys = memcpy(lbq_arena_take(&arena, key_bytes), k->data, key_bytes);
+    lbq_status status = lbq_store_write(&heads, 0, positions, keys, v->data, &store);
     if (status == LBQ_OK)
         status = lbq_attention(&heads,
                                positions - tokens,
@@ -125,7 +131,7 @@ LBQ_BINDING(attention)
         LBQ_IN("q", &q, NPY_FLOAT32, "thd"),
         LBQ_IN("k", &k, NPY_FLOAT32, "sjd"),
         LBQ_IN("v", &v, NPY_FLOAT32, "sjd"),
-        LBQ_OUT("o", &o, NPY_FLOAT32, "thd"),
+        LBQ_OUT_OVER("o", &o, NPY_FLOAT32, "thd", "q"),
         LBQ_INT("bits", &bits, 8, 32),
     };
     LBQ_PARSE("attention", spec);
@@ -136,9 +142,9 @@ LBQ_BINDING(cross_entropy)
 {
     lbq_array logits, target, nll;
     const lbq_arg spec[] = {
-        LBQ_IN("logits", &logits, NPY_FLOAT32, "tv"),
-        LBQ_IN("target", &target, NPY_INT32, "t"),
-        LBQ_OUT("nll", &nll, NPY_FLOAT64, "t"),
+        LBQ_IN("logits", &logits, NPY_FLOAT32, "t*v"),
+        LBQ_IN("target", &target, NPY_INT32, "t*"),
+        LBQ_OUT("nll", &nll, NPY_FLOAT64, "t*"),
     };
     LBQ_PARSE("cross_entropy", spec);
     LBQ_RUN(lbq_cross_entropy(logits.dims[0], logits.dims[1], logits.data, target.data, nll.data));
@@ -148,10 +154,10 @@ LBQ_BINDING(kl_divergence)
 {
     lbq_array p, q, kl, same;
     const lbq_arg spec[] = {
-        LBQ_IN("p", &p, NPY_FLOAT32, "tv"),
-        LBQ_IN("q", &q, NPY_FLOAT32, "tv"),
-        LBQ_OUT("kl", &kl, NPY_FLOAT64, "t"),
-        LBQ_OUT("same", &same, NPY_UINT8, "t"),
+        LBQ_IN("p", &p, NPY_FLOAT32, "t*v"),
+        LBQ_IN("q", &q, NPY_FLOAT32, "t*v"),
+        LBQ_OUT("kl", &kl, NPY_FLOAT64, "t*"),
+        LBQ_OUT("same", &same, NPY_UINT8, "t*"),
     };
     LBQ_PARSE("kl_divergence", spec);
     LBQ_RUN(lbq_kl_divergence(p.dims[0], p.dims[1], p.data, q.data, kl.data, same.data));
@@ -161,6 +167,7 @@ LBQ_BINDING(block)
 {
     lbq_array attention_norm, mlp_norm, query_norm, key_norm;
     const lbq_linear *query, *key, *value, *output, *gate, *up, *down;
+    double attention_scale, mlp_scale;
     const lbq_arg spec[] = {
         LBQ_IN_OR_NONE("attention_norm", &attention_norm, NPY_FLOAT32, "h"),
         LBQ_IN_OR_NONE("mlp_norm", &mlp_norm, NPY_FLOAT32, "h"),
@@ -173,6 +180,8 @@ LBQ_BINDING(block)
         LBQ_HANDLE("gate_proj", &gate, LINEAR),
         LBQ_HANDLE("up_proj", &up, LINEAR),
         LBQ_HANDLE("down_proj", &down, LINEAR),
+        LBQ_FLOAT("attention_scale", &attention_scale, -1e6, 1e6),
+        LBQ_FLOAT("mlp_scale", &mlp_scale, -1e6, 1e6),
     };
     LBQ_PARSE("block", spec);
     lbq_block *made;
@@ -193,6 +202,8 @@ LBQ_BINDING(block)
         .gate = gate,
         .up = up,
         .down = down,
+        .attention_scale = (float)attention_scale,
+        .mlp_scale = (float)mlp_scale,
     };
     return lbq_handle_new(BLOCK, made, args);
 }
@@ -254,8 +265,8 @@ LBQ_BINDING(decoder_embed)
     lbq_array tokens, x;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_IN("tokens", &tokens, NPY_INT32, "t"),
-        LBQ_OUT("x", &x, NPY_FLOAT32, "th"),
+        LBQ_IN("tokens", &tokens, NPY_INT32, "t*"),
+        LBQ_OUT("x", &x, NPY_FLOAT32, "t*h"),
     };
     LBQ_PARSE("decoder_embed", spec);
     const lbq_status status = lbq_check_axis(&x, "x", 1, "hidden", decoder->hidden);
@@ -289,11 +300,11 @@ LBQ_BINDING(decoder_block)
     Py_ssize_t index;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_INOUT("x", &x, NPY_FLOAT32, "th"),
-        LBQ_OUT_OR_NONE("qkv", &qkv, NPY_FLOAT32, "th"),
-        LBQ_OUT_OR_NONE("o", &o, NPY_FLOAT32, "ta"),
-        LBQ_OUT_OR_NONE("mlp", &mlp, NPY_FLOAT32, "th"),
-        LBQ_OUT_OR_NONE("down", &down, NPY_FLOAT32, "ti"),
+        LBQ_INOUT("x", &x, NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("qkv", &qkv, NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("o", &o, NPY_FLOAT32, "t*a"),
+        LBQ_OUT_OR_NONE("mlp", &mlp, NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("down", &down, NPY_FLOAT32, "t*i"),
         LBQ_INT("block", &index, 0, INT32_MAX),
     };
     LBQ_PARSE("decoder_block", spec);
@@ -306,8 +317,8 @@ LBQ_BINDING(decoder_finish)
     lbq_array x, y;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_IN("x", &x, NPY_FLOAT32, "th"),
-        LBQ_OUT("y", &y, NPY_FLOAT32, "th"),
+        LBQ_IN("x", &x, NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OVER("y", &y, NPY_FLOAT32, "t*h", "x"),
     };
     LBQ_PARSE("decoder_finish", spec);
     const lbq_status status = lbq_check_axis(&x, "x", 1, "hidden", decoder->hidden);
@@ -330,8 +341,8 @@ LBQ_BINDING(decoder_head)
     lbq_array y, logits;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_IN("y", &y, NPY_FLOAT32, "th"),
-        LBQ_OUT("logits", &logits, NPY_FLOAT32, "tv"),
+        LBQ_IN("y", &y, NPY_FLOAT32, "t*h"),
+        LBQ_OUT("logits", &logits, NPY_FLOAT32, "t*v"),
     };
     LBQ_PARSE("decoder_head", spec);
     LBQ_RUN(head(decoder, &y, &logits));
@@ -414,10 +425,10 @@ LBQ_BINDING(decoder_forward)
     Py_ssize_t past;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
-        LBQ_IN("tokens", &tokens, NPY_INT32, "t"),
+        LBQ_IN("tokens", &tokens, NPY_INT32, "t*"),
         LBQ_HANDLE_OR_NONE("cache", &cache, CACHE),
-        LBQ_OUT_OR_NONE("hidden", &hidden, NPY_FLOAT32, "rh"),
-        LBQ_OUT_OR_NONE("logits", &logits, NPY_FLOAT32, "rv"),
+        LBQ_OUT_OR_NONE("hidden", &hidden, NPY_FLOAT32, "r*h"),
+        LBQ_OUT_OR_NONE("logits", &logits, NPY_FLOAT32, "r*v"),
         LBQ_INT("past", &past, 0, INT32_MAX),
     };
     LBQ_PARSE("decoder_forward", spec);
@@ -449,8 +460,10 @@ PyMethodDef lbq_methods_transformer[] = {
                             block,
                             "block(attention_norm, mlp_norm, query_norm, key_norm, q_proj, k_proj, "
                             "v_proj, o_proj, "
-                            "gate_proj, up_proj, down_proj, /)\n--\n\n"
-                            "A handle of one block: gains (or None) and handles of linear layers.")
+                            "gate_proj, up_proj, down_proj, /, *, attention_scale, "
+                            "mlp_scale)\n--\n\n"
+                            "A handle of one block: gains (or None), layers, scales of what each "
+                            "half adds.")
                             LBQ_METHOD(decoder, "decoder(embedding, final_norm, frequency, head, "
                                                 "rotation, blocks, /, *, heads, kv_heads, "
                                                 "epsilon, rope_factor)\n--\n\n"

@@ -43,8 +43,10 @@ read_environment(PyObject *module)
         }
         threads = (int)number;
     }
-    const lbq_status status = lbq_use_isa(isa);
-    PyObject *const result = lbq_result(module, status ? status : lbq_set_threads(threads));
+    lbq_status status = lbq_use_isa(isa);
+    if (status == LBQ_OK) /* without the GIL: another interpreter may be computing */
+        LBQ_CALL(status, lbq_set_threads(threads));
+    PyObject *const result = lbq_result(module, status);
     Py_XDECREF(result);
     return result ? 0 : -1;
 }

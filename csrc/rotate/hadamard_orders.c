@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "core/interrupt.h"
 #include "core/memory.h"
 #include "rotate/hadamard.h"
 
@@ -179,15 +180,18 @@ paley_2(const field *f, const int8_t *chi, float *B)
                            (i / 2 == j / 2) * inside[i % 2][j % 2]);
 }
 
-static void
+static lbq_status
 hartley(ptrdiff_t order, float *B)
 {
     const double step = 6.283185307179586477 / (double)order;
-    for (ptrdiff_t i = 0; i < order; i++)
+    for (ptrdiff_t i = 0; i < order; i++) {
+        LBQ_TRY(lbq_interrupted());
         for (ptrdiff_t j = 0; j < order; j++) {
             const double angle = step * (double)(i * j % order);
             B[i * order + j] = (float)(cos(angle) + sin(angle));
         }
+    }
+    return LBQ_OK;
 }
 
 lbq_status
@@ -200,10 +204,8 @@ lbq_hadamard_base(ptrdiff_t order, float *B)
                 LBQ_MAX_ORDER);
     int p, m;
     const construction kind = construction_of(order, &p, &m);
-    if (kind == HARTLEY) {
-        hartley(order, B);
-        return LBQ_OK;
-    }
+    if (kind == HARTLEY)
+        return hartley(order, B);
     const field f = field_of(p, m);
     int8_t *chi;
     LBQ_TRY(lbq_allocate((size_t)f.q, &chi));

@@ -1,13 +1,48 @@
 /* Rotations of many rows: Hadamard rows in parallel, dense ones by BLAS. */
 #include "rotate/rotation.h"
 
-#include <stdbool.h>
 #include <string.h>
 
 #include "core/blas.h"
 #include "core/memory.h"
 #include "core/threads.h"
 #include "kernels/kernels.h"
+
+/* G. Fowler, L. C. Noll, P. Vo: FNV-1a, on words instead of bytes. */
+static uint64_t
+digest_of(uint64_t digest, const void *data, size_t words)
+{
+    const unsigned char *at = data;
+    for (size_t i = 0; i < words; i++, at += sizeof(uint32_t)) {
+        uint32_t word;
+        memcpy(&word, at, sizeof word);
+        digest = (digest ^ word) * 0x100000001b3u;
+    }
+    return digest;
+}
+
+void
+lbq_rotation_identify(lbq_rotation *rotation)
+{
+    const size_t n = (size_t)rotation->n;
+    const lbq_hadamard *const hadamard = &rotation->hadamard;
+    uint64_t digest = 0xcbf29ce484222325u;
+    if (rotation->dense) {
+        rotation->digest = digest_of(digest, rotation->dense, n * n);
+        return;
+    }
+    for (int j = 0; j < hadamard->factors; j++)
+        digest = (digest ^ (uint64_t)hadamard->orders[j]) * 0x100000001b3u;
+    rotation->digest = digest_of(digest, hadamard->diagonal, n);
+}
+
+bool
+lbq_same_rotation(const lbq_rotation *a, const lbq_rotation *b)
+{
+    if (a == b || !a || !b)
+        return a == b;
+    return a->n == b->n && !a->dense == !b->dense && a->digest == b->digest;
+}
 
 /* Additions in a chunk of rows: about 50 us of one core, below which a thread costs more than it
  * gives. */
@@ -57,27 +92,27 @@ rotate_dense(const lbq_rotation *rotation, bool back, ptrdiff_t rows, float *X)
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena, bytes));
     float *const copy = lbq_arena_take(&arena, bytes);
-    for (ptrdiff_t first = 0; first < rows; first += DENSE_ROWS) {
-        const ptrdiff_t left = rows - first, count = left < DENSE_ROWS ? left : DENSE_ROWS;
+    lbq_status status = LBQ_OK;
+    for (ptrdiff_t first = 0; first < rows && status == LBQ_OK; first += DENSE_ROWS) {
+        const ptrdiff_t count = lbq_smaller(DENSE_ROWS, rows - first);
         float *const to = X + first * n;
         memcpy(copy, to, (size_t)count * (size_t)n * sizeof(float));
-        BLAS(cblas_sgemm)(CblasRowMajor,
-                          CblasNoTrans,
-                          back ? CblasNoTrans : CblasTrans,
-                          (int)count,
-                          (int)n,
-                          (int)n,
-                          1,
-                          copy,
-                          (int)n,
-                          rotation->dense,
-                          (int)n,
-                          0,
-                          to,
-                          (int)n);
+        status = lbq_sgemm(CblasNoTrans,
+                           back ? CblasNoTrans : CblasTrans,
+                           count,
+                           n,
+                           n,
+                           1,
+                           copy,
+                           n,
+                           rotation->dense,
+                           n,
+                           0,
+                           to,
+                           n);
     }
     lbq_arena_close(&arena);
-    return LBQ_OK;
+    return status;
 }
 
 static lbq_status

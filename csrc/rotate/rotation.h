@@ -5,6 +5,7 @@
 #ifndef LBQ_ROTATION_H
 #define LBQ_ROTATION_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -15,7 +16,14 @@ typedef struct {
     ptrdiff_t n;
     const float *dense;    /* R (n, n), row-major; NULL: */
     lbq_hadamard hadamard; /* the fast form */
+    uint64_t digest;       /* by lbq_rotation_identify() */
 } lbq_rotation;
+
+/* Digests what R is made of, so that equal rotations can be told whatever memory they lie in. */
+void lbq_rotation_identify(lbq_rotation *rotation);
+
+/* Whether two rotations are one matrix; NULL is the identity. */
+bool lbq_same_rotation(const lbq_rotation *a, const lbq_rotation *b);
 
 /* Each row x of X (rows, n) becomes R x, or R^T x; in place, rows in parallel, equal bits for any
  * number of threads where R is a Hadamard matrix. LBQ_NO_MEMORY. Not inside a task where R is

@@ -13,8 +13,6 @@
 #include <float.h>
 #include <math.h>
 #include <stdbool.h>
-#include <stdint.h>
-#include <string.h>
 
 #include "core/memory.h"
 #include "core/threads.h"
@@ -28,105 +26,7 @@ enum {
     MANY = 13,            /* queries: more than two tiles of the products */
     SPLITS = 16,          /* runs of keys at most: enough for the threads, few to merge */
     LEAST_FLOATS = 1 << 16, /* of keys and values in such a run: 26 us from memory */
-    STORE_TOKENS = 64,      /* per task */
 };
-
-lbq_store
-lbq_store_at(const lbq_heads *heads, ptrdiff_t capacity, int bits, void *memory)
-{
-    const ptrdiff_t positions = heads->kv_heads * capacity, d = heads->head_dim;
-    char *const keys = memory, *const values = keys + positions * d * (bits / 8);
-    lbq_store store = {.capacity = capacity, .bits = bits, .keys = keys, .values = values};
-    if (bits == 8) {
-        store.key_scale = (float *)(values + positions * lbq_value_width(d));
-        store.value_scale = store.key_scale + positions;
-    }
-    return store;
-}
-
-size_t
-lbq_store_bytes(const lbq_heads *heads, ptrdiff_t capacity, int bits)
-{
-    const ptrdiff_t numbers = heads->head_dim + lbq_value_width(heads->head_dim);
-    const ptrdiff_t scales = bits == 8 ? 2 * (ptrdiff_t)sizeof(float) : 0;
-    return (size_t)(heads->kv_heads * capacity * (numbers * (bits / 8) + scales));
-}
-
-/* q[i * stride] = x[i] 127 / max |x|, ties to even; returns the scale, NaN if x has a NaN or an
- * infinity. As quantize_i8, whose steps are too short for some heads. */
-static float
-quantize(const float *x, ptrdiff_t count, ptrdiff_t stride, int8_t *q)
-{
-    uint32_t top = 0; /* of bit patterns, where NaN > infinity > every number */
-    for (ptrdiff_t i = 0; i < count; i++) {
-        uint32_t bits;
-        memcpy(&bits, x + i, sizeof bits);
-        bits &= 0x7fffffff;
-        top = bits > top ? bits : top;
-    }
-    float largest;
-    memcpy(&largest, &top, sizeof largest);
-    const bool usable = largest >= 0x1p-100f && largest < INFINITY;
-    const float inverse = usable ? 127 / largest : 0;
-    for (ptrdiff_t i = 0; i < count; i++)
-        q[i * stride] = usable ? (int8_t)lrintf(x[i] * inverse) : 0;
-    return usable ? largest / 127 : largest < 0x1p-100f ? 0 : NAN;
-}
-
-typedef struct {
-    const lbq_heads *heads;
-    ptrdiff_t past, tokens;
-    const float *k, *v;
-    const lbq_store *store;
-} storing;
-
-/* One position of one head: where its key and its value begin in the store. */
-static void
-store_floats(const float *k, const float *v, ptrdiff_t d, float *key, float *value)
-{
-    for (ptrdiff_t i = 0; i < d; i++)
-        key[i * LBQ_KEYS] = k[i];
-    memcpy(value, v, (size_t)d * sizeof(float));
-    for (ptrdiff_t i = d; i < lbq_value_width(d); i++)
-        value[i] = 0;
-}
-
-static lbq_status
-store_task(void *context, ptrdiff_t index, int worker)
-{
-    (void)worker;
-    const storing *const s = context;
-    const lbq_store *const store = s->store;
-    const ptrdiff_t d = s->heads->head_dim, width = lbq_value_width(d);
-    const ptrdiff_t kv_heads = s->heads->kv_heads;
-    const ptrdiff_t first = index * STORE_TOKENS;
-    const ptrdiff_t end = first + STORE_TOKENS < s->tokens ? first + STORE_TOKENS : s->tokens;
-    for (ptrdiff_t head = 0; head < kv_heads; head++)
-        for (ptrdiff_t t = first; t < end; t++) {
-            const ptrdiff_t position = head * store->capacity + s->past + t;
-            const ptrdiff_t lane = position % LBQ_KEYS;
-            const ptrdiff_t key = (position - lane) * d + lane, value = position * width;
-            const float *const k = s->k + (t * kv_heads + head) * d;
-            const float *const v = s->v + (t * kv_heads + head) * d;
-            if (store->bits == 8) {
-                int8_t *const q = (int8_t *)store->values + value;
-                store->key_scale[position] = quantize(k, d, LBQ_KEYS, (int8_t *)store->keys + key);
-                store->value_scale[position] = quantize(v, d, 1, q);
-                memset(q + d, 0, (size_t)(width - d));
-            } else {
-                store_floats(k, v, d, (float *)store->keys + key, (float *)store->values + value);
-            }
-        }
-    return LBQ_OK;
-}
-
-lbq_status
-lbq_attention_store(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const float *k,
-                    const float *v, const lbq_store *store)
-{
-    storing s = {.heads = heads, .past = past, .tokens = tokens, .k = k, .v = v, .store = store};
-    return lbq_parallel(lbq_pieces(tokens, STORE_TOKENS), store_task, &s);
-}
 
 /* How the work is cut: a function of the sizes alone, so that the result does not depend on the
  * number of threads. */
@@ -192,6 +92,7 @@ sums_at(const lbq_heads *heads, ptrdiff_t rows, char *scratch)
 /* Scratch of one worker. */
 typedef struct {
     float *Q, *S;   /* (rows, head_dim), (rows, BLOCK) */
+    float *T;       /* (rows, head_dim), of turn_bias */
     float *panel;   /* (LBQ_KEYS, width) */
     float *factors; /* (rows) */
     sums sums;
@@ -201,7 +102,7 @@ static size_t
 workspace_bytes(const lbq_heads *heads, ptrdiff_t rows)
 {
     const ptrdiff_t panel = LBQ_KEYS * lbq_value_width(heads->head_dim);
-    return lbq_padded((size_t)(rows * (heads->head_dim + BLOCK + 1) + panel) * sizeof(float)) +
+    return lbq_padded((size_t)(rows * (2 * heads->head_dim + BLOCK + 1) + panel) * sizeof(float)) +
            sums_bytes(heads, rows);
 }
 
@@ -210,10 +111,12 @@ workspace_at(const lbq_heads *heads, ptrdiff_t rows, char *scratch, int worker)
 {
     char *const own = scratch + (size_t)worker * workspace_bytes(heads, rows);
     float *const S = (float *)(own + sums_bytes(heads, rows));
-    float *const Q = S + rows * BLOCK, *const panel = Q + rows * heads->head_dim;
+    float *const Q = S + rows * BLOCK, *const T = Q + rows * heads->head_dim;
+    float *const panel = T + rows * heads->head_dim;
     return (workspace){
         .Q = Q,
         .S = S,
+        .T = T,
         .panel = panel,
         .factors = panel + LBQ_KEYS * lbq_value_width(heads->head_dim),
         .sums = sums_at(heads, rows, own),
@@ -238,32 +141,73 @@ sums_of_split(const attention *a, ptrdiff_t head, ptrdiff_t split)
     return sums_at(a->heads, a->cut.rows, a->splits + index * sums_bytes(a->heads, a->cut.rows));
 }
 
-/* Row r of Q is query head r % group of token r / group, times log2(e) / sqrt(d): scores are
- * logarithms of base 2. */
+/* Where row r of a piece lies in q and o: query head r % group of token first + r / group. */
+static ptrdiff_t
+place_of(const lbq_heads *heads, ptrdiff_t head, ptrdiff_t first, ptrdiff_t r)
+{
+    const ptrdiff_t group = heads->heads / heads->kv_heads;
+    const ptrdiff_t t = first + r / group, h = head * group + r % group;
+    return (t * heads->heads + h) * heads->head_dim;
+}
+
+/* Of scores, which are logarithms of base 2. */
+static float
+scale_of(const lbq_heads *heads)
+{
+    return (float)(LOG2E / sqrt((double)heads->head_dim));
+}
+
+/* The rows of a piece, scaled, and transformed as the keys are. */
 static void
 gather(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, float *Q)
 {
-    const ptrdiff_t d = a->heads->head_dim, group = a->heads->heads / a->heads->kv_heads;
-    const float scale = (float)(LOG2E / sqrt((double)d));
+    const ptrdiff_t d = a->heads->head_dim, order = lbq_key_order(d);
+    const float scale = scale_of(a->heads);
     for (ptrdiff_t r = 0; r < rows; r++) {
-        const ptrdiff_t t = first + r / group, h = head * group + r % group;
-        const float *const q = a->q + (t * a->heads->heads + h) * d;
+        const float *const q = a->q + place_of(a->heads, head, first, r);
         for (ptrdiff_t i = 0; i < d; i++)
             Q[r * d + i] = q[i] * scale;
+    }
+    if (a->store->bits == 8)
+        lbq_kernel.hadamard_sylvester(order, rows * d / order, NULL, NULL, Q);
+}
+
+/* T (rows, d), whose product with column j of the turns is the scaled q . R(s + j) b; the panel
+ * begins at position s. With a pair x, y of R(s) b and q, q' of the query, R(j) makes the term
+ * (q x + q' y) cos + (q' x - q y) sin. */
+static void
+turn_bias(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t panel,
+          float *T)
+{
+    const lbq_store_bias *const bias = &a->store->bias;
+    const ptrdiff_t d = a->heads->head_dim, half = d / 2;
+    const float *const cosine = bias->cosine + panel * half;
+    const float *const sine = bias->sine + panel * half;
+    const float *const b = bias->key + head * d, scale = scale_of(a->heads);
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const float *const q = a->q + place_of(a->heads, head, first, r);
+        for (ptrdiff_t i = 0; i < half; i++) {
+            const float x = scale * (b[i] * cosine[i] - b[half + i] * sine[i]);
+            const float y = scale * (b[half + i] * cosine[i] + b[i] * sine[i]);
+            T[r * d + i] = q[i] * x + q[half + i] * y;
+            T[r * d + half + i] = q[half + i] * x - q[i] * y;
+        }
     }
 }
 
 static void
 scatter(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, const sums *from)
 {
-    const ptrdiff_t d = a->heads->head_dim, group = a->heads->heads / a->heads->kv_heads;
+    const ptrdiff_t d = a->heads->head_dim;
+    const float *const bias = a->store->bias.value;
     for (ptrdiff_t r = 0; r < rows; r++) {
-        const ptrdiff_t t = first + r / group, h = head * group + r % group;
         const float factor = 1.0f / from->sum[r];
         const float *const O = from->O + r * lbq_value_width(d);
-        float *const o = a->o + (t * a->heads->heads + h) * d;
+        float *const o = a->o + place_of(a->heads, head, first, r);
         for (ptrdiff_t i = 0; i < d; i++)
             o[i] = O[i] * factor;
+        for (ptrdiff_t i = 0; bias && i < d; i++)
+            o[i] += bias[head * d + i];
     }
 }
 
@@ -314,8 +258,6 @@ weigh(const attention *a, ptrdiff_t rows, ptrdiff_t position, ptrdiff_t count, p
 {
     const lbq_store *const store = a->store;
     const ptrdiff_t group = a->heads->heads / a->heads->kv_heads;
-    if (store->bits == 8)
-        scale_keys(rows, group, visible, count, store->key_scale + position, w->S);
     hide_keys(rows, group, visible, count, w->S);
     lbq_kernel.softmax_f32(rows, count, w->S, BLOCK, w->sums.max, w->sums.sum, w->factors);
     if (begun)
@@ -355,12 +297,38 @@ multiply(operand B, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, ptrdi
         lbq_kernel.product_i8_f32(m, n, k, A, lda, B.bytes, ldb, add, C, ldc);
 }
 
-/* The keys from..end of one head, for rows of which row r sees the first visible + r / group. */
+/* Scores of `count` keys of one head, the first at position `from`, a multiple of LBQ_KEYS; up to
+ * 15 more are computed, whole vectors, and not read. */
 static void
-attend_keys(const attention *a, ptrdiff_t head, ptrdiff_t rows, ptrdiff_t from, ptrdiff_t end,
-            ptrdiff_t visible, const workspace *w)
+score(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from,
+      ptrdiff_t count, const workspace *w)
 {
-    const ptrdiff_t d = a->heads->head_dim, width = lbq_value_width(d);
+    const lbq_store *const store = a->store;
+    const ptrdiff_t d = a->heads->head_dim, group = a->heads->heads / a->heads->kv_heads;
+    const ptrdiff_t position = head * store->capacity + from, visible = a->past + first + 1 - from;
+    const operand turns = {.floats = store->bias.turns};
+    for (ptrdiff_t s = 0; s < count; s += LBQ_KEYS) {
+        const ptrdiff_t panel = LBQ_KEYS < count - s ? LBQ_KEYS : count - s;
+        const ptrdiff_t whole = (panel + 15) / 16 * 16, at = (position + s) * d;
+        const operand K = panel_at(store->bits, store->keys, at, d * LBQ_KEYS, rows, w->panel);
+        float *const S = w->S + s;
+        multiply(K, rows, whole, d, w->Q, d, LBQ_KEYS, 0, S, BLOCK);
+        if (store->bits == 8)
+            scale_keys(rows, group, visible - s, panel, store->key_scale + position + s, S);
+        if (store->bias.key) {
+            turn_bias(a, head, first, rows, (from + s) / LBQ_KEYS, w->T);
+            multiply(turns, rows, whole, d, w->T, d, LBQ_KEYS, 1, S, BLOCK);
+        }
+    }
+}
+
+/* The keys from..end of one head, for the rows of the tokens first, first + 1, ... */
+static void
+attend_keys(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from,
+            ptrdiff_t end, const workspace *w)
+{
+    const ptrdiff_t width = lbq_value_width(a->heads->head_dim);
+    const ptrdiff_t visible = a->past + first + 1;
     const lbq_store *const store = a->store;
     float *const O = w->sums.O;
     bool begun = false;
@@ -371,14 +339,7 @@ attend_keys(const attention *a, ptrdiff_t head, ptrdiff_t rows, ptrdiff_t from, 
     for (; from < end; from += BLOCK, begun = true) {
         const ptrdiff_t count = BLOCK < end - from ? BLOCK : end - from;
         const ptrdiff_t position = head * store->capacity + from;
-        for (ptrdiff_t s = 0; s < count; s += LBQ_KEYS) {
-            /* Whole vectors: up to 15 scores beyond `count` are computed and not read. */
-            const ptrdiff_t panel = LBQ_KEYS < count - s ? LBQ_KEYS : count - s;
-            const ptrdiff_t whole = (panel + 15) / 16 * 16;
-            const ptrdiff_t at = (position + s) * d;
-            const operand K = panel_at(store->bits, store->keys, at, d * LBQ_KEYS, rows, w->panel);
-            multiply(K, rows, whole, d, w->Q, d, LBQ_KEYS, 0, w->S + s, BLOCK);
-        }
+        score(a, head, first, rows, from, count, w);
         weigh(a, rows, position, count, visible - from, begun, w);
         for (ptrdiff_t s = 0; s < count; s += LBQ_KEYS) {
             const ptrdiff_t panel = LBQ_KEYS < count - s ? LBQ_KEYS : count - s;
@@ -407,7 +368,7 @@ attend_piece(const attention *a, ptrdiff_t index, int worker)
     if (c->splits > 1)
         w.sums = sums_of_split(a, head, split);
     gather(a, head, first, rows, w.Q);
-    attend_keys(a, head, rows, from, end, a->past + first + 1, &w);
+    attend_keys(a, head, first, rows, from, end, &w);
     if (c->splits == 1)
         scatter(a, head, first, rows, &w.sums);
 }

@@ -57,6 +57,18 @@ first_index_of(const float *x, ptrdiff_t count, float value)
     return -1;
 }
 
+/* exp_gap_f32 where a difference of logits does not fit float32. */
+static double
+gap_wide(const float *p, const float *q, ptrdiff_t vocab, double p_max, double q_max)
+{
+    double sum = 0;
+    for (ptrdiff_t i = 0; i < vocab; i++) {
+        const double a = (double)p[i] - p_max, b = (double)q[i] - q_max;
+        sum += exp(a) * (a - b);
+    }
+    return sum;
+}
+
 static lbq_status
 divergence_task(void *context, ptrdiff_t t, int worker)
 {
@@ -67,7 +79,9 @@ divergence_task(void *context, ptrdiff_t t, int worker)
     const float p_max = lbq_kernel.max_f32(p, vocab), q_max = lbq_kernel.max_f32(q, vocab);
     const double p_sum = lbq_kernel.exp_sum_f32(p, vocab, p_max);
     const double q_sum = lbq_kernel.exp_sum_f32(q, vocab, q_max);
-    const double gap = lbq_kernel.exp_gap_f32(p, q, vocab, p_max, q_max);
+    double gap = lbq_kernel.exp_gap_f32(p, q, vocab, p_max, q_max);
+    if (!isfinite(gap))
+        gap = gap_wide(p, q, vocab, (double)p_max, (double)q_max);
     d->kl[t] = gap / p_sum - log(p_sum) + log(q_sum);
     d->same[t] = first_index_of(p, vocab, p_max) == first_index_of(q, vocab, q_max);
     LBQ_REQUIRE(isfinite(d->kl[t]), LBQ_BAD_VALUE, "row %td of p or q is not finite", t);

@@ -29,6 +29,9 @@ typedef struct {
     float *cosine, *sine; /* (tokens, head_dim / 2) */
     void *attention;
     lbq_store store; /* of one block, where there is no cache */
+    /* Tables of lbq_store_bias, if the cache leaves biases of keys out: */
+    ptrdiff_t panels;
+    float *panel_cosine, *panel_sine, *turns;
 } scratch;
 
 static ptrdiff_t
@@ -47,7 +50,7 @@ static ptrdiff_t
 batch_of(const lbq_decoder *decoder, ptrdiff_t tokens)
 {
     for (ptrdiff_t i = 0; i < decoder->block_count; i++)
-        if (!decoder->blocks[i]->gate->activation_bits)
+        if (lbq_linear_is_float(decoder->blocks[i]->gate))
             return tokens;
     const ptrdiff_t batches = lbq_pieces(tokens, BATCH * lbq_threads());
     return lbq_pieces(tokens, batches);
@@ -64,8 +67,33 @@ take(lbq_arena *arena, ptrdiff_t floats, float **block)
     return lbq_padded(bytes);
 }
 
+/* The bias that 8-bit keys leave out. A norm of the keys, which comes after it, makes it differ
+ * from token to token. */
+static const float *
+key_bias_of(const lbq_block *block)
+{
+    return block->key_norm ? NULL : block->key->bias;
+}
+
+/* The tables for biases of keys, if a block leaves any out. */
 static size_t
-take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, bool cached, lbq_arena *arena,
+take_tables(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache, lbq_arena *arena,
+            scratch *s)
+{
+    const ptrdiff_t half = decoder->heads.head_dim / 2;
+    bool any = false;
+    for (ptrdiff_t i = 0; i < decoder->block_count; i++)
+        any |= key_bias_of(decoder->blocks[i]) != NULL;
+    if (!any || cache->bits != 8)
+        return 0;
+    s->panels = lbq_pieces(cache->past + tokens, LBQ_KEYS);
+    return take(arena, s->panels * half, &s->panel_cosine) +
+           take(arena, s->panels * half, &s->panel_sine) +
+           take(arena, 2 * half * LBQ_KEYS, &s->turns);
+}
+
+static size_t
+take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache, lbq_arena *arena,
              scratch *s)
 {
     const lbq_heads *const heads = &decoder->heads;
@@ -88,7 +116,9 @@ take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, bool cached, lbq_aren
     const size_t attention_bytes = lbq_attention_scratch(heads, batch);
     bytes += take(arena, (ptrdiff_t)(attention_bytes / sizeof(float)), &attention);
     s->attention = attention;
-    if (!cached) {
+    if (cache) {
+        bytes += take_tables(decoder, tokens, cache, arena, s);
+    } else {
         const ptrdiff_t capacity = lbq_key_capacity(tokens);
         const size_t store_bytes = lbq_store_bytes(heads, capacity, 32);
         float *store = NULL;
@@ -100,18 +130,29 @@ take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, bool cached, lbq_aren
 
 /* What lies in a block's store at `past` and after is about to be overwritten. */
 static lbq_store
-store_of(const lbq_decoder *decoder, const lbq_cache *cache, ptrdiff_t index)
+store_of(const lbq_decoder *decoder, const lbq_cache *cache, ptrdiff_t index, const scratch *s)
 {
     const lbq_heads *const heads = &decoder->heads;
+    const lbq_block *const block = decoder->blocks[index];
     const size_t bytes = lbq_store_bytes(heads, cache->capacity, cache->bits);
     char *const memory = (char *)cache->memory + (size_t)index * bytes;
-    return lbq_store_at(heads, cache->capacity, cache->bits, memory);
+    lbq_store store = lbq_store_at(heads, cache->capacity, cache->bits, memory);
+    if (cache->bits == 8)
+        store.bias = (lbq_store_bias){
+            .key = key_bias_of(block),
+            .value = block->value->bias,
+            .cosine = s->panel_cosine,
+            .sine = s->panel_sine,
+            .turns = s->turns,
+        };
+    return store;
 }
 
 typedef struct {
     float *x;
     const float *y;
     ptrdiff_t count;
+    float scale;
 } addition;
 
 enum { CHUNK = 1 << 16 };
@@ -125,14 +166,14 @@ add_task(void *context, ptrdiff_t index, int worker)
     float *const restrict x = a->x;
     const float *const restrict y = a->y;
     for (ptrdiff_t i = index * CHUNK; i < end; i++)
-        x[i] += y[i];
+        x[i] += a->scale * y[i];
     return LBQ_OK;
 }
 
 static lbq_status
-add(float *x, const float *y, ptrdiff_t count)
+add(float *x, float scale, const float *y, ptrdiff_t count)
 {
-    addition a = {.x = x, .y = y, .count = count};
+    addition a = {.x = x, .y = y, .scale = scale, .count = count};
     return lbq_parallel(lbq_pieces(count, CHUNK), add_task, &a);
 }
 
@@ -145,7 +186,12 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
     float *const n = taps->qkv ? taps->qkv : s->norm;
     float *const o = taps->output ? taps->output : s->q;
     LBQ_TRY(lbq_rmsnorm(tokens, decoder->hidden, x, block->attention_norm, decoder->epsilon, n));
-    const lbq_linear *const layers[] = {block->query, block->key, block->value};
+    lbq_linear key = *block->key, value = *block->value;
+    if (store->bias.key)
+        key.bias = NULL;
+    if (store->bias.value)
+        value.bias = NULL;
+    const lbq_linear *const layers[] = {block->query, &key, &value};
     float *const outputs[] = {s->q, s->k, s->v};
     LBQ_TRY(lbq_linears_forward(3, layers, tokens, n, outputs));
     LBQ_TRY(lbq_rope(
@@ -158,10 +204,10 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
                      block->key_norm,
                      decoder->epsilon,
                      s->k));
-    LBQ_TRY(lbq_attention_store(heads, past, tokens, s->k, s->v, store));
+    LBQ_TRY(lbq_store_write(heads, past, tokens, s->k, s->v, store));
     LBQ_TRY(lbq_attention(heads, past, tokens, s->q, store, s->attention, o));
     LBQ_TRY(lbq_linear_forward(block->output, tokens, o, s->norm));
-    return add(x, s->norm, tokens * decoder->hidden);
+    return add(x, block->attention_scale, s->norm, tokens * decoder->hidden);
 }
 
 static lbq_status
@@ -176,7 +222,7 @@ feed_forward(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t token
     LBQ_TRY(lbq_linears_forward(2, layers, tokens, n, outputs));
     LBQ_TRY(lbq_swiglu(tokens * block->gate->rows, s->gate, s->up, y));
     LBQ_TRY(lbq_linear_forward(block->down, tokens, y, s->norm));
-    return add(x, s->norm, tokens * decoder->hidden);
+    return add(x, block->mlp_scale, s->norm, tokens * decoder->hidden);
 }
 
 static float *
@@ -210,16 +256,17 @@ run_block(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, pt
     return LBQ_OK;
 }
 
-static void
-fill_rope_table(const lbq_decoder *decoder, ptrdiff_t past, ptrdiff_t tokens, scratch *s)
+static lbq_status
+fill_tables(const lbq_decoder *decoder, ptrdiff_t past, ptrdiff_t tokens, scratch *s)
 {
-    lbq_rope_table(past,
-                   tokens,
-                   decoder->heads.head_dim / 2,
-                   decoder->frequency,
-                   decoder->rope_factor,
-                   s->cosine,
-                   s->sine);
+    const ptrdiff_t half = decoder->heads.head_dim / 2;
+    const double *const frequency = decoder->frequency, factor = decoder->rope_factor;
+    LBQ_TRY(lbq_rope_table(past, 1, tokens, half, frequency, factor, s->cosine, s->sine));
+    if (!s->turns)
+        return LBQ_OK;
+    lbq_rope_columns(LBQ_KEYS, half, frequency, s->turns);
+    return lbq_rope_table(
+        0, LBQ_KEYS, s->panels, half, frequency, factor, s->panel_cosine, s->panel_sine);
 }
 
 static lbq_status
@@ -277,6 +324,11 @@ lbq_decoder_check(const lbq_decoder *decoder)
                 decoder->vocab,
                 hidden);
     LBQ_REQUIRE(!embedding->bias, LBQ_BAD_VALUE, "the embedding has a bias, expected none");
+    for (ptrdiff_t i = 0; i < embedding->count; i++)
+        LBQ_REQUIRE(!embedding->copies[i].output,
+                    LBQ_BAD_VALUE,
+                    "copy %td of the embedding has an output rotation, expected none",
+                    i);
     LBQ_REQUIRE(!decoder->head ||
                     (decoder->head->rows == decoder->vocab && decoder->head->cols == hidden),
                 LBQ_BAD_SHAPE,
@@ -319,11 +371,11 @@ lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
     LBQ_REQUIRE(tokens >= 1, LBQ_BAD_SHAPE, "there are no tokens");
     scratch s = {0};
     lbq_arena arena = {0};
-    LBQ_TRY(lbq_arena_open(&arena, take_scratch(decoder, tokens, false, &arena, &s)));
-    take_scratch(decoder, tokens, false, &arena, &s);
-    fill_rope_table(decoder, 0, tokens, &s);
-    const lbq_status status =
-        run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, taps, &s, x);
+    LBQ_TRY(lbq_arena_open(&arena, take_scratch(decoder, tokens, NULL, &arena, &s)));
+    take_scratch(decoder, tokens, NULL, &arena, &s);
+    lbq_status status = fill_tables(decoder, 0, tokens, &s);
+    if (status == LBQ_OK)
+        status = run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, taps, &s, x);
     lbq_arena_close(&arena);
     return status;
 }
@@ -354,9 +406,9 @@ run_blocks(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache,
 {
     const lbq_taps none = {0};
     const ptrdiff_t past = cache ? cache->past : 0;
-    fill_rope_table(decoder, past, tokens, s);
+    LBQ_TRY(fill_tables(decoder, past, tokens, s));
     for (ptrdiff_t i = 0; i < decoder->block_count; i++) {
-        const lbq_store store = cache ? store_of(decoder, cache, i) : s->store;
+        const lbq_store store = cache ? store_of(decoder, cache, i, s) : s->store;
         LBQ_TRY(run_block(decoder, decoder->blocks[i], past, tokens, &store, &none, s, x));
     }
     return LBQ_OK;

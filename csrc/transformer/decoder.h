@@ -24,6 +24,7 @@ typedef struct {
     const float *attention_norm, *mlp_norm; /* (hidden); NULL: fused into the layers, all ones */
     const float *query_norm, *key_norm;     /* (head_dim), of each head; NULL: none */
     const lbq_linear *query, *key, *value, *output, *gate, *up, *down;
+    float attention_scale, mlp_scale; /* of what each half adds to the residual stream */
 } lbq_block;
 
 typedef struct {

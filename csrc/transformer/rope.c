@@ -1,4 +1,4 @@
-/* Tables once per call, then tokens in parallel. */
+/* Tables once per call, then the turns; tokens in parallel. */
 #include "transformer/rope.h"
 
 #include <math.h>
@@ -8,15 +8,44 @@
 
 enum { TOKENS = 32 }; /* per task */
 
-void
-lbq_rope_table(ptrdiff_t first, ptrdiff_t tokens, ptrdiff_t half, const double *frequency,
-               double factor, float *cosine, float *sine)
+typedef struct {
+    ptrdiff_t first, step, tokens, half;
+    const double *frequency;
+    double factor;
+    float *cosine, *sine;
+} rope_table;
+
+static lbq_status
+table_task(void *context, ptrdiff_t index, int worker)
 {
-    for (ptrdiff_t t = 0; t < tokens; t++)
+    (void)worker;
+    const rope_table *const p = context;
+    const ptrdiff_t half = p->half, end = lbq_smaller((index + 1) * TOKENS, p->tokens);
+    for (ptrdiff_t t = index * TOKENS; t < end; t++)
         for (ptrdiff_t i = 0; i < half; i++) {
-            const double angle = (double)(first + t) * frequency[i];
-            cosine[t * half + i] = (float)(cos(angle) * factor);
-            sine[t * half + i] = (float)(sin(angle) * factor);
+            const double angle = (double)(p->first + t * p->step) * p->frequency[i];
+            p->cosine[t * half + i] = (float)(cos(angle) * p->factor);
+            p->sine[t * half + i] = (float)(sin(angle) * p->factor);
+        }
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_rope_table(ptrdiff_t first, ptrdiff_t step, ptrdiff_t tokens, ptrdiff_t half,
+               const double *frequency, double factor, float *cosine, float *sine)
+{
+    rope_table p = {first, step, tokens, half, frequency, factor, cosine, sine};
+    return lbq_parallel(lbq_pieces(tokens, TOKENS), table_task, &p);
+}
+
+void
+lbq_rope_columns(ptrdiff_t count, ptrdiff_t half, const double *frequency, float *table)
+{
+    for (ptrdiff_t i = 0; i < half; i++)
+        for (ptrdiff_t t = 0; t < count; t++) {
+            const double angle = (double)t * frequency[i];
+            table[i * count + t] = (float)cos(angle);
+            table[(half + i) * count + t] = (float)sin(angle);
         }
 }
 

@@ -12,10 +12,14 @@
 
 #include "core/status.h"
 
-/* cosine, sine (tokens, half) times `factor`, for positions first, first + 1, ...; angles in
+/* cosine, sine (tokens, half) times `factor`, for positions first, first + step, ...; angles in
  * float64: at position 2^17 a float32 angle is off by 1 % of a radian. */
-void lbq_rope_table(ptrdiff_t first, ptrdiff_t tokens, ptrdiff_t half, const double *frequency,
-                    double factor, float *cosine, float *sine);
+lbq_status lbq_rope_table(ptrdiff_t first, ptrdiff_t step, ptrdiff_t tokens, ptrdiff_t half,
+                          const double *frequency, double factor, float *cosine, float *sine);
+
+/* The same for positions 0, 1, ..., lying the other way round: table (2 half, count), cosines
+ * first, factor 1. */
+void lbq_rope_columns(ptrdiff_t count, ptrdiff_t half, const double *frequency, float *table);
 
 /* X (tokens, heads, 2 half) in place. Each head is first normalised by RMSNorm with `gain`
  * (2 half) and `epsilon`, unless gain is NULL. */

@@ -107,9 +107,9 @@ class GGUFFile:
                 raise self._file.damaged(tensor.offset, found) from error
         return out.reshape(tensor.shape)
 
-    def sha256(self) -> dict[str, str]:
-        """Return the file's name and digest in hexadecimal."""
-        return {self.path.name: self._file.sha256()}
+    def stamps(self) -> dict[str, dict[str, int]]:
+        """Return the path of the file and `MappedFile.stamp`."""
+        return {os.path.abspath(self.path): self._file.stamp}
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:

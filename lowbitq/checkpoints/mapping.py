@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
 import os
+import reprlib
+import stat
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
+
+# What git leaves in the place of a large file where git-lfs is not installed.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+# Deeper JSON is refused: comparing or printing it would exceed Python's recursion limit. Those of
+# models have up to 10 levels.
+_JSON_DEPTH = 64
 
 # Larger JSON is refused, which bounds what a hostile header can cost: its objects take up to
 # twenty times its bytes. The index of a model with 100,000 tensors has 8 MB.
@@ -53,6 +63,8 @@ class MappedFile:
     ----------
     path : str or path-like
         A regular file.
+    folder : int, default=None
+        Descriptor of the folder to look in for its name; None: the folder that `path` says.
 
     Attributes
     ----------
@@ -61,21 +73,46 @@ class MappedFile:
         For `struct`; slices are copies.
     data : ndarray of shape (size,), uint8
         The same bytes as an array; starts at a page boundary.
+    stamp : dict of str to int
+        Of the file as it was opened, for `sha256_of_unchanged`.
 
     Raises
     ------
     OSError
         If the file cannot be opened.
     FormatError
-        If it has no bytes.
+        If it is not a regular file, has no bytes, or is a git-lfs pointer.
+    MemoryError
+        If there is no room to map it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, folder: int | None = None) -> None:
         self.path = Path(path)
-        with open(self.path, "rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
+
+        def opened(path: str, flags: int) -> int:
+            name = path if folder is None else self.path.name
+            try:
+                return os.open(name, flags | os.O_NONBLOCK, dir_fd=folder)  # no wait for a pipe
+            except OSError as error:
+                error.filename = path
+                raise
+
+        with open(self.path, "rb", buffering=0, opener=opened) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise self.damaged(0, "not a regular file but a device, a pipe or a socket")
+            if status.st_size == 0:
                 raise self.damaged(0, "the file is empty")
-            self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.stamp = _stamp(status)
+            try:
+                self.buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError as error:
+                if error.errno == errno.ENOMEM:
+                    found = f"{self.path}: no memory to map {status.st_size} bytes"
+                    raise MemoryError(found) from error
+                raise
+        if self.buffer[: len(_LFS_POINTER)] == _LFS_POINTER:
+            raise self.damaged(0, "a git-lfs pointer, not the file itself; run git lfs pull")
         self.data: NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)
 
     def damaged(self, offset: int, found: str) -> FormatError:
@@ -113,6 +150,8 @@ class MappedFile:
             raise self.damaged(start, f"not usable as JSON: {error}") from None
         if not isinstance(value, dict):
             raise self.damaged(start, "not a JSON object")
+        if _depth(value) > _JSON_DEPTH:
+            raise self.damaged(start, f"JSON of more than {_JSON_DEPTH} levels")
         return value
 
     def check_tensors(self, tensors: dict[str, TensorInfo], start: int) -> None:
@@ -135,18 +174,60 @@ class MappedFile:
         with memoryview(self.buffer)[start:stop] as section:
             return f"{zlib.crc32(section):08x}"
 
-    def sha256(self) -> str:
-        """Return the digest of the whole file in hexadecimal."""
-        return hashlib.sha256(self.buffer).hexdigest()
+
+def sha256_of_unchanged(path: str | os.PathLike[str], stamp: Any) -> str | None:
+    """Return the digest of a file in hexadecimal; None if it has changed since `stamp` was taken.
+
+    Parameters
+    ----------
+    path : str or path-like
+    stamp : dict
+        `MappedFile.stamp`; anything else matches no file.
+    """
+    try:
+        if _stamp(os.stat(path)) != stamp:  # before it is opened: it may be a device by now
+            return None
+        total = hashlib.sha256()
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                total.update(piece)
+            unchanged = _stamp(os.fstat(file.fileno())) == stamp
+    except (OSError, ValueError):
+        return None
+    return total.hexdigest() if unchanged else None
+
+
+def _stamp(status: os.stat_result) -> dict[str, int]:
+    """Numbers that tell another file, or other contents, from those seen before."""
+    return {
+        "inode": status.st_ino,
+        "bytes": status.st_size,
+        "modified_ns": status.st_mtime_ns,
+        "changed_ns": status.st_ctime_ns,
+    }
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these pairs; readers differ on which of two equal keys counts."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(n for n in names if names.count(n) > 1)!r} appears twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"key {reprlib.repr(name)} appears twice")
+        result[name] = value
     return result
+
+
+def _depth(value: Any) -> int:
+    """Return how deeply objects and lists are nested, counted to one beyond the limit."""
+    depth, level = 0, [value]
+    while level and depth <= _JSON_DEPTH:
+        depth += 1
+        inner: list[Any] = []
+        for node in level:
+            children = node.values() if isinstance(node, dict) else node
+            inner += [child for child in children if isinstance(child, (dict, list))]
+        level = inner
+    return depth
 
 
 def elements(shape: tuple[int, ...]) -> int:

@@ -7,20 +7,22 @@
 
 A CRC-32 finds every damage of up to four neighbouring bytes, others but for one in 2^32, and is
 read at 2.9 GB/s where SHA-256 takes 0.37 (Zen 2); it does not protect from forgery.
+
+A reader opens the folder once and all its files through it, so that it sees one model even while
+another process puts a second one in its place.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import errno
 import json
 import os
 import reprlib
-import secrets
-import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,14 @@ from lowbitq.checkpoints.safetensors import (
     SafetensorsFile,
     read_safetensors,
 )
+from lowbitq.checkpoints.writing import hidden_sibling, replace_folder, sync
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+_READ = (2, 3)
 
 _CHECKSUMS = "checksums.json"
 _ALIGNMENT = 64
+_CHUNK = 1 << 20  # numbers that are tried at once, which bounds the scratch
 _PADDING = "_padding."  # names of the tensors that fill the gaps; safetensors allows no holes
 
 _SAFETENSORS_DTYPES = {np.dtype(numpy): name for name, numpy in NUMPY_DTYPES.items()}
@@ -60,17 +65,14 @@ class PackedFolder:
 
     path: Path
     config: dict[str, Any]
-    _file: SafetensorsFile = field(repr=False)
+    _files: dict[str, MappedFile] = field(repr=False)
+    _arrays: SafetensorsFile = field(repr=False)
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Names of the arrays, in the order in which they were saved, and where they lie."""
-        tensors = self._file.tensors
+        tensors = self._arrays.tensors
         return {name: tensors[name] for name in tensors if not name.startswith(_PADDING)}
-
-    def sha256(self) -> dict[str, str]:
-        """Return the name and digest in hexadecimal of the file that holds the arrays."""
-        return self._file.sha256()
 
     def view(self, name: str) -> NDArray[Any]:
         """Return an array as it was saved: read-only, mapped, 64-byte aligned.
@@ -80,7 +82,7 @@ class PackedFolder:
         KeyError
             If there is no such array.
         """
-        return self._file.view(name)
+        return self._arrays.view(name)
 
     def load(self, name: str) -> NDArray[np.float32]:
         """Return an array of float32, float16 or bfloat16 as a new float32 array.
@@ -92,19 +94,58 @@ class PackedFolder:
         FormatError
             If it has another dtype.
         """
-        return self._file.load(name)
+        return self._arrays.load(name)
 
     def json(self, name: str) -> dict[str, Any]:
-        """Return the JSON object in one of the folder's files.
+        """Return the JSON object in one of the folder's files; see `PackedEntry.json`."""
+        return (self / name).json()
+
+    def __truediv__(self, name: str) -> PackedEntry:
+        """Return what stands for ``path / name`` and reads the file that was opened."""
+        return PackedEntry(self.path / name, self._files.get(name))
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True)
+class PackedEntry:
+    """One of the files of a `PackedFolder`, as far as it behaves like its path."""
+
+    path: Path
+    _file: MappedFile | None = field(repr=False)
+
+    def is_file(self) -> bool:
+        """Return whether there is such a file."""
+        return self._file is not None
+
+    def read_bytes(self) -> bytes:
+        """Return the contents; FileNotFoundError if there is no such file."""
+        return self._there().buffer[:]
+
+    def read_text(self, encoding: str) -> str:
+        """Return the contents, decoded; FileNotFoundError if there is no such file."""
+        return self.read_bytes().decode(encoding)
+
+    def json(self) -> dict[str, Any]:
+        """Return the JSON object in the file.
 
         Raises
         ------
-        OSError
+        FileNotFoundError
             If there is no such file.
         FormatError
             If it does not hold a JSON object.
         """
-        return MappedFile(self.path / name).json()
+        return self._there().json()
+
+    def _there(self) -> MappedFile:
+        if self._file is None:
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(self.path))
+        return self._file
+
+    def __str__(self) -> str:
+        return str(self.path)
 
 
 @contextlib.contextmanager
@@ -114,7 +155,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     The folder appears under its name complete, on disk and with ``checksums.json``, or, after any
     exception, not at all. A model saved there before is replaced in one step and kept until then;
     where the file system cannot exchange two names, there is an instant in which it is only found
-    as ``.NAME.HEX.old``. A killed process leaves at most a hidden ``.NAME.HEX.new`` behind.
+    as ``.NAME.HEX.old``. A killed process leaves at most a hidden ``.NAME.HEX.new`` behind, which
+    the next one to save there removes.
 
     Parameters
     ----------
@@ -145,43 +187,46 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     >>> read_packed(path).view("gain")
     array([1., 1., 1.], dtype=float32)
     """
-    path = Path(path).resolve()
-    _check_replaceable(path)
-    mark = f".{path.name}.{secrets.token_hex(4)}"
-    fresh, old = path.with_name(f"{mark}.new"), path.with_name(f"{mark}.old")
-    try:
-        fresh.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
+    path = Path(os.path.realpath(path))
+    check_replaceable(path)
+    with hidden_sibling(path, folder=True) as fresh:
         yield fresh
         files = {file.name: _sections(file) for file in sorted(fresh.iterdir())}
         write_json(fresh / _CHECKSUMS, _listing(files))
         for file in [*sorted(fresh.iterdir()), fresh]:
-            _sync(file)
-        _check_replaceable(path)
-        if not path.exists() or not any(path.iterdir()):
-            fresh.rename(path)
-        elif not _exchange(fresh, path):
-            path.rename(old)
-            try:
-                fresh.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            old.rename(fresh)
-        _sync(path.parent)
-    except OSError as error:
-        if error.filename is None:  # a failing write does not know its file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
-    finally:
-        # By now this is an unfinished folder, the model that was replaced, or nothing.
-        shutil.rmtree(fresh, ignore_errors=True)
+            sync(file)
+        check_replaceable(path)  # again: writing took a while
+        replace_folder(fresh, path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise FileExistsError if a `new_folder` at `path` would lose something."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise FileExistsError(f"{path} is a file")
+    present = {file.name for file in path.iterdir()}
+    if not present:
+        return
+    known = None
+    with contextlib.suppress(OSError, FormatError):
+        if is_packed(MappedFile(path / CONFIG).json()):
+            known = MappedFile(path / _CHECKSUMS).json().get("files")
+    if not isinstance(known, dict):
+        raise FileExistsError(f"{path} is neither empty nor a model saved by lowbitq")
+    if added := sorted(present - {_CHECKSUMS, *known}):
+        raise FileExistsError(f"{path} holds {added[0]}, which is no part of the model saved there")
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     """Write a JSON object, indented, in ASCII, to a new file; NumPy's numbers may be in it."""
     with open(path, "xb") as file:
-        file.write(_json_text(value))
+        file.write(json_text(value))
+
+
+def json_text(value: Mapping[str, Any]) -> bytes:
+    """Return the text that `write_json` writes."""
+    return (json.dumps(value, indent=1, default=_plain) + "\n").encode()
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -256,16 +301,24 @@ def narrowest(values: NDArray[np.float32]) -> NDArray[Any]:
     import ml_dtypes
 
     flat = np.ascontiguousarray(values).reshape(-1)
-    half, back = np.empty(flat.size, np.uint16), np.empty(flat.size, np.float32)
-    _core.float_to_half(flat, half)
-    _core.half_to_float(half, back)
-    bits = flat.view(np.uint32)
-    if np.array_equal(back.view(np.uint32), bits):
+    pieces = [flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK)]
+    if all(map(_fits_half, pieces)):
+        half = np.empty(flat.size, np.uint16)
+        _core.float_to_half(flat, half)
         return half.view(np.float16).reshape(values.shape)
-    if not (bits & 0xFFFF).any():
-        upper: NDArray[Any] = (bits >> 16).astype(np.uint16).view(ml_dtypes.bfloat16)
-        return upper.reshape(values.shape)
+    lower, upper = flat.view("<u2").reshape(-1, 2).T
+    if not lower.any():
+        bfloat: NDArray[Any] = upper.copy().view(ml_dtypes.bfloat16)
+        return bfloat.reshape(values.shape)
     return values
+
+
+def _fits_half(values: NDArray[np.float32]) -> bool:
+    """Whether float16 holds every bit."""
+    half, back = np.empty(values.size, np.uint16), np.empty(values.size, np.float32)
+    _core.float_to_half(values, half)
+    _core.half_to_float(half, back)
+    return np.array_equal(back.view(np.uint32), values.view(np.uint32))
 
 
 def quantization_config(**fields: Any) -> dict[str, Any]:
@@ -307,21 +360,47 @@ def read_packed(path: str | os.PathLike[str], *, verify: bool = True) -> PackedF
     See `new_folder`.
     """
     path = Path(path)
-    config_file = MappedFile(path / CONFIG)
+    while True:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return _read(path, descriptor, verify)
+        except (FileNotFoundError, FormatError):
+            if not _is_replaced(path, descriptor):
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def _is_replaced(path: Path, descriptor: int) -> bool:
+    """Return whether there is another folder at `path` by now, so that the open one is going."""
+    with contextlib.suppress(OSError):
+        return not os.path.samestat(os.stat(path), os.fstat(descriptor))
+    return False
+
+
+def _read(path: Path, descriptor: int, verify: bool) -> PackedFolder:
+    """Read the folder that is open, even if another one has its name by now."""
+    config_file = MappedFile(path / CONFIG, folder=descriptor)
     config = config_file.json()
     if not is_packed(config):
         raise config_file.damaged(0, "no quantization_config of quant_method 'lowbitq'")
     version = config["quantization_config"].get("format_version")
-    if version != FORMAT_VERSION:
-        found = f"format_version is {reprlib.repr(version)}, expected {FORMAT_VERSION}"
+    if version not in _READ:
+        found = f"format_version is {reprlib.repr(version)}, expected 2 or {FORMAT_VERSION}"
         raise config_file.damaged(0, f"{found}: another lowbitq may read it")
-    if verify:
-        _verify(path)
-    return PackedFolder(path, config, read_safetensors(path / SINGLE))
-
-
-def _json_text(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=1, default=_plain) + "\n").encode()
+    # Hidden files belong to git and its like; nothing here reads them.
+    names = sorted(name for name in os.listdir(descriptor) if not name.startswith("."))
+    listing = MappedFile(path / _CHECKSUMS, folder=descriptor) if verify else None
+    listed = _listed(listing, names) if listing else dict.fromkeys(names)
+    files = {
+        name: config_file if name == CONFIG else MappedFile(path / name, folder=descriptor)
+        for name in listed
+    }
+    if listing:
+        _verify(listing, listed, files)
+    if SINGLE not in files:
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(path / SINGLE))
+    return PackedFolder(path, config, files, read_safetensors(files[SINGLE]))
 
 
 def _plain(value: Any) -> Any:
@@ -341,7 +420,7 @@ def _dtype_name(name: str, dtype: np.dtype[Any]) -> str:
 
 def _listing(files: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ``checksums.json`` says: the sections of each file, and its own checksum."""
-    return {"crc32": f"{zlib.crc32(_json_text(files)):08x}", "files": files}
+    return {"crc32": f"{zlib.crc32(json_text(files)):08x}", "files": files}
 
 
 def _sections(path: Path) -> list[dict[str, Any]]:
@@ -358,18 +437,25 @@ def _sections(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _verify(folder: Path) -> None:
-    """Raise FormatError unless every file is as its checksums say."""
-    listing = MappedFile(folder / _CHECKSUMS)
+def _listed(listing: MappedFile, names: list[str]) -> dict[str, Any]:
+    """Return the sections of each file; FormatError unless `names` are those of the files."""
     files = listing.json().get("files")
     if not isinstance(files, dict):
         raise listing.damaged(0, "'files' is not an object")
     for name, sections in files.items():
         if name != os.path.basename(name) or not isinstance(sections, list):
             raise listing.damaged(0, f"{name!r} is no file with a list of sections")
-        if not (folder / name).is_file():
-            raise listing.damaged(0, f"{name!r} is missing")
-        file = MappedFile(folder / name)
+        if name not in names:
+            raise listing.damaged(0, f"{reprlib.repr(name)} is missing")
+    if added := sorted(set(names) - {_CHECKSUMS, *files}):
+        raise listing.damaged(0, f"{added[0]!r} was added to the saved model; remove it")
+    return files
+
+
+def _verify(listing: MappedFile, listed: dict[str, Any], files: dict[str, MappedFile]) -> None:
+    """Raise FormatError unless every file is as its checksums say."""
+    for name, sections in listed.items():
+        file = files[name]
         start = 0
         for number, entry in enumerate(sections):
             match entry:
@@ -388,43 +474,5 @@ def _verify(folder: Path) -> None:
         if start != file.data.size:
             raise file.damaged(start, f"{file.data.size - start} bytes too many")
     # Only one text stands for these checksums, so that a change of this file itself shows too.
-    if listing.buffer[:] != _json_text(_listing(files)):
+    if listing.buffer[:] != json_text(_listing(listed)):
         raise listing.damaged(0, "not as it was saved")
-
-
-def _check_replaceable(path: Path) -> None:
-    """Raise FileExistsError if putting a folder at `path` would lose something."""
-    if not path.exists():
-        return
-    if not path.is_dir():
-        raise FileExistsError(f"{path} is a file")
-    present = {file.name for file in path.iterdir()}
-    if not present:
-        return
-    known = None
-    with contextlib.suppress(OSError, FormatError):
-        if is_packed(MappedFile(path / CONFIG).json()):
-            known = MappedFile(path / _CHECKSUMS).json().get("files")
-    if not isinstance(known, dict):
-        raise FileExistsError(f"{path} is neither empty nor a model saved by lowbitq")
-    if added := sorted(present - {_CHECKSUMS, *known}):
-        raise FileExistsError(f"{path} holds {added[0]}, which is no part of the model saved there")
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or the entries of a folder are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step; False if the system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)

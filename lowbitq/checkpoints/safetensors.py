@@ -114,9 +114,9 @@ class SafetensorsFile:
             raise self._file.damaged(tensor.offset, found)
         return out.reshape(tensor.shape)
 
-    def sha256(self) -> dict[str, str]:
-        """Return the file's name and digest in hexadecimal."""
-        return {self.path.name: self._file.sha256()}
+    def stamps(self) -> dict[str, dict[str, int]]:
+        """Return the path of the file and `MappedFile.stamp`."""
+        return {os.path.abspath(self.path): self._file.stamp}
 
     def _find(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -124,12 +124,12 @@ class SafetensorsFile:
         return self.tensors[name]
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
+def read_safetensors(path: str | os.PathLike[str] | MappedFile) -> SafetensorsFile:
     """Open a safetensors file and read its header.
 
     Parameters
     ----------
-    path : str or path-like
+    path : str, path-like or MappedFile
 
     Returns
     -------
@@ -157,7 +157,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     >>> read_safetensors(path).load("w")
     array([[1., 2.]], dtype=float32)
     """
-    file = MappedFile(path)
+    file = path if isinstance(path, MappedFile) else MappedFile(path)
     size = file.data.size
     if size < 8:
         raise file.damaged(0, f"{size} bytes, too few for the length of a header")
@@ -248,10 +248,10 @@ class SafetensorsFolder:
             raise KeyError(f"{self.path} has no tensor {name!r}")
         return self._files[name].load(name)
 
-    def sha256(self) -> dict[str, str]:
-        """Return names and digests in hexadecimal of the files that hold weights."""
+    def stamps(self) -> dict[str, dict[str, int]]:
+        """Return the paths of the files that hold weights, and `MappedFile.stamp` of each."""
         files = {file.path: file for file in self._files.values()}
-        return {path.name: files[path].sha256()[path.name] for path in sorted(files)}
+        return {path: stamp for p in sorted(files) for path, stamp in files[p].stamps().items()}
 
 
 def read_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:

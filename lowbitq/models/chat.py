@@ -1,14 +1,15 @@
 """Chat templates: the Jinja programs that models ship, rendered as `transformers` renders them.
 
-A template is code from a stranger. It runs in Jinja's immutable sandbox, with the environment that
-templates are written for: trimmed blocks, ``break`` and ``continue``, a ``generation`` block, and
-the functions ``raise_exception``, ``strftime_now`` and a ``tojson`` that does not escape HTML.
+A template is code from a stranger. It runs in a sandbox that bounds its time and memory, with the
+environment that templates are written for: trimmed blocks, ``break`` and ``continue``, a
+``generation`` block, and the functions ``raise_exception``, ``strftime_now`` and a ``tojson`` that
+does not escape HTML.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -17,9 +18,9 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
 
 from lowbitq._core import FormatError
+from lowbitq.models.sandbox import budget, compile_template, concatenated
 
 
 class _Generation(jinja2.ext.Extension):
@@ -48,27 +49,22 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None:
+        return encoder.encode(value)
+    return concatenated(encoder.iterencode(value))  # indentation grows with depth
 
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    return compile_template(
+        template,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        filters={"tojson": _tojson},
+        functions={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
     )
-    environment.filters["tojson"] = _tojson
-    functions: dict[str, Callable[..., Any]] = {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-    }
-    environment.globals.update(functions)
-    return environment.from_string(template)
 
 
 def render_chat(
@@ -100,7 +96,8 @@ def render_chat(
     TypeError
         If `messages` is not a sequence of mappings.
     ValueError
-        If the template refuses the conversation, such as two user turns in a row.
+        If the template refuses the conversation, such as two user turns in a row, fails, or takes
+        too much time or memory.
     FormatError
         If the template itself is malformed, with its line.
 
@@ -113,14 +110,15 @@ def render_chat(
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
         raise TypeError('messages is a list of mappings like {"role": "user", "content": "Hello"}')
     try:
-        return _compile(template).render(
-            {"tools": None, "documents": None}
-            | dict(variables or {})
-            | {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        )
+        with budget():
+            return _compile(template).render(
+                {"tools": None, "documents": None}
+                | dict(variables or {})
+                | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+            )
     except jinja2.TemplateSyntaxError as error:
         raise FormatError(f"chat template: line {error.lineno}: {error.message}") from error
     except jinja2.TemplateError as error:
         raise ValueError(f"chat template: {error.message}") from error
-    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError) as error:
+    except Exception as error:  # of the template's own making, MemoryError included
         raise ValueError(f"chat template: {type(error).__name__}: {error}") from error

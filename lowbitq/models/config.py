@@ -1,9 +1,11 @@
-"""ModelConfig: the numbers that shape a network, from Hugging Face's keys or from GGUF's."""
+"""ModelConfig: the numbers that shape a network, and the checks of the keys that give them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import re
+import reprlib
+import sys
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,37 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
+from lowbitq.models.rope import rope_frequencies
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
-
-
-@dataclass(frozen=True)
-class Family:
-    """What tells the model families apart that share this decoder.
-
-    Attributes
-    ----------
-    name : str
-        Hugging Face's ``model_type``.
-    architecture : str
-        GGUF's ``general.architecture``.
-    qkv_bias : bool or None
-        Whether the projections of query, key and value have biases; None: ``attention_bias`` says.
-    qk_norm : bool
-        Whether each head of query and key is normalised.
-    head_dim : int or None
-        Where the configuration has none; None: hidden_size / heads.
-    rows_interleaved : bool
-        Whether GGUF files hold the rows of query and key in pairs (2 i, 2 i + 1) that rotate
-        together; Hugging Face's order is (i, i + head_dim / 2).
-    """
-
-    name: str
-    architecture: str
-    qkv_bias: bool | None = None
-    qk_norm: bool = False
-    head_dim: int | None = None
-    rows_interleaved: bool = False
+# Longer heads are refused, which bounds what a hostile file can cost; models have 64 to 512.
+_LONGEST_HEAD = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -63,6 +38,8 @@ class ModelConfig:
         The head is the embedding.
     attention_bias : bool
         Query, key and value have biases.
+    mlp_bias : bool
+        The layers of the MLP have biases.
     qk_norm : bool
         Each head of query and key is normalised.
     max_positions : int
@@ -102,6 +79,7 @@ class ModelConfig:
     rope_scaling: dict[str, Any] | None = None
     tie_embeddings: bool = False
     attention_bias: bool = False
+    mlp_bias: bool = False
     qk_norm: bool = False
     max_positions: int = 2048
     sliding_window: int | None = None
@@ -118,34 +96,13 @@ class ModelConfig:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number")
         if not 0 <= self.norm_eps <= 1:
             raise ValueError(f"norm_eps is {self.norm_eps}, expected 0 to 1")
+        if self.head_dim > _LONGEST_HEAD:
+            raise ValueError(f"head_dim is {self.head_dim}, expected at most {_LONGEST_HEAD}")
+        self.rope_frequencies()  # refuses what gives none
 
     def rope_frequencies(self) -> tuple[NDArray[np.float64], float]:
-        """Return the angle per position of each pair, and the factor of sine and cosine.
-
-        Returns
-        -------
-        frequencies : ndarray of shape (head_dim / 2,), float64
-            Radians per position.
-        factor : float
-
-        References
-        ----------
-        B. Peng et al., "YaRN: efficient context window extension of large language models", 2023,
-        equations 16-22, for ``"yarn"``; A. Dubey et al., "The Llama 3 herd of models", 2024, for
-        ``"llama3"``; Y. Ding et al., "LongRoPE", 2024, for ``"longrope"``.
-        """
-        plain = self.rope_theta ** (-np.arange(0, self.head_dim, 2) / self.head_dim)
-        scaling = self.rope_scaling or {"rope_type": "default"}
-        kind = scaling["rope_type"]
-        if kind == "default":
-            return plain, 1.0
-        if kind == "linear":
-            return plain / scaling["factor"], 1.0
-        if kind == "longrope":
-            return plain / np.asarray(scaling["short_factor"]), float(scaling["attention_factor"])
-        if kind == "llama3":
-            return _llama3(plain, scaling), 1.0
-        return _yarn(plain, self.rope_theta, scaling)
+        """Return the angle per position of each pair, and the factor of sine and cosine."""
+        return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
     def to_hf(self) -> dict[str, Any]:
         """Return the contents of a ``config.json`` that `config_from_hf` reads back."""
@@ -164,6 +121,7 @@ class ModelConfig:
             "rope_scaling": self.rope_scaling,
             "tie_word_embeddings": self.tie_embeddings,
             "attention_bias": self.attention_bias,
+            "mlp_bias": self.mlp_bias,
             "max_position_embeddings": self.max_positions,
             "sliding_window": self.sliding_window,
             "bos_token_id": self.bos_token_id,
@@ -171,81 +129,11 @@ class ModelConfig:
             "_name_or_path": self.name,
         }
         if self.sliding_window:
-            config["use_sliding_window"] = True
+            config |= {"use_sliding_window": True, "max_window_layers": 0}
         return config
 
 
-def _llama3(plain: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Long waves slowed by `factor`, short ones kept, those between blended."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
-    keep = np.clip((turns - low) / (high - low), 0, 1)
-    blended: NDArray[np.float64] = (keep + (1 - keep) / scaling["factor"]) * plain
-    return blended
-
-
-def _yarn(
-    plain: NDArray[np.float64], theta: float, scaling: Mapping[str, Any]
-) -> tuple[NDArray[np.float64], float]:
-    """As for llama3, with a blend that is linear in the index of the frequency."""
-    pairs = len(plain)
-    positions = scaling["original_max_position_embeddings"]
-    factor = scaling["factor"]
-
-    def index_of(turns: float) -> float:
-        return pairs * math.log(positions / (turns * 2 * math.pi)) / math.log(theta)
-
-    low = index_of(scaling.get("beta_fast") or 32)
-    high = index_of(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, 2 * pairs - 1)
-    if low == high:
-        high += 0.001  # as the reference implementation does
-    slow = np.clip((np.arange(pairs) - low) / (high - low), 0, 1)
-
-    def magnitude(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
-
-    attention = scaling.get("attention_factor")
-    if attention is None and scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        attention = magnitude(scaling["mscale"]) / magnitude(scaling["mscale_all_dim"])
-    elif attention is None:
-        attention = magnitude(1)
-    return (1 - slow) * plain + slow * plain / factor, float(attention)
-
-
-# Keys that change the forward pass in a way that the decoder does not have, and what they must be.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish", None),
-    "partial_rotary_factor": (1, None),
-    "num_experts": (0, 1, None),
-    "num_local_experts": (0, 1, None),
-    "n_routed_experts": (0, None),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "query_pre_attn_scalar": (None,),
-    "embedding_multiplier": (1, None),
-    "residual_multiplier": (1, None),
-    "attention_multiplier": (None,),
-    "logits_scaling": (1, None),
-    "clip_qkv": (None,),
-    "no_rope_layers": (None,),
-}
-_GGUF_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0, None),
-    "attn_logit_softcapping": (0, None),
-    "final_logit_softcapping": (0, None),
-    "logit_scale": (0, 1, None),
-    "embedding_scale": (0, 1, None),
-    "residual_scale": (0, 1, None),
-    "attention.scale": (0, None),
-    "attention.causal": (True, None),
-    "attention.clamp_kqv": (0, None),
-}
-
-
-class _Keys:
+class Keys:
     """Values of a configuration, each checked; what the decoder lacks is collected."""
 
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
@@ -255,292 +143,88 @@ class _Keys:
     def get(self, key: str) -> Any:
         return self.values.get(self.prefix + key)
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, *, smallest: int = 1) -> int:
         value = self.get(key)
         value = default if value is None else value
-        if type(value) is not int or not 1 <= value < 2**31:
-            raise self.wrong(key, value, "a positive integer")
+        if type(value) is not int or not smallest <= value < 2**31:
+            expected = "a positive integer" if smallest == 1 else f"an integer from {smallest}"
+            raise self.wrong(key, value, expected)
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.wrong(key, value, "a positive number")
+        if not 0 < value <= sys.float_info.max:
             raise self.wrong(key, value, "a positive number")
         return float(value)
 
+    def flag(self, key: str) -> bool | None:
+        value = self.get(key)
+        if value is not None and type(value) is not bool:
+            raise self.wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str) -> str:
+        value = self.get(key)
+        return value if isinstance(value, str) else ""
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.get(key)
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(v) is int and 0 <= v < 2**32 for v in values):
+            raise self.wrong(key, value, "token numbers")
+        return tuple(values)
+
+    def is_off(self, key: str) -> bool:
+        """Whether a key is absent, null, false, zero or empty: unknown ones then do nothing."""
+        value = self.get(key)
+        return not value.any() if isinstance(value, np.ndarray) else not value
+
     def neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
+        """Note the keys that are neither absent nor have one of these values."""
         for key, values in neutral.items():
-            if self.get(key) not in values:
-                self.differences.append(f"{self.prefix}{key} is {self.get(key)!r}")
+            value = self.get(key)
+            if value is not None and not any(_same(value, v) for v in values):
+                self.differs(key, value)
+
+    def understood(self, known: Collection[str], subject: str = "") -> None:
+        """Note the keys about `subject`, a pattern, that are neither known nor off."""
+        own = [name for name in self.values if name.startswith(self.prefix)]
+        for key in (name.removeprefix(self.prefix) for name in own):
+            if key not in known and re.search(subject, key) and not self.is_off(key):
+                self.differs(key, self.get(key))
+
+    def differs(self, key: str, value: Any) -> None:
+        self.differences.append(f"{self.prefix + key:.99} is {_shown(value)}")
 
     def wrong(self, key: str, value: Any, expected: str) -> FormatError:
-        return FormatError(f"{self.where}: {self.prefix}{key} is {value!r}, expected {expected}")
+        found = f"{self.prefix}{key} is {_shown(value)}"
+        return FormatError(f"{self.where}: {found}, expected {expected}")
+
+    def checked(self, make: Callable[[], ModelConfig]) -> ModelConfig:
+        """Name the file in what ModelConfig says of numbers that do not fit together."""
+        try:
+            return make()
+        except FormatError:
+            raise
+        except ValueError as error:
+            raise FormatError(f"{self.where}: {error}") from None
+
+    def unsupported(self) -> ValueError:
+        """Return the error that lists all that the decoder lacks."""
+        found = "; ".join(self.differences)
+        return ValueError(f"{self.where}: the model is not supported: {found}")
 
 
-def _unsupported(where: str, differences: Sequence[str]) -> ValueError:
-    return ValueError(f"{where}: the model is not supported: {'; '.join(differences)}")
+def _same(value: Any, neutral: Any) -> bool:
+    """Whether two values of a file are equal; True is not 1, and an array equals none."""
+    if isinstance(value, bool) or isinstance(neutral, bool):
+        return value is neutral
+    return isinstance(value, (int, float, str)) and bool(value == neutral)
 
 
-def _token_ids(keys: _Keys, key: str) -> tuple[int, ...]:
-    value = keys.get(key)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(v) is int for v in values):
-        raise keys.wrong(key, value, "token numbers")
-    return tuple(values)
-
-
-def config_from_hf(
-    values: Mapping[str, Any], families: Mapping[str, Family], where: str = "config.json"
-) -> ModelConfig:
-    """Read the contents of a Hugging Face ``config.json``.
-
-    Parameters
-    ----------
-    values : mapping
-    families : mapping of str to Family
-        By ``model_type``.
-    where : str, default="config.json"
-        Opens every message.
-
-    Returns
-    -------
-    ModelConfig
-
-    Raises
-    ------
-    ValueError
-        If the decoder cannot run such a model; lists all that differs.
-    FormatError
-        If a key is missing or has no sensible value.
-
-    Examples
-    --------
-    >>> config_from_hf({"model_type": "phi3", "hidden_act": "gelu"}, {}, "phi/config.json")
-    Traceback (most recent call last):
-    ValueError: phi/config.json: the model is not supported: model_type is 'phi3', \
-expected one of (); hidden_act is 'gelu'
-    """
-    keys = _Keys(values, where)
-    family = families.get(str(keys.get("model_type")))
-    if family is None:
-        keys.differences.append(
-            f"model_type is {keys.get('model_type')!r}, expected one of ({', '.join(families)})"
-        )
-    keys.neutral(_NEUTRAL)
-    layer_types = set(values.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    if layer_types:
-        keys.differences.append(f"layer_types has {', '.join(sorted(layer_types))}")
-    max_positions = keys.size("max_position_embeddings", 2048)
-    theta, scaling = _rope_from_hf(keys, max_positions)
-    if keys.differences or family is None:
-        raise _unsupported(where, keys.differences)
-
-    hidden, heads = keys.size("hidden_size"), keys.size("num_attention_heads")
-    head_dim = keys.size("head_dim", family.head_dim or max(1, hidden // heads))
-    slides = keys.get("sliding_window") is not None and keys.get("use_sliding_window") is not False
-    if family.name.startswith("qwen"):
-        slides = slides and keys.get("use_sliding_window") is True
-    bias = family.qkv_bias
-    try:
-        return ModelConfig(
-            family=family.name,
-            hidden_size=hidden,
-            intermediate_size=keys.size("intermediate_size"),
-            layers=keys.size("num_hidden_layers"),
-            heads=heads,
-            kv_heads=keys.size("num_key_value_heads", heads),
-            head_dim=head_dim,
-            vocab_size=keys.size("vocab_size"),
-            norm_eps=keys.number("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            tie_embeddings=keys.get("tie_word_embeddings") is True,
-            attention_bias=bool(keys.get("attention_bias")) if bias is None else bias,
-            qk_norm=family.qk_norm,
-            max_positions=max_positions,
-            sliding_window=keys.size("sliding_window") if slides else None,
-            bos_token_id=next(iter(_token_ids(keys, "bos_token_id")), None),
-            eos_token_ids=_token_ids(keys, "eos_token_id"),
-            name=str(keys.get("_name_or_path") or ""),
-        )
-    except ValueError as error:
-        raise (
-            error if isinstance(error, FormatError) else FormatError(f"{where}: {error}")
-        ) from None
-
-
-def _rope_from_hf(keys: _Keys, max_positions: int) -> tuple[float, dict[str, Any] | None]:
-    """Return theta and the scaling; transformers 5 keeps both in ``rope_parameters``."""
-    found = keys.get("rope_parameters") or keys.get("rope_scaling") or {}
-    if not isinstance(found, dict):
-        raise keys.wrong("rope_scaling", found, "an object")
-    rope = _Keys(found, keys.where, "")
-    rope.differences = keys.differences
-    kind = found.get("rope_type", found.get("type", "default"))
-    theta = rope.number("rope_theta", keys.number("rope_theta", 10000.0))
-    if found.get("partial_rotary_factor") not in (None, 1):
-        keys.differences.append(f"partial_rotary_factor is {found['partial_rotary_factor']!r}")
-    if kind == "default":
-        return theta, None
-    if kind not in ROPE_TYPES:
-        keys.differences.append(f"rope type is {kind!r}, expected one of ({', '.join(ROPE_TYPES)})")
-        return theta, None
-    scaling = {k: v for k, v in found.items() if k not in ("type", "rope_theta")}
-    scaling["rope_type"] = kind
-    if kind != "linear":
-        outer = keys.get("original_max_position_embeddings")
-        default = outer if isinstance(outer, int) else max_positions
-        scaling["original_max_position_embeddings"] = rope.size(
-            "original_max_position_embeddings", default
-        )
-    if kind == "longrope":
-        factors = scaling.get("short_factor")
-        if factors != scaling.get("long_factor") or not isinstance(factors, list):
-            keys.differences.append("rope type is 'longrope' with factors that depend on length")
-        scaling["attention_factor"] = rope.number("attention_factor", 1.0)
-        return theta, scaling
-    if kind == "yarn" and found.get("factor") is None:
-        scaling["factor"] = max_positions / scaling["original_max_position_embeddings"]
-    else:
-        scaling["factor"] = rope.number("factor")
-    if kind == "llama3":
-        for key in ("low_freq_factor", "high_freq_factor"):
-            scaling[key] = rope.number(key)
-        if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-            raise rope.wrong(
-                "low_freq_factor", scaling["low_freq_factor"], "less than the high one"
-            )
-    return theta, scaling
-
-
-def config_from_gguf(
-    metadata: Mapping[str, Any],
-    families: Mapping[str, Family],
-    *,
-    vocab_size: int,
-    tie_embeddings: bool,
-    attention_bias: bool,
-    rope_factors: NDArray[np.float32] | None = None,
-    where: str = "GGUF metadata",
-) -> ModelConfig:
-    """Read the metadata of a GGUF file.
-
-    Parameters
-    ----------
-    metadata : mapping
-        Keys as llama.cpp writes them: ``"llama.block_count"``.
-    families : mapping of str to Family
-        By ``general.architecture``.
-    vocab_size, tie_embeddings, attention_bias
-        As the file's tensors have it: not all files say it in their metadata.
-    rope_factors : ndarray of shape (head_dim / 2,), float32, default=None
-        Tensor ``rope_freqs.weight``: what each frequency is divided by.
-    where : str, default="GGUF metadata"
-        Opens every message.
-
-    Returns
-    -------
-    ModelConfig
-
-    Raises
-    ------
-    ValueError
-        If the decoder cannot run such a model; lists all that differs.
-    FormatError
-        If a key is missing or has no sensible value.
-
-    References
-    ----------
-    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
-    """
-    architecture = str(metadata.get("general.architecture"))
-    family = families.get(architecture)
-    keys = _Keys(metadata, where, f"{architecture}.")
-    if family is None:
-        keys.differences.append(
-            f"general.architecture is {architecture!r}, expected one of ({', '.join(families)})"
-        )
-    keys.neutral(_GGUF_NEUTRAL)
-    hidden, heads = keys.get("embedding_length"), keys.get("attention.head_count")
-    if isinstance(heads, np.ndarray) or isinstance(keys.get("attention.head_count_kv"), np.ndarray):
-        keys.differences.append("attention.head_count differs between blocks")
-        raise _unsupported(where, keys.differences)
-    hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
-    head_dim = keys.size("attention.key_length", max(1, hidden // heads))
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.size(key, head_dim) != head_dim:
-            keys.differences.append(f"{keys.prefix}{key} is {keys.get(key)}, not {head_dim}")
-    scaling = _rope_from_gguf(keys, rope_factors, head_dim)
-    if keys.differences or family is None:
-        raise _unsupported(where, keys.differences)
-    tokens = _Keys(metadata, where, "tokenizer.ggml.")
-    window = keys.get("attention.sliding_window")
-    try:
-        return ModelConfig(
-            family=family.name,
-            hidden_size=hidden,
-            intermediate_size=keys.size("feed_forward_length"),
-            layers=keys.size("block_count"),
-            heads=heads,
-            kv_heads=keys.size("attention.head_count_kv", heads),
-            head_dim=head_dim,
-            vocab_size=vocab_size,
-            # Written as float32: 1e-05 comes back as 9.999999747378752e-06.
-            norm_eps=float(str(np.float32(keys.number("attention.layer_norm_rms_epsilon")))),
-            rope_theta=keys.number("rope.freq_base", 10000.0),
-            rope_scaling=scaling,
-            tie_embeddings=tie_embeddings,
-            attention_bias=attention_bias,
-            qk_norm=family.qk_norm,
-            max_positions=keys.size("context_length", 2048),
-            sliding_window=keys.size("attention.sliding_window") if window else None,
-            bos_token_id=next(iter(_token_ids(tokens, "bos_token_id")), None),
-            eos_token_ids=_token_ids(tokens, "eos_token_id"),
-            name=str(metadata.get("general.name", "")),
-        )
-    except ValueError as error:
-        raise (
-            error if isinstance(error, FormatError) else FormatError(f"{where}: {error}")
-        ) from None
-
-
-def _rope_from_gguf(
-    keys: _Keys, factors: NDArray[np.float32] | None, head_dim: int
-) -> dict[str, Any] | None:
-    kind = keys.get("rope.scaling.type") or "none"
-    if keys.get("rope.scale_linear"):
-        kind = "linear"
-    if factors is not None:
-        if factors.shape != (head_dim // 2,) or not (factors > 0).all():
-            raise FormatError(
-                f"{keys.where}: rope_freqs.weight has shape {factors.shape}, "
-                f"expected ({head_dim // 2},) positive numbers"
-            )
-        if kind != "none":
-            keys.differences.append(f"rope scaling {kind!r} together with rope_freqs.weight")
-        # What converters make of llama3; in Hugging Face's words, one set of factors for all
-        # lengths.
-        listed = [float(f) for f in factors]
-        return {
-            "rope_type": "longrope",
-            "short_factor": listed,
-            "long_factor": listed,
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": keys.size("context_length", 2048),
-        }
-    if kind == "none":
-        return None
-    if kind == "linear":
-        factor = keys.number("rope.scaling.factor", keys.get("rope.scale_linear"))
-        return {"rope_type": "linear", "factor": factor}
-    if kind == "yarn":
-        return {
-            "rope_type": "yarn",
-            "factor": keys.number("rope.scaling.factor"),
-            "original_max_position_embeddings": keys.size(
-                "rope.scaling.original_context_length", keys.size("context_length", 2048)
-            ),
-        }
-    keys.differences.append(f"rope scaling is {kind!r}, expected none, linear or yarn")
-    return None
+def _shown(value: Any) -> str:
+    """Return a value as messages show it: never at length."""
+    return f"an array of {value.size}" if isinstance(value, np.ndarray) else reprlib.repr(value)

@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import contextlib
+import json
 import os
 import platform
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.checkpoints import PackedFolder, open_checkpoint
+from lowbitq.checkpoints.mapping import sha256_of_unchanged
 from lowbitq.checkpoints.packed import (
+    json_text,
     narrowest,
     new_folder,
     quantization_config,
     write_arrays,
     write_json,
 )
-from lowbitq.linears import Linear, QuantizedLinear
-from lowbitq.models.decoder import AnyLinear, Model
-from lowbitq.models.llama import HF_BLOCK, NORM_NAMES, OUTER_NAMES
-from lowbitq.rotations import Rotation
-from lowbitq.tensors import QuantizedTensor
+from lowbitq.models.decoder import Model
+from lowbitq.models.slots import NORMS, OUTER, name_in_block
+from lowbitq.models.stored import LayerWriter
+from lowbitq.plans import Plan
+from lowbitq.version import __version__
 
 RESIDUAL_ROTATION = "model.residual_rotation"
+
+# What `split_linear` may store of a layer, behind its name.
+LINEAR_ARRAYS = ("weight", "panels", "levels", "bias", "rotation.matrix")
 
 
 @dataclass(eq=False, repr=False)
@@ -36,15 +41,14 @@ class QuantizedModel(Model):
 
     Attributes
     ----------
-    plan : Plan, dict or None
-        What `compress` was asked to do; of a loaded model a dict, of which ``Plan(**plan)`` makes
-        the Plan again.
+    plan : Plan or None
+        What `compress` was asked to do.
     records : dict of str to dict
         What `compress` noted about each matrix: ``format``, ``bits_per_weight``,
         ``relative_error``, ``seconds`` and whatever else.
     """
 
-    plan: Any = None
+    plan: Plan | None = None
     records: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def report(self) -> Report:
@@ -78,17 +82,23 @@ class QuantizedModel(Model):
         OSError
             If something cannot be written; names it, and leaves nothing behind.
         """
-        arrays = {OUTER_NAMES["final_norm"][0]: narrowest(self.final_norm)}
+        writer = LayerWriter()
+        arrays = writer.arrays
+        arrays[f"{OUTER['final_norm'].hf}.weight"] = narrowest(self.final_norm)
         for i, block in enumerate(self.blocks):
-            for field_name, (name, _) in NORM_NAMES.items():
-                if (gain := getattr(block, field_name)) is not None:
-                    arrays[HF_BLOCK.format(i, name) + ".weight"] = narrowest(gain)
-        layers = {name: split_linear(linear, name, arrays) for name, linear in self.matrices()}
-        tied = replace(self.config, tie_embeddings=self.head is None)
-        config = tied.to_hf() | quantization_config(
+            for norm in NORMS:
+                if (gain := getattr(block, norm.name)) is not None:
+                    arrays[f"{name_in_block(i, norm)}.weight"] = narrowest(gain)
+        layers = {name: writer.layer(name, linear) for name, linear in self.matrices()}
+        actual = replace(self.config, tie_embeddings=self.head is None, layers=len(self.blocks))
+        config = actual.to_hf() | quantization_config(
             bits_per_weight=self.bits_per_weight,
-            residual_rotation=_split_rotation(self.residual_rotation, RESIDUAL_ROTATION, arrays),
+            residual_rotation=writer.rotation(RESIDUAL_ROTATION, self.residual_rotation),
             layers=layers,
+            blocks=[
+                {"attention_scale": block.attention_scale, "mlp_scale": block.mlp_scale}
+                for block in self.blocks
+            ],
         )
         report = self.report()
         with new_folder(path) as folder:
@@ -104,75 +114,28 @@ class QuantizedModel(Model):
             )
             write_json(folder / "provenance.json", _provenance(self.provenance))
             if self.plan is not None:
-                plan = self.plan if isinstance(self.plan, dict) else asdict(self.plan)
-                write_json(folder / "plan.json", plan)
+                write_json(folder / "plan.json", self.plan.to_dict())
             if self.tokenizer is not None:
                 self.tokenizer.save(folder)
 
 
-def split_linear(linear: AnyLinear, name: str, arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Put the arrays of a layer into `arrays`, under its name; return the rest, fit for JSON."""
-    if isinstance(linear, Linear):
-        own: dict[str, NDArray[Any]] = {"weight": narrowest(linear.weight)}
-        fields: dict[str, Any] = {}
-    else:
-        own, tensor = linear.tensor.to_arrays()
-        fields = {"tensor": tensor, "activation_bits": linear.activation_bits}
-    if linear.bias is not None:
-        own["bias"] = narrowest(linear.bias)
-    arrays |= {f"{name}.{part}": array for part, array in own.items()}
-    if linear.rotation is not None:
-        fields["rotation"] = _split_rotation(linear.rotation, f"{name}.rotation", arrays)
-    return fields
+def _provenance(known: Any) -> dict[str, Any]:
+    """Return the known origin of the weights, their digest, and the versions and machine in use.
 
-
-def join_linear(folder: PackedFolder, name: str, fields: Mapping[str, Any]) -> AnyLinear:
-    """Make the layer that `split_linear` split; packed arrays stay mapped.
-
-    Raises
-    ------
-    AttributeError, KeyError, TypeError, ValueError
-        If arrays and fields do not fit together.
+    A file that is not as it was when the weights were loaded has the digest ``"unknown"``.
     """
-    bias = folder.load(f"{name}.bias") if f"{name}.bias" in folder.tensors else None
-    rotation = join_rotation(folder, f"{name}.rotation", fields.get("rotation"))
-    if "tensor" not in fields:
-        return Linear(folder.load(f"{name}.weight"), bias, rotation)
-    parts = [part for part in ("panels", "levels") if f"{name}.{part}" in folder.tensors]
-    tensor = QuantizedTensor.from_arrays(
-        {part: folder.view(f"{name}.{part}") for part in parts}, fields["tensor"]
-    )
-    return QuantizedLinear(tensor, bias, rotation, fields["activation_bits"])
-
-
-def _split_rotation(
-    rotation: Rotation | None, name: str, arrays: dict[str, NDArray[Any]]
-) -> dict[str, Any] | None:
-    if rotation is None:
-        return None
-    arrays |= {f"{name}.{part}": array for part, array in rotation.to_arrays().items()}
-    return rotation.to_dict()
-
-
-def join_rotation(
-    folder: PackedFolder, name: str, fields: Mapping[str, Any] | None
-) -> Rotation | None:
-    """Make the rotation that a saved folder describes; None of None."""
-    if fields is None:
-        return None
-    matrix = f"{name}.matrix"
-    arrays = {"matrix": folder.load(matrix)} if matrix in folder.tensors else {}
-    return Rotation.from_dict(fields, arrays)
-
-
-def _provenance(known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is known of the weights' origin, their digest, and what this process runs on."""
-    result = dict(known)
-    if "source_sha256" not in result and os.path.exists(result.get("source", "")):
-        result["source_sha256"] = open_checkpoint(result["source"]).sha256()
+    if not isinstance(known, Mapping):
+        known = {"provenance": known}
+    result = {str(key): _fit_for_json(value) for key, value in known.items()}
+    stamps = result.pop("source_files", None)
+    if "source_sha256" not in result and isinstance(stamps, dict):
+        result["source_sha256"] = {
+            os.path.basename(path): sha256_of_unchanged(path, stamp) or "unknown"
+            for path, stamp in stamps.items()
+        }
     config = _core.config()
     result["saved_by"] = {
-        "lowbitq": _version(),
+        "lowbitq": __version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -182,11 +145,20 @@ def _provenance(known: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("lowbitq")
-    except importlib.metadata.PackageNotFoundError:  # run from a source tree
-        return None
+def _fit_for_json(value: Any) -> Any:
+    """Return a value as JSON holds it; a short description of what it cannot hold."""
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        plain = json.loads(json_text({"": value}))[""]
+        if _levels(plain) <= 32:  # a reader has limits, too
+            return plain
+    return reprlib.repr(value)
+
+
+def _levels(value: Any) -> int:
+    """How deeply objects and lists are nested."""
+    if not isinstance(value, (dict, list)):
+        return 0
+    return 1 + max(map(_levels, value.values() if isinstance(value, dict) else value), default=0)
 
 
 @dataclass(frozen=True)

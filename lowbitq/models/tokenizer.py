@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import ArrayLike, NDArray
-from tokenizers import AddedToken
+from tokenizers import processors
 
 from lowbitq._core import FormatError
-from lowbitq.models.vocabulary import refusing, vocabulary_from_gguf
-
-_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+from lowbitq.checkpoints.packed import PackedFolder
+from lowbitq.models.tokenizer_folder import vocabulary_from_folder
+from lowbitq.models.vocabulary import Vocabulary, refusing, surroundings, vocabulary_from_gguf
 
 # What decoding writes where bytes are not, or not yet, a character.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -35,10 +35,11 @@ class Tokenizer:
     Parameters
     ----------
     backend : tokenizers.Tokenizer
-        Padding and truncation are switched off in it.
+        Its padding and truncation are switched off, and its post-processor is made to agree with
+        `adds_bos`.
     names : mapping, default=None
         Strings of the tokens with a role, which chat templates read: ``bos_token``, ``eos_token``,
-        ``unk_token``, ``pad_token``.
+        ``unk_token``, ``pad_token`` and others whose key ends in ``_token``.
     eos_ids : iterable of int, default=()
         Tokens that end a text, the usual one first.
     adds_bos : bool, default=False
@@ -59,7 +60,8 @@ class Tokenizer:
     Raises
     ------
     FormatError
-        If a named token is not in the vocabulary.
+        If a named token is not in the vocabulary, or two tokens have one number, or numbers reach
+        far beyond the count of tokens.
 
     Examples
     --------
@@ -89,14 +91,12 @@ class Tokenizer:
         self._source = source
         self._names = dict(names or {})
         self.chat_template = chat_template
-        with refusing(source):
-            self.vocab_size: int = 1 + max(backend.get_vocab().values(), default=-1)
-        if not 0 < self.vocab_size <= 2**31:
-            raise FormatError(f"{source}: token numbers reach {self.vocab_size - 1}")
+        self.vocab_size: int = _size(backend, source)
         self.bos_id = self._named("bos_token")
         self.adds_bos = adds_bos
         if adds_bos and self.bos_id is None:
             raise FormatError(f"{source}: a text begins with bos_token, but none is named")
+        self._set_post_processor()
         eos = self._named("eos_token")
         self.eos_ids: tuple[int, ...] = tuple(
             dict.fromkeys(([] if eos is None else [eos]) + list(eos_ids))
@@ -105,15 +105,17 @@ class Tokenizer:
             raise FormatError(f"{source}: tokens that end a text are {list(self.eos_ids)}")
 
     @classmethod
-    def from_folder(cls, path: str | Path) -> Tokenizer:
+    def from_folder(cls, path: str | Path | PackedFolder) -> Tokenizer:
         """Read the tokenizer of a Hugging Face folder or of a saved lowbitq model.
 
         Parameters
         ----------
-        path : str or Path
-            A folder with ``tokenizer.json``; ``tokenizer_config.json`` (special tokens, whether a
-            text begins with one, chat template), ``chat_template.jinja`` and
-            ``generation_config.json`` (all tokens that end an answer) are read where they exist.
+        path : str, Path or PackedFolder
+            A folder with ``tokenizer.json``, which also decides whether a text begins with
+            ``bos_token``. Read where they exist: ``tokenizer_config.json``, or where it has no
+            ``added_tokens_decoder`` also ``special_tokens_map.json`` and ``added_tokens.json``
+            (tokens with a role, special and added tokens), ``chat_template.jinja`` and
+            ``generation_config.json`` (all tokens that end an answer).
 
         Returns
         -------
@@ -124,7 +126,8 @@ class Tokenizer:
         FileNotFoundError
             If there is no ``tokenizer.json``.
         FormatError
-            If a file is damaged, with its name and, for broken JSON, the byte offset.
+            If a file is damaged, with its name and, for broken JSON, the byte offset; or if it has
+            a key that may change tokens in a way that is not known here.
 
         Examples
         --------
@@ -135,30 +138,8 @@ class Tokenizer:
         ...     Tokenizer.from_folder(folder).encode("hi")
         array([0], dtype=int32)
         """
-        folder = Path(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.json, the one form that is read")
-        config = _read_object(folder / "tokenizer_config.json")
-        backend = _read_backend(file)
-        source = str(folder / "tokenizer_config.json")
-
-        names = {role: _content(config.get(role), f"{source}: {role}") for role in _ROLES}
-        named = {role: name for role, name in names.items() if name is not None}
-        _mark_special(backend, named.values(), source)
-        adds_bos = config.get("add_bos_token")
-        if adds_bos is None:
-            adds_bos = _begins_with(backend, named.get("bos_token"), str(file))
-        elif not isinstance(adds_bos, bool):
-            raise FormatError(f"{source}: add_bos_token is {adds_bos!r}, expected true or false")
-        return cls(
-            backend,
-            names=named,
-            eos_ids=_eos_ids(folder / "generation_config.json"),
-            adds_bos=adds_bos,
-            chat_template=_template(folder, config),
-            source=str(folder),
-        )
+        folder = path if isinstance(path, PackedFolder) else Path(path)
+        return cls._of(vocabulary_from_folder(folder), source=str(path))
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, source: str = "GGUF metadata") -> Tokenizer:
@@ -204,7 +185,10 @@ class Tokenizer:
         >>> tokenizer.eos_ids
         (0,)
         """
-        vocabulary = vocabulary_from_gguf(metadata, source)
+        return cls._of(vocabulary_from_gguf(metadata, source), source=source)
+
+    @classmethod
+    def _of(cls, vocabulary: Vocabulary, *, source: str) -> Tokenizer:
         return cls(
             vocabulary.backend,
             names=vocabulary.names,
@@ -301,6 +285,23 @@ class Tokenizer:
             raise ValueError(f"tokens reach from {array.min()} to {array.max()}")
         with refusing(self._source):
             return self._backend.decode(array.tolist(), skip_special_tokens=skip_special)
+
+    def vocabulary(self) -> dict[str, int]:
+        """Return all tokens, added ones too.
+
+        Returns
+        -------
+        dict of str to int
+            From the string that stands for a token to its number.
+
+        Examples
+        --------
+        >>> from tokenizers import Tokenizer as Backend, models
+        >>> Tokenizer(Backend(models.WordLevel({"hi": 0}))).vocabulary()
+        {'hi': 0}
+        """
+        with refusing(self._source):
+            return self._backend.get_vocab()
 
     def stream(
         self, tokens: Iterable[int], *, after: ArrayLike = (), skip_special: bool = False
@@ -405,7 +406,8 @@ class Tokenizer:
         folder : str or Path
             Made if it is not there. ``tokenizer.json``, ``tokenizer_config.json``,
             ``generation_config.json`` and, if there is a template, ``chat_template.jinja`` are
-            overwritten.
+            overwritten. Files that would contradict them, ``special_tokens_map.json`` and
+            ``added_tokens.json``, are removed.
 
         Examples
         --------
@@ -430,11 +432,17 @@ class Tokenizer:
         _write(folder / "tokenizer.json", backend)
         _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False))
         _write(folder / "generation_config.json", json.dumps(generation, indent=2))
+        for name in ("special_tokens_map.json", "added_tokens.json"):
+            (folder / name).unlink(missing_ok=True)
         template = folder / "chat_template.jinja"
         if self.chat_template is None:
             template.unlink(missing_ok=True)
         else:
             _write(template, self.chat_template)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied backend forgets to be blind to special tokens: `_plain` makes one again.
+        return {name: value for name, value in vars(self).items() if name != "_plain"}
 
     def __repr__(self) -> str:
         return (
@@ -449,6 +457,14 @@ class Tokenizer:
         backend.encode_special_tokens = True
         return backend
 
+    def _set_post_processor(self) -> None:
+        """Make what is saved begin texts as `adds_bos` says: of the files, it is what decides."""
+        before = [self._names["bos_token"]] if self.adds_bos else []
+        if surroundings(self._backend, self._source) != (before, []):
+            self._backend.post_processor = processors.TemplateProcessing(
+                single=[*before, "$A"], special_tokens=[(name, self.bos_id) for name in before]
+            )
+
     def _named(self, role: str) -> int | None:
         name = self._names.get(role)
         if name is None:
@@ -460,98 +476,26 @@ class Tokenizer:
         return token
 
 
-def _read_text(path: Path) -> str:
-    # Bytes, because text mode would change the line ends of a template.
-    data = path.read_bytes()
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: byte {error.start}: not UTF-8") from error
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    value = _parse(path, _read_text(path))
-    if not isinstance(value, dict):
-        raise FormatError(f"{path}: {type(value).__name__} {value!r:.40}, expected an object")
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise FormatError(f"{path}: a string has half of a surrogate pair") from error
-    return value
-
-
-def _parse(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        offset = len(text[: error.pos].encode())
-        raise FormatError(f"{path}: byte {offset}: {error.msg}") from error
-    except (RecursionError, ValueError) as error:
-        raise FormatError(f"{path}: {error}") from error
-
-
-def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    text = _read_text(path)
-    try:
-        with refusing(str(path)):
-            return tokenizers.Tokenizer.from_str(text)
-    except FormatError:
-        _parse(path, text)  # where JSON itself is broken, its parser knows the place better
-        raise
-
-
-def _content(value: Any, where: str) -> str | None:
-    """The string of a token that is written as a string or as an object with its options."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is None or isinstance(value, str):
-        return value
-    raise FormatError(f"{where} is {value!r:.60}, expected a string")
-
-
-def _mark_special(backend: tokenizers.Tokenizer, names: Iterable[str], source: str) -> None:
-    """Make tokens that a configuration gives a role special, where tokenizer.json does not."""
+def _size(backend: tokenizers.Tokenizer, source: str) -> int:
+    """One more than the largest token number, which must fit the count of tokens."""
     with refusing(source):
-        known = {token.content for token in backend.get_added_tokens_decoder().values()}
-        backend.add_special_tokens(
-            [
-                AddedToken(name, normalized=False, special=True)
-                for name in dict.fromkeys(names)
-                if name not in known and backend.token_to_id(name) is not None
-            ]
+        numbers = backend.get_vocab()
+    size = 1 + max(numbers.values(), default=-1)
+    if not numbers:
+        raise FormatError(f"{source}: there are no tokens")
+    # The tokenizers package visits every unused number when it copies or saves.
+    if size > 4 * len(numbers) + 4096:
+        raise FormatError(
+            f"{source}: token numbers reach {size - 1}, too far beyond {len(numbers)} tokens"
         )
-
-
-def _begins_with(backend: tokenizers.Tokenizer, bos: str | None, source: str) -> bool:
-    """Whether tokenizer.json itself puts the first token of a text there."""
-    with refusing(source):
-        return bos is not None and backend.encode("").tokens[:1] == [bos]
-
-
-def _eos_ids(path: Path) -> list[int]:
-    value = _read_object(path).get("eos_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(not isinstance(token, int) or isinstance(token, bool) for token in ids):
-        raise FormatError(f"{path}: eos_token_id is {value!r:.60}, expected integers")
-    return ids
-
-
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return _read_text(file)
-    value = config.get("chat_template")
-    if isinstance(value, list):  # several templates, each an object with a name
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        value = named.get("default")
-    if value is None or isinstance(value, str):
-        return value
-    raise FormatError(
-        f"{folder / 'tokenizer_config.json'}: chat_template is {value!r:.60}, expected a string"
-    )
+    if len(set(numbers.values())) < len(numbers):
+        names: dict[int, str] = {}
+        for name, number in sorted(numbers.items()):
+            if (first := names.setdefault(number, name)) != name:
+                raise FormatError(
+                    f"{source}: tokens {first!r} and {name!r} both have number {number}"
+                )
+    return size
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,9 +8,9 @@ worse. A name that is not known is therefore an error and never a guess.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,11 @@ from tokenizers import (
     models,
     normalizers,
     pre_tokenizers,
-    processors,
 )
 
 from lowbitq._core import FormatError
 
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTION + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|" + _TAIL
@@ -40,9 +40,9 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class _Rule:
-    """How text is cut before byte-level merging; `split` None means GPT-2's expression."""
+    """How text is cut before byte-level merging: by each expression in turn."""
 
-    split: str | None = None
+    splits: tuple[str, ...] = (_GPT2,)
     single_digits: bool = False
     nfc: bool = False
     ignore_merges: bool = False
@@ -51,10 +51,11 @@ class _Rule:
 
 _GPT2_RULE = _Rule()
 _SMOLLM_RULE = _Rule(single_digits=True)
-_LLAMA3_RULE = _Rule(split=_LLAMA3, ignore_merges=True, adds_bos=True)
+_LLAMA3_RULE = _Rule(splits=(_LLAMA3,), ignore_merges=True, adds_bos=True)
 
 PRE_TOKENIZERS: Mapping[str, _Rule] = {
-    "default": _GPT2_RULE,
+    # What llama.cpp takes for files from before there were names.
+    "default": _Rule((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": _GPT2_RULE,
     "smollm": _SMOLLM_RULE,
     "starcoder": _SMOLLM_RULE,
@@ -62,27 +63,39 @@ PRE_TOKENIZERS: Mapping[str, _Rule] = {
     "llama-bpe": _LLAMA3_RULE,
     "llama3": _LLAMA3_RULE,
     "llama-v3": _LLAMA3_RULE,
-    "qwen2": _Rule(split=_QWEN2, nfc=True),
-    "tekken": _Rule(split=_TEKKEN, ignore_merges=True, adds_bos=True),
+    "qwen2": _Rule(splits=(_QWEN2,), nfc=True),
+    "tekken": _Rule(splits=(_TEKKEN,), ignore_merges=True, adds_bos=True),
 }
 """Values of ``tokenizer.ggml.pre`` that byte-level vocabularies may have."""
 
 # Values of tokenizer.ggml.token_type.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
+# fmt: off
 # GGUF has room for one end of text and one end of turn, but chat models have up to three tokens
-# that end an answer (their generation_config.json lists them). llama.cpp finds the rest by name.
-_END_NAMES = frozenset(
-    [
-        "</s>",
-        "<|endoftext|>",
-        "<|end_of_text|>",
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<|eom_id|>",
-        "<|end|>",
-    ]
-)
+# that end an answer (their generation_config.json lists them). llama.cpp finds the rest by name,
+# whatever their type (llama_vocab::impl::load); these are its names.
+_END_NAMES = frozenset([
+    "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>",
+    "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<end_of_turn>", "<EOT>",
+    "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<｜end▁of▁sentence｜>", "[e~[",
+])
+# Tokens that fill gaps in code end a text too: the one that the file has a key for, or else the
+# first of these names that is a token.
+_GAP_NAMES = {
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+
+# Keys under ``tokenizer.`` that are read or harmless, besides those that end in _token_id.
+_KNOWN = frozenset([
+    "ggml.model", "ggml.pre", "ggml.tokens", "ggml.token_type", "ggml.token_type_count",
+    "ggml.scores", "ggml.merges", "ggml.add_bos_token", "chat_template", "chat_templates",
+    "huggingface.json", "rwkv.world",
+])
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -93,7 +106,7 @@ class Vocabulary:
     ----------
     backend : tokenizers.Tokenizer
     names : dict
-        Strings of ``bos_token``, ``eos_token``, ``unk_token``, ``pad_token``, where there are such.
+        Strings of the tokens with a role, by key: ``bos_token`` and the like.
     eos_ids : tuple of int
         Tokens that end a text.
     adds_bos : bool
@@ -108,18 +121,42 @@ class Vocabulary:
     chat_template: str | None
 
 
-@contextmanager
-def refusing(where: str) -> Iterator[None]:
+_PASSED_ON = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, FormatError)
+
+
+class refusing:  # noqa: N801 (used as a statement: ``with refusing(where):``)
     """Turn whatever the tokenizers package raises into a FormatError that says where.
 
-    The package raises plain `Exception`, and its Rust panics derive from `BaseException`.
+    The package raises plain `Exception`, and its Rust panics derive from `BaseException`. This is a
+    class because a generator would also meet the GeneratorExit that can follow an interrupt.
     """
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, MemoryError, FormatError):
-        raise
-    except BaseException as error:
-        raise FormatError(f"{where}: {error}") from error
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is not None and not isinstance(error, _PASSED_ON):
+            raise FormatError(f"{self.where}: {error}") from error
+
+
+# Its one token is what a post-processor is shown.
+_PROBE = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
+
+
+def surroundings(backend: Tokenizer, source: str) -> tuple[list[str], list[str]]:
+    """Return the tokens that the post-processor puts before and after a text."""
+    with refusing(source):
+        encoding = backend.post_process(_PROBE.encode("x"))
+        at = encoding.special_tokens_mask.index(0)
+        return encoding.tokens[:at], encoding.tokens[at + 1 :]
 
 
 def vocabulary_from_gguf(metadata: Mapping[str, Any], source: str) -> Vocabulary:
@@ -131,36 +168,30 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], source: str) -> Vocabulary
             f"{source}: tokenizer.ggml.model is {kind!r}; known: 'gpt2' (byte-level BPE) and "
             "'llama' (SentencePiece BPE)"
         )
+    fields.refuse_unknown({"ggml.add_space_prefix"} if kind == "llama" else set())
     tokens = fields.tokens()
     types = fields.numbers("tokenizer.ggml.token_type", len(tokens))
-    roles = {
-        name: fields.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
-        for name, key in [
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
-            ("end of turn", "eot"),
-            ("end of message", "eom"),
-        ]
+    named = {
+        role: fields.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
+        for role, key in _ROLE_KEYS.items()
     }
-    bos = roles["bos_token"]
+    given = {index for index in named.values() if index is not None}
+    if kind == "llama":  # llama.cpp's defaults
+        for role, index in [("bos_token", 1), ("eos_token", 2)]:
+            if named[role] is None and index < len(tokens):
+                named[role] = index
+    bos, eos = named["bos_token"], named["eos_token"]
     if kind == "gpt2":
         rule = _rule(fields)
         habit = rule.adds_bos
         backend = _byte_level(fields, tokens, rule)
     else:
         habit = True
-        backend = _sentencepiece(fields, tokens, types, roles["unk_token"])
+        backend = _sentencepiece(fields, tokens, types, named["unk_token"])
 
-    control = {
-        i for i, t in enumerate(types) if t == _CONTROL or (t == _UNKNOWN and kind == "llama")
-    }
-    ends = [roles["eos_token"], roles["end of turn"], roles["end of message"]]
-    ends += [i for i in sorted(control) if tokens[i] in _END_NAMES]
-    eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
-    control.update(eos_ids, [] if bos is None else [bos])
-    user_defined = [i for i, t in enumerate(types) if t == _USER_DEFINED and i not in control]
+    ends, special = _ends(fields, tokens, types, eos)
+    special |= {index for index in (bos, eos) if index in given}
+    user_defined = [i for i, t in enumerate(types) if t == _USER_DEFINED and i not in special]
 
     adds_bos = fields.flag("tokenizer.ggml.add_bos_token", habit and bos is not None)
     if adds_bos and bos is None:
@@ -169,18 +200,47 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any], source: str) -> Vocabulary
         )
     with refusing(f"{source}: special tokens"):
         backend.add_special_tokens(
-            [AddedToken(tokens[i], normalized=False, special=True) for i in sorted(control)]
+            [AddedToken(tokens[i], normalized=False, special=True) for i in sorted(special)]
         )
         backend.add_tokens([AddedToken(tokens[i], normalized=False) for i in user_defined])
-        if adds_bos and bos is not None:
-            backend.post_processor = processors.TemplateProcessing(
-                single=[tokens[bos], "$A"], special_tokens=[(tokens[bos], bos)]
-            )
-    names = {
-        name: tokens[i] for name, i in roles.items() if i is not None and name.endswith("_token")
-    }
+    names = {role: tokens[i] for role, i in named.items() if i is not None}
     template = fields.text("tokenizer.chat_template", optional=True)
-    return Vocabulary(backend, names, eos_ids, adds_bos, template)
+    return Vocabulary(backend, names, ends, adds_bos, template)
+
+
+_ROLE_KEYS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+}
+
+
+def _ends(
+    fields: _Fields, tokens: list[str], types: list[int], eos: int | None
+) -> tuple[tuple[int, ...], set[int]]:
+    """Return the tokens that end a text and those that are special, as llama.cpp has them."""
+    ids = {
+        key: fields.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
+        for key in ("eot", "eom", *_GAP_NAMES)
+    }
+    number = {token: index for index, token in enumerate(tokens)}
+    by_name = sorted(number[name] for name in _END_NAMES if name in number)
+    for key, known in _GAP_NAMES.items():
+        if ids[key] is None:
+            by_name += [number[name] for name in known if name in number][:1]
+    ends = dict.fromkeys(i for i in [eos, ids["eot"], ids["eom"], *by_name] if i is not None)
+    ends |= dict.fromkeys(i for i in ids.values() if i is not None)
+    special = {i for i, t in enumerate(types) if t in (_CONTROL, _UNKNOWN)} | {*by_name}
+
+    # In these families <|end|> ends a part of an answer, and </s> is ordinary text.
+    names = {tokens[index] for index in ends}
+    if names & {"<|call|>", "<|calls|>"} and names & {"<|return|>", "<|flush|>"}:
+        ends.pop(number.get("<|end|>", -1), None)
+    if names & {"<|tool_response>", "<|plamo:eos|>"}:
+        ends.pop(ordinary := number.get("</s>", -1), None)
+        special.discard(ordinary)
+    return tuple(ends), special
 
 
 def _rule(fields: _Fields) -> _Rule:
@@ -210,9 +270,8 @@ def _byte_level(fields: _Fields, tokens: list[str], rule: _Rule) -> Tokenizer:
     steps: list[pre_tokenizers.PreTokenizer] = []
     if rule.single_digits:
         steps.append(pre_tokenizers.Digits(individual_digits=True))
-    if rule.split is not None:
-        steps.append(pre_tokenizers.Split(Regex(rule.split), behavior="isolated"))
-    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule.split is None))
+    steps += [pre_tokenizers.Split(Regex(split), behavior="isolated") for split in rule.splits]
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     return backend
@@ -231,11 +290,12 @@ def _sentencepiece(
     scores = fields.numbers(key, len(tokens), required=True)
     reserved = {i for i, t in enumerate(types) if t in (_UNKNOWN, _CONTROL, _BYTE)}
     vocabulary = {token: index for index, token in enumerate(tokens)}
+    pieces = {token: index for token, index in vocabulary.items() if index not in reserved}
+    lengths = {len(piece) for piece in pieces}
     merges = [
-        (score, len(left), len(right), left, right)
-        for token, index in vocabulary.items()
-        if index not in reserved
-        for score, left, right in _splits(token, scores[index], vocabulary, reserved)
+        (scores[index], len(left), len(right), left, right)
+        for piece, index in pieces.items()
+        for left, right in _splits(piece, pieces, lengths)
     ]
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     if unknown is None:
@@ -265,17 +325,16 @@ def _sentencepiece(
     return backend
 
 
-def _splits(
-    token: str, score: float, vocabulary: Mapping[str, int], reserved: set[int]
-) -> list[tuple[float, str, str]]:
-    """The pairs of tokens that `token` can be merged from, in order of the tokens' numbers."""
-    pairs = []
-    for cut in range(1, len(token)):
-        left, right = vocabulary.get(token[:cut]), vocabulary.get(token[cut:])
-        if left is None or right is None or left in reserved or right in reserved:
-            continue
-        pairs.append((left, right, cut))
-    return [(score, token[:cut], token[cut:]) for _, _, cut in sorted(pairs)]
+def _splits(piece: str, pieces: Mapping[str, int], lengths: set[int]) -> list[tuple[str, str]]:
+    """The pairs that `piece` can be merged from, in order of their numbers.
+
+    Only lengths that occur are tried: all would take time quadratic in the length of a long token.
+    """
+    size = len(piece)
+    cuts = range(1, size) if size <= len(lengths) else [cut for cut in lengths if cut < size]
+    pairs = [(piece[:cut], piece[cut:]) for cut in cuts if cut in lengths and size - cut in lengths]
+    found = [(left, right) for left, right in pairs if left in pieces and right in pieces]
+    return sorted(found, key=lambda pair: (pieces[pair[0]], pieces[pair[1]]))
 
 
 @dataclass(frozen=True)
@@ -284,6 +343,18 @@ class _Fields:
 
     metadata: Mapping[str, Any]
     source: str
+
+    def refuse_unknown(self, known: Set[str]) -> None:
+        """Raise FormatError for a key that may change tokens in a way that is not known."""
+        for key, value in self.metadata.items():
+            name = key.removeprefix("tokenizer.")
+            if name == key or name in _KNOWN or name in known:
+                continue
+            if name.endswith("_token_id") or name.startswith("chat_template."):
+                continue
+            neutral = value is None or np.size(value) == 0 or (np.ndim(value) == 0 and not value)
+            if not neutral:
+                raise FormatError(f"{self.source}: {key} is {value!r:.60}, which is not supported")
 
     def text(self, key: str, *, optional: bool = False) -> str | None:
         value = self.metadata.get(key)

@@ -100,6 +100,8 @@ def test_bad_input_is_named():
         adaround(weight, np.eye(3), "int4")
     with pytest.raises(ValueError, match=r"-1\.0 on its diagonal"):
         adaround(weight, -hessian, "int4")
+    with pytest.raises(ValueError, match="hessian has inf on its diagonal"):
+        adaround(weight, np.diag([1, np.inf, 1, 1]), "int4")
     hessian[0, 1] = np.nan
     with pytest.raises(ValueError, match="the Hessian has a NaN"):
         adaround(weight, hessian, "int4")

@@ -58,23 +58,60 @@ def test_attention_matches_oracle(isa, tokens, keys, heads, kv_heads, d):
     assert (abs(attend(q, k, v) - expected) <= bound).all()
 
 
+def transformed(x):
+    """H x, block by block, with H the Hadamard matrix of the largest order that divides d."""
+    order = x.shape[-1] & -x.shape[-1]
+    y = x.reshape(*x.shape[:-1], -1, order).copy()
+    for distance in 2 ** np.arange(order.bit_length() - 1):
+        pairs = y.reshape(*y.shape[:-1], -1, 2, distance)
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        y = np.stack([a + b, a - b], axis=-2).reshape(y.shape)
+    return y.reshape(x.shape)
+
+
+def transformed_inputs(q, k):
+    """H q exactly, and H k / n in float32, as 8 bits round it."""
+    order = k.shape[-1] & -k.shape[-1]
+    return transformed(q.astype(float)), transformed(k / np.float32(order)), order
+
+
 @pytest.mark.parametrize(("tokens", "keys", "heads", "kv_heads", "d"), SIZES)
 def test_8_bits_match_attention_over_rounded_keys_and_values(isa, tokens, keys, heads, kv_heads, d):
     q, k, v = random_inputs(tokens, keys, heads, kv_heads, d)
-    expected, bound = oracle.attention(q, rounded(k)[0], rounded(v)[0])
-    # Scales are products of their own: one more rounding of each score, weight and value.
+    hq, hk, order = transformed_inputs(q, k)
+    kept = rounded(hk)[0]
+    expected, bound = oracle.attention(hq, kept, rounded(v)[0])
+    # Each of log2(order) sums in H q is off by a unit of at most the sum of |q|, which moves a
+    # weight by twice the error of its score. Scales are products of their own: one more rounding of
+    # each score, weight and value.
+    sums = np.log2(order) * oracle.UNIT * abs(q).sum(-1).max() * abs(kept).sum(-1).max()
+    bound += 2 * sums / d**0.5 * abs(v).max()
     assert (abs(attend(q, k, v, bits=8) - expected) <= bound * (1 + 3 / d)).all()
 
 
+def test_8_bits_give_every_channel_the_same_step(isa):
+    """A channel of 100 among others of 1 may cost them as much as one of 100 / sqrt(64)."""
+    rng = np.random.default_rng(4)
+    q, k = rng.standard_normal((2, 200, 2, 64), dtype=np.float32)
+    v = np.eye(200, 64, dtype=np.float32)[:, None].repeat(2, axis=1)
+    q[..., 7], k[..., 7] = 0, 100
+    exact, _ = oracle.attention(q, k, v)
+    small = k.copy()
+    small[..., 7] = 100 / 64**0.5
+    limit = abs(oracle.attention(q, rounded(small)[0], v)[0] - exact).mean()
+    assert abs(attend(q, k, v, bits=8) - exact).mean() < 1.5 * limit
+
+
 def test_8_bits_cost_half_a_step():
-    """Against unrounded keys and values: scores are off by half a step of the keys times |q|, which
-    moves a weight by at most twice as much, and values by half of theirs."""
+    """Against unrounded keys and values: scores are off by half a step of the keys times |H q|,
+    which moves a weight by at most twice as much, and values by half of theirs."""
     q, k, v = random_inputs(20, 300, 6, 2, 64)
     exact, bound = oracle.attention(q, k, v)
-    _, k_step = rounded(k)
+    hq, hk, _ = transformed_inputs(q, k)
+    _, k_step = rounded(hk)
     _, v_step = rounded(v)
     group = q.shape[1] // k.shape[1]
-    score = abs(q.astype(float)).sum(-1) * np.repeat(k_step.max(0)[:, 0], group) / 2 / 64**0.5
+    score = abs(hq).sum(-1) * np.repeat(k_step.max(0)[:, 0], group) / 2 / 64**0.5
     moved = np.expm1(2 * score)[:, :, None] * np.repeat(abs(v).max(0), group, axis=0)
     limit = moved + np.repeat(v_step.max(0), group, axis=0) / 2
     error = abs(attend(q, k, v, bits=8) - exact)
@@ -137,10 +174,10 @@ def test_attention_refuses_heads_that_do_not_share_evenly():
     with pytest.raises(ValueError, match="q has 2 tokens of 3 heads, k 2 of 2"):
         _core.attention(q, k, k, q, bits=32)
     with pytest.raises(ValueError, match="q has 2 tokens of 3 heads, k 1 of 3"):
-        _core.attention(q, q[:1], q[:1], q, bits=32)
+        _core.attention(q, q[:1].copy(), q[:1].copy(), q, bits=32)
 
 
 def test_attention_refuses_other_bits():
     q = np.zeros((2, 3, 4), np.float32)
     with pytest.raises(ValueError, match="bits is 16, expected 8 or 32"):
-        _core.attention(q, q, q, q, bits=16)
+        _core.attention(q, q, q, np.empty_like(q), bits=16)

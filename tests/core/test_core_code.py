@@ -5,60 +5,13 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
+from rounding import NAMES, NF4, code_of, normal, quantize
 
 from lowbitq import _core
-
-NF4 = np.empty(16, np.float32)
-_core.fixed_levels(NF4, kind="nf")
-
-
-STORED = ("symmetric", "zero", "scale_bits", "unit")
-NAMES = {2: "int1", 3: "ternary", 4: "int2", 8: "int3", 16: "int4", 256: "int8"}
-
-
-def code_of(count, levels=None, symmetric=True, zero=None, scale_bits=16, unit=0.0):
-    """A uniform code of `count` levels, or one with a table."""
-    zero = (count - 1) / 2 if zero is None and symmetric and levels is None else zero or 0.0
-    name = NAMES[count] if levels is None else f"kmeans{count.bit_length() - 1}"
-    stored = {"symmetric": symmetric, "zero": zero, "scale_bits": scale_bits, "unit": unit}
-    return _core.code(levels, name=name, **stored)
-
-
-def quantize(weight, levels=None, count=None, importance=None, scale=None, offset=None, **rest):
-    """Codes, scale, offset and values by _core.quantize; outputs prefilled, between guards."""
-    count = len(levels) if levels is not None else count
-    options = {
-        "group": weight.shape[1],
-        "fixed": scale is not None,
-        "method": "mse",
-        "clip": 1.0,
-        "percentile": 100.0,
-        "candidates": 10,
-        "shrink": 0.9,
-        "norm": 2.0,
-    } | rest
-    stored = {name: options.pop(name) for name in STORED if name in options}
-    code = code_of(count, levels, **stored)
-    rows, cols = weight.shape
-    groups = -(-cols // options["group"])
-    codes = np.full((rows + 2, cols), 255, np.uint8)
-    scales = np.full((2, rows + 2, groups), np.nan, np.float32)
-    if scale is not None:
-        scales[:, 1:-1] = scale, offset
-    _core.quantize(code, weight, importance, codes[1:-1], *scales[:, 1:-1], **options)
-    assert (codes[[0, -1]] == 255).all(), "wrote outside codes"
-    assert np.isnan(scales[:, [0, -1]]).all(), "wrote outside scale or offset"
-    codes, scale, offset = codes[1:-1], scales[0, 1:-1], scales[1, 1:-1]
-    values = oracle.decode(codes, scale, offset, options["group"], levels)
-    return codes, scale, offset, values
 
 
 def distortion(weight, **options):
     return ((quantize(weight, **options)[3] - weight) ** 2).mean()
-
-
-def normal(rows, cols, seed=0):
-    return np.random.default_rng([seed, rows, cols]).standard_normal((rows, cols), np.float32)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 16, 256])
@@ -406,8 +359,14 @@ def test_clip_ratio_scales_the_range():
 def test_constant_groups(value, method):
     weight = np.full((2, 40), value, np.float32)
     for options in ({"count": 4, "symmetric": False}, {"count": 4}, {"count": 3}, {"levels": NF4}):
-        _, scale, offset, values = quantize(weight, group=32, method=method, **options)
-        assert (scale > 0).all()
+        codes, scale, offset, values = quantize(weight, group=32, method=method, **options)
+        if value == 0 and options == {"count": 4}:  # which has no level of 0
+            assert (scale == 0).all()
+            assert (codes == 0).all()
+        elif value == 0:
+            assert (scale == 2.0**-24).all()
+        else:
+            assert ((scale > 0) | (value == 1e-9)).all()
         assert np.isfinite(offset).all()
         # Scale and offset of float16 each err by 2^-11, and nothing is below 2^-24.
         assert abs(values - weight).max() <= 2**-9 * abs(value) + 2**-24 * 1.5
@@ -443,8 +402,15 @@ def test_grids_of_halves_are_the_finest_that_cover(isa, count, clip):
         scale, offset = (a.reshape(-1).astype(np.float16) for a in found)
         finer = np.nextafter(scale, np.float16(0))
         reach = 2 * np.maximum(high, -low) if symmetric else high - offset.astype(float)
-        assert (scale.astype(float) * top >= reach * (1 - slack)).all()
-        assert ((finer.astype(float) * top < reach * (1 + slack)) | (scale == 2.0**-24)).all()
+        zeros = scale == 0
+        if symmetric:  # the smallest scale would have covered them, but zeros are nearer
+            groups = weight.reshape(960, 8).astype(float)[zeros]
+            nearest = (np.clip(np.rint(groups * 2**24 + top / 2), 0, top) - top / 2) * 2.0**-24
+            assert (reach[zeros] <= top * 2.0**-24).all()
+            errors = ((nearest - groups) ** 2).sum(1), (groups**2).sum(1)
+            assert (errors[0] >= 0.9 * errors[1]).all()
+        assert (zeros | (scale.astype(float) * top >= reach * (1 - slack))).all()
+        assert ((finer.astype(float) * top < reach * (1 + slack)) | (scale <= 2.0**-24)).all()
         if not symmetric:
             assert (offset <= low).all()
             assert (np.nextafter(offset, np.float16(np.inf)) > low).all()

@@ -63,6 +63,18 @@ def test_logits_far_below_the_maximum_do_not_matter(isa):
     assert nll_of(logits, np.array([3], np.int32))[0] == 0
 
 
+def test_logits_whose_differences_leave_float32(isa):
+    rng = np.random.default_rng(1)
+    p, q = rng.choice(np.float32([-3.4e38, -1e38, 0, 1e38, 3.4e38]), (2, 30, 40))
+    target = rng.integers(0, 40, 30, dtype=np.int32)
+    for found, (expected, bound) in [
+        (nll_of(p, target), oracle.cross_entropy(p, target)),
+        (kl_of(p, q)[0], oracle.kl_divergence(p, q)),
+    ]:
+        assert np.isfinite(found).all()
+        assert (abs(found - expected) <= bound + 1e-12 * abs(expected)).all()
+
+
 def test_equal_maxima_count_the_first():
     p, q = np.zeros((2, 1, 30), np.float32)
     p[0, [4, 20]] = q[0, [4, 21]] = 1

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import oracle
 import pytest
-from packed_parts import code_of, description, layout, pack, random_parts
+from packed_parts import code_of, dense_layer, description, pack, packed_layer, random_parts
 
 from lowbitq import _core
 from lowbitq.rotations import Rotation
@@ -56,15 +56,16 @@ def network_of(seed, *, biases=False, head_norms=False, norms=True, head=False, 
 
 
 def block_handle(block):
-    layers = [_core.linear_dense(*block[name], None) for name in LAYERS]
-    return _core.block(*(block[name] for name in NORMS), *layers)
+    layers = [dense_layer(*block[name], None) for name in LAYERS]
+    scales = {name: block.get(name, 1.0) for name in ("attention_scale", "mlp_scale")}
+    return _core.block(*(block[name] for name in NORMS), *layers, **scales)
 
 
 def dense(weight):
-    return None if weight is None else _core.linear_dense(weight, None, None)
+    return None if weight is None else dense_layer(weight, None, None)
 
 
-def decoder_of(network, rotation=None, embedding=None, **changes):
+def decoder_of(network, rotation=None, embedding=None, rope_factor=1.0, **changes):
     network = network | changes
     return _core.decoder(
         embedding or dense(network["embedding"]),
@@ -76,7 +77,7 @@ def decoder_of(network, rotation=None, embedding=None, **changes):
         heads=network["heads"],
         kv_heads=network["kv_heads"],
         epsilon=network["epsilon"],
-        rope_factor=1.0,
+        rope_factor=rope_factor,
     )
 
 
@@ -97,6 +98,15 @@ def cache_of(decoder, capacity=128, bits=32):
 
 def close(found, expected):
     return (abs(found - expected).max(-1) <= LIMIT * abs(expected).max(-1)).all()
+
+
+def test_halves_of_a_block_are_added_by_their_scales(isa):
+    """Of the same layers twice, each time by half: a block that stands twice."""
+    network = network_of(30, blocks=2)
+    network["blocks"][0] |= {"attention_scale": 0.5, "mlp_scale": -2.0}
+    network["blocks"] = [network["blocks"][0], *network["blocks"]]
+    logits = forward(decoder_of(network), tokens_of(30))
+    assert close(logits, oracle.decoder(network, tokens_of(30)))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 65])
@@ -130,8 +140,9 @@ def continued(decoder, tokens, cache):
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-def test_a_cache_of_garbage_stands_for_the_tokens_before(isa, bits):
-    network = network_of(1, head_norms=True, head=True)
+@pytest.mark.parametrize("options", [{"head_norms": True}, {"biases": True}])
+def test_a_cache_of_garbage_stands_for_the_tokens_before(isa, bits, options):
+    network = network_of(1, head=True, **options)
     network["embedding"][-1] = np.nan
     decoder, tokens = decoder_of(network), tokens_of(100) % (VOCAB - 1)
     cache = cache_of(decoder, bits=bits)
@@ -142,6 +153,40 @@ def test_a_cache_of_garbage_stands_for_the_tokens_before(isa, bits):
     else:  # keys and values are off by half a step, 1 / 254 of the largest, at most
         error = abs(found - expected).max(-1) / abs(expected).max(-1)
         assert LIMIT < error.max() < 1 / 127
+
+
+def biased_network(pair, size, head_norms):
+    """Keys and values with constants of `size`, read by small weights, so that all scores and
+    outputs stay as large as without."""
+    network = network_of(15, biases=True, head_norms=head_norms)
+    for block in network["blocks"]:
+        (query, query_bias), (output, _) = block["q_proj"], block["o_proj"]
+        for channel in (pair, pair + HEAD_DIM // 2):
+            query[channel::HEAD_DIM] /= size
+            query_bias[channel::HEAD_DIM] /= size
+            block["k_proj"][1][channel] = -size
+        block["k_proj"][1][HEAD_DIM + pair] = size
+        block["v_proj"][1][::HEAD_DIM] = size
+        output[:, ::HEAD_DIM] /= size
+    return network
+
+
+@pytest.mark.parametrize("pair", [0, 1, 4])  # turns by 1, 0.25 and 0.004 radians per position
+@pytest.mark.parametrize("size", [10, 1000])
+def test_biases_of_keys_and_values_cost_8_bits_nothing(isa, pair, size):
+    decoder = decoder_of(biased_network(pair, size, head_norms=False), rope_factor=1.3)
+    tokens = tokens_of(150)
+    exact, found = (continued(decoder, tokens, cache_of(decoder, 192, bits)) for bits in (32, 8))
+    error = abs(found - exact).max(-1) / abs(exact).max(-1)
+    assert LIMIT < error.max() < 1 / 127  # as without
+
+
+def test_a_bias_before_a_norm_of_keys_is_no_constant(isa):
+    decoder = decoder_of(biased_network(1, 3, head_norms=True))
+    tokens = tokens_of(150)
+    exact, found = (continued(decoder, tokens, cache_of(decoder, 192, bits)) for bits in (32, 8))
+    error = abs(found - exact).max(-1) / abs(exact).max(-1)
+    assert LIMIT < error.max() < 1 / 127
 
 
 def test_a_cache_of_8_bits_takes_a_quarter():
@@ -183,11 +228,8 @@ def packed_embedding(spec, levels=None, activation_bits=0):
     """A layer and the weights it stands for."""
     panels = pack(spec, *random_parts(spec))
     weight = np.empty((VOCAB, HIDDEN), np.float32)
-    code = code_of(spec, levels)
-    _core.packed_dequantize(code, panels, weight, group=spec["group"])
-    layer = _core.linear_packed(
-        code, panels, None, None, **layout(spec), activation_bits=activation_bits
-    )
+    _core.packed_dequantize(code_of(spec, levels), panels, weight, group=spec["group"])
+    layer = packed_layer(panels, levels, None, None, **spec, activation_bits=activation_bits)
     return layer, weight
 
 
@@ -216,7 +258,7 @@ def test_a_packed_embedding_is_the_head_too(isa):
 def test_rows_of_a_rotated_embedding_are_those_of_the_product(residual):
     """W R is the embedding where a layer W has the input rotation R."""
     network, rotation = network_of(11, blocks=0), Rotation(HIDDEN, seed=4)
-    layer = _core.linear_dense(rotation.apply(network["embedding"]), None, rotation.handle)
+    layer = dense_layer(rotation.apply(network["embedding"]), None, rotation.handle)
     stream = Rotation(HIDDEN, seed=5) if residual else None
     decoder = decoder_of(network, stream and stream.handle, embedding=layer)
     x = np.empty((30, HIDDEN), np.float32)
@@ -237,21 +279,19 @@ def test_a_packed_head_quantizes_its_input_as_any_layer(isa, tokens):
     assert (logits == expected).all()
 
 
-def quantized_decoder():
+def quantized_decoder(**options):
     """Two blocks of 2-bit layers that quantize what they read."""
-    network = network_of(12, head_norms=True)
+    network = network_of(12, **options)
     blocks = []
     for i, block in enumerate(network["blocks"]):
         layers = []
         for j, name in enumerate(LAYERS):
             spec = description(*block[name][0].shape, 2, has_offset=True)
             panels = pack(spec, *random_parts(spec, seed=7 * i + j))
-            layers.append(
-                _core.linear_packed(
-                    code_of(spec), panels, None, None, **layout(spec), activation_bits=8
-                )
-            )
-        blocks.append(_core.block(*(block[name] for name in NORMS), *layers))
+            bias = block[name][1]
+            layers.append(packed_layer(panels, None, bias, None, **spec, activation_bits=8))
+        gains = (block[name] for name in NORMS)
+        blocks.append(_core.block(*gains, *layers, attention_scale=1.0, mlp_scale=1.0))
     return _core.decoder(
         dense(network["embedding"]),
         network["final_norm"],
@@ -267,9 +307,10 @@ def quantized_decoder():
 
 
 @pytest.mark.parametrize("bits", [None, 8, 32])
-def test_batches_of_a_window_do_not_change_a_bit(isa, bits):
+@pytest.mark.parametrize("options", [{"head_norms": True}, {"biases": True}])
+def test_batches_of_a_window_do_not_change_a_bit(isa, bits, options):
     """A batch is 256 tokens per thread: three of them, two, and all tokens at once."""
-    decoder, tokens = quantized_decoder(), tokens_of(600)
+    decoder, tokens = quantized_decoder(**options), tokens_of(600)
     threads = _core.config()["threads"]
     results = []
     for count in (1, 2, 3):
@@ -285,7 +326,7 @@ def test_batches_of_a_window_do_not_change_a_bit(isa, bits):
 
 
 def test_taps_of_batches_are_those_of_the_window(isa):
-    decoder = quantized_decoder()
+    decoder = quantized_decoder(head_norms=True)
     x = np.random.default_rng(13).standard_normal((600, HIDDEN), dtype=np.float32)
     threads = _core.config()["threads"]
     results = []
@@ -339,7 +380,7 @@ def test_layers_that_do_not_fit_are_refused():
         decoder_of(network, head=np.zeros((VOCAB, HIDDEN - 1), np.float32))
     with pytest.raises(ValueError, match=r"the embedding is \(50, 25\), expected \(50, 24\)"):
         decoder_of(network, embedding=dense(np.zeros((VOCAB, HIDDEN + 1), np.float32)))
-    layer = _core.linear_dense(network["embedding"], np.zeros(VOCAB, np.float32), None)
+    layer = dense_layer(network["embedding"], np.zeros(VOCAB, np.float32), None)
     with pytest.raises(ValueError, match="the embedding has a bias, expected none"):
         decoder_of(network, embedding=layer)
 

@@ -47,7 +47,7 @@ def layer(rows, cols, seed):
 
 def run(
     hessian, weight, group, code="int3", order=None, damping=0.01, median=False,
-    importance=None, scales=None, block=128, float64=True,
+    importance=None, scales=None, block=128, float64=True, **search
 ):  # fmt: skip
     """Codes, scale and offset (both (rows, groups)) and the report of C."""
     factor = np.full(hessian.shape, np.nan, np.float64 if float64 else np.float32)
@@ -59,7 +59,7 @@ def run(
         scale[1:-1], offset[1:-1] = scales
     _core.gptq(
         code_of(code), factor, order, weight, importance, codes[1:-1], scale[1:-1], offset[1:-1],
-        group=group, fixed=scales is not None, block=block, **SEARCH
+        group=group, fixed=scales is not None, block=block, **SEARCH | search
     )  # fmt: skip
     for array in (codes, scale, offset):
         guards = array[[0, -1]]
@@ -266,6 +266,97 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factored():
     assert report["retries"] > 0
     assert 1e-3 < report["damping"] < 1e-1
     assert np.isfinite(np.triu(factor)).all()
+
+
+def test_damping_is_raised_tenfold():
+    """The least eigenvalue of H is -0.05, the mean of its diagonal 1."""
+    hessian = np.eye(40)
+    hessian[0, 1] = hessian[1, 0] = 1.05
+    for damping, retries in ((0.01, 1), (0.04, 1), (0.06, 0), (0.001, 2), (1e-4, 3)):
+        report = _core.gptq_factor(hessian, None, np.zeros((40, 40)), damping=damping, median=False)
+        assert report["retries"] == retries
+        assert report["damping"] == pytest.approx(damping * 10**retries, rel=1e-12)
+
+
+@pytest.mark.parametrize("float64", [False, True])
+@pytest.mark.parametrize("power", [-1000, -200, -4, 6, 126, 128, 900])
+def test_the_scale_of_a_hessian_changes_no_bit(float64, power):
+    hessian, _ = layer(1, 96, 2)
+    hessian[5] = hessian[:, 5] = 0
+    kind = np.float64 if float64 else np.float32
+    reports, factors = [], []
+    for unit in (1.0, 2.0**power):
+        factors.append(np.zeros((96, 96), kind))
+        reports.append(
+            _core.gptq_factor(hessian * unit, None, factors[-1], damping=0.01, median=True)
+        )
+        reports[-1]["damping"] /= unit
+    assert reports[0] == reports[1]
+    assert np.array_equal(*map(np.triu, factors))
+
+
+@pytest.mark.parametrize("bad", [1e5, -3.3e4, 1e30])
+@pytest.mark.parametrize("group", [32, 64])
+def test_weights_whose_scale_would_not_fit_are_named(bad, group):
+    hessian, weight = layer(20, 64, 7)
+    weight[17, 40] = bad
+    with pytest.raises(
+        ValueError, match=r"weight\[17, 40\] is .*, expected at most 32752: its scale"
+    ):
+        run(hessian, weight, group)
+
+
+@pytest.mark.parametrize("float64", [False, True])
+def test_a_scale_that_feedback_drives_out_of_range_is_named(float64):
+    """The first column errs by 1e4, and R has -30 for what the 33rd makes of that."""
+    hessian = np.eye(64)
+    hessian[0, 0], hessian[0, 32] = 1000, -30
+    weight = np.ones((20, 64), np.float32)
+    weight[7, :3] = -2e4, -3e4, 3e4
+    with pytest.raises(ValueError, match=r"weight\[7, 32:64\] reaches .* with the errors fed back"):
+        run(hessian, weight, 32, "int2sym", float64=float64, method="minmax")
+
+
+@pytest.mark.parametrize("code", [*CODES, "log"])
+@pytest.mark.parametrize("float64", [False, True])
+def test_groups_of_zeros_absorb_no_errors(code, float64):
+    hessian, weight = layer(33, 128, 8)
+    weight[:, 32:64] = 0
+    weight[5] = 0
+    weight[9, 96:] = -0.0
+    for order in (None, np.arange(128)[::-1].copy()):
+        codes, scale, offset, _ = run(
+            hessian, weight, 32, code, order=order, float64=float64, block=50
+        )
+        values = decode(codes, scale, offset, 32, LOG if code == "log" else None)
+        assert not values[:, 32:64].any()
+        assert not values[5].any()
+        assert not values[9, 96:].any()
+        assert values[9, 64:96].any()
+
+
+def test_unfit_importance_is_named():
+    hessian, weight = layer(4, 64, 7)
+    for bad in (np.nan, np.inf, -1.0):
+        importance = np.ones(64, np.float32)
+        importance[33] = bad
+        with pytest.raises(ValueError, match=r"importance\[33\] is "):
+            run(hessian, weight, 32, importance=importance)
+
+
+def test_a_column_that_dominates_is_met():
+    """By grids that are as good for the others as where it weighs no more than float32 can tell."""
+    weight = layer(32, 128, 9)[1]
+    for code in ("int3", "int2sym"):
+        errors = []
+        for share in (1e6, 1e8, 1e12):
+            importance = np.ones(128, np.float32)
+            importance[7] = share
+            codes, scale, offset, _ = run(np.eye(128), weight, 32, code, importance=importance)
+            error = ((weight - decode(codes, scale, offset, 32)) ** 2).sum(0)
+            errors.append(error.sum())
+            assert error[7] <= 32 * 2.0**-22
+        assert max(errors) <= 1.05 * min(errors)
 
 
 def test_an_indefinite_hessian_is_an_error():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
-from packed_parts import code_of, description, layout, pack, random_parts
+from packed_parts import code_of, dense_layer, description, pack, packed_layer, random_parts
 
 from lowbitq import _core
 from lowbitq.rotations import Rotation
@@ -47,14 +47,13 @@ class Layer:
         self.bias = np.random.default_rng(1).normal(size=rows).astype(np.float32)
         self.panels = pack(self.spec, self.codes, self.scale, offset)
         self.limit = (1 << (activation_bits - 1)) - 1 if activation_bits else None
-        self.code = code_of(self.spec, levels)
-        self.handle = _core.linear_packed(
-            self.code,
+        self.handle = packed_layer(
             self.panels,
+            levels,
             self.bias,
             rotation and rotation.handle,
             activation_bits=activation_bits,
-            **layout(self.spec),
+            **self.spec,
         )
 
     def forward(self, x):
@@ -67,11 +66,6 @@ class Layer:
     def expected(self, x):
         parts = self.codes, self.scale, self.offset, self.spec["group"]
         return oracle.quantized_linear(*parts, x, self.bias, self.limit, self.levels)
-
-
-def linear_of(spec, panels, levels=None):
-    code = code_of(spec, levels)
-    return _core.linear_packed(code, panels, None, None, activation_bits=8, **layout(spec))
 
 
 def random_levels(bits):
@@ -176,7 +170,7 @@ def test_integer_sums_are_exact_at_extreme_codes(isa, bits, group):
     codes[3] = 0
     scale = np.ones((rows, -(-cols // spec["group"])), np.float32)
     panels = pack(spec, codes, scale, None)
-    layer = linear_of(spec, panels)
+    layer = packed_layer(panels, None, None, None, activation_bits=8, **spec)
     for tokens in (1, 2, 4, 8):
         x = np.full((tokens, cols), 127, np.float32)
         x[-1] = -127
@@ -196,7 +190,7 @@ def test_integer_sums_are_exact_at_extreme_levels(isa, bits, group):
     codes[3] = 0
     scale = np.ones((rows, -(-cols // spec["group"])), np.float32)
     panels = pack(spec, codes, scale, None)
-    layer = linear_of(spec, panels, levels)
+    layer = packed_layer(panels, levels, None, None, activation_bits=8, **spec)
     for tokens in (1, 2, 4, 8):
         x = np.full((tokens, cols), 127, np.float32)
         x[-1] = -127
@@ -240,7 +234,9 @@ def test_float_activations_agree_with_dequantized_weights(isa, rows, cols, group
     levels = rng.normal(size=1 << code[0]).astype(np.float32) if table else None
     layer = Layer(rows, cols, group, code, activation_bits=0, levels=levels)
     weight = np.empty((rows, cols), np.float32)
-    _core.packed_dequantize(layer.code, layer.panels, weight, group=layer.spec["group"])
+    _core.packed_dequantize(
+        code_of(layer.spec, levels), layer.panels, weight, group=layer.spec["group"]
+    )
     for tokens in (1, 5):
         x = activations(tokens, cols)
         expected, bound = oracle.float_linear(weight, x, layer.bias)
@@ -251,7 +247,7 @@ def dense(rows, cols, rotation=None):
     rng = np.random.default_rng([rows, cols])
     weight = rng.normal(size=(rows, cols)).astype(np.float32)
     bias = rng.normal(size=rows).astype(np.float32)
-    return _core.linear_dense(weight, bias, rotation and rotation.handle)
+    return dense_layer(weight, bias, rotation and rotation.handle)
 
 
 def check_shared(handles, rows, x):
@@ -346,9 +342,7 @@ def test_panels_need_no_alignment(isa):
     layer = Layer(40, 200, 64, (3, 16, True, 0))
     shifted = np.zeros(len(layer.panels) + 1, np.uint8)[1:]
     shifted[:] = layer.panels
-    other = _core.linear_packed(
-        layer.code, shifted, layer.bias, None, activation_bits=8, **layout(layer.spec)
-    )
+    other = packed_layer(shifted, None, layer.bias, None, activation_bits=8, **layer.spec)
     for tokens in (1, 9):
         x = activations(tokens, 200)
         y = np.empty((tokens, 40), np.float32)
@@ -364,14 +358,14 @@ def test_dense_layer(tokens, with_bias):
     bias = rng.normal(size=19).astype(np.float32) if with_bias else None
     x = activations(tokens, 70)
     y = np.full((tokens + 2, 19), np.nan, np.float32)
-    _core.linear_forward(_core.linear_dense(weight, bias, None), x, y[1:-1])
+    _core.linear_forward(dense_layer(weight, bias, None), x, y[1:-1])
     expected, bound = oracle.float_linear(weight, x, bias)
     assert (abs(y[1:-1] - expected) <= bound).all()
     assert np.isnan(y[[0, -1]]).all()
 
 
 def test_a_layer_keeps_its_arrays_alive():
-    layer = _core.linear_dense(np.ones((3, 1000), np.float32), None, None)
+    layer = dense_layer(np.ones((3, 1000), np.float32), None, None)
     y = np.empty((1, 3), np.float32)
     _core.linear_forward(layer, np.ones((1, 1000), np.float32), y)
     assert (y == 1000).all()
@@ -379,22 +373,22 @@ def test_a_layer_keeps_its_arrays_alive():
 
 def test_parts_that_do_not_fit_are_refused():
     layer = Layer(20, 100, 64, (4, 16, False, 7.5))
-    make = _core.linear_packed
+    make = packed_layer
     x, y = np.zeros((1, 100), np.float32), np.zeros((1, 20), np.float32)
     with pytest.raises(ValueError, match="activation_bits is 5, expected 0, 4 or 8"):
-        make(layer.code, layer.panels, None, None, activation_bits=5, **layout(layer.spec))
+        make(layer.panels, None, None, None, activation_bits=5, **layer.spec)
     with pytest.raises(ValueError, match="axis 0 of bias has size 19, expected rows = 20"):
-        make(layer.code, layer.panels, y[0, :19], None, activation_bits=8, **layout(layer.spec))
+        make(layer.panels, None, y[0, :19], None, activation_bits=8, **layer.spec)
     with pytest.raises(ValueError, match="axis 1 of x has size 20, expected cols = 100"):
-        _core.linear_forward(layer.handle, y, y)
+        _core.linear_forward(layer.handle, y.copy(), y)
     with pytest.raises(ValueError, match="axis 1 of y has size 100, expected rows = 20"):
-        _core.linear_forward(layer.handle, x, x)
+        _core.linear_forward(layer.handle, x, x.copy())
     with pytest.raises(TypeError, match=r"layer is not a lowbitq\.linear"):
         _core.linear_forward(object(), x, y)
     with pytest.raises(ValueError, match="axis 0 of y has size 20, expected tokens times all rows"):
         _core.linears_forward((layer.handle, layer.handle), x, y[0])
     with pytest.raises(ValueError, match="axis 1 of x has size 20, expected cols = 100"):
-        _core.linears_forward((layer.handle,), y, y[0])
+        _core.linears_forward((layer.handle,), y.copy(), y[0])
     with pytest.raises(ValueError, match="9 layers, expected at most 8"):
         _core.linears_forward((layer.handle,) * 9, x, y[0])
     with pytest.raises(TypeError, match=r"layers\[1\] is not a lowbitq\.linear"):

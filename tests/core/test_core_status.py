@@ -19,7 +19,7 @@ def test_fail_stores_the_message_and_returns_the_status(core):
 
 def test_long_message_is_cut_not_overrun(core):
     core.lbq_fail(1, b"%s", b"x" * 5000)
-    assert core.lbq_message() == b"x" * 511
+    assert core.lbq_message() == b"x" * 255
 
 
 def test_message_belongs_to_its_thread(core):
@@ -62,12 +62,45 @@ def test_exceptions_stand_where_python_puts_them():
         (np.zeros((2, 1), np.uint16), np.empty(2, np.float32), ValueError, "x"),
         (np.zeros(2, np.uint16), np.empty(3, np.float32), ValueError, "y"),
         (np.zeros(4, np.uint16)[::2], np.empty(2, np.float32), ValueError, "x"),
+        (np.zeros(2, ">u2"), np.empty(2, np.float32), TypeError, "x"),
+        (np.zeros(2, np.uint16), np.empty(2, ">f4"), TypeError, "y"),
+        (np.zeros(5, np.uint8)[1:].view(np.uint16), np.empty(2, np.float32), ValueError, "x"),
+        (np.zeros(2, np.uint16), np.zeros(9, np.uint8)[1:].view(np.float32), ValueError, "y"),
     ],
-    ids=["list", "dtype", "dimensions", "length", "strides"],
+    ids=[
+        *("list", "dtype", "dimensions", "length", "strides"),
+        *("swapped input", "swapped output", "unaligned input", "unaligned output"),
+    ],
 )
 def test_arrays_are_refused_not_converted(x, y, error, match):
     with pytest.raises(error, match=match):
         _core.half_to_float(x, y)
+
+
+def test_an_axis_is_empty_only_where_its_table_says_so():
+    _core.half_to_float(np.empty(0, np.uint16), np.empty(0, np.float32))
+    H = np.zeros((2, 2))
+    _core.hessian_add(np.empty((0, 2), np.float32), None, H)
+    assert (H == 0).all()
+    with pytest.raises(ValueError, match=r"axis 1 \(k\) of x has size 0, expected at least 1"):
+        _core.hessian_add(np.empty((5, 0), np.float32), None, np.empty((0, 0)))
+
+
+def test_outputs_share_no_memory_with_other_arrays():
+    memory = np.zeros(10, np.float32)
+    x, logits = np.ones((1, 4), np.float32), np.ones((2, 3), np.float32)
+    with pytest.raises(ValueError, match="y shares memory with x"):
+        _core.half_to_float(memory[:4].view(np.uint16)[:8], memory[2:])
+    _core.half_to_float(memory[:4].view(np.uint16)[:6], memory[4:])
+    kl = np.empty(2)
+    with pytest.raises(ValueError, match="kl shares memory with same"):
+        _core.kl_divergence(logits, logits, kl, kl.view(np.uint8)[7:9])
+    _core.rmsnorm(x, None, x, epsilon=0.0)  # the one pair that the table allows
+    with pytest.raises(ValueError, match="y shares memory with gain"):
+        _core.rmsnorm(x, memory[:4], memory[:4].reshape(1, 4), epsilon=0.0)
+    both = np.ones((3, 4), np.float32)
+    with pytest.raises(ValueError, match="y shares memory with x"):
+        _core.rmsnorm(both[:2], None, both[1:], epsilon=0.0)
 
 
 def test_readonly_output_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -201,6 +202,54 @@ def test_fork_while_another_thread_uses_the_pool(threads):
     finally:
         stop.set()
         worker.join()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_starts_workers_of_its_own(core):
+    """Though the parent's, which it has not, were in a region when it was made."""
+    core.lbq_set_threads(3)
+    stop, barrier = threading.Event(), threading.Barrier(3, timeout=10)
+
+    def work():
+        while not stop.is_set():
+            parallel(core, 20, lambda *_: time.sleep(0.001) or 0)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        for _ in range(5):
+            time.sleep(0.01)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                os._exit(parallel(core, 3, lambda *_: barrier.wait() * 0))
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        stop.set()
+        worker.join()
+        core.lbq_set_threads(1)
+
+
+def test_a_caller_with_scratch_for_some_threads_gets_no_others(core):
+    """Though another thread starts more of them meanwhile."""
+    core.lbq_set_threads(2)
+    core.lbq_settle_threads(2)
+    larger = threading.Thread(target=core.lbq_set_threads, args=(8,))
+    larger.start()
+    larger.join()
+    workers = set()
+
+    def task(_, index, worker):
+        time.sleep(0.002)
+        workers.add(worker)
+        return 0
+
+    assert core.lbq_threads() == 2
+    assert parallel(core, 60, task) == 0
+    assert workers == {0, 1}
+    core.lbq_settle_threads(0)
+    assert core.lbq_threads() == 8
+    core.lbq_set_threads(1)
 
 
 def python(code, **environment):

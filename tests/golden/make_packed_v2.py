@@ -18,7 +18,8 @@ from golden import tiny_models
 from lowbitq import quantize
 from lowbitq.linears import QuantizedLinear
 from lowbitq.models import Model, QuantizedModel, load
-from lowbitq.rotations import rotate
+from lowbitq.models.rotating import rotate
+from lowbitq.plans import Plan
 
 FORMATS = ["int4g64", "int3g32", "int2g32sym", "ternaryg64", "kmeans4g16", "int4g64s8", "binary"]
 
@@ -29,11 +30,13 @@ def main() -> None:
     rotated = rotate(source, seed=3)
     rotated.provenance = {"source": "tests/golden/tiny_models.py: qwen2"}
     names = [field.name for field in dataclasses.fields(Model) if field.init]
-    model = QuantizedModel(**{name: getattr(rotated, name) for name in names}, plan={"seed": 3})
+    model = QuantizedModel(
+        **{name: getattr(rotated, name) for name in names}, plan=Plan({}, seed=3)
+    )
     arrays = {"tokens": tiny_models.tokens_of("qwen2")}
     for i, (name, linear) in enumerate(list(model.linears())):
         tensor = quantize(linear.weight, FORMATS[i % len(FORMATS)])
-        model.replace_linear(name, QuantizedLinear(tensor, linear.bias, linear.rotation))
+        model.replace_linear(name, QuantizedLinear.of(tensor, linear.bias, linear.rotation))
         arrays |= {f"{name}.{part}": getattr(tensor, part) for part in ("codes", "scale", "offset")}
         if tensor.levels is not None:
             arrays[f"{name}.levels"] = tensor.levels

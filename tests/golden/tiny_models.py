@@ -1,7 +1,7 @@
 """Tiny random models: a recipe that the golden script and the tests follow alike.
 
 Weights are not stored: both sides draw them from the same seeded generator and write the same
-Hugging Face folder. Only NumPy is needed.
+Hugging Face folder, with NumPy alone, or the same GGUF file.
 """
 
 from __future__ import annotations
@@ -179,3 +179,97 @@ def write_folder(name, folder):
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+_GGUF_OUTER = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_GGUF_LAYERS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def _gguf_tensors(name, architecture):
+    """The weights as llama.cpp's converter names and orders them."""
+    c, tensors = config_of(name), {}
+    heads = {"attn_q": c["num_attention_heads"], "attn_k": c["num_key_value_heads"]}
+    for source, array in weights_of(name).items():
+        target = _GGUF_OUTER.get(source)
+        if target is None:
+            _, _, block, rest = source.split(".", 3)
+            full, _, part = rest.rpartition(".")
+            layer = _GGUF_LAYERS[full]
+            target = f"blk.{block}.{layer}.{part}"
+            if architecture == "llama" and layer in heads:  # rows 2 i and 2 i + 1 rotate together
+                halves = array.reshape(heads[layer], 2, -1, *array.shape[1:])
+                array = halves.swapaxes(1, 2).reshape(array.shape)
+        tensors[target] = np.ascontiguousarray(array)
+    return tensors
+
+
+def _gguf_keys(name):
+    """The configuration in llama.cpp's words, without the architecture's name."""
+    c = config_of(name)
+    head = c.get("head_dim", c["hidden_size"] // c["num_attention_heads"])
+    scaling = c.get("rope_scaling", {})
+    keys = {
+        "context_length": c["max_position_embeddings"],
+        "embedding_length": c["hidden_size"],
+        "feed_forward_length": c["intermediate_size"],
+        "block_count": c["num_hidden_layers"],
+        "attention.head_count": c["num_attention_heads"],
+        "attention.head_count_kv": c["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": c["rms_norm_eps"],
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "rope.freq_base": c.get("rope_parameters", c)["rope_theta"],
+    }
+    if "factor" in scaling and scaling.get("rope_type") != "llama3":
+        keys["rope.scaling.type"] = scaling.get("rope_type", scaling.get("type"))
+        keys["rope.scaling.factor"] = scaling["factor"]
+        positions = scaling.get("original_max_position_embeddings", 256)
+        keys["rope.scaling.original_context_length"] = positions
+    return keys
+
+
+def write_gguf(name, path, keys=None, tensors=None, **more):
+    """Write a GGUF file as llama.cpp's converter does.
+
+    `keys` stand behind the architecture's name and go before the recipe's; `more` are whole ones.
+    """
+    import gguf
+
+    c = config_of(name)
+    architecture = {"mistral": "llama"}.get(c["model_type"], c["model_type"])
+    arrays = _gguf_tensors(name, architecture) | (tensors or {})
+    scaling = c.get("rope_scaling", {})
+    if scaling.get("rope_type") == "llama3":
+        head = c["hidden_size"] // c["num_attention_heads"]
+        plain = c["rope_theta"] ** (-np.arange(0, head, 2) / head)
+        turns = scaling["original_max_position_embeddings"] * plain / (2 * np.pi)
+        smooth = np.clip((turns - 1) / (4 - 1), 0, 1)
+        arrays["rope_freqs.weight"] = (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
+    own = {f"{architecture}.{k}": v for k, v in (_gguf_keys(name) | (keys or {})).items()}
+    add = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string"}
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in (own | more).items():
+        getattr(writer, add[type(value)])(key, value)
+    for target, array in arrays.items():
+        writer.add_tensor(target, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -147,9 +147,12 @@ encode_rows(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows, p
             const float *grid, int top, ptrdiff_t ahead, uint8_t *codes)
 {
     const __m256 limit = _mm256_set1_ps((float)top), one = _mm256_set1_ps(1);
+    const __m256 nearly_zero = _mm256_set1_ps(LBQ_NEARLY_ZERO);
     const ptrdiff_t whole = rows - first < LBQ_ROWS ? 0 : count / 16 * 16;
+    const __m256 scale = _mm256_loadu_ps(grid + first);
+    const __m256 none = _mm256_cmp_ps(scale, _mm256_setzero_ps(), _CMP_EQ_OQ);
     float steps[2 * LBQ_ROWS]; /* 1 / scale, offset */
-    _mm256_storeu_ps(steps, _mm256_div_ps(one, _mm256_loadu_ps(grid + first)));
+    _mm256_storeu_ps(steps, _mm256_blendv_ps(_mm256_div_ps(one, scale), nearly_zero, none));
     _mm256_storeu_ps(steps + LBQ_ROWS, _mm256_loadu_ps(grid + LBQ_PANEL + first));
     __asm__("" : "+m"(steps)); /* else gcc takes them out of the vectors again, one by one */
     w += first * stride;

@@ -4,6 +4,7 @@
 
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/sum_avx2.h"
+#include "kernels/norm.h"
 
 void
 lbq_rmsnorm_f32_avx2(const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y)
@@ -21,7 +22,12 @@ lbq_rmsnorm_f32_avx2(const float *x, const float *gain, ptrdiff_t count, float e
         lbq_sum_avx2(_mm256_add_ps(_mm256_add_ps(sum[0], sum[1]), _mm256_add_ps(sum[2], sum[3])));
     for (; i < count; i++)
         squares += x[i] * x[i];
-    const float scale = 1.0f / sqrtf(squares / (float)count + epsilon);
+    const float mean = squares / (float)count;
+    if (!lbq_norm_in_range(mean, epsilon)) {
+        lbq_norm_wide(x, gain, count, epsilon, y);
+        return;
+    }
+    const float scale = 1.0f / sqrtf(mean + epsilon);
     for (i = 0; i + 8 <= count; i += 8) {
         __m256 v = _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(scale));
         if (gain)

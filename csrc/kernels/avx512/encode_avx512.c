@@ -151,8 +151,11 @@ encode_rows(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows, p
 {
     const __m512 limit = _mm512_set1_ps((float)top);
     const ptrdiff_t whole = rows - first < LBQ_ROWS ? 0 : count / 16 * 16;
+    const __m256 scale = _mm256_loadu_ps(grid + first);
+    const __m256 one = _mm256_set1_ps(1), nearly_zero = _mm256_set1_ps(LBQ_NEARLY_ZERO);
+    const __mmask8 some = _mm256_cmp_ps_mask(scale, _mm256_setzero_ps(), _CMP_NEQ_UQ);
     float steps[2 * LBQ_ROWS]; /* 1 / scale, offset */
-    _mm256_storeu_ps(steps, _mm256_div_ps(_mm256_set1_ps(1), _mm256_loadu_ps(grid + first)));
+    _mm256_storeu_ps(steps, _mm256_mask_div_ps(nearly_zero, some, one, scale));
     _mm256_storeu_ps(steps + LBQ_ROWS, _mm256_loadu_ps(grid + LBQ_PANEL + first));
     __asm__("" : "+m"(steps)); /* else gcc takes them out of the vectors again, one by one */
     w += first * stride;

@@ -4,6 +4,7 @@
 
 #include "kernels/avx512/avx512.h"
 #include "kernels/avx512/lanes_avx512.h"
+#include "kernels/norm.h"
 
 void
 lbq_rmsnorm_f32_avx512(const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y)
@@ -24,6 +25,10 @@ lbq_rmsnorm_f32_avx512(const float *x, const float *gain, ptrdiff_t count, float
     const __m512 total =
         _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
     const float mean = _mm512_reduce_add_ps(total) / (float)count;
+    if (!lbq_norm_in_range(mean, epsilon)) {
+        lbq_norm_wide(x, gain, count, epsilon, y);
+        return;
+    }
     const __m512 scale = _mm512_set1_ps(1.0f / sqrtf(mean + epsilon));
     for (i = 0; i < count; i += 16) {
         const __mmask16 mask = lbq_lanes_avx512(count - i);

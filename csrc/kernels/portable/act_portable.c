@@ -53,6 +53,39 @@ lbq_quantize_i8_portable(const float *x, ptrdiff_t cols, ptrdiff_t step, int lim
     }
 }
 
+void
+lbq_clip_i8_portable(const float *x, ptrdiff_t cols, ptrdiff_t step, int limit, float clip,
+                     float step_scale, int8_t *q, float *scale, float *total)
+{
+    const float most = (float)limit;
+    for (ptrdiff_t begin = 0, s = 0; begin < cols; begin += step, s++, q += step) {
+        const ptrdiff_t count = cols - begin < step ? cols - begin : step;
+        memset(q, 0, (size_t)step);
+        uint32_t top = 0;
+        for (ptrdiff_t k = 0; k < count; k++) {
+            const uint32_t bits = magnitude_bits(x[begin + k]);
+            top = bits > top ? bits : top;
+        }
+        float largest;
+        memcpy(&largest, &top, sizeof largest);
+        const float kept = step_scale > 0 ? step_scale * most : clip * largest;
+        if (!(largest >= 0x1p-100f && largest < INFINITY)) {
+            scale[s] = total[s] = top >= 0x7f800000 ? NAN : 0;
+            continue;
+        }
+        const float inverse = most / kept;
+        int32_t sum = 0;
+        for (ptrdiff_t k = 0; k < count; k++) {
+            float code = x[begin + k] * inverse;
+            code = code > most ? most : code < -most ? -most : code;
+            q[k] = (int8_t)nearest(code);
+            sum += q[k];
+        }
+        scale[s] = kept / most;
+        total[s] = scale[s] * (float)sum;
+    }
+}
+
 /* Sum of a part of q[0], q[4], q[8] and q[12] over the bits of m. */
 static int
 subset_sum(const int8_t *q, int part, int m)

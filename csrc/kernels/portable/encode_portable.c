@@ -48,7 +48,7 @@ lbq_encode_f32_portable(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdif
     const float limit = (float)top;
     memset(codes, 0, (size_t)((count + 15) / 16 * 16 * LBQ_PANEL));
     for (ptrdiff_t r = 0; r < rows; r++) {
-        const float inverse = 1 / grid[r], offset = grid[LBQ_PANEL + r];
+        const float inverse = grid[r] != 0 ? 1 / grid[r] : 0, offset = grid[LBQ_PANEL + r];
         for (ptrdiff_t k = 0; k < count; k++) {
             float x = (w[r * stride + k] - offset) * inverse;
             x = x > 0 ? x : 0;

@@ -1,6 +1,7 @@
 /* RMSNorm of one row. */
 #include <math.h>
 
+#include "kernels/norm.h"
 #include "kernels/portable/portable.h"
 
 enum { LANES = 16 };
@@ -18,7 +19,12 @@ lbq_rmsnorm_f32_portable(const float *x, const float *gain, ptrdiff_t count, flo
         squares += x[i] * x[i];
     for (int j = 0; j < LANES; j++)
         squares += lane[j];
-    const float scale = 1.0f / sqrtf(squares / (float)count + epsilon);
+    const float mean = squares / (float)count;
+    if (!lbq_norm_in_range(mean, epsilon)) {
+        lbq_norm_wide(x, gain, count, epsilon, y);
+        return;
+    }
+    const float scale = 1.0f / sqrtf(mean + epsilon);
     if (gain)
         for (i = 0; i < count; i++)
             y[i] = x[i] * scale * gain[i];

@@ -1,0 +1,102 @@
+"""NumPy archives (.npz) that are there whole or not at all, and checked when they are read."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from lowbitq._core import FormatError
+from lowbitq.checkpoints.writing import new_file
+
+
+def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
+    """Write arrays to an ``.npz`` file that is there whole, and on disk, or not at all.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; names it.
+    """
+    with new_file(path) as file:
+        np.savez(file, **arrays)
+
+
+def load_arrays(path: str | os.PathLike[str], only: str | None = None) -> dict[str, NDArray[Any]]:
+    """Read what `save_arrays` wrote, or one array of it.
+
+    Raises
+    ------
+    OSError
+        If there is no such file or the disk fails.
+    FormatError
+        If it is not an archive of plain arrays, or damaged: sizes that contradict each other are
+        found before memory is taken, other damage by the checksum of each array.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "a.npz")
+    >>> save_arrays(path, {"a": np.arange(3)})
+    >>> load_arrays(path)
+    {'a': array([0, 1, 2])}
+    """
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+                # A reader of ZIP files also takes one that has moved within its file.
+                if min((member.header_offset for member in members), default=0):
+                    raise ValueError("bytes before the first array")
+                if any(member.comment for member in members):  # may swallow entries after it
+                    raise ValueError("comments, which have no place here")
+                named = {member.filename.removesuffix(".npy"): member for member in members}
+                chosen = named if only is None else {only: named[only]}
+                return {name: _array(archive, member) for name, member in chosen.items()}
+        except MemoryError:
+            raise
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # what seeking to an impossible place raises
+                raise
+            raise FormatError(f"{path}: damaged: {error.strerror}") from error
+        except Exception as error:  # zipfile and NumPy raise what they like on damaged files
+            raise FormatError(f"{path}: {error}") from error
+
+
+def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
+    with archive.open(member) as file:
+        if npy.read_magic(file) != (1, 0):
+            raise ValueError(f"{member.filename} is not an array of version 1.0")
+        shape, _, dtype = npy.read_array_header_1_0(file)
+        size, expected = member.file_size - file.tell(), dtype.itemsize
+        for length in shape:
+            expected *= length
+        if dtype.hasobject or size != expected or member.compress_size != member.file_size:
+            found = f"{dtype} of shape {shape} in {size} bytes"
+            raise ValueError(f"{member.filename} is damaged or no plain array: {found}")
+    with archive.open(member) as file:
+        array: NDArray[Any] = npy.read_array(file, allow_pickle=False)
+        file.read()  # at the end the checksum is compared
+        return array
+
+
+def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Return the SHA-256, in hexadecimal, of names, dtypes, shapes and contents.
+
+    Examples
+    --------
+    >>> digest({"a": np.zeros((2, 3))}) == digest({"a": np.zeros((3, 2))})
+    False
+    """
+    total = hashlib.sha256()
+    for name, array in arrays.items():
+        total.update(repr((name, array.dtype.str, array.shape)).encode())
+        total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()

@@ -1,0 +1,211 @@
+"""Finished blocks of a model that is being quantized, kept in a folder for a second run.
+
+    fingerprint.json   all that decides what a block becomes
+    block_NNNN.npz     layers of a block and their records, the same fingerprint, a digest of all
+
+Each file appears whole and on disk or not at all, so that a process may be killed at any time and
+two may share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbitq._core import FormatError
+from lowbitq.checkpoints.archives import digest, load_arrays, save_arrays
+from lowbitq.checkpoints.mapping import MappedFile
+from lowbitq.checkpoints.packed import json_text
+from lowbitq.checkpoints.writing import make_folder, new_file, remove
+from lowbitq.tensors import QuantizedTensor, aligned
+
+Record = dict[str, Any]
+Finished = dict[str, tuple[QuantizedTensor, Record]]
+
+FINGERPRINT = "fingerprint.json"
+
+_BLOCK = r"block_\d{4,}\.npz"
+_OWN = re.compile(rf"fingerprint\.json|{_BLOCK}|\.(fingerprint\.json|{_BLOCK})\.[0-9a-f]{{8}}\.new")
+
+
+class Blocks:
+    """Finished blocks in a folder.
+
+    Parameters
+    ----------
+    folder : path
+        Made if it is missing. Nothing is written to it where all blocks are there.
+    fingerprint : mapping
+        All that decides what a block becomes, fit for JSON.
+
+    Raises
+    ------
+    ValueError
+        If the folder, or a block in it, has another fingerprint.
+    FormatError
+        If something in it is damaged.
+    OSError
+        If it cannot be read or written.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> blocks = Blocks(tempfile.mkdtemp(), {"seed": 1})
+    >>> blocks.load(0, ["q_proj"]) is None
+    True
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
+        self.folder = Path(os.path.realpath(folder))
+        self._fingerprint = json.loads(json_text(fingerprint))  # as it is read back
+        make_folder(self.folder)
+        path = self.folder / FINGERPRINT
+        found = read_fingerprint(self.folder)
+        if found is None:
+            with new_file(path) as file:
+                file.write(json_text(self._fingerprint))
+        else:
+            self._compare(path, found)
+        for path in block_files(self.folder):  # now, not after hours
+            with _naming(path), contextlib.suppress(FileNotFoundError):  # cleared by another run
+                self._check(path, load_arrays(path, only="fingerprint"))
+
+    def save(self, index: int, finished: Finished) -> None:
+        """Keep a block.
+
+        Parameters
+        ----------
+        index : int
+        finished : dict
+            Layer and record by the layer's name.
+        """
+        arrays: dict[str, Any] = {}
+        about: dict[str, Any] = {}
+        for name, (tensor, record) in finished.items():
+            parts, metadata = tensor.to_arrays()
+            arrays |= {f"{name}/{part}": array for part, array in parts.items()}
+            about[name] = {"metadata": metadata, "record": record}
+        arrays["about"] = np.array(json.dumps(about))
+        arrays["fingerprint"] = np.array(json.dumps(self._fingerprint))
+        arrays["sha256"] = np.array(digest(arrays))
+        make_folder(self.folder)  # another process may have finished, and cleared it away
+        save_arrays(self._path(index), arrays)
+
+    def load(self, index: int, names: Sequence[str]) -> Finished | None:
+        """Return a block as `save` was given it; None if it is not there.
+
+        Parameters
+        ----------
+        index : int
+        names : sequence of str
+            The layers that it holds.
+        """
+        path = self._path(index)
+        try:
+            arrays, about = self._read(path)
+        except FileNotFoundError:
+            return None
+        if list(about) != list(names):
+            raise FormatError(f"{path}: holds {list(about)}, expected {list(names)}")
+        finished = {}
+        with _naming(path):
+            for name, item in about.items():
+                parts = {
+                    key.rpartition("/")[2]: array
+                    for key, array in arrays.items()
+                    if key.rpartition("/")[0] == name
+                }
+                parts["panels"] = aligned(parts["panels"])
+                tensor = QuantizedTensor.from_arrays(parts, item["metadata"])
+                finished[name] = tensor, item["record"]
+        return finished
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block_{index:04}.npz"
+
+    def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the arrays of a block and what they are, checked."""
+        arrays = load_arrays(path)
+        with _naming(path):
+            self._check(path, arrays)
+            if str(arrays.pop("sha256")) != digest(arrays):
+                raise FormatError(f"{path}: not as it was saved; remove it to make it again")
+            return arrays, dict(json.loads(str(arrays["about"])))
+
+    def _check(self, path: Path, arrays: Mapping[str, Any]) -> None:
+        """Compare the fingerprint in a block with that of this run."""
+        fingerprint = json.loads(str(arrays["fingerprint"]))
+        if not isinstance(fingerprint, dict):
+            raise TypeError("its fingerprint is not a JSON object")
+        self._compare(path, fingerprint)
+
+    def _compare(self, path: Path, found: Mapping[str, Any]) -> None:
+        if different := differences(found, self._fingerprint):
+            raise ValueError(
+                f"{path} is of another run, with different {' and '.join(different)}; "
+                f"remove {self.folder} or choose another work_dir"
+            )
+
+
+def read_fingerprint(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return the fingerprint of the blocks in a folder; None if there is none.
+
+    Raises
+    ------
+    FormatError
+        If it is damaged.
+    """
+    try:
+        return MappedFile(Path(folder) / FINGERPRINT).json()
+    except FileNotFoundError:
+        return None
+
+
+def block_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the paths of the blocks in a folder, in order; none if there is no such folder."""
+    return sorted(p for p in Path(folder).glob("block_*.npz") if re.fullmatch(_BLOCK, p.name))
+
+
+def remove_blocks(folder: str | os.PathLike[str]) -> None:
+    """Remove what `Blocks` keeps in a folder, and the folder unless something else is in it."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(folder):
+            if _OWN.fullmatch(name):
+                remove(Path(folder) / name)
+    with contextlib.suppress(OSError):  # not empty, or a link
+        os.rmdir(folder)
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ, with the first few of the keys within them.
+
+    Examples
+    --------
+    >>> differences({"plan": {"seed": 1, "norm": 2}, "isa": "avx2"}, {"plan": {"seed": 1}})
+    ['plan (norm)', 'isa']
+    """
+    result = []
+    for key in dict.fromkeys([*expected, *found]):
+        old, new = found.get(key), expected.get(key)
+        if old != new:
+            within: list[str] = []
+            if isinstance(old, dict) and isinstance(new, dict):
+                within = differences(old, new)[:3]
+            result.append(f"{key} ({', '.join(within)})" if within else key)
+    return result
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turn what wrong contents cause into an error that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise FormatError(f"{path}: not a finished block: {error}") from error

@@ -1,0 +1,205 @@
+"""ModelConfig from the metadata of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq._core import FormatError
+from lowbitq.models.config import Keys, ModelConfig
+from lowbitq.models.families import Family
+from lowbitq.models.rope import yarn_factor
+
+# Keys that change the forward pass in a way that the decoder does not have, and what they must be
+# if they are there.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "use_parallel_residual": (False,),
+    "attention.scale": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "rope.scaling.yarn_ext_factor": (-1, 1),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_beta_fast": (32,),
+    "rope.scaling.yarn_beta_slow": (1,),
+}
+
+# An unknown key about one of these subjects is refused unless it is off.
+_SUBJECTS = "rope|attention|attn|norm|bias|softcap"
+
+# Keys about these subjects that are read below, and two that do not change the forward pass.
+_KNOWN = {
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "attention.layer_norm_epsilon",  # of norms that these architectures do not have
+}
+
+# Keys that hold an array, one number for each block, where blocks differ.
+_PER_BLOCK = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any],
+    families: Mapping[str, Family],
+    *,
+    vocab_size: int,
+    tie_embeddings: bool,
+    attention_bias: bool,
+    mlp_bias: bool = False,
+    rope_factors: NDArray[np.float32] | None = None,
+    where: str = "GGUF metadata",
+) -> ModelConfig:
+    """Read the metadata of a GGUF file.
+
+    An unknown key about rope, attention, norms or biases is refused, unless it is false, zero or
+    empty.
+
+    Parameters
+    ----------
+    metadata : mapping
+        Keys as llama.cpp writes them: ``"llama.block_count"``.
+    families : mapping of str to Family
+        By ``general.architecture``.
+    vocab_size, tie_embeddings, attention_bias, mlp_bias
+        As the file's tensors have it: not all files say it in their metadata.
+    rope_factors : ndarray of shape (head_dim / 2,), float32, default=None
+        Tensor ``rope_freqs.weight``: what each frequency is divided by.
+    where : str, default="GGUF metadata"
+        Opens every message.
+
+    Returns
+    -------
+    ModelConfig
+
+    Raises
+    ------
+    ValueError
+        If the decoder cannot run such a model; lists all that differs.
+    FormatError
+        If a key is missing or has no sensible value.
+
+    References
+    ----------
+    https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+    """
+    general, tokens = Keys(metadata, where, "general."), Keys(metadata, where, "tokenizer.ggml.")
+    architecture = general.text("architecture")
+    family = families.get(architecture)
+    keys = Keys(metadata, where, f"{architecture}.")
+    if family is None:
+        general.differs("architecture", general.get("architecture"))
+        keys.differences.append(
+            f"{general.differences[0]}, expected one of ({', '.join(families)})"
+        )
+    keys.neutral(_NEUTRAL)
+    keys.understood(_KNOWN | _NEUTRAL.keys(), _SUBJECTS)
+    by_block = [key for key in _PER_BLOCK if isinstance(keys.get(key), np.ndarray)]
+    keys.differences += [f"{keys.prefix}{key} differs between blocks" for key in by_block]
+    if family is None or by_block:
+        raise keys.unsupported()
+    hidden, heads = keys.size("embedding_length"), keys.size("attention.head_count")
+    head_dim = keys.size("attention.key_length", max(1, hidden // heads))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if keys.size(key, head_dim) != head_dim:
+            keys.differences.append(f"{keys.prefix}{key} is {keys.get(key)}, not {head_dim}")
+    scaling = _rope(keys, rope_factors, head_dim)
+    if keys.differences:
+        raise keys.unsupported()
+    window = keys.size("attention.sliding_window", 0, smallest=0)
+    return keys.checked(
+        lambda: ModelConfig(
+            family=family.name,
+            hidden_size=hidden,
+            intermediate_size=keys.size("feed_forward_length"),
+            layers=keys.size("block_count"),
+            heads=heads,
+            kv_heads=keys.size("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            vocab_size=vocab_size,
+            # Written as float32: 1e-05 comes back as 9.999999747378752e-06.
+            norm_eps=float(str(np.float32(keys.number("attention.layer_norm_rms_epsilon")))),
+            rope_theta=keys.number("rope.freq_base", 10000.0),
+            rope_scaling=scaling,
+            tie_embeddings=tie_embeddings,
+            attention_bias=attention_bias,
+            mlp_bias=mlp_bias and family.mlp_bias,
+            qk_norm=family.qk_norm,
+            max_positions=keys.size("context_length", 2048),
+            sliding_window=window or None,
+            bos_token_id=next(iter(tokens.token_ids("bos_token_id")), None),
+            eos_token_ids=tokens.token_ids("eos_token_id"),
+            name=general.text("name"),
+        )
+    )
+
+
+def _rope(keys: Keys, factors: NDArray[np.float32] | None, head_dim: int) -> dict[str, Any] | None:
+    """Return the scaling, with ggml's precedence and defaults.
+
+    The type is linear unless another one is named; its factor is ``rope.scaling.factor``, or
+    ``rope.scale_linear`` where there is none, and 0 stands for 1. ``rope.scaling.attn_factor``
+    multiplies sine and cosine whatever the type.
+    """
+    kind = keys.get("rope.scaling.type")
+    kind = "linear" if kind is None else kind
+    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn"):
+        keys.differs("rope.scaling.type", kind)
+        keys.differences[-1] += ", expected none, linear or yarn"
+        return None
+    given = keys.get("rope.scaling.factor") is not None
+    name = "rope.scaling.factor" if given else "rope.scale_linear"
+    factor = 1.0 if keys.is_off(name) else keys.number(name)
+    magnitude = keys.number("rope.scaling.attn_factor", 1.0)
+    positions = keys.size("context_length", 2048)
+    if kind == "yarn":
+        if factors is not None:
+            keys.differences.append("rope scaling 'yarn' together with rope_freqs.weight")
+        original = keys.size("rope.scaling.original_context_length", positions, smallest=0)
+        yarn = {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original or positions,
+        }
+        if magnitude != 1:
+            yarn["attention_factor"] = magnitude * yarn_factor(factor)
+        return yarn
+    if kind == "none":
+        factor = 1.0
+    if factors is None and magnitude == 1:
+        return None if factor == 1 else {"rope_type": "linear", "factor": factor}
+    if factors is None:
+        factors = np.ones(head_dim // 2, np.float32)
+    if factors.shape != (head_dim // 2,) or not ((factors > 0) & np.isfinite(factors)).all():
+        raise FormatError(
+            f"{keys.where}: rope_freqs.weight has shape {factors.shape}, "
+            f"expected ({head_dim // 2},) positive numbers"
+        )
+    # In Hugging Face's words, one set of factors for all lengths. Converters write llama3 so.
+    listed = [factor * float(f) for f in factors]
+    return {
+        "rope_type": "longrope",
+        "short_factor": listed,
+        "long_factor": listed,
+        "attention_factor": magnitude,
+        "original_max_position_embeddings": positions,
+    }

@@ -1,0 +1,116 @@
+"""Model families: what tells models apart that share this decoder.
+
+LLaMA 2 and 3, SmolLM2 and Mistral; Qwen2, with biases in query, key and value, and Qwen3, with
+norms in query and key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells the model families apart that share this decoder.
+
+    Attributes
+    ----------
+    name : str
+        Hugging Face's ``model_type``.
+    architecture : str
+        GGUF's ``general.architecture``.
+    qkv_bias : bool or None
+        Whether the projections of query, key and value have biases, and that of the output none;
+        None: ``attention_bias`` says for all four.
+    mlp_bias : bool
+        Whether the layers of the MLP have biases where ``mlp_bias`` says so; False: never.
+    qk_norm : bool
+        Whether each head of query and key is normalised.
+    window : {"unless denied", "always", "by layer"}
+        When ``sliding_window`` counts: unless ``use_sliding_window`` is false, always, or in the
+        layers that ``layer_types`` or ``max_window_layers`` name if ``use_sliding_window`` is true.
+    rows_interleaved : bool
+        Whether GGUF files hold the rows of query and key in pairs (2 i, 2 i + 1) that rotate
+        together; Hugging Face's order is (i, i + head_dim / 2).
+    defaults : mapping of str to int
+        What transformers takes for keys that ``config.json`` does not have.
+    """
+
+    name: str
+    architecture: str
+    qkv_bias: bool | None = None
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    window: Literal["unless denied", "always", "by layer"] = "unless denied"
+    rows_interleaved: bool = False
+    defaults: Mapping[str, int] = field(default_factory=dict)
+
+
+_QWEN_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+_ALL = (
+    Family(
+        "llama",
+        "llama",
+        mlp_bias=True,
+        rows_interleaved=True,
+        defaults={"max_position_embeddings": 2048},
+    ),
+    Family(
+        "mistral",
+        "llama",
+        qkv_bias=False,
+        window="always",
+        rows_interleaved=True,
+        defaults={
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "sliding_window": 4096,
+        },
+    ),
+    Family("qwen2", "qwen2", qkv_bias=True, window="by layer", defaults=_QWEN_DEFAULTS),
+    Family(
+        "qwen3",
+        "qwen3",
+        qk_norm=True,
+        window="by layer",
+        defaults=_QWEN_DEFAULTS | {"head_dim": 128},
+    ),
+)
+
+FAMILIES = {family.name: family for family in _ALL}
+# Two families may share an architecture's name in GGUF; the first stands for both.
+ARCHITECTURES = {family.architecture: family for family in reversed(_ALL)}
+
+
+def uninterleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Undo the row order that llama.cpp's converter gives to query and key.
+
+    Parameters
+    ----------
+    rows : ndarray of shape (heads * head_dim,) or (heads * head_dim, cols), float32
+        In each head, rows 2 i and 2 i + 1 rotate together.
+    heads : int
+
+    Returns
+    -------
+    ndarray of the same shape, float32
+        In each head, rows i and i + head_dim / 2 rotate together.
+
+    Examples
+    --------
+    >>> uninterleave(np.arange(8, dtype=np.float32), heads=2)
+    array([0., 2., 1., 3., 4., 6., 5., 7.], dtype=float32)
+    """
+    pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)

@@ -1,0 +1,322 @@
+"""Text to windows: a text in any form becomes tokens, and tokens become windows."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq._core import FormatError
+from lowbitq.models.config import ModelConfig
+from lowbitq.models.tokenizer import Tokenizer
+from lowbitq.models.tokens import check_count, check_sliding_window, token_array
+
+Part = str | os.PathLike[str]
+Text = Part | Sequence[Part] | Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]]
+
+# One word with a slash, or one line that ends in a suffix; prose of this kind is no text to
+# calibrate on. 255 bytes is the longest name of a file, and some languages write without spaces.
+_PATH_LIKE = re.compile(r"\S*/\S*|.*\.[A-Za-z]\w{0,9}", re.ASCII)
+_LONGEST_NAME = 255
+
+
+def windows(
+    tokenizer: Tokenizer | None,
+    text: Text,
+    *,
+    samples: int = 128,
+    window: int = 2048,
+    seed: int = 0,
+    config: ModelConfig | None = None,
+) -> NDArray[np.int32]:
+    """Cut a text into windows at random places, spread evenly over it.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer or None
+        None is enough if `text` is tokens.
+    text : str, path, sequence of str or of paths, or array_like of int
+        The text itself; the path of a file in UTF-8; several texts or files, which are joined by an
+        empty line; or tokens: one long row, or windows of shape (samples, window) as they are to be
+        used. `plain_text` says which str is a path.
+    samples, window : int
+        How many windows of how many tokens. A tokenizer that begins texts with a token of its own
+        has it begin each window. A text with fewer than ``samples * window`` tokens gives as many
+        windows as it has room for, which do not overlap, and a warning.
+    seed : int, default=0
+        The same seed gives the same tokens.
+    config : ModelConfig, default=None
+        Of the model that is to read the windows: tokens must be in its vocabulary, and `window` not
+        beyond its positions. None: not checked.
+
+    Returns
+    -------
+    ndarray of shape (samples, window), int32
+
+    Raises
+    ------
+    ValueError
+        If the text is empty or has no room for one window, the windows are longer than the model's
+        positions, or a token is not in its vocabulary.
+    TypeError
+        If `text` is none of the above, or tokens are not integers.
+    OSError, FormatError
+        If a file cannot be read or is not in UTF-8.
+
+    Examples
+    --------
+    >>> windows(None, np.arange(100), samples=2, window=4, seed=1)
+    array([[24, 25, 26, 27],
+           [94, 95, 96, 97]], dtype=int32)
+    """
+    check_count("samples", samples, 1)
+    check_count("window", window, 2)
+    check_count("seed", seed, 0)
+    vocab_size = None if config is None else config.vocab_size
+    tokens = tokenize(tokenizer, text, vocab_size, axes=(1, 2))
+    given = tokens.ndim == 2
+    if given and (len(tokens) < 1 or tokens.shape[1] < 2):
+        raise ValueError(
+            f"text has shape {tokens.shape}, expected at least one window of at least 2 tokens"
+        )
+    if config is not None:
+        length = tokens.shape[1] if given else window
+        check_positions(length, config)
+        check_sliding_window(length, config)
+    if given:
+        return tokens
+    if tokenizer is None or not tokenizer.adds_bos or is_tokens(text):
+        return tokens[_places(len(tokens), samples, window, seed)]
+    # Each window has a BOS of its own; the one that begins the text is not cut with it.
+    bos = tokenizer.bos_id
+    assert bos is not None
+    begun = int(tokens[:1].tolist() == [bos])
+    places = _places(len(tokens), samples, window, seed, begun=begun, own=1)
+    return np.insert(tokens[places], 0, bos, axis=1)
+
+
+def _places(
+    count: int, samples: int, window: int, seed: int, *, begun: int = 0, own: int = 0
+) -> NDArray[np.int64]:
+    """Choose the windows of a text of `count` tokens; no window holds those before `begun`.
+
+    Returns
+    -------
+    ndarray of shape (samples, window - own), int64
+        The places of their tokens; fewer samples, with a warning, where there is no room.
+    """
+    length = window - own
+    room = (count - begun) // length
+    if room < 1:
+        raise ValueError(
+            f"text has {count} tokens, fewer than one window of {window}: "
+            "give a longer text or a smaller window"
+        )
+    last = count - length
+    if samples <= room:
+        # One window begins in each of `samples` equal parts of the places where one can.
+        parts = np.arange(samples) + np.random.default_rng(seed).random(samples)
+        starts = np.maximum((parts * (last + 1) / samples).astype(np.int64), begun)
+    else:
+        warnings.warn(
+            f"text has {count} tokens, but {samples} windows of {window} need {samples * window}: "
+            f"only the {room} windows that it has room for are used; give a longer text or "
+            f"samples={room}",
+            stacklevel=4,
+        )
+        starts = begun + np.arange(room) * (last - begun) // max(room - 1, 1)
+    return starts[:, None] + np.arange(length)
+
+
+def check_positions(window: int, config: ModelConfig, *, of: str = "model") -> None:
+    """Raise ValueError if windows are longer than the positions of a model."""
+    if window > config.max_positions:
+        raise ValueError(
+            f"window is {window}, but the {of} has {config.max_positions} positions: "
+            f"give window={config.max_positions} or less"
+        )
+
+
+def is_tokens(text: Text) -> bool:
+    """Whether a text is given as tokens: an array, or a sequence without a str or path in it."""
+    if isinstance(text, str | bytes | bytearray | memoryview):  # sequences, and np.str_ an array
+        return False
+    if isinstance(text, Sequence):
+        return len(text) > 0 and not any(isinstance(part, str | os.PathLike) for part in text)
+    return hasattr(text, "__array__")
+
+
+def tokenize(
+    tokenizer: Tokenizer | None,
+    text: Text,
+    vocab_size: int | None = None,
+    *,
+    axes: Sequence[int] = (1,),
+) -> NDArray[np.int32]:
+    """Return the tokens of a text in any of the forms that `windows` takes.
+
+    Parameters
+    ----------
+    tokenizer, text
+        As for `windows`.
+    vocab_size : int, default=None
+        Of the model: every token must be below it.
+    axes : sequence of int, default=(1,)
+        Numbers of axes that given tokens may have.
+
+    Returns
+    -------
+    ndarray of shape (t,), or of the shape of the given tokens, int32
+    """
+    if is_tokens(text):
+        return token_array(text, vocab_size, name="text", axes=axes)
+    plain = plain_text(text)
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer: give tokens instead of text")
+    return token_array(tokenizer.encode(plain), vocab_size, name="text")
+
+
+def plain_text(text: Text) -> str:
+    """Return a text that is not given as tokens as one str.
+
+    Parameters
+    ----------
+    text : str, path, or sequence of them
+        A str is taken for the path of a file if one of that name exists, or if it is one word with
+        a slash or one line that ends in a suffix, such as ``wiki.test.raw``, of 255 characters at
+        most. Any other str is the text itself; a line break at the end makes every str one. The
+        strs of a sequence are paths if all are, else all are texts.
+
+    Returns
+    -------
+    str
+        The texts, with an empty line between them.
+
+    Raises
+    ------
+    TypeError
+        If `text` is something else.
+    ValueError
+        If it is blank.
+    OSError, FormatError
+        As `read_text`.
+    """
+    given: Any = [text] if isinstance(text, str | os.PathLike) else text
+    if not isinstance(given, Sequence) or not all(
+        isinstance(part, str | os.PathLike) for part in given
+    ):
+        raise TypeError(
+            f"text is {type(text).__name__}, expected str, path, sequence of str or of paths, or "
+            "array of int"
+        )
+    parts: list[Part] = list(given)
+    paths = all(_is_path(part) for part in parts)
+    joined = "\n\n".join(
+        part if isinstance(part, str) and not paths else read_text(part) for part in parts
+    )
+    if not joined.strip():
+        raise ValueError("text is empty")
+    return joined
+
+
+def _is_path(part: Part) -> bool:
+    if not isinstance(part, str) or os.path.exists(part):
+        return True
+    return len(part) <= _LONGEST_NAME and _PATH_LIKE.fullmatch(part) is not None
+
+
+def read_text(path: Part) -> str:
+    """Read a file in UTF-8; line ends become ``\\n``.
+
+    Parameters
+    ----------
+    path : str or path
+
+    Returns
+    -------
+    str
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    FormatError
+        If it is not in UTF-8, with the byte offset.
+    ValueError
+        If there is no text in it.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError as error:
+        remedy = "; if this is the text itself, end it with a line break"
+        raise FileNotFoundError(
+            f"{path}: no such file{remedy if isinstance(path, str) else ''}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: byte {error.start}: not UTF-8") from error
+    except ValueError as error:  # a NUL or half of a surrogate pair in the name
+        raise ValueError(f"{os.fspath(path)!r} cannot be the name of a file: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What to calibrate on and what to predict, with their names for people."""
+
+    calibration: str
+    held_out: str
+    calibrated_on: str
+    predicted: str
+
+
+def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
+    """Text from a file (in two halves, or the same for both), LOWBITQ_DATA or Python's help."""
+    if path is not None:
+        text = read_text(path)
+        if not halves:
+            return Texts(text, text, str(path), str(path))
+        middle = len(text) // 2
+        return Texts(
+            text[:middle], text[middle:], f"the first half of {path}", f"the second half of {path}"
+        )
+    folder = os.environ.get("LOWBITQ_DATA")
+    if folder:
+        names = "wikitext2-valid.txt", "wikitext2-test.txt"
+        calibration, held_out = (read_text(Path(folder) / name) for name in names)
+        return Texts(calibration, held_out, *names)
+    return fallback_texts()
+
+
+def fallback_texts() -> Texts:
+    """Return English that every machine has: the topics of Python's own help, in two halves.
+
+    Returns
+    -------
+    Texts
+        About 60,000 tokens to calibrate on and 40,000 to predict. Topics share a fifth of their
+        paragraphs; those of the first half are left out of the second.
+    """
+    from pydoc_data import topics
+
+    paragraphs = [
+        [paragraph.strip("\n") for paragraph in text.split("\n\n")]
+        for _, text in sorted(topics.topics.items())
+    ]
+    first = [paragraph for topic in paragraphs[::2] for paragraph in topic]
+    second = [paragraph for topic in paragraphs[1::2] for paragraph in topic]
+    seen = set(first)
+    return Texts(
+        "\n\n".join(first),
+        "\n\n".join(paragraph for paragraph in second if paragraph not in seen),
+        "one half of Python's help topics",
+        "the other half of Python's help topics",
+    )

@@ -326,7 +326,7 @@ def _quantize_block(
     index: int, block: Block, hessians: dict[str, NDArray[np.float64]] | None, plan: Plan
 ) -> Iterator[tuple[str, QuantizedTensor, Record]]:
     for tap, names in READERS.items():
-        inputs: dict[int | None, Feedback] = {}  # the order depends on the group
+        inputs: dict[tuple[int | None, int], Feedback] = {}  # the order depends on these
         for short in names:
             started = time.perf_counter()
             name = f"model.layers.{index}.{short}"
@@ -337,16 +337,18 @@ def _quantize_block(
             if hessians is None:
                 tensor, error = _round(linear, format, range=plan.range, norm=plan.norm)
             else:
-                if format.group not in inputs:
-                    inputs[format.group] = feedback(
+                kept = format.group, format.run
+                if kept not in inputs:
+                    inputs[kept] = feedback(
                         hessians[tap],
                         group=format.group,
+                        run=format.run,
                         order=plan.order,
                         damping=plan.damping,
                         damping_by=plan.damping_by,
                         arithmetic=plan.arithmetic,
                     )
-                known = inputs[format.group]
+                known = inputs[kept]
                 tensor, error = gptq(
                     linear.weight,
                     known,

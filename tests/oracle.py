@@ -42,6 +42,14 @@ def decode(codes, scale, offset, group, levels=None):
     return wide[0] * (codes if levels is None else levels.astype(float)[codes]) + wide[1]
 
 
+def trellis_levels(codes):
+    """Levels of 2-bit codes (64 n, cols): windows of twelve bits, downwards around rings of 64."""
+    ring = codes.reshape(-1, 64, codes.shape[1]).astype(np.int64)
+    window = sum(np.roll(ring, -i, axis=1) << 2 * i for i in range(6))
+    low, high = np.divmod(window * 0xC6A7 % 2**16, 256)[::-1]
+    return (low % 128 + high % 128).reshape(codes.shape)
+
+
 def normal_quantiles(count):
     """`count` numbers that stand for equal shares of a normal variable, each its share's mean."""
     edges = np.array([NormalDist().inv_cdf(i / count) for i in range(1, count)])

@@ -12,7 +12,8 @@
     X(binary)                                                                                      \
     X(nf)                                                                                          \
     X(log)                                                                                         \
-    X(kmeans)
+    X(kmeans)                                                                                      \
+    X(trellis)
 
 #define DECLARE(name) extern const lbq_code_kind lbq_kind_##name;
 KINDS(DECLARE)

@@ -13,7 +13,8 @@
     X(nf)                                                                                          \
     X(log)                                                                                         \
     X(kmeans)                                                                                      \
-    X(trellis)
+    X(trellis)                                                                                     \
+    X(lattice)
 
 #define DECLARE(name) extern const lbq_code_kind lbq_kind_##name;
 KINDS(DECLARE)

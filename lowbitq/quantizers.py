@@ -199,6 +199,8 @@ def adaround(
     array([[ 1.,  0.,  1., -1.]], dtype=float32)
     """
     format = Format.parse(format)
+    if not format.ordered:
+        raise ValueError(f"format {format} has no neighbouring levels to choose between")
     if not isinstance(hessian, np.ndarray) or hessian.dtype != np.float64:
         raise TypeError("hessian is not an ndarray of float64")
     if hessian.ndim != 2 or hessian.shape != (np.shape(weight)[-1],) * 2:

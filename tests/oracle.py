@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from statistics import NormalDist
 
 import numpy as np
@@ -40,6 +41,34 @@ def decode(codes, scale, offset, group, levels=None):
     cols = codes.shape[1]
     wide = [per_column(a.astype(float), group, cols) for a in (scale, offset)]
     return wide[0] * (codes if levels is None else levels.astype(float)[codes]) + wide[1]
+
+
+def trellis_levels(codes):
+    """Levels of 2-bit codes (64 n, cols): windows of twelve bits, downwards around rings of 64."""
+    ring = codes.reshape(-1, 64, codes.shape[1]).astype(np.int64)
+    window = sum(np.roll(ring, -i, axis=1) << 2 * i for i in range(6))
+    low, high = np.divmod(window * 0xC6A7 % 2**16, 256)[::-1]
+    return (low % 128 + high % 128).reshape(codes.shape)
+
+
+def lattice_magnitudes():
+    """Twice the magnitudes (256, 8): all of norm up to 40, every other one of 48 without a 5."""
+    sizes = list(itertools.product((1, 3, 5), repeat=8))
+    norms = [sum(x * x for x in size) for size in sizes]
+    small = [size for size, norm in zip(sizes, norms, strict=True) if norm <= 40]
+    edge = [s for s, norm in zip(sizes, norms, strict=True) if norm == 48 and max(s) == 3]
+    return np.array(small + edge[::2] + edge[-1:])
+
+
+def lattice_levels(codes):
+    """Levels of 2-bit codes (rows, 8 n): words of 16 bits, a point of E8 + 1/4 each."""
+    digits = codes.reshape(len(codes), -1, 8).astype(np.int64)
+    word = (digits << 2 * np.arange(8)).sum(2)
+    size = lattice_magnitudes()[word & 255]
+    negative = word[..., None] >> 8 + np.arange(7) & 1
+    last = (size.sum(2) // 2 + negative.sum(2)) % 2  # so that half the signed sum is even
+    sign = 1 - 2 * np.concatenate([negative, last[..., None]], axis=2)
+    return (5 + (word >> 15)[..., None] + sign * size).reshape(codes.shape)
 
 
 def normal_quantiles(count):

@@ -12,7 +12,9 @@
     X(binary)                                                                                      \
     X(nf)                                                                                          \
     X(log)                                                                                         \
-    X(kmeans)
+    X(kmeans)                                                                                      \
+    X(trellis)                                                                                     \
+    X(lattice)
 
 #define DECLARE(name) extern const lbq_code_kind lbq_kind_##name;
 KINDS(DECLARE)

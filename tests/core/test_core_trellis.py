@@ -1,0 +1,117 @@
+"""csrc/codes/trellis.c: rings of words, their levels, and the search for them."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+from random_model import random_model, random_tokens
+
+from lowbitq.compression import compress
+from lowbitq.formats import Format
+from lowbitq.gptq import feedback, gptq
+from lowbitq.linears import QuantizedLinear
+from lowbitq.models import load
+from lowbitq.quantizers import adaround, quantize
+from lowbitq.tensors import QuantizedTensor
+
+SIZES = [(1, 1), (17, 33), (64, 64), (130, 200)]
+
+
+def normal(rows, cols, seed=0):
+    return np.random.default_rng([seed, rows, cols]).standard_normal((rows, cols), np.float32)
+
+
+def values_of(tensor):
+    """The matrix by the oracle, in float64."""
+    rows, cols = tensor.shape
+    levels = oracle.trellis_levels(tensor.codes)[:rows]
+    parts = tensor.scale, tensor.offset, tensor.format.group or cols
+    return oracle.decode(levels, *parts)
+
+
+def test_distortion_of_a_normal_variable():
+    weight = oracle.normal_quantiles(64 * 1600)
+    weight = np.random.default_rng(0).permutation(weight).reshape(512, 200).astype(np.float32)
+    for text in ("trellis2", "trellis2tensor"):
+        assert ((quantize(weight, text).dequantize() - weight) ** 2).mean() <= 0.078
+
+
+@pytest.mark.parametrize("text", ["trellis2", "trellis2g64", "trellis2g32s8", "trellis2tensor"])
+@pytest.mark.parametrize(("rows", "cols"), SIZES)
+def test_values_are_those_of_the_formula(isa, rows, cols, text):
+    tensor = quantize(normal(rows, cols), text)
+    assert tensor.codes.shape == (-(-rows // 64) * 64, cols)
+    exact = values_of(tensor)
+    values = tensor.dequantize()
+    assert (values == exact.astype(np.float32)).all()
+    arrays, metadata = tensor.to_arrays()
+    again = QuantizedTensor.from_arrays(arrays, metadata)
+    assert (again.dequantize() == values).all()
+    assert tensor.nbytes == tensor.format.stored_bytes(rows, cols)
+
+
+@pytest.mark.parametrize("activation_bits", [8, 4])
+@pytest.mark.parametrize("text", ["trellis2g64", "trellis2"])
+@pytest.mark.parametrize(("rows", "cols"), [*SIZES, (130, 1500)])
+def test_products_are_within_rounding(isa, rows, cols, text, activation_bits):
+    tensor = QuantizedTensor.pack(
+        text,
+        np.random.default_rng(rows).integers(0, 4, (-(-rows // 64) * 64, cols), np.uint8),
+        np.full((rows, Format.parse(text).groups(cols)), 2.0**-7, np.float32),
+        shape=(rows, cols),
+    )
+    layer = QuantizedLinear(tensor, activation_bits=activation_bits)
+    levels = oracle.trellis_levels(tensor.codes)[:rows]
+    for tokens in (1, 3, 9):
+        x = normal(tokens, cols)
+        parts = levels, tensor.scale, tensor.offset, tensor.format.group or cols
+        y, bound = oracle.quantized_linear(*parts, x, None, (1 << activation_bits - 1) - 1)
+        assert (abs(layer.forward(x) - y) <= bound).all()
+        y, bound = oracle.float_linear(tensor.dequantize(), x, None)
+        assert (abs(tensor @ x.T - y.T) <= bound.T).all()
+
+
+@pytest.mark.parametrize("order", ["none", "act", "group"])
+def test_error_feedback_beats_rounding(order):
+    weight, hessian = normal(100, 96), oracle.gram(96, 1)
+    inputs = feedback(hessian, group=32, order=order)
+    tensor, error = gptq(weight, inputs, "trellis2g32", sweeps=2)
+    nearest = quantize(weight, "trellis2g32")
+    losses = [oracle.output_loss(weight, t.dequantize(), hessian).sum() for t in (nearest, tensor)]
+    assert losses[1] < 0.7 * losses[0]
+    assert error < gptq(weight, inputs, "int2g32")[1]
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "float64"])
+def test_without_correlations_feedback_is_rounding(arithmetic):
+    weight = normal(70, 40)
+    inputs = feedback(np.eye(40), arithmetic=arithmetic)
+    tensor, _ = gptq(weight, inputs, "trellis2")
+    assert (tensor.panels == quantize(weight, "trellis2").panels).all()
+
+
+def test_compressed_models_are_saved_and_loaded(isa, tmp_path):
+    text, tokens = random_tokens(512).reshape(8, 64), random_tokens(64, seed=1)
+    model = compress(random_model(layers=1), "trellis2g32", text=text)
+    logits = model.logits(tokens)
+    model.save(tmp_path / "model")
+    assert (load(tmp_path / "model").logits(tokens) == logits).all()
+    errors = [record["relative_error"] for record in model.records.values()]
+    assert 0 < max(errors) < 0.2
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e28])
+def test_the_unit_of_weights_does_not_matter(size):
+    weight = normal(64, 50)
+    unit = np.exp2(np.rint(np.log2(size)))
+    codes = [quantize((weight * f).astype(np.float32), "trellis2tensor").codes for f in (1, unit)]
+    assert (codes[0] == codes[1]).all()
+
+
+def test_what_needs_an_order_of_words_is_refused():
+    weight = normal(4, 64)
+    with pytest.raises(ValueError, match="range is 'minmax', but format trellis2 has none"):
+        quantize(weight, "trellis2", range="minmax")
+    with pytest.raises(ValueError, match="trellis2 has no neighbouring levels"):
+        adaround(weight, np.eye(64), "trellis2")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.models.decoder import Model
+from lowbitq.models.finite import check_finite
 from lowbitq.models.tokens import check_count
 from lowbitq.texts import (
     Text,
@@ -218,7 +219,7 @@ def perplexity(
     ValueError
         If the text is empty, has fewer than two tokens or fewer than `windows` windows, `window` is
         beyond the model's positions, a token outside its vocabulary, the model has no tokenizer
-        for a text, or its logits have a NaN or an infinity.
+        for a text, or a number of it or of its logits is a NaN or an infinity.
     TypeError
         If `text` is none of the above.
     OSError, FormatError
@@ -456,6 +457,9 @@ def _score(
     cut = _cut(model, text, window, windows)
     if reference is not None:
         _check_reference(model, reference, text, cut)
+    for one in (model, reference):
+        if isinstance(one, Model):
+            check_finite(one)
     shape = len(cut.tokens), cut.scored
     nll, reference_nll, divergence = np.zeros((3, *shape))
     same = np.zeros(shape, np.uint8)

@@ -74,6 +74,22 @@ def test_the_first_of_several_is_named():
         check_finite(model)
 
 
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda bad, good, tokens: lq.perplexity(bad, tokens, window=16),
+        lambda bad, good, tokens: lq.evaluate(good, tokens, bad, window=16),
+        lambda bad, good, tokens: lq.calibrate(bad, tokens, samples=2, window=16),
+        lambda bad, good, tokens: lq.compress(bad, "int4g16", method="rtn"),
+    ],
+)
+def test_it_is_named_before_work_starts(work):
+    good, bad = random_model(layers=2), random_model(layers=2)
+    bad.embedding.weight[7, 3] = np.nan  # of a token that the text does not have
+    with pytest.raises(ValueError, match=r"embed_tokens.weight has a NaN .* at \[7, 3\]"):
+        work(bad, good, np.arange(64) % 7)
+
+
 def test_dense_rotations_are_looked_at():
     model = lq.rotate(random_model(), "orthogonal")
     check_finite(model)

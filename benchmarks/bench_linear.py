@@ -4,11 +4,11 @@
     python -m benchmarks.bench_linear --isa avx2
 
 Everything is in cache. Weights per second count rows * cols * tokens. `x BLAS` is the time of the
-float32 layer over ours. `--stream` walks through so many copies of a 4096 x 4096 layer that none is
+float32 layer over ours. `--stream` walks through enough copies of a 4096 x 4096 layer that none is
 in cache; there `x read` is our GB/s over that of a float32 matrix-vector product, which does little
-but read. Where ggml is found (peers/README.md), one token is compared with its dot products of the
-same shape, row by row in a loop in C; quantizing the token is in our time and not in ggml's, and
-compared on its own. The goals are for the shape that fits a second-level cache.
+but read. If ggml is found (peers/README.md), one token is compared with its dot products of the
+same shape, called row by row in a C loop. Our time includes quantizing the token, ggml's does not;
+quantizing is also compared separately. The goals are for the shape that fits a second-level cache.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def product(layer, x, y):
 
 
 def bench_cached(run, shape, tokens, formats):
-    """One row per format, after one for the float32 layer."""
+    """Print one row for the float32 layer, then one per format."""
     rows, cols = (int(n) for n in shape.split("x"))
     rng = np.random.default_rng(1)
     x = rng.standard_normal((tokens, cols), dtype=np.float32)
@@ -73,7 +73,7 @@ def bench_cached(run, shape, tokens, formats):
 
 
 def bench_streamed(run, formats):
-    """One token through layers that come from memory, 4096 x 4096 each."""
+    """Run one token through 4096 x 4096 layers that are read from memory."""
     size = 4096
     x, y = np.ones((1, size), np.float32), np.empty((1, size), np.float32)
     chains = {"float32": [Linear(np.ones((size, size), np.float32)) for _ in range(4)]}
@@ -94,7 +94,7 @@ def bench_streamed(run, formats):
 
 
 def bench_ggml(run, library, shape):
-    """One token through each format and each of ggml's types."""
+    """Run one token through each format and each ggml type."""
     rows, cols = (int(n) for n in shape.split("x"))
     rng = np.random.default_rng(2)
     weight = rng.standard_normal((rows, cols), dtype=np.float32)
@@ -124,7 +124,7 @@ def bench_ggml(run, library, shape):
 
 
 def bench_activations(run, library):
-    """Rounding one token to int8 with a scale per 64: what a layer takes beside its panels."""
+    """Measure rounding one token to int8 with a scale per 64: a layer's time without its panels."""
     cols = 4096
     x = np.random.default_rng(3).standard_normal((1, cols), dtype=np.float32)
     one, two = (random_layer(Format.parse("int2g64"), rows, cols) for rows in (16, 32))
@@ -148,7 +148,9 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--formats", nargs="+", default=FORMATS)
-    parser.add_argument("--stream", action="store_true", help="also layers that come from memory")
+    parser.add_argument(
+        "--stream", action="store_true", help="also measure layers that are read from memory"
+    )
     options = parser.parse_args()
     formats = [Format.parse(text) for text in options.formats]
     run = Run("linear", options)

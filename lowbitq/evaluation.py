@@ -1,8 +1,8 @@
-"""How much a model knows, how far it is from another one, and what it costs in bits and seconds.
+"""How well a model predicts, how far it is from another, and what it costs in bits and seconds.
 
-A text is cut from its start into windows that do not overlap. In each, every token after the first
-is predicted from those before it in the window, and its loss counts. All is measured on the model
-as it runs, packed weights and quantized activations included.
+A text is cut from its start into windows that do not overlap. Every token but a window's first is
+predicted from the tokens before it in the window, and its loss counts. Everything is measured on
+the model as it runs, with packed weights and quantized activations.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ Progress: TypeAlias = Callable[[int, int], object]
 # Rows of logits at a time: 256 rows of the largest vocabularies (152,000) are 150 MB.
 _ROWS = 256
 
-# Resamples of the bootstrap: the ends of the interval then move by 2 % of its width by chance.
+# Resamples of the bootstrap. With this many, the interval's ends vary by 2 % of its width.
 _RESAMPLES = 10_000
 
 _PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 
 
 class Estimate(float):
-    """A mean over tokens that knows how sure it is; otherwise a float.
+    """A mean over tokens: a float with a confidence interval.
 
     Attributes
     ----------
     interval : tuple of float
-        95 % of the means of windows drawn again with replacement (percentile bootstrap, seeded)
-        lie between them. NaN if there is one window only.
+        95 % confidence interval: percentile bootstrap over windows, with a fixed seed. NaN if there
+        is only one window.
     tokens, windows : int
-        Tokens that were scored, in so many windows.
+        Numbers of scored tokens and of windows.
     per_window : ndarray of shape (windows,), float64
-        The mean of each window.
+        Mean of each window.
     protocol : str
-        What was measured, in words. Numbers are comparable where it is equal.
+        What was measured, in words. Numbers with the same protocol are comparable.
 
     References
     ----------
@@ -92,9 +92,9 @@ class Perplexity(Estimate):
     Attributes
     ----------
     nll : float
-        The mean itself, nats per token.
+        That mean, in nats per token.
     per_window : ndarray of shape (windows,), float64
-        The perplexity of each window.
+        Perplexity of each window.
     """
 
     nll: float
@@ -106,7 +106,7 @@ class Divergence(Estimate):
     Attributes
     ----------
     percentiles : dict of float to float
-        Over tokens: 50, 90, 99, 99.9 and, as 100, the largest.
+        Percentiles 50, 90, 99, 99.9 and 100 (the maximum) over tokens.
     """
 
     percentiles: dict[float, float]
@@ -124,23 +124,23 @@ class Evaluation:
     ----------
     perplexity : Perplexity
     bits_per_weight : float
-        Of the linear layers of all blocks; everything stored counts.
+        Stored bits per weight of the blocks' linear layers, everything counted.
     bits_per_parameter : float
-        Of the whole model, embeddings and norms included: 8 size_bytes / parameters.
+        Bits of the whole model, embeddings and norms included: 8 size_bytes / parameters.
     size_bytes : int
-        Of the whole model.
+        Size of the whole model.
     seconds : float
-        The evaluated model took for all windows.
+        Time of the evaluated model for all windows.
     tokens_per_second : float
     reference : Perplexity or None
-        Of the reference, on the same windows.
+        Perplexity of the reference on the same windows.
     log_ratio : Estimate or None
-        ln(perplexity / reference), nats per token; its interval is that of the differences
-        between windows, much narrower than those of the two perplexities.
+        ln(perplexity / reference), in nats per token. Its interval is computed from differences per
+        window, so it is much narrower than the intervals of the perplexities.
     kl : Divergence or None
-        From the reference.
+        Divergence from the reference.
     agreement : Estimate or None
-        Share of tokens for which both find the same token most likely.
+        Share of tokens for which both models find the same token most likely.
     """
 
     perplexity: Perplexity
@@ -203,9 +203,9 @@ def perplexity(
         As for `lowbitq.texts.windows`. A tokenizer that begins texts with a BOS token puts
         one at the start of the text; none is added to windows.
     window : int, default=2048
-        Tokens per window. What is left at the end is not scored, unless it is all there is.
+        Tokens per window. A rest at the end is not scored; a text shorter than a window is.
     windows : int, default=None
-        Only so many windows, from the start of the text. None: all.
+        Number of windows, taken from the start of the text. None: all.
     progress : callable, default=None
         Called as ``progress(windows done, windows)``.
 
@@ -217,9 +217,9 @@ def perplexity(
     Raises
     ------
     ValueError
-        If the text is empty, has fewer than two tokens or fewer than `windows` windows, `window` is
-        beyond the model's positions, a token outside its vocabulary, the model has no tokenizer
-        for a text, or a number of it or of its logits is a NaN or an infinity.
+        If the text is empty, has fewer than two tokens or fewer than `windows` windows, `window`
+        exceeds the model's positions, a token is outside its vocabulary, the model has no tokenizer
+        for a text, or its weights or logits have a NaN or an infinity.
     TypeError
         If `text` is none of the above.
     OSError, FormatError
@@ -227,7 +227,7 @@ def perplexity(
 
     Examples
     --------
-    A model that knows nothing hesitates between all of its 8 tokens.
+    A model that knows nothing has a perplexity equal to its vocabulary size.
 
     >>> from types import SimpleNamespace
     >>> ignorant = SimpleNamespace(
@@ -252,10 +252,10 @@ def kl_divergence(
     *,
     progress: Progress | None = None,
 ) -> Divergence:
-    """Measure how far a model's predictions are from those of another.
+    """Measure how far a model's predictions are from a reference's.
 
-    The mean over tokens of ``sum_v p(v) log(p(v) / q(v))``, p the reference's distribution of the
-    next token, q the model's.
+    This is the mean over tokens of ``sum_v p(v) log(p(v) / q(v))``, where p is the reference's
+    distribution of the next token and q the model's.
 
     Parameters
     ----------
@@ -412,7 +412,7 @@ class _Cut:
 
     @property
     def scored(self) -> int:
-        """Tokens of a window that are predicted."""
+        """Number of predicted tokens per window."""
         return int(self.tokens.shape[1]) - 1
 
 
@@ -425,7 +425,7 @@ class _Scores:
     divergence: NDArray[np.float64]
     same: NDArray[np.uint8]
     seconds: float
-    tokens: int  # that the model read
+    tokens: int  # read by the model
     protocol: str
 
     def perplexity(self) -> Perplexity:
@@ -483,7 +483,7 @@ def _score(
 
 
 def _check_reference(model: Model, reference: Model, text: Text, cut: _Cut) -> None:
-    """Raise ValueError unless tokens, read from the text by the model, mean the same to both."""
+    """Raise ValueError unless the tokens of the text mean the same to both models."""
     if reference.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"reference has {reference.config.vocab_size} tokens in its vocabulary, "
@@ -493,7 +493,7 @@ def _check_reference(model: Model, reference: Model, text: Text, cut: _Cut) -> N
     ours, theirs = model.tokenizer, reference.tokenizer
     if ours is None or theirs is None or ours is theirs or is_tokens(text):
         return
-    # One of them may lack tokens that no text gives: GGUF files pad the vocabulary.
+    # One of them may lack tokens that never occur in text: GGUF files pad the vocabulary.
     words, their_words = (
         {number: word for word, number in tokenizer.vocabulary().items()}
         for tokenizer in (ours, theirs)
@@ -501,18 +501,18 @@ def _check_reference(model: Model, reference: Model, text: Text, cut: _Cut) -> N
     for number in sorted(words.keys() & their_words.keys()):
         if words[number] != their_words[number]:
             raise ValueError(
-                f"reference has another tokenizer: its token {number} is "
+                f"reference has a different tokenizer: its token {number} is "
                 f"{their_words[number]!r}, the model's is {words[number]!r}"
             )
     plain = plain_text(text)
     if not np.array_equal(ours.encode(plain, add_bos=False), theirs.encode(plain, add_bos=False)):
-        raise ValueError("reference has another tokenizer: it cuts the text into other tokens")
+        raise ValueError("reference has a different tokenizer: it cuts the text into other tokens")
 
 
 def _room(model: Model, tokens: int) -> NDArray[np.float32]:
     """Return an array for the logits of some tokens.
 
-    It is used again and again, because the system would clear the pages of every new one.
+    It is reused for every piece, because the system would clear the pages of a new array.
     """
     shape = min(_ROWS, tokens), model.config.vocab_size
     return _core.aligned_empty(bytes=4 * shape[0] * shape[1]).view(np.float32).reshape(shape)
@@ -521,7 +521,7 @@ def _room(model: Model, tokens: int) -> NDArray[np.float32]:
 def _logits(
     model: Model, tokens: NDArray[np.int32], room: NDArray[np.float32]
 ) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Yield the logits of every token but the last, as many rows at a time as there is room for."""
+    """Yield the logits of every token but the last, up to ``len(room)`` rows at a time."""
     hidden = model.hidden(tokens)
     for start in range(0, len(tokens) - 1, len(room)):
         rows = slice(start, min(start + len(room), len(tokens) - 1))
@@ -529,7 +529,7 @@ def _logits(
 
 
 def _timed(pieces: Iterator[Item], seconds: list[float]) -> Iterator[Item]:
-    """Pass on what an iterator yields and note how long it took."""
+    """Yield the items of an iterator and append the time that each took."""
     while True:
         started = time.perf_counter()
         piece = next(pieces, None)
@@ -581,12 +581,12 @@ def _estimate(
     protocol: str,
     of_mean: Callable[[Any], Any] = lambda mean: mean,
 ) -> Kind:
-    """Mean of values (windows, tokens), with the interval; `of_mean` is monotonous."""
+    """Return the mean of values (windows, tokens), with its interval; `of_mean` is monotonic."""
     per_window = values.mean(axis=1)
     result = kind(of_mean(per_window.mean()))
     result.interval = (math.nan, math.nan)
     if len(per_window) > 1:
-        # The seed is fixed, so that models are compared on the same draws of windows.
+        # A fixed seed compares models on the same draws of windows.
         draws = np.random.default_rng(0).integers(0, len(per_window), (_RESAMPLES, len(per_window)))
         low, high = np.percentile(per_window[draws].mean(axis=1), [2.5, 97.5])
         result.interval = (float(of_mean(low)), float(of_mean(high)))

@@ -1,4 +1,4 @@
-"""Writing text with a model: choosing tokens from logits, one after the other."""
+"""Text generation: choosing tokens from logits, one after the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Tokenizer(Protocol):
 
 
 class Generator(Protocol):
-    """What `generate` asks of a model; `lowbitq.Model` has it."""
+    """The interface that `generate` needs; `lowbitq.Model` has it."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -46,23 +46,23 @@ def sample(
 ) -> int:
     """Choose the next token.
 
-    The probability of token i is ``softmax(logits / temperature)[i]``, set to zero outside of the
-    `top_k` most probable tokens, renormalised, and set to zero outside of the smallest set of the
-    most probable ones that reaches `top_p`.
+    The probability of token i is ``softmax(logits / temperature)[i]``, set to zero outside the
+    `top_k` most probable tokens, renormalised, and set to zero outside the smallest set of most
+    probable tokens whose total reaches `top_p`.
 
     Parameters
     ----------
     logits : array_like of shape (vocab,)
         Minus infinity forbids a token.
     temperature : float, default=0.0
-        0 takes the largest logit, the lowest token where several are equal; the options below then
-        change nothing.
+        0 takes the largest logit (the lowest token if several are equal) and ignores the options
+        below.
     top_k : int, default=None
-        At least 1. Among equal logits at the border the lower tokens stay.
+        At least 1. Among equal logits at the border, lower tokens are kept.
     top_p : float, default=None
         In (0, 1].
     generator : numpy.random.Generator, default=None
-        Gives one uniform number. Needed where `temperature` is not 0.
+        Source of one uniform number. Required unless `temperature` is 0.
 
     Returns
     -------
@@ -92,14 +92,14 @@ def sample(
     if values.ndim != 1 or not values.size:
         raise ValueError(f"logits have shape {values.shape}, expected (vocab,)")
     best = int(values.argmax())
-    if not math.isfinite(values[best]):  # argmax finds a NaN wherever there is one
+    if not math.isfinite(values[best]):  # argmax returns a NaN if there is one
         raise NumericalError(f"the largest logit is {values[best]} (token {best})")
     if temperature == 0:
         return best
     if generator is None:
         raise ValueError(f"temperature = {temperature} needs a random generator")
 
-    with np.errstate(over="ignore"):  # a tiny temperature may reach minus infinity
+    with np.errstate(over="ignore"):  # with a tiny temperature, to minus infinity
         probability = np.exp((values - values[best]) / temperature)
     kept = np.flatnonzero(probability)
     if top_k is not None and top_k < kept.size:
@@ -108,7 +108,7 @@ def sample(
         kept = kept[_nucleus(probability[kept], top_p)]
     cumulative = probability[kept].cumsum()
     drawn = np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right")
-    return int(kept[min(int(drawn), kept.size - 1)])  # the product may round up to the last sum
+    return int(kept[min(int(drawn), kept.size - 1)])  # the product may round up to the total
 
 
 @overload
@@ -177,27 +177,27 @@ def generate(
     Parameters
     ----------
     model : Model
-        Its end tokens, of the configuration and of the tokenizer, end the text.
+        The end tokens of its configuration and of its tokenizer end the text.
     prompt : str or array_like of shape (t,), integer
-        A conversation is written out by ``model.tokenizer.chat``.
+        For a conversation, use ``model.tokenizer.chat``.
     max_new_tokens : int, default=64
-        With the prompt at most ``model.config.max_positions``, and within the sliding window.
+        Together with the prompt, at most ``model.config.max_positions`` and the sliding window.
     temperature, top_k, top_p
         As in `sample`. The default always takes the most probable token.
     seed : int, default=0
         Equal seeds give equal texts.
     stop : str or sequence of str, default=None
-        The text ends before the first of these to be complete. Only for a prompt that is a string.
+        The text ends before the first of these that is completed. Only for a string prompt.
     cache_bits : int, default=32
-        Of a number in the cache of keys and values, 8 or 32; `Model.new_cache` says what 8 costs.
+        Bits per number in the key-value cache, 8 or 32; `Model.new_cache` says what 8 costs.
     on_token : callable, default=None
-        Called with each piece of text as it is complete, or with each token if the prompt is
-        tokens. Special tokens are not shown, and text that may begin a `stop` waits.
+        Called with each piece of text once it is complete, or with each token if the prompt is
+        tokens. Special tokens are not shown, and text that may begin a `stop` is held back.
 
     Returns
     -------
     str or ndarray of shape (n,), int32
-        What follows the prompt, in the prompt's form, without the token that ended it.
+        The continuation, in the form of the prompt, without the token that ended it.
 
     Raises
     ------
@@ -206,11 +206,11 @@ def generate(
     ValueError
         If an argument is out of range or the prompt is empty or too long.
     NumericalError
-        If the model's logits are not numbers.
+        If the model's logits have a NaN or plus infinity.
 
     Examples
     --------
-    A model that counts, with 3 as its end token:
+    A model that counts; 3 is its end token:
 
     >>> from types import SimpleNamespace
     >>> model = SimpleNamespace(
@@ -230,7 +230,7 @@ def generate(
     generator = np.random.default_rng(seed)
     stops = [stop] if isinstance(stop, str) else list(stop or [])
     if not all(isinstance(text, str) and text for text in stops):
-        raise ValueError(f"stop is {stop!r}, expected texts that are not empty")
+        raise ValueError(f"stop is {stop!r}, expected non-empty texts")
     tokens = _prompt_tokens(model, prompt, max_new_tokens)
 
     def choose(logits: NDArray[np.float32]) -> int:
@@ -245,13 +245,13 @@ def generate(
         pieces = model.tokenizer.stream(continuation, after=tokens, skip_special=True)
         return "".join(_handed_on(_before_stop(pieces, stops), on_token))
     if stops:
-        raise ValueError("stop needs a prompt that is a string, not tokens")
+        raise ValueError("stop needs a string prompt, found tokens")
     return np.array(list(_handed_on(continuation, on_token)), dtype=np.int32)
 
 
 def _check_options(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature is {temperature}, expected a number from 0")
+        raise ValueError(f"temperature is {temperature}, expected a number of at least 0")
     if top_k is not None:
         check_count("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
@@ -271,7 +271,7 @@ def _prompt_tokens(
         raise ValueError("prompt has no tokens: there is nothing to continue")
     if tokens.size + max_new_tokens > model.config.max_positions:
         raise ValueError(
-            f"prompt has {tokens.size} tokens, with max_new_tokens = {max_new_tokens} more than "
+            f"prompt has {tokens.size} tokens; with max_new_tokens = {max_new_tokens} this exceeds "
             f"the model's {model.config.max_positions} positions"
         )
     check_sliding_window(tokens.size + max_new_tokens - 1, model.config)  # the last is not read
@@ -285,7 +285,7 @@ def _continuation(
     max_new_tokens: int,
     choose: Callable[[NDArray[np.float32]], int],
 ) -> Iterator[int]:
-    """New tokens, until an end token (not among them) or enough of them."""
+    """Yield new tokens until an end token, which is left out, or until there are enough."""
     ends = {*model.config.eos_token_ids, *(model.tokenizer.eos_ids if model.tokenizer else ())}
     for _ in range(max_new_tokens):
         token = choose(model.step(tokens, cache))
@@ -296,11 +296,11 @@ def _continuation(
 
 
 def _before_stop(pieces: Iterator[str], stops: list[str]) -> Iterator[str]:
-    """The pieces up to the first stop; the end of the text waits while it may begin one."""
+    """Yield the pieces up to the first stop; hold back an end of text that may begin one."""
     held = ""
     for piece in pieces:
         held += piece
-        # By their ends, so that the result does not depend on how the text is cut into pieces.
+        # Compare ends, so that the result does not depend on how the text is cut into pieces.
         found = [(at + len(stop), at) for stop in stops if (at := held.find(stop)) >= 0]
         begun = [n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])]
         ready = min(found)[1] if found else len(held) - max(begun, default=0)
@@ -321,7 +321,7 @@ def _handed_on(items: Iterator[Any], on_token: Callable[[Any], object] | None) -
 
 
 def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
-    """Which values are the `count` largest, the first ones among equals."""
+    """Mark the `count` largest values; among equal ones, the first."""
     border = np.partition(values, values.size - count)[values.size - count]
     chosen: NDArray[np.bool_] = values > border
     equal = np.flatnonzero(values == border)
@@ -330,7 +330,7 @@ def _largest(values: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
 
 
 def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.bool_]:
-    """Which weights make the smallest set of the largest that has `top_p` of their sum."""
+    """Mark the fewest largest weights whose sum reaches `top_p` of the total."""
     order = np.argsort(-weights, kind="stable")
     cumulative = weights[order].cumsum()
     count = 1 + int(np.searchsorted(cumulative, top_p * cumulative[-1], side="left"))

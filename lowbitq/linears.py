@@ -1,4 +1,4 @@
-"""Linear layers, dense and quantized: what a network calls."""
+"""Linear layers, dense and quantized, as a network calls them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _Layer:
-    """What both kinds of layer do alike."""
+    """Common base of both kinds of layer."""
 
     bias: NDArray[np.float32] | None
     handle: Any
@@ -50,11 +50,11 @@ class _Layer:
 
     @property
     def rotation(self) -> Rotation | None:
-        """Of the input."""
+        """Rotation of the input."""
         raise NotImplementedError
 
     def rotate_input(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What the weights see of `x` (t, cols): `x` itself, or rotated, a new array."""
+        """Return `x` (t, cols) as the weights see it: `x` itself, or a new, rotated array."""
         return x if self.rotation is None else self.rotation.apply(x)
 
     def replace(self, **changes: Any) -> Any:
@@ -62,7 +62,7 @@ class _Layer:
         return replace(self, **changes)  # type: ignore[type-var]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Without the handle, which only this process has: a copy makes its own.
+        # Leaves out the handle, which is valid in this process only; a copy makes its own.
         return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
 
 
@@ -127,20 +127,21 @@ class Linear(_Layer):
 class Activation:
     """How the input of a copy is rounded as the model runs.
 
-    ``x ~ scale * q + zero`` with integers ``|q| <= 2**(bits - 1) - 1``, step by step of the packed
+    ``x ~ scale * q + zero`` with integers ``|q| <= 2**(bits - 1) - 1``, for each step of the packed
     weights.
 
     Parameters
     ----------
     bits : {8, 4, None}, default=8
-        None: float32 activations, a slow path that decodes the weights exactly. With 8 or 4 a table
-        of more than two levels (nf4, log, kmeans) is rounded to multiples of 1/127 of its largest.
+        None: float32 activations, a slow path that decodes the weights exactly. With 8 or 4, a
+        table of more than two levels (nf4, log, kmeans) is rounded to multiples of 1/127 of its
+        maximum.
     clip : float, default=1.0
-        The part of the range of a step that is kept, 0.001 to 1.
+        Fraction of a step's range that is kept, 0.001 to 1.
     scale : float or None, default=None
-        Of all tokens and steps. None: of each by its largest magnitude.
+        One scale for all tokens and steps. None: each has its own, by its maximum magnitude.
     zero : float or "token", default=0.0
-        What stands for zero, of all tokens. ``"token"``: the middle of each token's range.
+        Zero point of all tokens. ``"token"``: the middle of each token's range.
 
     Raises
     ------
@@ -185,12 +186,12 @@ class Copy:
     Parameters
     ----------
     tensor : QuantizedTensor
-        W. Copies may have one object in common, which is then stored once.
+        W. Copies may share one object, which is then stored once.
     rotation, output_rotation : Rotation or None, default=None
         R, of order ``cols``, and P, of order ``rows``; None: the identity.
     activation : Activation
     weight : ndarray of shape (rows,), float32, or None, default=None
-        With which the outputs are fused; None: ones.
+        Factors of the outputs; None: ones.
 
     Raises
     ------
@@ -252,13 +253,13 @@ class Copy:
 class QuantizedLinear(_Layer):
     """A layer of packed weights: ``y = sum_i weight_i P_i^T (W_i act_i(R_i x)) + U V^T x + b``.
 
-    The result does not depend on the instruction set, the number of threads or the other tokens of
-    the call, to the last bit, if all activations are integers and there is no adapter.
+    If all activations are integers and there is no adapter, the result is bit-identical for every
+    instruction set, number of threads and set of other tokens in the call.
 
     Parameters
     ----------
     copies : tuple of Copy
-        At least one, of one shape; `of` makes a layer of one.
+        At least one, all of the same shape; `of` makes a layer of one.
     bias : ndarray of shape (rows,), float32, or None, default=None
     adapter : (ndarray, ndarray) or None, default=None
         U (rows, rank) and V (cols, rank), float32.
@@ -266,7 +267,7 @@ class QuantizedLinear(_Layer):
     Attributes
     ----------
     tensor, rotation, activation_bits
-        Of the only copy; a ValueError if there are several.
+        Those fields of the only copy; ValueError if there are several.
 
     Raises
     ------
@@ -305,7 +306,7 @@ class QuantizedLinear(_Layer):
         rotation: Rotation | None = None,
         activation_bits: int | None = 8,
     ) -> QuantizedLinear:
-        """Make a layer of one copy; parameters and errors are those of the classes."""
+        """Make a layer of one copy; see the classes for parameters and errors."""
         activation = Activation(activation_bits)
         return cls((Copy(tensor, rotation, activation=activation),), bias)
 
@@ -324,7 +325,9 @@ class QuantizedLinear(_Layer):
     @property
     def _only(self) -> Copy:
         if len(self.copies) != 1:
-            raise ValueError(f"the layer has {len(self.copies)} copies; ask one of its copies")
+            raise ValueError(
+                f"the layer has {len(self.copies)} copies, expected 1; read layer.copies"
+            )
         return self.copies[0]
 
     @property
@@ -334,7 +337,7 @@ class QuantizedLinear(_Layer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of packed weights, of fusion weights and of the adapter; a bias is not counted."""
+        """Bytes of packed weights, output factors and adapter; a bias is not counted."""
         tensors = {id(copy.tensor): copy.tensor for copy in self.copies}
         vectors = [copy.weight for copy in self.copies if copy.weight is not None]
         return sum(part.nbytes for part in [*tensors.values(), *vectors, *(self.adapter or ())])
@@ -346,7 +349,7 @@ class QuantizedLinear(_Layer):
         return 8 * self.nbytes / (rows * cols)
 
     def dequantize(self) -> NDArray[np.float32]:
-        """Return the matrix that the layer stands for, of shape (rows, cols), float32."""
+        """Return the matrix that the layer represents, of shape (rows, cols), float32."""
         matrix = self.copies[0].dequantize()
         for copy in self.copies[1:]:
             matrix = matrix + copy.dequantize()
@@ -355,7 +358,7 @@ class QuantizedLinear(_Layer):
     def to_float(self) -> Linear:
         """Return the layer with its weights decoded, for float32 activations.
 
-        A layer of one copy keeps its rotation, so that its weights are those that it stores.
+        A layer of one copy keeps its rotation, so its weights are the stored ones.
         """
         [first, *others] = self.copies
         plain = first.output_rotation is None and first.weight is None and self.adapter is None

@@ -1,4 +1,4 @@
-"""Plans: what becomes of each layer of a model, and how."""
+"""Plans: how each layer of a model is quantized."""
 
 from __future__ import annotations
 
@@ -40,20 +40,21 @@ class Rounding:
     method : {"gptq", "rtn"}, default="gptq"
         ``"rtn"``: round to nearest, without calibration.
     range : str, default="mse"
-        How scales are found; see `lowbitq.quantize`.
+        How scales are found: see `lowbitq.quantize`.
     norm : float, default=2.0
-        Exponent of the error that range ``"mse"`` sums.
+        Exponent of the errors that range ``"mse"`` sums.
     importance : bool, default=True
-        Whether the diagonal of the Hessian weighs these errors (``"gptq"`` only).
+        Whether the Hessian's diagonal weights these errors (``"gptq"`` only).
     damping : float, default=0.01
-        Relative addition to the diagonal of the Hessian.
+        Addition to the Hessian's diagonal, relative to `damping_by`.
     damping_by : {"median", "mean"}, default="median"
-        What it is relative to. SmolLM2 at 2 bits, 8 windows of calibration: perplexity 70.2 by the
-        median, 73.2 by the mean, which one massive channel can lift above all others.
+        Statistic of the diagonal that damping is relative to. SmolLM2 at 2 bits after 8 windows of
+        calibration: perplexity 70.2 by the median, 73.2 by the mean, which one massive channel can
+        lift above all others.
     order : {"group", "act", "none"}, default="group"
-        Of the columns; see `lowbitq.gptq.feedback`.
+        Order of the columns; see `lowbitq.gptq.feedback`.
     sweeps : int or None, default=None
-        Passes of coordinate descent over what error feedback has found (``"gptq"`` only). None: two
+        Passes of coordinate descent over the codes from error feedback (``"gptq"`` only). None: two
         for codes of 1 and 2 bits, none for others. ln perplexity of SmolLM2 after 16 windows of
         calibration:
 
@@ -66,7 +67,7 @@ class Rounding:
         4 bits                3.016         3.028
         ====================  =====  =====  =====
     arithmetic : {"float32", "float64"}, default="float32"
-        Of the error feedback.
+        Precision of the error feedback.
 
     Raises
     ------
@@ -102,14 +103,14 @@ class Rounding:
             raise ValueError(f"norm is {self.norm}, expected a positive number")
 
     def sweeps_for(self, bits: int) -> int:
-        """How many sweeps codes of `bits` bits get."""
+        """Return the number of sweeps for codes of `bits` bits."""
         if self.sweeps is not None:
             return self.sweeps
         return 2 if bits <= 2 else 0
 
 
-# Of embedding and head. The search of "mse" takes ten times as long, 4 s for SmolLM2, for a sixth
-# less error.
+# For embedding and head. The "mse" search takes ten times as long, 4 s for SmolLM2, and lowers the
+# error by a sixth.
 NEAREST = Rounding(method="rtn", range="minmax")
 
 
@@ -121,12 +122,12 @@ class CopyPlan:
     ----------
     format : Format or str
     rotation : {"hadamard", "orthogonal"} or None, default=None
-        Of this copy's input, besides the rotation of the model. None: no further one.
+        Rotation of this copy's input, besides the model's rotation. None: no further one.
     mode : {"own", "shared", "residual"}, default="own"
         ``"own"``: codes of the weights in this rotation. ``"shared"``: the codes of the first copy.
-        ``"residual"``: codes of what the copies before it left over.
+        ``"residual"``: codes of the error that the previous copies leave.
     activation_bits : {8, 4, None}, default=8
-        Of its input as the model runs; None: float32.
+        Bits of its input as the model runs; None: float32.
 
     Raises
     ------
@@ -152,18 +153,18 @@ class CopyPlan:
 
     @classmethod
     def parse(cls, text: str, *, activation_bits: int | None = 8) -> CopyPlan:
-        """Read a copy from its text: a format, then a rotation, a mode, ``a4``, ``a8`` or ``a32``.
+        """Parse a copy: a format, then a rotation, a mode, ``a4``, ``a8`` or ``a32``.
 
         Parameters
         ----------
         text : str
         activation_bits : {8, 4, None}, default=8
-            Where the text has none.
+            Default where the text has none.
 
         Raises
         ------
         ValueError
-            If a word has no meaning there.
+            If a word is unknown, or two are of the same kind.
         """
         format, *words = text.split() or [""]
         found: dict[str, Any] = {}
@@ -194,7 +195,7 @@ class CopyPlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer: its copies, how they are rounded, the rank of its adapter.
+    """How one layer is quantized: its copies, their rounding, the rank of its adapter.
 
     Parameters
     ----------
@@ -202,12 +203,12 @@ class LayerPlan:
         At least one; their outputs are summed.
     rounding : Rounding
     rank : int, default=0
-        Of a low-rank adapter ``U V^T`` beside the copies; 0: none.
+        Rank of an adapter ``U V^T`` added to the copies; 0: none.
 
     Raises
     ------
     ValueError
-        If there is no copy, the first one is no ``"own"`` one, or `rank` is negative.
+        If there is no copy, the first one's mode is not ``"own"``, or `rank` is negative.
 
     Examples
     --------
@@ -238,7 +239,7 @@ class LayerPlan:
         *,
         activation_bits: int | None = 8,
     ) -> LayerPlan:
-        """Read a layer from its text: copies joined by ``+``, then optionally ``rankN``.
+        """Parse a layer: copies joined by ``+``, then optionally ``rankN``.
 
         Parameters
         ----------
@@ -247,12 +248,12 @@ class LayerPlan:
         rounding : Rounding, default=None
             None: the default one.
         activation_bits : {8, 4, None}, default=8
-            Of copies whose text has none.
+            Default for copies whose text has none.
 
         Raises
         ------
         ValueError
-            If the text has no such meaning.
+            If the text cannot be parsed.
         """
         if isinstance(text, LayerPlan):
             return text
@@ -272,15 +273,15 @@ EMBEDDING = LayerPlan.parse("int8g64", NEAREST)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of a calibration window count.
+    """Weights of the tokens of a calibration window.
 
     Parameters
     ----------
     first_tokens : int, default=4
-        This many tokens at the start of a window ...
+        Number of tokens at the start of a window that have another weight.
     first_weight : float, default=16.0
-        ... count this often in the Hessian. They carry the massive activation that all later
-        tokens attend to.
+        Their weight in the Hessian. They carry the massive activation that all later tokens attend
+        to.
     """
 
     first_tokens: int = 4
@@ -295,21 +296,21 @@ class Sampling:
 class Plan:
     """What `compress` does to a model; made by `Plan.uniform` and kept with the result.
 
-    Equal plans have equal hashes; a plan and the dictionary in it must not change.
+    Equal plans have equal hashes; do not modify a plan or its dictionary.
 
     Parameters
     ----------
     layers : dict of str to LayerPlan
-        Each linear layer by its Hugging Face name; a text stands for ``LayerPlan.parse(text)``.
+        Plan of each linear layer by its Hugging Face name; a str means ``LayerPlan.parse(str)``.
     rotation : {"hadamard", "orthogonal", "none"}, default="hadamard"
-        Of the model before it is quantized; see `lowbitq.rotate`.
+        Rotation of the model before it is quantized; see `lowbitq.rotate`.
     seed : int, default=0
-        Of the rotation, and of the choice of calibration windows.
+        Seed of the rotation and of the choice of calibration windows.
     sampling : Sampling
-        How the tokens of a window count.
+        Weights of the tokens of a window.
     embedding : LayerPlan, str or None, default="int8g64"
-        Of the embedding and the head, tied or not: a text stands for rounding to nearest. None:
-        they stay as they are. The default leaves SmolLM2's a relative error of 3e-5, at 8.5 bits.
+        Plan of the embedding and the head, tied or not; a str means rounding to nearest. None: they
+        stay as they are. With the default, SmolLM2's has a relative error of 3e-5, at 8.5 bits.
 
     Raises
     ------
@@ -345,7 +346,7 @@ class Plan:
 
     @property
     def needs_text(self) -> bool:
-        """Whether a layer is rounded with regard to its inputs."""
+        """Whether rounding any layer needs its inputs."""
         return any(layer.rounding.method == "gptq" for layer in self.layers.values())
 
     @classmethod
@@ -357,19 +358,19 @@ class Plan:
         overrides: Mapping[str, LayerPlan | Format | str] | None = None,
         **options: Any,
     ) -> Plan:
-        """Plan the same for all linear layers, except those that a pattern names.
+        """Plan the same for all linear layers, except those that match a pattern.
 
         Parameters
         ----------
         names : iterable of str
             The layers, such as ``dict(model.linears())``.
         layer : LayerPlan, Format or str
-            For every layer that no pattern matches.
+            Plan of every layer that matches no pattern.
         overrides : dict of str to LayerPlan, Format or str, default=None
-            Patterns of layer names, with ``*`` and ``?``; the last that matches decides.
+            Plans by patterns of layer names, with ``*`` and ``?``; the last match applies.
         **options
-            Fields of Rounding, Sampling and Plan, and ``activation_bits`` of copies whose text has
-            none (the head has 8 where these have 4).
+            Fields of Rounding, Sampling and Plan, and ``activation_bits`` for copies whose text has
+            none (if 4, the head still has 8).
 
         Returns
         -------
@@ -413,13 +414,13 @@ class Plan:
         return cls(layers, **options)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as what JSON can hold.
+        """Return the plan as a dict for JSON.
 
         Returns
         -------
         dict
-            ``layers`` and ``embedding`` are texts, ``rounding`` that of most layers, ``roundings``
-            what other layers have instead.
+            ``layers`` and ``embedding`` are texts; ``rounding`` applies to most layers,
+            ``roundings`` has the exceptions by layer.
         """
         common = Counter(layer.rounding for layer in self.layers.values()).most_common(1)
         rounding = common[0][0] if common else Rounding()
@@ -443,12 +444,12 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """Read what `to_dict` returned, or a plan of version 0.1, whose fields stand side by side.
+        """Read what `to_dict` returned, or a plan of version 0.1, which has no nested fields.
 
         Parameters
         ----------
         values : mapping
-            Fields may be missing: they have their defaults.
+            Missing fields have their defaults.
 
         Returns
         -------
@@ -480,16 +481,18 @@ class Plan:
         if outer is not None:
             outer = parse("embedding", outer, NEAREST, None if bits is None else 8)
         if roundings:
-            raise ValueError(f"roundings has {next(iter(roundings))!r}, which is no layer")
+            raise ValueError(
+                f"roundings has {next(iter(roundings))!r}, which is not a layer of the plan"
+            )
         return cls(parsed, sampling=sampling, embedding=outer, **left)
 
     def to_json(self) -> str:
-        """Write the plan as indented JSON, the object of `to_dict`."""
+        """Return `to_dict` as indented JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote; errors are those of `from_dict`."""
+        """Read what `to_json` returned; raises the errors of `from_dict`."""
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -500,7 +503,7 @@ class Plan:
 
 
 def _take(values: dict[str, Any], kind: type) -> dict[str, Any]:
-    """Remove the fields of a dataclass from `values`, and return them."""
+    """Remove the fields of a dataclass from `values` and return them."""
     return {f.name: values.pop(f.name) for f in fields(kind) if f.name in values}
 
 
@@ -510,7 +513,7 @@ def _differences(value: Any, other: Any) -> dict[str, Any]:
 
 
 def _object(values: dict[str, Any], name: str) -> dict[str, Any]:
-    """Remove an object from `values`; an empty one if it is not there."""
+    """Remove an object from `values` and return it, empty if it is missing."""
     found = values.pop(name, {})
     if not isinstance(found, dict):
         raise ValueError(f"{name!r} is {found!r}, expected a JSON object")
@@ -518,7 +521,7 @@ def _object(values: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _typed(kind: type[Value], found: dict[str, Any], default: Value | None = None) -> Value:
-    """Make a dataclass from JSON: every field of its default's type."""
+    """Make a dataclass from JSON; every field must have the type of its default."""
     default = kind() if default is None else default
     known = asdict(default)  # type: ignore[call-overload]
     for name, value in found.items():

@@ -1,4 +1,4 @@
-"""Figures of results, drawn by matplotlib, which is imported when the first is asked for."""
+"""Figures of results. matplotlib is imported when the first figure is drawn."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lowbitq.roofline import KINDS, Roofline
 
 
 def new_axes() -> Any:
-    """An empty figure to draw into.
+    """Return the axes of a new, empty figure.
 
     Returns
     -------
     matplotlib.axes.Axes
-        Of a new figure, that no window shows.
+        The figure is not shown in a window.
 
     Raises
     ------
@@ -30,12 +30,12 @@ def new_axes() -> Any:
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ImportError("plots need matplotlib; get it by: pip install matplotlib") from error
+        raise ImportError("plots need matplotlib; get it with: pip install matplotlib") from error
     return Figure(figsize=(8, 5), layout="constrained").add_subplot()
 
 
 def roofline(found: Roofline, axes: Any = None) -> Any:
-    """Draw the limits of a machine, and below them what its layers reach.
+    """Draw the limits of a machine and the performance of its layers.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""How close the linear layers come to what this machine can do at most.
+"""How close the linear layers come to the limits of this machine.
 
 S. Williams, A. Waterman, D. Patterson, "Roofline: an insightful visual performance model for
-multicore architectures", Communications of the ACM 52, 2009: a product that does I operations per
-byte that it reads runs at min(peak, I * bandwidth) at best.
+multicore architectures", Communications of the ACM 52, 2009: a product with I operations per byte
+read runs at min(peak, I * bandwidth) at best.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from lowbitq.timing import take_turns
 FORMATS = ("int1g64", "ternaryg64", "int2g64", "int3g64", "int4g64", "int8g64")
 KINDS = {"memory": "a token, from memory", "cache": "a token, in cache", "tokens": "256 tokens"}
 TOKENS = 256
-LAYER = (4096, 4096)  # to stream, and for many tokens
-CACHED_LAYER = (512, 1024)  # with 8 bits, half of a second-level cache
+LAYER = (4096, 4096)  # for streaming and for many tokens
+CACHED_LAYER = (512, 1024)  # at 8 bits, half of a second-level cache
 STREAM_BYTES = 256 << 20  # several times a last-level cache
-# The int8 kernel at its best: long steps and no offsets. Few bits may be summed up in shorter
-# integers, and 8 need not be unpacked; which is faster depends on the instruction set.
+# The int8 kernel is fastest with long steps and without offsets. Low bits may be summed in shorter
+# integers, and 8 bits need no unpacking; which is faster depends on the instruction set.
 PEAK_FORMATS = ("int2g128sym", "int8g128sym")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One product: what it does per second, and the most that the roof allows.
+    """One product: its rates, and how close they are to the roof.
 
     Attributes
     ----------
     format : str
     kind : {"memory", "cache", "tokens"}
-        One token with the weights from memory, or in cache; or many tokens.
+        One token with the weights in memory, one token with the weights in cache, or many tokens.
     intensity : float
         Multiplications and additions per byte of weights, inputs and outputs.
     gigaops : float
@@ -46,7 +46,7 @@ class Point:
     gigabytes : float
         10^9 bytes per second.
     of_roof : float
-        Share of what is possible, at most 1.
+        Fraction of the roof's rate, at most 1.
     """
 
     format: str
@@ -59,18 +59,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Roofline:
-    """The limits of a machine and what the layers make of them; prints as a table.
+    """The limits of a machine and the rates of its layers; prints as a table.
 
     Attributes
     ----------
     machine : dict
-        isa and threads.
+        Its isa and threads.
     memory_gigabytes, cache_gigabytes : float
-        10^9 bytes per second that a float32 matrix-vector product reads, which does little else,
-        or the fastest point.
+        10^9 bytes per second: the maximum of a float32 matrix-vector product, which does little but
+        read, and of all points.
     peak_gigaops : float
-        10^9 multiplications and additions per second of the int8 kernel in the easiest format, or
-        the fastest point.
+        10^9 multiplications and additions per second: the maximum of the int8 kernel in the easiest
+        format and of all points.
     points : tuple of Point
     """
 
@@ -81,7 +81,7 @@ class Roofline:
     points: tuple[Point, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists, for JSON."""
+        """Return plain numbers and lists for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -110,15 +110,15 @@ def measure(
     stream_bytes: int = STREAM_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Roofline:
-    """Measure this machine's limits and the layers' speed, on the threads that are set.
+    """Measure this machine's limits and the layers' speed, with the current number of threads.
 
     Parameters
     ----------
     formats : sequence of str, default=FORMATS
     repetitions : int, default=20
-        Samples of each product, of which the fastest counts.
+        Samples of each product; the fastest counts.
     stream_bytes : int, default=256 MiB
-        Weights to walk through so that none is in cache: several times the last-level cache.
+        Bytes of weights to stream, several times the last-level cache so that none is cached.
     progress : callable, default=None
         Called as ``progress(done, total)`` after each format.
 
@@ -169,7 +169,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Product:
-    """A product of some layers and tokens, and what it takes."""
+    """A product of some layers and tokens, its operations and its bytes."""
 
     run: Callable[[], object]
     ops: int
@@ -191,7 +191,7 @@ class _Product:
 
 
 def _references(stream_bytes: int) -> dict[tuple[str, str], _Product]:
-    """What shows the limits: reading float32 weights, and the int8 kernel at its best."""
+    """Return the products that measure the limits: float32 reads and the fastest int8 kernel."""
     streamed = max(1, stream_bytes // (4 * LAYER[1])), LAYER[1]
     references = {
         ("float32", "memory"): _Product.of([Linear(np.ones(streamed, np.float32))], 1),
@@ -203,7 +203,7 @@ def _references(stream_bytes: int) -> dict[tuple[str, str], _Product]:
 
 
 def _products(format: Format, stream_bytes: int) -> dict[tuple[str, str], _Product]:
-    """The products of a format, one of each kind."""
+    """Return the products of a format, one of each kind."""
     layers = [random_layer(format, *LAYER)]
     many = _Product.of(layers, TOKENS)
     while sum(layer.nbytes for layer in layers) < stream_bytes:
@@ -214,7 +214,7 @@ def _products(format: Format, stream_bytes: int) -> dict[tuple[str, str], _Produ
 
 
 def random_layer(format: Format, rows: int, cols: int) -> QuantizedLinear:
-    """Make a layer of random codes, for its speed, as `measure` does.
+    """Make a layer of random codes to measure its speed, as `measure` does.
 
     Parameters
     ----------
@@ -240,7 +240,7 @@ def random_layer(format: Format, rows: int, cols: int) -> QuantizedLinear:
 
 
 def copy_layer(layer: QuantizedLinear) -> QuantizedLinear:
-    """Copy a layer, its weights too, so that reading both reads twice as much memory.
+    """Copy a layer with its weights, so that reading both reads twice the memory.
 
     Parameters
     ----------

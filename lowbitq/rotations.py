@@ -18,7 +18,7 @@ KINDS = ("hadamard", "orthogonal", "matrix")
 
 
 class Rotation:
-    """An orthogonal matrix R of any order, applied to vectors by the fastest way there is.
+    """An orthogonal matrix R of any order, applied to vectors by the fastest algorithm.
 
     Parameters
     ----------
@@ -26,14 +26,14 @@ class Rotation:
         Order of R, 1 or more.
     kind : {"hadamard", "orthogonal"}, default="hadamard"
         ``"hadamard"``: R = (B_1 ⊗ ... ⊗ B_m ⊗ H) diag(s) / √n with random signs s, the Sylvester
-        matrix H and base matrices B_j of the orders in `orders`: Paley's Hadamard matrices
-        wherever they make n, Hartley's matrix (entries up to √2) for an odd part that has none.
-        It takes O(n (c_1 + ... + c_m + log n)) additions, and needs no more storage than its seed.
+        matrix H and base matrices B_j of the orders in `orders`: Paley's Hadamard matrices where
+        they exist, else Hartley's matrix (entries up to √2) for an odd factor. It takes
+        O(n (c_1 + ... + c_m + log n)) additions and stores only its seed.
         ``"orthogonal"``: uniform over all orthogonal matrices (Haar), stored and applied densely.
     seed : int, default=0
         The same seed gives the same signs on every machine.
     stream : int, default=0
-        Keeps apart rotations that share a seed.
+        Distinguishes rotations that share a seed.
 
     Attributes
     ----------
@@ -42,13 +42,13 @@ class Rotation:
     orders : tuple of int
         Orders c_j of the base matrices, empty if n is a power of two or R is dense.
     handle : capsule
-        What C functions take for this rotation.
+        This rotation for C functions.
 
     Raises
     ------
     ValueError
-        If n < 1, kind is unknown, or a base matrix of order over 4096 would be needed (n has a
-        prime factor that large and no Paley matrix helps).
+        If n < 1, kind is unknown, or a base matrix of order above 4096 is needed (n has a prime
+        factor that large and no Paley matrix covers it).
 
     References
     ----------
@@ -112,7 +112,7 @@ class Rotation:
 
     @classmethod
     def from_matrix(cls, matrix: Float32) -> Rotation:
-        """Make a rotation of a given orthogonal matrix.
+        """Make a rotation from an orthogonal matrix.
 
         Parameters
         ----------
@@ -122,7 +122,7 @@ class Rotation:
         Returns
         -------
         Rotation
-            Of kind ``"matrix"``.
+            Its kind is ``"matrix"``.
 
         Raises
         ------
@@ -219,7 +219,7 @@ class Rotation:
         return np.ascontiguousarray(self.apply(np.eye(self.n, dtype=np.float32)).T)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what, with :meth:`to_arrays`, makes this rotation again, fit for JSON.
+        """Return the fields for JSON; with :meth:`to_arrays`, they restore this rotation.
 
         Examples
         --------
@@ -255,7 +255,7 @@ class Rotation:
         fields : mapping
             From :meth:`to_dict`.
         arrays : mapping, default=None
-            From :meth:`to_arrays`; may be left out unless R is dense. Not copied.
+            From :meth:`to_arrays`; needed only if R is dense. Not copied.
 
         Returns
         -------
@@ -303,8 +303,8 @@ class Rotation:
 def hadamard_orders(n: int) -> tuple[int, ...]:
     """Return the orders c_j of the base matrices in n = c_1 ... c_m 2^k.
 
-    Those of the cheapest transform among all that have Hadamard matrices throughout, or else the
-    smallest part without one.
+    These give the cheapest transform built from Hadamard matrices only, or, if there is none, the
+    one with the smallest other matrix.
 
     Parameters
     ----------
@@ -333,7 +333,7 @@ def hadamard_orders(n: int) -> tuple[int, ...]:
 
 @cache
 def _bases(orders: tuple[int, ...]) -> Float32:
-    """Each base matrix and its transpose: one array for all rotations of these orders."""
+    """Return each base matrix and its transpose, in one array that rotations share."""
     bases = np.empty(2 * sum(c * c for c in orders), np.float32)
     at = 0
     for c in orders:

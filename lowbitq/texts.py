@@ -1,4 +1,4 @@
-"""Text to windows: a text in any form becomes tokens, and tokens become windows."""
+"""Text to windows: turn text in any form into tokens, and tokens into windows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lowbitq.models.tokens import check_count, check_sliding_window, token_array
 Part = str | os.PathLike[str]
 Text = Part | Sequence[Part] | Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]]
 
-# One word with a slash, or one line that ends in a suffix; prose of this kind is no text to
-# calibrate on. 255 bytes is the longest name of a file, and some languages write without spaces.
+# A path is one word with a slash, or one line that ends in a suffix; nobody calibrates on such
+# prose. File names have at most 255 bytes, and some languages are written without spaces.
 _PATH_LIKE = re.compile(r"\S*/\S*|.*\.[A-Za-z]\w{0,9}", re.ASCII)
 _LONGEST_NAME = 255
 
@@ -36,25 +36,25 @@ def windows(
     seed: int = 0,
     config: ModelConfig | None = None,
 ) -> NDArray[np.int32]:
-    """Cut a text into windows at random places, spread evenly over it.
+    """Cut a text into windows at random positions, spread evenly over it.
 
     Parameters
     ----------
     tokenizer : Tokenizer or None
-        None is enough if `text` is tokens.
+        None is allowed if `text` is tokens.
     text : str, path, sequence of str or of paths, or array_like of int
-        The text itself; the path of a file in UTF-8; several texts or files, which are joined by an
-        empty line; or tokens: one long row, or windows of shape (samples, window) as they are to be
-        used. `plain_text` says which str is a path.
+        The text itself; the path of a UTF-8 file; several texts or files, joined by an empty line;
+        or tokens: one long row, or finished windows of shape (samples, window). `plain_text` says
+        which str is a path.
     samples, window : int
-        How many windows of how many tokens. A tokenizer that begins texts with a token of its own
-        has it begin each window. A text with fewer than ``samples * window`` tokens gives as many
-        windows as it has room for, which do not overlap, and a warning.
+        Number of windows, and tokens per window. If the tokenizer begins texts with a special
+        token, each window begins with it. A text with fewer than ``samples * window`` tokens gives
+        as many windows as fit without overlap, and a warning.
     seed : int, default=0
         The same seed gives the same tokens.
     config : ModelConfig, default=None
-        Of the model that is to read the windows: tokens must be in its vocabulary, and `window` not
-        beyond its positions. None: not checked.
+        Configuration of the model that will read the windows: tokens must be in its vocabulary, and
+        `window` must not exceed its positions. None: not checked.
 
     Returns
     -------
@@ -63,7 +63,7 @@ def windows(
     Raises
     ------
     ValueError
-        If the text is empty or has no room for one window, the windows are longer than the model's
+        If the text is empty or shorter than one window, the windows are longer than the model's
         positions, or a token is not in its vocabulary.
     TypeError
         If `text` is none of the above, or tokens are not integers.
@@ -94,7 +94,7 @@ def windows(
         return tokens
     if tokenizer is None or not tokenizer.adds_bos or is_tokens(text):
         return tokens[_places(len(tokens), samples, window, seed)]
-    # Each window has a BOS of its own; the one that begins the text is not cut with it.
+    # Each window gets its own BOS; the one at the start of the text is in no window.
     bos = tokenizer.bos_id
     assert bos is not None
     begun = int(tokens[:1].tolist() == [bos])
@@ -105,12 +105,12 @@ def windows(
 def _places(
     count: int, samples: int, window: int, seed: int, *, begun: int = 0, own: int = 0
 ) -> NDArray[np.int64]:
-    """Choose the windows of a text of `count` tokens; no window holds those before `begun`.
+    """Choose the windows of a text of `count` tokens; they leave out the tokens before `begun`.
 
     Returns
     -------
     ndarray of shape (samples, window - own), int64
-        The places of their tokens; fewer samples, with a warning, where there is no room.
+        Positions of their tokens; fewer samples, with a warning, if the text is short.
     """
     length = window - own
     room = (count - begun) // length
@@ -121,13 +121,13 @@ def _places(
         )
     last = count - length
     if samples <= room:
-        # One window begins in each of `samples` equal parts of the places where one can.
+        # The possible starts are cut into `samples` equal parts; one window starts in each.
         parts = np.arange(samples) + np.random.default_rng(seed).random(samples)
         starts = np.maximum((parts * (last + 1) / samples).astype(np.int64), begun)
     else:
         warnings.warn(
             f"text has {count} tokens, but {samples} windows of {window} need {samples * window}: "
-            f"only the {room} windows that it has room for are used; give a longer text or "
+            f"only the {room} windows that fit are used; give a longer text or "
             f"samples={room}",
             stacklevel=4,
         )
@@ -160,16 +160,16 @@ def tokenize(
     *,
     axes: Sequence[int] = (1,),
 ) -> NDArray[np.int32]:
-    """Return the tokens of a text in any of the forms that `windows` takes.
+    """Return the tokens of a text in any form that `windows` accepts.
 
     Parameters
     ----------
     tokenizer, text
         As for `windows`.
     vocab_size : int, default=None
-        Of the model: every token must be below it.
+        Vocabulary size of the model; every token must be below it.
     axes : sequence of int, default=(1,)
-        Numbers of axes that given tokens may have.
+        Allowed numbers of axes of given tokens.
 
     Returns
     -------
@@ -184,15 +184,15 @@ def tokenize(
 
 
 def plain_text(text: Text) -> str:
-    """Return a text that is not given as tokens as one str.
+    """Return a text as one str; it must not be given as tokens.
 
     Parameters
     ----------
     text : str, path, or sequence of them
-        A str is taken for the path of a file if one of that name exists, or if it is one word with
-        a slash or one line that ends in a suffix, such as ``wiki.test.raw``, of 255 characters at
-        most. Any other str is the text itself; a line break at the end makes every str one. The
-        strs of a sequence are paths if all are, else all are texts.
+        A str is a path if a file of that name exists, or if it has at most 255 characters and is
+        one word with a slash or one line that ends in a suffix, such as ``wiki.test.raw``. Any
+        other str is the text itself, and so is every str that ends with a line break. A sequence
+        holds paths if all of its strs are paths, else texts.
 
     Returns
     -------
@@ -206,7 +206,7 @@ def plain_text(text: Text) -> str:
     ValueError
         If it is blank.
     OSError, FormatError
-        As `read_text`.
+        As for `read_text`.
     """
     given: Any = [text] if isinstance(text, str | os.PathLike) else text
     if not isinstance(given, Sequence) or not all(
@@ -250,7 +250,7 @@ def read_text(path: Part) -> str:
     FormatError
         If it is not in UTF-8, with the byte offset.
     ValueError
-        If there is no text in it.
+        If the file is empty.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8")
@@ -270,7 +270,7 @@ def read_text(path: Part) -> str:
 
 @dataclass(frozen=True)
 class Texts:
-    """What to calibrate on and what to predict, with their names for people."""
+    """A text to calibrate on and a text to predict, with a description of each."""
 
     calibration: str
     held_out: str
@@ -279,7 +279,7 @@ class Texts:
 
 
 def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
-    """Text from a file (in two halves, or the same for both), LOWBITQ_DATA or Python's help."""
+    """Read texts from a file (its halves, or all of it twice), LOWBITQ_DATA or Python's help."""
     if path is not None:
         text = read_text(path)
         if not halves:
@@ -297,13 +297,13 @@ def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
 
 
 def fallback_texts() -> Texts:
-    """Return English that every machine has: the topics of Python's own help, in two halves.
+    """Return English that every machine has: the topics of Python's help, in two halves.
 
     Returns
     -------
     Texts
-        About 60,000 tokens to calibrate on and 40,000 to predict. Topics share a fifth of their
-        paragraphs; those of the first half are left out of the second.
+        About 60,000 tokens to calibrate on and 40,000 to predict. A fifth of the paragraphs occur
+        in several topics; the second half leaves out paragraphs of the first.
     """
     from pydoc_data import topics
 

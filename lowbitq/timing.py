@@ -1,4 +1,4 @@
-"""Timing calls that take turns, so that a change of the machine's speed meets all of them."""
+"""Timing calls in turns, so that a change of the machine's speed affects all of them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import NamedTuple, TypeVar
 
 from lowbitq import _core
 
-SHORTEST = 2e-4  # seconds that one sample takes at least: a thousand readings of the clock
+SHORTEST = 2e-4  # minimum seconds per sample: a thousand readings of the clock
 
 
 Key = TypeVar("Key")
 
 
 class Timing(NamedTuple):
-    """Seconds of one call: the least and the median of all samples."""
+    """Seconds of one call: minimum and median of all samples."""
 
     least: float
     median: float
@@ -26,25 +26,24 @@ class Timing(NamedTuple):
 def take_turns(
     calls: Mapping[Key, Callable[[], object]], *, repetitions: int = 20, rest: float = 0.0
 ) -> dict[Key, Timing]:
-    """Time calls, one after the other, so many times over, after one round to warm up.
+    """Time calls in turns, `repetitions` times, after one warm-up round.
 
-    On one thread it is the thread's processor time, which other programs hardly change; on more it
-    is wall time.
+    With one thread, this measures the thread's processor time, which other programs hardly affect;
+    with more, wall time.
 
     Parameters
     ----------
     calls : mapping to callable
-        Each is called often enough for a sample to be longer than the clock's error.
+        Each is called often enough to make a sample longer than the clock's error.
     repetitions : int, default=20
         Samples of each call.
     rest : float, default=0
-        Seconds to sleep before each sample, where the threads of another library go on spinning
-        after its call.
+        Seconds to sleep before each sample, for libraries whose threads keep spinning after a call.
 
     Returns
     -------
     dict
-        From the keys of `calls` to their `Timing`.
+        The `Timing` of each call, by its key in `calls`.
 
     Raises
     ------

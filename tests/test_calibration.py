@@ -124,7 +124,7 @@ def test_a_damaged_file_is_an_error(tmp_path):
         with pytest.raises(FormatError, match=r"stats\.npz"):
             Statistics.load(path)
     np.savez(path, other=np.zeros(3))
-    with pytest.raises(FormatError, match="not statistics"):
+    with pytest.raises(FormatError, match="not lowbitq statistics"):
         Statistics.load(path)
 
 

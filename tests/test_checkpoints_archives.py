@@ -101,10 +101,10 @@ def test_sizes_are_not_believed(path):
 
 def test_objects_and_compressed_archives_are_refused(path):
     np.savez(path, a=np.array([{}], object))
-    with pytest.raises(FormatError, match="no plain array"):
+    with pytest.raises(FormatError, match="not a plain array"):
         load_arrays(path)
     np.savez_compressed(path, a=np.zeros(1000))
-    with pytest.raises(FormatError, match="no plain array"):
+    with pytest.raises(FormatError, match="not a plain array"):
         load_arrays(path)
 
 

@@ -64,7 +64,7 @@ def test_a_fingerprint_that_is_equal_is_equal(tmp_path):
 )
 def test_blocks_of_another_run_are_refused(tmp_path, change, said):
     Blocks(tmp_path, MARK).save(0, block())
-    message = rf"json is of another run, with different {said}; remove .* or choose another"
+    message = rf"json is from another run, with different {said}; remove .* or choose another"
     with pytest.raises(ValueError, match=message):
         Blocks(tmp_path, MARK | change)
 
@@ -74,7 +74,7 @@ def test_a_block_brought_from_another_folder_is_refused(tmp_path):
     kept.save(0, block())
     Blocks(tmp_path / "two", MARK | {"version": "2"}).save(1, block())
     shutil.copy(tmp_path / "two" / "block_0001.npz", tmp_path / "one")
-    message = r"block_0001\.npz is of another run, with different version"
+    message = r"block_0001\.npz is from another run, with different version"
     with pytest.raises(ValueError, match=message):
         Blocks(tmp_path / "one", MARK)
     with pytest.raises(ValueError, match=message):

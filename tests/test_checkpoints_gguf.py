@@ -207,11 +207,15 @@ DAMAGED = {
     "offset": (
         gguf_file((), [entry("w", (4,), Kind.F32, 4)]),
         49,
-        "starts at 4, no multiple of 32",
+        "starts at 4, not a multiple of 32",
     ),
-    "data": (gguf_file((), [ONE], bytes(15)), 64, "'w' at bytes 64:80 leaves the file of 79 bytes"),
-    "far": (gguf_file((), [entry("w", (4,), 0, HUGE)]), HUGE + 64, "leaves the file of 64 bytes"),
-    "large": (gguf_file((), [entry("w", (HUGE, HUGE), 0, 0)]), 96, "leaves the file of 96 bytes"),
+    "data": (
+        gguf_file((), [ONE], bytes(15)),
+        64,
+        "'w' at bytes 64:80 exceeds the file of 79 bytes",
+    ),
+    "far": (gguf_file((), [entry("w", (4,), 0, HUGE)]), HUGE + 64, "exceeds the file of 64 bytes"),
+    "large": (gguf_file((), [entry("w", (HUGE, HUGE), 0, 0)]), 96, "exceeds the file of 96 bytes"),
     "overlap": (
         gguf_file((), [entry("w", (12,), Kind.F32, 0), entry("v", (4,), Kind.F32, 32)], bytes(64)),
         128,

@@ -142,7 +142,9 @@ def test_the_tensor_and_its_byte_are_named(saved):
     raw[tensor.offset + 17] ^= 64
     path.write_bytes(raw)
 
-    expected = rf"model\.safetensors, byte {tensor.offset}: 'gains' has CRC-32 \w+, it had \w+ when"
+    expected = (
+        rf"model\.safetensors, byte {tensor.offset}: 'gains' has CRC-32 \w+, but had \w+ when"
+    )
     with pytest.raises(FormatError, match=expected):
         read_packed(saved)
     changed = read_packed(saved, verify=False).view("gains") != ARRAYS["gains"]
@@ -157,7 +159,9 @@ def rewrite(path, change):
 
 def test_newer_formats_are_refused(saved):
     rewrite(saved / "config.json", lambda c: c["quantization_config"].update(format_version=4))
-    with pytest.raises(FormatError, match="format_version is 4, expected 2 or 3: another lowbitq"):
+    with pytest.raises(
+        FormatError, match="format_version is 4, expected 2 or 3: another version of lowbitq"
+    ):
         read_packed(saved)
 
 
@@ -169,8 +173,8 @@ def test_foreign_folders_are_refused(saved, config):
 
 
 LISTINGS = {
-    "no list": ({"config.json": 1}, "'config.json' is no file with a list of sections"),
-    "outside": ({"../x": []}, r"'\.\./x' is no file with a list"),
+    "no list": ({"config.json": 1}, "'config.json' is not a file with a list of sections"),
+    "outside": ({"../x": []}, r"'\.\./x' is not a file with a list"),
     "missing": ({"absent.json": []}, r"'absent\.json' is missing"),
     "surrogate": ({"\ud800": []}, r"'\\ud800' is missing"),
     "long": ({"a" * 300: []}, r"'aaa.*aaa' is missing"),
@@ -304,7 +308,7 @@ def test_what_is_added_while_a_model_is_written_is_kept(tmp_path, saved):
             (path / "notes.txt").write_text("text")
 
     for path, message in {
-        saved: r"model holds notes\.txt, which is no part",
+        saved: r"model holds notes\.txt, which is not part",
         tmp_path / "fresh": "fresh is neither empty nor a model",
     }.items():
         with pytest.raises(FileExistsError, match=message):
@@ -388,7 +392,7 @@ def test_what_is_no_saved_model_is_left_alone(tmp_path, saved):
         foreign: "neither empty nor a model saved by lowbitq",
         damaged: "neither empty nor a model saved by lowbitq",
         tmp_path / "listless": "neither empty nor a model saved by lowbitq",
-        saved: r"holds notes\.txt, which is no part of the model",
+        saved: r"holds notes\.txt, which is not part of the model",
     }
     for path, message in cases.items():
         with pytest.raises(FileExistsError, match=message):

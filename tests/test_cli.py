@@ -218,10 +218,10 @@ def test_interrupted_quantize_goes_on(quantize, monkeypatch, tmp_path, option):
     with monkeypatch.context() as patch:
         patch.setattr(lq.QuantizedModel, "save", interrupted)
         code, _, err = command(*option)
-        said = f"interrupted; the same command goes on from the blocks in {work_dir}"
+        said = f"interrupted; the same command resumes from the blocks in {work_dir}"
         assert (code, err) == (4, [f"lowbitq: {said}"])
         _, _, err = command(*option, "--restart")
-        assert "the same command without --restart goes on" in err[0]
+        assert "the same command without --restart resumes" in err[0]
     assert not out.exists()
     finished = {path: path.stat().st_mtime_ns for path in work_dir.glob("block*")}
     assert len(finished) == 2
@@ -284,7 +284,7 @@ def test_folder_that_reads_back_differently_exits_5(quantize, tiny_folder, monke
     monkeypatch.setattr(lq, "load", lambda path: load(tiny_folder))
     code, _, err = command()
     assert code == 5
-    assert err == [f"lowbitq: {out} was saved but computes other logits"]
+    assert err == [f"lowbitq: {out} was saved but computes different logits"]
     assert command("--no-verify")[0] == 0
 
 
@@ -381,7 +381,7 @@ def test_bench_without_matplotlib_says_how_to_get_it(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, err = run(capsys, "bench", "--plot", "roof.png")
     assert (code, out) == (1, "")
-    assert err == ["lowbitq: plots need matplotlib; get it by: pip install matplotlib"]
+    assert err == ["lowbitq: plots need matplotlib; get it with: pip install matplotlib"]
 
 
 @pytest.fixture
@@ -425,7 +425,7 @@ def test_interrupted_demo_goes_on(demo, tmp_path, monkeypatch):
         code, _, err = demo()
     assert code == 4
     work = Path("lowbitq-demo.work")
-    assert err[-1].endswith(f"goes on from the blocks in {work / 'int4g64'}, {work / 'int3g64'}")
+    assert err[-1].endswith(f"resumes from the blocks in {work / 'int4g64'}, {work / 'int3g64'}")
     finished = {path: path.stat().st_mtime_ns for path in work.glob("*/block*")}
     assert len(finished) == 4
     code, _, err = demo("--seed", 1)
@@ -469,7 +469,7 @@ def test_a_tokenizer_in_another_form_is_pointed_out(capsys, tmp_path, tiny_folde
     (folder / name).write_text("{}")
     code, _, err = run(capsys, "quantize", folder, tmp_path / "out", "--method", "rtn")
     assert code == 0
-    assert f"no tokenizer.json, the one form that is read, but {name}" in err[0]
+    assert f"no tokenizer.json, the only form supported, but {name}" in err[0]
     code, _, err = run(capsys, "generate", folder, "a")
     assert code == 1
     assert "no tokenizer.json" in err[-1]

@@ -274,7 +274,7 @@ def test_progress_bar(capsys):
 
 def test_refusals():
     model = random_model()
-    with pytest.raises(TypeError, match="'seed' belongs into the plan"):
+    with pytest.raises(TypeError, match="'seed' is given beside a plan"):
         compress(model, Plan.uniform(names_of(model), "int4g32"), text=TOKENS, seed=1)
     with pytest.raises(ValueError, match="the plan is for another model"):
         compress(model, Plan.uniform(names_of(random_model(layers=2)), "int4g32"), text=TOKENS)

@@ -231,7 +231,7 @@ def test_seed_decides():
         ([1], {"max_new_tokens": 2.5}, TypeError, "max_new_tokens is 2.5, expected an integer"),
         ([1], {"top_k": 1.5}, TypeError, "top_k is 1.5"),
         ([1], {"stop": "x"}, ValueError, "stop needs"),
-        ("a", {"stop": [""]}, ValueError, "not empty"),
+        ("a", {"stop": [""]}, ValueError, "non-empty"),
         ("a", {"temperature": -1}, ValueError, "temperature"),
         ("a", {"seed": -1}, ValueError, "seed is -1, expected at least 0"),
         ("a", {"seed": 0.5}, TypeError, "seed is 0.5"),

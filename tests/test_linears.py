@@ -173,7 +173,7 @@ def test_everything_stored_is_counted_once():
 def test_what_only_one_copy_has():
     layer = layer_of_copies()
     for name in ("tensor", "rotation", "activation_bits"):
-        with pytest.raises(ValueError, match="the layer has 3 copies; ask one of its copies"):
+        with pytest.raises(ValueError, match="the layer has 3 copies, expected 1"):
             getattr(layer, name)
 
 

@@ -202,7 +202,7 @@ def test_json_fields_may_be_missing():
         ('{"layers": {}, "importance": 1}', "importance is 1, expected bool"),
         ('{"rounding": {"importance": 1}}', "importance is 1, expected bool"),
         ('{"rounding": {"damp": 1}}', "no field 'damp'"),
-        ('{"roundings": {"a": {"damping": 1}}}', "roundings has 'a', which is no layer"),
+        ('{"roundings": {"a": {"damping": 1}}}', "roundings has 'a', which is not a layer"),
         ('{"layers": {"a": "int4"}, "roundings": {"a": 3}}', "'a' is 3, expected a JSON object"),
         ('{"layers": {}, "seed": true}', "seed is True"),
         ('{"layers": {"a": 3}}', "a is 3, expected str"),

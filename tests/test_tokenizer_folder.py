@@ -220,7 +220,7 @@ def test_a_post_processor_names_bos_where_no_file_does(tmp_path):
 @pytest.mark.parametrize(
     ("vocabulary", "message"),
     [
-        ({"a": 0, "b": 2**31 - 2}, "numbers reach 2147483646, too far beyond 2 tokens"),
+        ({"a": 0, "b": 2**31 - 2}, "numbers reach 2147483646, too high for 2 tokens"),
         ({"a": 0, "b": 1, "c": 1}, "tokens 'b' and 'c' both have number 1"),
         ({}, "no tokens"),
     ],
@@ -238,7 +238,7 @@ def test_numbers_of_added_tokens(tmp_path, config):
     description = json.loads((folder / "tokenizer.json").read_text())
     description["added_tokens"][1]["id"] = 2**31 - 2
     (folder / "tokenizer.json").write_text(json.dumps(description))
-    with pytest.raises(FormatError, match="has number 2147483646, but the vocabulary makes it 1"):
+    with pytest.raises(FormatError, match="has number 2147483646, but the vocabulary has 1"):
         Tokenizer.from_folder(folder)
 
 
@@ -286,7 +286,7 @@ def test_deeply_nested_json(tmp_path, name):
         ({"tokenizer_config": {"added_tokens_decoder": {"x": "<s>"}}}, "has number 'x'"),
         (
             {"tokenizer_config": {"added_tokens_decoder": {"7": "<new>"}}},
-            "number 7, but the vocabulary makes it",
+            "number 7, but the vocabulary has",
         ),
         ({"added_tokens": {"<|im_end|>": 700}}, "added_tokens.json: .* number 700, but .* 1"),
         ({"special_tokens_map": {"eos_token": 5}}, "special_tokens_map.json: eos_token is 5"),

@@ -1,4 +1,4 @@
-"""Other people's code to compare with, used where it is found; README.md says how to get it."""
+"""Other people's code to compare with, used if it is found; README.md explains how to get it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOOPS = Path(__file__).with_name("loops.c")
 
 
 def find(pattern: str) -> Path | None:
-    """The first path of this pattern in a folder of LOWBITQ_PEERS, or else in one of Python's."""
+    """Return the first match of a pattern in the folders of LOWBITQ_PEERS, then of Python."""
     folders = os.environ.get(VARIABLE, "").split(os.pathsep)
     for folder in [folder for folder in [*folders, *sys.path] if folder]:
         for path in sorted(Path(folder).glob(pattern)):
@@ -27,7 +27,7 @@ def find(pattern: str) -> Path | None:
 
 
 def compiled(sources: Sequence[Path], *flags: str) -> ctypes.CDLL:
-    """A library of C files, made for this process by the C compiler for this CPU."""
+    """Compile C files for this CPU into a library for this process, and load it."""
     library = _scratch() / f"{sources[0].stem}.so"
     compiler = os.environ.get("CC", "cc")
     options = ["-O3", "-march=native", "-fPIC", "-shared", *flags]

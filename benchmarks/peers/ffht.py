@@ -19,13 +19,13 @@ class Ffht:
     def __init__(self) -> None:
         source = find(SOURCE)
         if source is None:
-            raise FileNotFoundError("FFHT is not here; see benchmarks/peers/README.md")
+            raise FileNotFoundError("FFHT is not found; see benchmarks/peers/README.md")
         self._loops = compiled([LOOPS])
         library = compiled([source, source.with_name("fast_copy.c")], "-std=c99")
         self._transform = cast(library.fht_float, c_void_p)
 
     def rows(self, x: NDArray[np.float32]) -> Callable[[], object]:
-        """A call that transforms each row of x (rows, 2^k) in place, 64-byte aligned."""
+        """Return a call that transforms each row of x (rows, 2^k), 64-byte aligned, in place."""
         rows, n = x.shape
         arguments = (
             self._transform, c_int(rows), c_int(n.bit_length() - 1), c_void_p(x.ctypes.data),
@@ -34,5 +34,5 @@ class Ffht:
 
 
 def load() -> Ffht | None:
-    """The library, if it is here."""
+    """Return the library, if it is found."""
     return Ffht() if find(SOURCE) else None

@@ -1,7 +1,7 @@
 """ggml's quantizers and dot products, through ctypes on the libraries of llama-cpp-python.
 
-The structures are those of include/ggml.h and include/ggml-cpu.h, which that package installs
-beside itself; the types' names and sizes are checked when the libraries are loaded.
+The structures copy include/ggml.h and include/ggml-cpu.h, which that package installs beside
+itself; names and sizes of the types are checked when the libraries are loaded.
 """
 
 from __future__ import annotations
@@ -66,19 +66,19 @@ class Matrix:
 
 
 class Ggml:
-    """The library; `types` are those of TYPES that it has."""
+    """The library; `types` are the TYPES that it supports."""
 
     def __init__(self) -> None:
         folder = find("llama_cpp/lib")
         if folder is None:
-            raise FileNotFoundError("llama-cpp-python is not here; see benchmarks/peers/README.md")
+            raise FileNotFoundError("llama-cpp-python is not found; see benchmarks/peers/README.md")
         self.version = llama_version()
         self._base = ctypes.CDLL(str(folder / "libggml-base.so"))
         self._cpu = ctypes.CDLL(str(folder / "libggml-cpu.so"))
         self._loops = compiled([LOOPS])
         self._base.ggml_get_type_traits.restype = POINTER(_Traits)
         self._cpu.ggml_get_type_traits_cpu.restype = POINTER(_CpuTraits)
-        self._cpu.ggml_cpu_init()  # fills the tables of float16 that the dot products use
+        self._cpu.ggml_cpu_init()  # fills the float16 tables for the dot products
         self.types = [name for name, type in TYPES.items() if self._traits(type).type_name]
         for name in self.types:
             found = self._traits(TYPES[name]).type_name.decode()
@@ -95,11 +95,11 @@ class Ggml:
         return matrix
 
     def empty(self, type: str, rows: int, cols: int) -> Matrix:
-        """A matrix of that type and shape, not filled."""
+        """Return an uninitialised matrix of a type and shape."""
         return Matrix(type, rows, cols, np.zeros((rows, self._row_bytes(type, cols)), np.uint8))
 
     def quantize_into(self, matrix: Matrix, weight: NDArray[np.float32]) -> Callable[[], object]:
-        """A call that rounds `weight` (rows, cols), contiguous, to `matrix`."""
+        """Return a call that rounds contiguous `weight` (rows, cols) to `matrix`."""
         arguments = _arguments(
             c_int(TYPES[matrix.type]), weight, matrix.blocks, c_int64(0), c_int64(matrix.rows),
             c_int64(matrix.cols), None,
@@ -107,7 +107,7 @@ class Ggml:
         return lambda: self._base.ggml_quantize_chunk(*arguments)
 
     def dequantize(self, matrix: Matrix) -> NDArray[np.float32]:
-        """The values of a matrix."""
+        """Return the values of a matrix."""
         values = np.empty((matrix.rows, matrix.cols), np.float32)
         to_float = self._traits(TYPES[matrix.type]).to_float
         to_float(*_arguments(matrix.blocks, values, c_int64(values.size)))
@@ -116,7 +116,7 @@ class Ggml:
     def quantize_activations(
         self, type: str, x: NDArray[np.float32]
     ) -> tuple[NDArray[np.uint8], Callable[[], object]]:
-        """Room for a vector in the blocks of a type, and a call that rounds `x` (cols) to it."""
+        """Return a buffer for a vector of a type, and a call that rounds `x` (cols) to it."""
         blocks = np.zeros(self._row_bytes(type, len(x)), np.uint8)
         from_float = self._cpu_traits(TYPES[type]).from_float
         arguments = _arguments(x, blocks, c_int64(len(x)))
@@ -125,7 +125,7 @@ class Ggml:
     def product(
         self, matrix: Matrix, x: NDArray[np.float32], y: NDArray[np.float32]
     ) -> Callable[[], object]:
-        """A call for y (rows) = matrix times x (cols), x being quantized before, once."""
+        """Return a call for y (rows) = matrix times x (cols); x is quantized once, in advance."""
         traits = self._cpu_traits(TYPES[matrix.type])
         names = {number: name for name, number in TYPES.items()}
         blocks, quantize = self.quantize_activations(names[traits.vec_dot_type], x)
@@ -150,17 +150,17 @@ class Ggml:
 
 
 def load() -> Ggml | None:
-    """The library, if it is here."""
+    """Return the library, if it is found."""
     return Ggml() if find("llama_cpp/lib") else None
 
 
 def llama_version() -> str:
-    """The version of the llama-cpp-python that is found."""
+    """Return the version of the llama-cpp-python found."""
     folder = find("llama_cpp")
     found = distributions(name="llama_cpp_python", path=[str(folder.parent)]) if folder else []
     return next((one.version for one in found), "unknown")
 
 
 def _arguments(*values: Any) -> tuple[Any, ...]:
-    """Arrays as pointers that keep them alive."""
+    """Return arrays as pointers that keep them alive."""
     return tuple(v.ctypes.data_as(POINTER(c_float)) if hasattr(v, "ctypes") else v for v in values)

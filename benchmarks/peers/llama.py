@@ -17,15 +17,15 @@ LABEL = "llama.cpp Q4_0"
 
 
 class Llama:
-    """A model file as Q4_0, in llama.cpp's own settings but for the threads.
+    """A model file as Q4_0, with llama.cpp's default settings except the threads.
 
     Parameters
     ----------
     source : path
-        A GGUF file; what is not Q4_0 in it is rounded to that, in a temporary file.
+        A GGUF file; tensors of other types are rounded to Q4_0, in a temporary file.
     threads : int
     context : int
-        Tokens that the cache has room for.
+        Capacity of the cache in tokens.
     """
 
     def __init__(self, source: Path, *, threads: int, context: int) -> None:
@@ -51,30 +51,30 @@ class Llama:
             )
 
     def prefill(self, tokens: Sequence[int]) -> Callable[[], object]:
-        """A call that reads `tokens` from an empty cache."""
+        """Return a call that runs `tokens` with an empty cache."""
         return lambda: self._eval(0, tokens)
 
     def decode(self, past: Sequence[int]) -> Callable[[], object]:
-        """A call that reads one token after those of `past`."""
+        """Return a call that runs one token after the tokens `past`."""
         self._eval(0, past)
         return lambda: self._eval(len(past), past[:1])
 
     def _eval(self, past: int, tokens: Sequence[int]) -> None:
-        self._model.n_tokens = past  # what the cache has beyond is dropped
+        self._model.n_tokens = past  # drops later tokens from the cache
         self._model.eval(tokens)
 
 
 def load(source: Path, *, threads: int, context: int) -> Llama | None:
-    """The model, if llama-cpp-python is here."""
+    """Return the model, if llama-cpp-python is found."""
     return Llama(source, threads=threads, context=context) if find("llama_cpp/lib") else None
 
 
 def _module() -> Any:
     folder = find("llama_cpp")
     if folder is None:
-        raise FileNotFoundError("llama-cpp-python is not here; see benchmarks/peers/README.md")
+        raise FileNotFoundError("llama-cpp-python is not found; see benchmarks/peers/README.md")
     if str(folder.parent) not in sys.path:
-        sys.path.append(str(folder.parent))  # last: NumPy and the like stay ours
+        sys.path.append(str(folder.parent))  # last, so NumPy and others stay ours
     import llama_cpp
 
     return llama_cpp
@@ -82,7 +82,7 @@ def _module() -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Any:
-    """Standard output and error to nowhere, what C prints included."""
+    """Discard standard output and error, including C's."""
     kept = [os.dup(1), os.dup(2)]
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)

@@ -1,4 +1,4 @@
-"""Names, arrays and metadata in and out of files."""
+"""Reading and writing of names, arrays and metadata in files."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ __all__ = [
     "read_packed",
 ]
 
-# What a model needs of a repository: no weights in other formats, no images.
+# The files of a repository that a model needs: no weights in other formats, no images.
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> GGUFFile | SafetensorsFolder | PackedFolder:
-    """Open a model, whichever of the three kinds it is.
+    """Open a model of any of the three kinds.
 
     Parameters
     ----------
     path : str or path-like
-        A GGUF file, a Hugging Face folder, the folder of a saved quantized model, or, where there
-        is no such path, the name of a repository on the Hugging Face hub, ``"owner/name"``.
+        A GGUF file, a Hugging Face folder, the folder of a saved quantized model, or, if no such
+        path exists, the name of a repository on the Hugging Face hub, ``"owner/name"``.
 
     Returns
     -------
@@ -42,7 +42,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> GGUFFile | SafetensorsFolde
     Raises
     ------
     OSError
-        If there is no such path and no such repository, or a file cannot be opened.
+        If neither such a path nor such a repository exists, or a file cannot be opened.
     FormatError
         If a file is damaged.
 
@@ -68,9 +68,9 @@ def _download(name: str) -> Path:
         raise FileNotFoundError(f"{name}: no such file or folder")
     from huggingface_hub import snapshot_download
 
-    # The hub's client raises what its network library raises; each of it means the same here.
+    # The hub's client passes on its network library's exceptions; all mean the same here.
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except Exception as error:
-        why = f"neither a file or folder nor to be had from the Hugging Face hub ({error})"
+        why = f"no such file or folder, and not available from the Hugging Face hub ({error})"
         raise FileNotFoundError(f"{name}: {why}") from error

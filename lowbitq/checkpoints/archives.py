@@ -1,4 +1,4 @@
-"""NumPy archives (.npz) that are there whole or not at all, and checked when they are read."""
+"""NumPy archives (.npz) that are written atomically and checked when they are read."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lowbitq.checkpoints.writing import new_file
 
 
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
-    """Write arrays to an ``.npz`` file that is there whole, and on disk, or not at all.
+    """Write arrays to an ``.npz`` file, atomically and synced to disk.
 
     Raises
     ------
     OSError
-        If it cannot be written; names it.
+        If the file cannot be written; the message names it.
     """
     with new_file(path) as file:
         np.savez(file, **arrays)
@@ -37,8 +37,8 @@ def load_arrays(path: str | os.PathLike[str], only: str | None = None) -> dict[s
     OSError
         If there is no such file or the disk fails.
     FormatError
-        If it is not an archive of plain arrays, or damaged: sizes that contradict each other are
-        found before memory is taken, other damage by the checksum of each array.
+        If it is damaged or not an archive of plain arrays. Contradictory sizes are found before
+        memory is allocated, other damage by the checksum of each array.
 
     Examples
     --------
@@ -52,21 +52,21 @@ def load_arrays(path: str | os.PathLike[str], only: str | None = None) -> dict[s
         try:
             with zipfile.ZipFile(file) as archive:
                 members = archive.infolist()
-                # A reader of ZIP files also takes one that has moved within its file.
+                # zipfile also accepts an archive that does not start at the file's first byte.
                 if min((member.header_offset for member in members), default=0):
                     raise ValueError("bytes before the first array")
-                if any(member.comment for member in members):  # may swallow entries after it
-                    raise ValueError("comments, which have no place here")
+                if any(member.comment for member in members):  # may hide entries after it
+                    raise ValueError("an entry has a comment, expected none")
                 named = {member.filename.removesuffix(".npy"): member for member in members}
                 chosen = named if only is None else {only: named[only]}
                 return {name: _array(archive, member) for name, member in chosen.items()}
         except MemoryError:
             raise
         except OSError as error:
-            if error.errno != errno.EINVAL:  # what seeking to an impossible place raises
+            if error.errno != errno.EINVAL:  # raised by a seek to an invalid offset
                 raise
             raise FormatError(f"{path}: damaged: {error.strerror}") from error
-        except Exception as error:  # zipfile and NumPy raise what they like on damaged files
+        except Exception as error:  # zipfile and NumPy raise anything on damaged files
             raise FormatError(f"{path}: {error}") from error
 
 
@@ -80,10 +80,10 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
             expected *= length
         if dtype.hasobject or size != expected or member.compress_size != member.file_size:
             found = f"{dtype} of shape {shape} in {size} bytes"
-            raise ValueError(f"{member.filename} is damaged or no plain array: {found}")
+            raise ValueError(f"{member.filename} is damaged or not a plain array: {found}")
     with archive.open(member) as file:
         array: NDArray[Any] = npy.read_array(file, allow_pickle=False)
-        file.read()  # at the end the checksum is compared
+        file.read()  # zipfile compares the checksum at the end
         return array
 
 

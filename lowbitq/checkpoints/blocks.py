@@ -1,10 +1,10 @@
 """Finished blocks of a model that is being quantized, kept in a folder for a second run.
 
-    fingerprint.json   all that decides what a block becomes
+    fingerprint.json   everything that determines the blocks
     block_NNNN.npz     layers of a block and their records, the same fingerprint, a digest of all
 
-Each file appears whole and on disk or not at all, so that a process may be killed at any time and
-two may share the folder.
+Each file is written atomically and synced to disk, so a process may be killed at any time, and two
+may share the folder.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Blocks:
     Parameters
     ----------
     folder : path
-        Made if it is missing. Nothing is written to it where all blocks are there.
+        Created if it is missing. Nothing is written to it if all blocks exist.
     fingerprint : mapping
-        All that decides what a block becomes, fit for JSON.
+        Everything that determines the blocks, serializable to JSON.
 
     Raises
     ------
     ValueError
-        If the folder, or a block in it, has another fingerprint.
+        If the folder, or a block in it, has a different fingerprint.
     FormatError
         If something in it is damaged.
     OSError
@@ -64,7 +64,7 @@ class Blocks:
 
     def __init__(self, folder: str | os.PathLike[str], fingerprint: Mapping[str, Any]) -> None:
         self.folder = Path(os.path.realpath(folder))
-        self._fingerprint = json.loads(json_text(fingerprint))  # as it is read back
+        self._fingerprint = json.loads(json_text(fingerprint))  # as it reads back
         make_folder(self.folder)
         path = self.folder / FINGERPRINT
         found = read_fingerprint(self.folder)
@@ -73,7 +73,7 @@ class Blocks:
                 file.write(json_text(self._fingerprint))
         else:
             self._compare(path, found)
-        for path in block_files(self.folder):  # now, not after hours
+        for path in block_files(self.folder):  # fail now, not after hours
             with _naming(path), contextlib.suppress(FileNotFoundError):  # cleared by another run
                 self._check(path, load_arrays(path, only="fingerprint"))
 
@@ -95,17 +95,17 @@ class Blocks:
         arrays["about"] = np.array(json.dumps(about))
         arrays["fingerprint"] = np.array(json.dumps(self._fingerprint))
         arrays["sha256"] = np.array(digest(arrays))
-        make_folder(self.folder)  # another process may have finished, and cleared it away
+        make_folder(self.folder)  # another process may have finished and removed it
         save_arrays(self._path(index), arrays)
 
     def load(self, index: int, names: Sequence[str]) -> Finished | None:
-        """Return a block as `save` was given it; None if it is not there.
+        """Return a block as it was given to `save`; None if it does not exist.
 
         Parameters
         ----------
         index : int
         names : sequence of str
-            The layers that it holds.
+            Its layers.
         """
         path = self._path(index)
         try:
@@ -131,16 +131,16 @@ class Blocks:
         return self.folder / f"block_{index:04}.npz"
 
     def _read(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the arrays of a block and what they are, checked."""
+        """Return the arrays of a block and their descriptions, checked."""
         arrays = load_arrays(path)
         with _naming(path):
             self._check(path, arrays)
             if str(arrays.pop("sha256")) != digest(arrays):
-                raise FormatError(f"{path}: not as it was saved; remove it to make it again")
+                raise FormatError(f"{path}: not as it was saved; remove it to recompute it")
             return arrays, dict(json.loads(str(arrays["about"])))
 
     def _check(self, path: Path, arrays: Mapping[str, Any]) -> None:
-        """Compare the fingerprint in a block with that of this run."""
+        """Compare a block's fingerprint with this run's."""
         fingerprint = json.loads(str(arrays["fingerprint"]))
         if not isinstance(fingerprint, dict):
             raise TypeError("its fingerprint is not a JSON object")
@@ -149,7 +149,7 @@ class Blocks:
     def _compare(self, path: Path, found: Mapping[str, Any]) -> None:
         if different := differences(found, self._fingerprint):
             raise ValueError(
-                f"{path} is of another run, with different {' and '.join(different)}; "
+                f"{path} is from another run, with different {' and '.join(different)}; "
                 f"remove {self.folder} or choose another work_dir"
             )
 
@@ -174,7 +174,7 @@ def block_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def remove_blocks(folder: str | os.PathLike[str]) -> None:
-    """Remove what `Blocks` keeps in a folder, and the folder unless something else is in it."""
+    """Remove the files of `Blocks` from a folder, and the folder if it is then empty."""
     with contextlib.suppress(FileNotFoundError):
         for name in os.listdir(folder):
             if _OWN.fullmatch(name):
@@ -184,7 +184,7 @@ def remove_blocks(folder: str | os.PathLike[str]) -> None:
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
-    """Return the keys whose values differ, with the first few of the keys within them.
+    """Return the keys whose values differ, with the first few differing keys within them.
 
     Examples
     --------
@@ -204,7 +204,7 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[s
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Turn what wrong contents cause into an error that names the file."""
+    """Turn an error caused by wrong contents into one that names the file."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:

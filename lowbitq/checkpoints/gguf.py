@@ -1,8 +1,8 @@
 """GGUF files, versions 2 and 3: metadata, and every tensor as float32.
 
 The header is parsed here because `gguf.GGUFReader` makes one array per string: 4 to 6 s on a
-vocabulary of 49,152 tokens against 0.1 s. Blocks of quantized weights are decoded by `gguf.quants`.
-That package is imported with the first file: it takes a sixth of the time to import this one.
+vocabulary of 49,152 tokens against 0.1 s. `gguf.quants` decodes blocks of quantized weights.
+`gguf` is imported with the first file, because it takes a sixth of this package's import time.
 
 Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -25,12 +25,12 @@ from lowbitq.checkpoints.mapping import MappedFile, TensorInfo, elements, little
 if TYPE_CHECKING:
     import gguf
 
-# A header larger than this is refused, which bounds what a hostile file of any size can cost.
-# The largest vocabularies in use (256k tokens with merges) make headers of about 20 MB.
+# Larger headers are refused, which bounds the cost of a hostile file of any size. The largest
+# vocabularies in use (256k tokens with merges) make headers of about 20 MB.
 _HEADER_LIMIT = 1 << 28
 
-# Weights decoded at a time: a tensor of any size needs little more memory than its result.
-# Decoding SmolLM2 took longest at both ends of 2^14 .. 2^22 and equally long between 2^16 and 2^19.
+# Weights decoded at a time, so that decoding needs little more memory than its result. Of 2^14 to
+# 2^22, both ends were slowest on SmolLM2; 2^16 to 2^19 were equally fast.
 _CHUNK = 1 << 17
 
 _SCALARS = {
@@ -130,7 +130,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     OSError
         If the file cannot be opened.
     FormatError
-        If it is damaged, or no GGUF file at all; names the byte where it stops making sense.
+        If it is damaged or not a GGUF file; the message names the byte of the first error.
 
     References
     ----------
@@ -189,7 +189,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
 
 
 class _Header:
-    """A cursor over the header that refuses to leave it."""
+    """A cursor over the header; reading beyond its end is an error."""
 
     def __init__(self, file: MappedFile) -> None:
         self.buffer = file.buffer
@@ -198,12 +198,10 @@ class _Header:
         self.end = min(file.data.size, _HEADER_LIMIT)
 
     def take(self, size: int, what: str) -> int:
-        """Return where the next `size` bytes start, and step over them."""
+        """Skip the next `size` bytes and return where they start."""
         start = self.at
         if size > self.end - start:
-            raise self.damaged(
-                start, f"{what} takes {size} bytes, but {self.end - start} are left for the header"
-            )
+            raise self.damaged(start, f"{what} takes {size} bytes, but {self.end - start} are left")
         self.at = start + size
         return start
 
@@ -226,7 +224,7 @@ class _Header:
         return self.count(24, "tensors"), self.count(13, "keys")
 
     def count(self, least_bytes: int, what: str) -> int:
-        """Return how many things of at least `least_bytes` follow; what is left must hold them."""
+        """Return the number of items that follow; each takes at least `least_bytes` of the rest."""
         at = self.at
         count = self.u64(f"the number of {what}")
         if count * least_bytes > self.end - self.at:
@@ -274,8 +272,8 @@ class _Header:
         return self.numbers(key, kind, self.u64("an array's length"))
 
     def numbers(self, key: str, kind: int, count: int) -> NDArray[Any]:
-        # An array of arrays ends here too: the format allows it, no model has one and
-        # llama.cpp refuses it as well.
+        # Arrays of arrays are refused here too: the format allows them, but no model has one, and
+        # llama.cpp refuses them as well.
         if kind not in _SCALARS:
             raise self.damaged(self.at, f"{key!r} has a value of unknown type {kind}")
         dtype = np.dtype(_SCALARS[kind])
@@ -284,7 +282,7 @@ class _Header:
         return values != 0 if kind == _BOOL else values.copy()
 
     def tensor(self, alignment: int) -> TensorInfo:
-        """Return one tensor's entry, its offset counted from the start of the data."""
+        """Return one tensor's entry; its offset is relative to the start of the data."""
         import gguf
 
         name = self.string()
@@ -312,7 +310,7 @@ class _Header:
         offset = self.u64(f"the offset of {name!r}")
         if offset % alignment:
             raise self.damaged(
-                at, f"tensor {name!r} starts at {offset}, no multiple of {alignment}"
+                at, f"tensor {name!r} starts at {offset}, not a multiple of {alignment}"
             )
         return TensorInfo(name, shape, kind.name, offset, elements(shape) // block * block_bytes)
 
@@ -330,6 +328,6 @@ def _decode(
     elif kind == gguf.GGMLQuantizationType.BF16:
         _core.bfloat_to_float(little_endian(raw, "<u2"), out)
     else:
-        # Damaged scales may be infinite; what they make of the weights is for the caller to see.
+        # Damaged scales may be infinite; the caller checks the weights.
         with np.errstate(all="ignore"):
             out[:] = gguf.quants.dequantize(raw.reshape(1, -1), kind)[0]

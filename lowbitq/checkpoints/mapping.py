@@ -1,4 +1,4 @@
-"""Files mapped to memory, and where tensors lie in them."""
+"""Memory-mapped files, and the positions of tensors in them."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
 
-# What git leaves in the place of a large file where git-lfs is not installed.
+# Without git-lfs, git writes this in place of a large file.
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
-# Deeper JSON is refused: comparing or printing it would exceed Python's recursion limit. Those of
-# models have up to 10 levels.
+# Deeper JSON is refused: comparing or printing it would exceed Python's recursion limit. Models'
+# files have up to 10 levels.
 _JSON_DEPTH = 64
 
-# Larger JSON is refused, which bounds what a hostile header can cost: its objects take up to
-# twenty times its bytes. The index of a model with 100,000 tensors has 8 MB.
+# Larger JSON is refused, which bounds the cost of a hostile header: its objects take up to twenty
+# times its bytes. The index of a model with 100,000 tensors has 8 MB.
 _JSON_LIMIT = 1 << 26
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies in a file.
+    """The position, shape and dtype of a tensor in a file.
 
     Attributes
     ----------
@@ -41,9 +41,9 @@ class TensorInfo:
     shape : tuple of int
         In NumPy's order: the last axis is contiguous.
     dtype : str
-        As the file format calls it: ``"F32"``, ``"BF16"``, ``"Q4_1"``.
+        In the file format's terms: ``"F32"``, ``"BF16"``, ``"Q4_1"``.
     offset : int
-        Of the first byte, from the start of the file.
+        First byte, from the start of the file.
     nbytes : int
     """
 
@@ -55,16 +55,16 @@ class TensorInfo:
 
 
 class MappedFile:
-    """A whole file as a read-only array of bytes that the system pages in when they are read.
+    """A whole file as a read-only array of bytes, paged in by the system on access.
 
-    Views of `data` keep the mapping alive. The file must not be cut short while it is mapped.
+    Views of `data` keep the mapping alive. The file must not be truncated while it is mapped.
 
     Parameters
     ----------
     path : str or path-like
         A regular file.
     folder : int, default=None
-        Descriptor of the folder to look in for its name; None: the folder that `path` says.
+        Descriptor of the folder that holds the file; None: the folder in `path`.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class MappedFile:
     data : ndarray of shape (size,), uint8
         The same bytes as an array; starts at a page boundary.
     stamp : dict of str to int
-        Of the file as it was opened, for `sha256_of_unchanged`.
+        State of the file when it was opened, for `sha256_of_unchanged`.
 
     Raises
     ------
@@ -83,7 +83,7 @@ class MappedFile:
     FormatError
         If it is not a regular file, has no bytes, or is a git-lfs pointer.
     MemoryError
-        If there is no room to map it.
+        If there is not enough memory to map it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, folder: int | None = None) -> None:
@@ -92,7 +92,7 @@ class MappedFile:
         def opened(path: str, flags: int) -> int:
             name = path if folder is None else self.path.name
             try:
-                return os.open(name, flags | os.O_NONBLOCK, dir_fd=folder)  # no wait for a pipe
+                return os.open(name, flags | os.O_NONBLOCK, dir_fd=folder)  # do not wait for a pipe
             except OSError as error:
                 error.filename = path
                 raise
@@ -116,7 +116,7 @@ class MappedFile:
         self.data: NDArray[np.uint8] = np.frombuffer(self.buffer, np.uint8)
 
     def damaged(self, offset: int, found: str) -> FormatError:
-        """Return the error that says what is wrong at which byte of this file."""
+        """Return an error that names this file, the byte and what was found there."""
         return FormatError(f"{self.path}, byte {offset}: {found}")
 
     def bytes_of(self, tensor: TensorInfo) -> NDArray[np.uint8]:
@@ -135,7 +135,7 @@ class MappedFile:
         stop = self.data.size if stop is None else stop
         if stop - start > _JSON_LIMIT:
             raise self.damaged(
-                start, f"{stop - start} bytes of JSON, at most {_JSON_LIMIT} are read"
+                start, f"{stop - start} bytes of JSON, expected at most {_JSON_LIMIT}"
             )
         text = ""
         try:
@@ -155,7 +155,7 @@ class MappedFile:
         return value
 
     def check_tensors(self, tensors: dict[str, TensorInfo], start: int) -> None:
-        """Raise FormatError unless the tensors lie apart, between `start` and the end of file."""
+        """Raise FormatError if tensors overlap or lie outside of `start` to the end of file."""
         end, before = start, "the header"
         for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
             what = (
@@ -166,7 +166,7 @@ class MappedFile:
             end, before = tensor.offset + tensor.nbytes, f"tensor {tensor.name!r}"
             if end > self.data.size:
                 raise self.damaged(
-                    tensor.offset, f"{what} leaves the file of {self.data.size} bytes"
+                    tensor.offset, f"{what} exceeds the file of {self.data.size} bytes"
                 )
 
     def crc32(self, start: int, stop: int) -> str:
@@ -176,7 +176,7 @@ class MappedFile:
 
 
 def sha256_of_unchanged(path: str | os.PathLike[str], stamp: Any) -> str | None:
-    """Return the digest of a file in hexadecimal; None if it has changed since `stamp` was taken.
+    """Return the hexadecimal digest of a file; None if it has changed since `stamp` was taken.
 
     Parameters
     ----------
@@ -185,7 +185,7 @@ def sha256_of_unchanged(path: str | os.PathLike[str], stamp: Any) -> str | None:
         `MappedFile.stamp`; anything else matches no file.
     """
     try:
-        if _stamp(os.stat(path)) != stamp:  # before it is opened: it may be a device by now
+        if _stamp(os.stat(path)) != stamp:  # before opening it: it may be a device by now
             return None
         total = hashlib.sha256()
         with open(path, "rb") as file:
@@ -198,7 +198,7 @@ def sha256_of_unchanged(path: str | os.PathLike[str], stamp: Any) -> str | None:
 
 
 def _stamp(status: os.stat_result) -> dict[str, int]:
-    """Numbers that tell another file, or other contents, from those seen before."""
+    """Return numbers that change if the file is replaced or modified."""
     return {
         "inode": status.st_ino,
         "bytes": status.st_size,
@@ -208,7 +208,7 @@ def _stamp(status: os.stat_result) -> dict[str, int]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object of these pairs; readers differ on which of two equal keys counts."""
+    """Return a dict of these pairs; refuse equal keys, because readers disagree on which counts."""
     result: dict[str, Any] = {}
     for name, value in pairs:
         if name in result:
@@ -218,7 +218,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """Return how deeply objects and lists are nested, counted to one beyond the limit."""
+    """Return the nesting depth of objects and lists, counted up to one beyond the limit."""
     depth, level = 0, [value]
     while level and depth <= _JSON_DEPTH:
         depth += 1
@@ -231,7 +231,7 @@ def _depth(value: Any) -> int:
 
 
 def elements(shape: tuple[int, ...]) -> int:
-    """Return the number of elements, exact where NumPy's product would overflow."""
+    """Return the exact number of elements; NumPy's product could overflow."""
     count = 1
     for size in shape:
         count *= size
@@ -239,5 +239,5 @@ def elements(shape: tuple[int, ...]) -> int:
 
 
 def little_endian(raw: NDArray[np.uint8], dtype: Any) -> NDArray[Any]:
-    """Return the bytes as an aligned array of `dtype`; copies only what is not aligned."""
+    """Return the bytes as an aligned array of `dtype`; they are copied only if unaligned."""
     return np.require(raw.view(dtype), requirements="A")

@@ -1,15 +1,15 @@
-"""Saved quantized models: a folder that appears whole or not at all, and is checked when read.
+"""Saved quantized models: a folder that is written atomically and checked when it is read.
 
     config.json        Hugging Face's fields and quantization_config: {quant_method: lowbitq, ...}
-    model.safetensors  every tensor at a multiple of 64 bytes, used where it is mapped
+    model.safetensors  every tensor at a multiple of 64 bytes, mapped and used in place
     checksums.json     CRC-32 of every section of every other file
     tokenizer.json, plan.json, report.json, provenance.json, ...
 
-A CRC-32 finds every damage of up to four neighbouring bytes, others but for one in 2^32, and is
-read at 2.9 GB/s where SHA-256 takes 0.37 (Zen 2); it does not protect from forgery.
+A CRC-32 detects all damage of up to four neighbouring bytes and misses one in 2^32 of the rest. It
+runs at 2.9 GB/s, SHA-256 at 0.37 (Zen 2). It does not protect from forgery.
 
-A reader opens the folder once and all its files through it, so that it sees one model even while
-another process puts a second one in its place.
+A reader opens the folder once and all files through it, so it sees one model even while another
+process replaces it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _READ = (2, 3)
 
 _CHECKSUMS = "checksums.json"
 _ALIGNMENT = 64
-_CHUNK = 1 << 20  # numbers that are tried at once, which bounds the scratch
+_CHUNK = 1 << 20  # numbers tried at once, which bounds the scratch
 _PADDING = "_padding."  # names of the tensors that fill the gaps; safetensors allows no holes
 
 _SAFETENSORS_DTYPES = {np.dtype(numpy): name for name, numpy in NUMPY_DTYPES.items()}
@@ -70,7 +70,7 @@ class PackedFolder:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Names of the arrays, in the order in which they were saved, and where they lie."""
+        """Names and positions of the arrays, in the order in which they were saved."""
         tensors = self._arrays.tensors
         return {name: tensors[name] for name in tensors if not name.startswith(_PADDING)}
 
@@ -101,7 +101,7 @@ class PackedFolder:
         return (self / name).json()
 
     def __truediv__(self, name: str) -> PackedEntry:
-        """Return what stands for ``path / name`` and reads the file that was opened."""
+        """Return an entry that acts as ``path / name`` but reads the opened file."""
         return PackedEntry(self.path / name, self._files.get(name))
 
     def __str__(self) -> str:
@@ -110,7 +110,7 @@ class PackedFolder:
 
 @dataclass(frozen=True)
 class PackedEntry:
-    """One of the files of a `PackedFolder`, as far as it behaves like its path."""
+    """A file of a `PackedFolder`, with the methods of a path that readers need."""
 
     path: Path
     _file: MappedFile | None = field(repr=False)
@@ -150,18 +150,18 @@ class PackedEntry:
 
 @contextlib.contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give out a hidden sibling of `path` to write into; at the end it becomes `path`.
+    """Yield a hidden sibling of `path` to write into; at the end it becomes `path`.
 
-    The folder appears under its name complete, on disk and with ``checksums.json``, or, after any
-    exception, not at all. A model saved there before is replaced in one step and kept until then;
-    where the file system cannot exchange two names, there is an instant in which it is only found
-    as ``.NAME.HEX.old``. A killed process leaves at most a hidden ``.NAME.HEX.new`` behind, which
-    the next one to save there removes.
+    The folder appears under its name complete, synced to disk and with ``checksums.json``, or,
+    after any exception, not at all. A model saved there before is replaced in one step and kept
+    until then. If the file system cannot exchange two names, the old model is named
+    ``.NAME.HEX.old`` for an instant. A killed process leaves at most a hidden ``.NAME.HEX.new``,
+    which the next save to `path` removes.
 
     Parameters
     ----------
     path : str or path-like
-        Absent, an empty folder, or a model saved before with nothing added to it.
+        Missing, an empty folder, or a saved model with nothing added to it.
 
     Yields
     ------
@@ -171,9 +171,9 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises
     ------
     FileExistsError
-        If `path` is something else, which is left alone.
+        If `path` is anything else; it is not touched.
     OSError
-        If something cannot be written; names the file.
+        If something cannot be written; the message names the file.
 
     Examples
     --------
@@ -195,12 +195,12 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         write_json(fresh / _CHECKSUMS, _listing(files))
         for file in [*sorted(fresh.iterdir()), fresh]:
             sync(file)
-        check_replaceable(path)  # again: writing took a while
+        check_replaceable(path)  # again, because writing takes a while
         replace_folder(fresh, path)
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise FileExistsError if a `new_folder` at `path` would lose something."""
+    """Raise FileExistsError if `new_folder` at `path` would overwrite anything but a model."""
     if not path.exists():
         return
     if not path.is_dir():
@@ -215,11 +215,13 @@ def check_replaceable(path: Path) -> None:
     if not isinstance(known, dict):
         raise FileExistsError(f"{path} is neither empty nor a model saved by lowbitq")
     if added := sorted(present - {_CHECKSUMS, *known}):
-        raise FileExistsError(f"{path} holds {added[0]}, which is no part of the model saved there")
+        raise FileExistsError(
+            f"{path} holds {added[0]}, which is not part of the model saved there"
+        )
 
 
 def write_json(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
-    """Write a JSON object, indented, in ASCII, to a new file; NumPy's numbers may be in it."""
+    """Write a JSON object, which may hold NumPy numbers, to a new file as indented ASCII."""
     with open(path, "xb") as file:
         file.write(json_text(value))
 
@@ -236,8 +238,8 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]
     ----------
     path : str or path-like
     arrays : mapping of str to ndarray
-        Any shape; integers, float16, float32, float64, or `ml_dtypes.bfloat16`. Written in this
-        order; where a size is no multiple of 64, a tensor ``_padding.N`` of bytes follows.
+        Any shape; integers, float16, float32, float64, or `ml_dtypes.bfloat16`. They are written in
+        this order; if a size is not a multiple of 64, a tensor ``_padding.N`` of bytes follows.
 
     Raises
     ------
@@ -282,7 +284,7 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]
 
 
 def narrowest(values: NDArray[np.float32]) -> NDArray[Any]:
-    """Return the same values as float16, else bfloat16, else float32, whichever holds all exactly.
+    """Return the values in the first of float16, bfloat16, float32 that holds all of them exactly.
 
     Parameters
     ----------
@@ -291,7 +293,7 @@ def narrowest(values: NDArray[np.float32]) -> NDArray[Any]:
     Returns
     -------
     ndarray of the same shape
-        `PackedFolder.load` gives back the same bits.
+        `PackedFolder.load` restores the same bits.
 
     Examples
     --------
@@ -314,7 +316,7 @@ def narrowest(values: NDArray[np.float32]) -> NDArray[Any]:
 
 
 def _fits_half(values: NDArray[np.float32]) -> bool:
-    """Whether float16 holds every bit."""
+    """Return whether float16 holds every value exactly, to the bit."""
     half, back = np.empty(values.size, np.uint16), np.empty(values.size, np.float32)
     _core.float_to_half(values, half)
     _core.half_to_float(half, back)
@@ -328,19 +330,19 @@ def quantization_config(**fields: Any) -> dict[str, Any]:
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:
-    """Return whether the contents of a ``config.json`` are those of a saved quantized model."""
+    """Return whether a ``config.json`` with these contents belongs to a saved quantized model."""
     entry = config.get("quantization_config")
     return isinstance(entry, dict) and entry.get("quant_method") == "lowbitq"
 
 
 def read_packed(path: str | os.PathLike[str], *, verify: bool = True) -> PackedFolder:
-    """Open a folder that `new_folder` made.
+    """Open a folder written by `new_folder`.
 
     Parameters
     ----------
     path : str or path-like
     verify : bool, default=True
-        Read every file once and compare checksums, so that no damage goes unnoticed.
+        Read every file once and compare checksums to detect damage.
 
     Returns
     -------
@@ -352,8 +354,8 @@ def read_packed(path: str | os.PathLike[str], *, verify: bool = True) -> PackedF
     OSError
         If a file is missing or cannot be opened.
     FormatError
-        If a file is not as it was saved: names the file, the section and its first byte; if the
-        format is newer than this version of the package.
+        If a file is not as it was saved (the message names the file, the section and its first
+        byte), or if the format is newer than this version of the package.
 
     Examples
     --------
@@ -372,14 +374,14 @@ def read_packed(path: str | os.PathLike[str], *, verify: bool = True) -> PackedF
 
 
 def _is_replaced(path: Path, descriptor: int) -> bool:
-    """Return whether there is another folder at `path` by now, so that the open one is going."""
+    """Return whether `path` is now another folder, so that the open one is being removed."""
     with contextlib.suppress(OSError):
         return not os.path.samestat(os.stat(path), os.fstat(descriptor))
     return False
 
 
 def _read(path: Path, descriptor: int, verify: bool) -> PackedFolder:
-    """Read the folder that is open, even if another one has its name by now."""
+    """Read the open folder, even if another one now has its name."""
     config_file = MappedFile(path / CONFIG, folder=descriptor)
     config = config_file.json()
     if not is_packed(config):
@@ -387,8 +389,8 @@ def _read(path: Path, descriptor: int, verify: bool) -> PackedFolder:
     version = config["quantization_config"].get("format_version")
     if version not in _READ:
         found = f"format_version is {reprlib.repr(version)}, expected 2 or {FORMAT_VERSION}"
-        raise config_file.damaged(0, f"{found}: another lowbitq may read it")
-    # Hidden files belong to git and its like; nothing here reads them.
+        raise config_file.damaged(0, f"{found}: another version of lowbitq may read it")
+    # Hidden files belong to tools such as git; nothing here reads them.
     names = sorted(name for name in os.listdir(descriptor) if not name.startswith("."))
     listing = MappedFile(path / _CHECKSUMS, folder=descriptor) if verify else None
     listed = _listed(listing, names) if listing else dict.fromkeys(names)
@@ -404,10 +406,10 @@ def _read(path: Path, descriptor: int, verify: bool) -> PackedFolder:
 
 
 def _plain(value: Any) -> Any:
-    """Return a NumPy number as Python's."""
+    """Return a NumPy number as a Python number."""
     if isinstance(value, np.generic):
         return value.item()
-    raise TypeError(f"{type(value).__name__} has no form in JSON")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def _dtype_name(name: str, dtype: np.dtype[Any]) -> str:
@@ -419,7 +421,7 @@ def _dtype_name(name: str, dtype: np.dtype[Any]) -> str:
 
 
 def _listing(files: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``checksums.json`` says: the sections of each file, and its own checksum."""
+    """Return the contents of ``checksums.json``: sections of each file, and its own checksum."""
     return {"crc32": f"{zlib.crc32(json_text(files)):08x}", "files": files}
 
 
@@ -438,13 +440,13 @@ def _sections(path: Path) -> list[dict[str, Any]]:
 
 
 def _listed(listing: MappedFile, names: list[str]) -> dict[str, Any]:
-    """Return the sections of each file; FormatError unless `names` are those of the files."""
+    """Return the sections of each file; FormatError unless the files listed are `names`."""
     files = listing.json().get("files")
     if not isinstance(files, dict):
         raise listing.damaged(0, "'files' is not an object")
     for name, sections in files.items():
         if name != os.path.basename(name) or not isinstance(sections, list):
-            raise listing.damaged(0, f"{name!r} is no file with a list of sections")
+            raise listing.damaged(0, f"{name!r} is not a file with a list of sections")
         if name not in names:
             raise listing.damaged(0, f"{reprlib.repr(name)} is missing")
     if added := sorted(set(names) - {_CHECKSUMS, *files}):
@@ -468,11 +470,11 @@ def _verify(listing: MappedFile, listed: dict[str, Any], files: dict[str, Mapped
                 raise file.damaged(file.data.size, found)
             found = file.crc32(start, end)
             if found != expected:
-                found = f"{section!r} has CRC-32 {found}, it had {expected} when it was saved"
+                found = f"{section!r} has CRC-32 {found}, but had {expected} when it was saved"
                 raise file.damaged(start, found)
             start = end
         if start != file.data.size:
             raise file.damaged(start, f"{file.data.size - start} bytes too many")
-    # Only one text stands for these checksums, so that a change of this file itself shows too.
+    # These checksums have only one valid text, so any change of this file is detected too.
     if listing.buffer[:] != json_text(_listing(listed)):
         raise listing.damaged(0, "not as it was saved")

@@ -1,7 +1,7 @@
 """Safetensors files, and the Hugging Face folders made of them.
 
-A file is the header's length (8 bytes), a JSON header and the tensors, one after the other. Parsed
-here because the package's NumPy interface does not know BF16 and copies what could be mapped.
+A file is the header's length (8 bytes), a JSON header and the tensors, one after the other. It is
+parsed here because the NumPy interface of `safetensors` lacks BF16 and copies instead of mapping.
 
 Specification: https://github.com/huggingface/safetensors#format
 """
@@ -33,7 +33,7 @@ _BITS = {
     **dict.fromkeys(["U64", "I64", "F64", "C64"], 64),
 }
 
-# NumPy's name of what `SafetensorsFile.view` can show.
+# NumPy dtypes of the tensors that `SafetensorsFile.view` can return.
 NUMPY_DTYPES = {
     "U8": "<u1",
     "I8": "<i1",
@@ -76,7 +76,7 @@ class SafetensorsFile:
     _file: MappedFile = field(repr=False)
 
     def view(self, name: str) -> NDArray[Any]:
-        """Return a tensor as the file holds it: read-only, mapped, not copied.
+        """Return a tensor as it is in the file: read-only, mapped, not copied.
 
         Raises
         ------
@@ -141,8 +141,8 @@ def read_safetensors(path: str | os.PathLike[str] | MappedFile) -> SafetensorsFi
     OSError
         If the file cannot be opened.
     FormatError
-        If it is damaged; names the byte. As in the reference implementation, tensors follow each
-        other without gap and end where the file does.
+        If it is damaged; the message names the byte. As in the reference implementation, tensors
+        must follow each other without gaps and end where the file ends.
 
     References
     ----------
@@ -184,7 +184,7 @@ def read_safetensors(path: str | os.PathLike[str] | MappedFile) -> SafetensorsFi
 
 
 def _tensor(file: MappedFile, start: int, name: str, entry: Any) -> TensorInfo:
-    """Return the header's entry of one tensor, checked; `start` is where the data begins."""
+    """Check and return the header's entry of one tensor; the data begins at `start`."""
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or set(entry) != keys:
         raise file.damaged(8, f"the entry of {name!r} is not an object of {sorted(keys)}")
@@ -203,7 +203,7 @@ def _tensor(file: MappedFile, start: int, name: str, entry: Any) -> TensorInfo:
 
 
 def _are_sizes(value: Any) -> bool:
-    # The bound keeps the product of hostile sizes cheap.
+    # The bound keeps products of hostile sizes cheap.
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
@@ -217,7 +217,7 @@ class SafetensorsFolder:
     config : dict
         Contents of ``config.json``.
     tensors : dict of str to TensorInfo
-        Of all files together.
+        Tensors of all files.
     """
 
     path: Path
@@ -249,13 +249,13 @@ class SafetensorsFolder:
         return self._files[name].load(name)
 
     def stamps(self) -> dict[str, dict[str, int]]:
-        """Return the paths of the files that hold weights, and `MappedFile.stamp` of each."""
+        """Return the paths of the weight files, and `MappedFile.stamp` of each."""
         files = {file.path: file for file in self._files.values()}
         return {path: stamp for p in sorted(files) for path, stamp in files[p].stamps().items()}
 
 
 def read_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
-    """Open a Hugging Face folder: ``config.json`` and one or several safetensors files.
+    """Open a Hugging Face folder: ``config.json`` and one or more safetensors files.
 
     Parameters
     ----------
@@ -272,7 +272,7 @@ def read_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
     OSError
         If a file is missing or cannot be opened.
     FormatError
-        If a file is damaged, names the byte; if the weights are quantized already.
+        If a file is damaged (the message names the byte), or if the weights are quantized already.
 
     Examples
     --------
@@ -291,7 +291,7 @@ def read_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
     if method := config.get("quantization_config"):
         method = method.get("quant_method") if isinstance(method, dict) else method
         raise config_file.damaged(
-            0, f"weights quantized by {reprlib.repr(method)}, expected float ones"
+            0, f"weights quantized by {reprlib.repr(method)}, expected float weights"
         )
     if (path / SINGLE).exists():
         file = read_safetensors(path / SINGLE)
@@ -304,10 +304,10 @@ def read_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
         raise index.damaged(0, "weight_map is not an object")
     opened: dict[str, SafetensorsFile] = {}
     for name, file_name in weight_map.items():
-        # Only neighbours: an index must not reach other files of the machine.
+        # Only files in this folder: an index must not reach other files of the machine.
         if not isinstance(file_name, str) or not _SHARD.fullmatch(file_name):
             raise index.damaged(
-                0, f"tensor {name!r} lies in {reprlib.repr(file_name)}, no name of a file"
+                0, f"tensor {name!r} lies in {reprlib.repr(file_name)}, not a file name"
             )
         if not (path / file_name).is_file():
             raise index.damaged(0, f"tensor {name!r} lies in {file_name}, which is missing")

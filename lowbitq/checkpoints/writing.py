@@ -1,7 +1,7 @@
-"""Files and folders that appear under their name whole and on disk, or not at all.
+"""Files and folders that are written atomically and synced to disk.
 
-Each is written as a hidden sibling ``.NAME.HEX.new`` that takes the name at the end. Its writer
-holds a lock on it, so the next writer can tell what a killed one left behind and remove it.
+Each is written as a hidden sibling ``.NAME.HEX.new`` and renamed at the end. Its writer holds a
+lock on it, so the next writer can recognise and remove the remains of a killed one.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Give out an open file that becomes `path` at the end; links are followed.
+    """Yield an open file that becomes `path` at the end; links are followed.
 
-    After any exception, what was at `path` before is still there.
+    After an exception, `path` is unchanged.
 
     Parameters
     ----------
     path : str or path-like
-        A file there is replaced in one step.
+        An existing file is replaced in one step.
 
     Yields
     ------
@@ -38,7 +38,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises
     ------
     OSError
-        If it cannot be written; names `path`.
+        If it cannot be written; the message names `path`.
 
     Examples
     --------
@@ -60,14 +60,14 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def hidden_sibling(path: Path, *, folder: bool) -> Iterator[Path]:
-    """Give out a new file or folder beside `path`, locked; parents are made.
+    """Yield a new, locked file or folder beside `path`; parents are created.
 
-    At the end it is removed, unless it has taken another name.
+    At the end it is removed, unless it has been renamed.
 
     Raises
     ------
     OSError
-        If something cannot be written; names `path`.
+        If something cannot be written; the message names `path`.
     """
     try:
         make_folder(path.parent)
@@ -80,14 +80,14 @@ def hidden_sibling(path: Path, *, folder: bool) -> Iterator[Path]:
             os.close(lock)
     except OSError as error:
         hidden = str(path.with_name(f".{path.name}."))
-        # An error without a number is not the system's and has its own words.
+        # An error without a number is not from the system and has its own message.
         if error.errno is None or not str(error.filename or hidden).startswith(hidden):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents where they are missing, on disk."""
+    """Create a folder and its missing parents, and sync them to disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -104,13 +104,13 @@ def sync(path: Path) -> None:
 
 
 def replace_folder(fresh: Path, path: Path) -> None:
-    """Give a folder from `hidden_sibling` the name `path`; a folder there is replaced in one step.
+    """Rename a folder from `hidden_sibling` to `path`; an existing folder is replaced in one step.
 
-    Where the file system cannot exchange two names, there is an instant in which the old folder is
-    only found as ``.NAME.HEX.old``.
+    If the file system cannot exchange two names, the old folder is named ``.NAME.HEX.old`` for an
+    instant.
     """
     try:
-        fresh.rename(path)  # where there is nothing, or an empty folder
+        fresh.rename(path)  # works if `path` is missing or an empty folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
@@ -134,17 +134,17 @@ def _step_aside(fresh: Path, path: Path) -> None:
 
 
 def _locked(path: Path, *, folder: bool) -> tuple[Path, int]:
-    """Make a file or folder ``.NAME.HEX.new``; also return the descriptor that holds its lock."""
+    """Create a file or folder ``.NAME.HEX.new``; return it and the descriptor of its lock."""
     while True:
         fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
         if folder:
             fresh.mkdir()
         else:
             fresh.touch(exist_ok=False)
-        # Until it is locked, another writer may take it for litter.
+        # Until it is locked, another writer may remove it as litter.
         with contextlib.suppress(FileNotFoundError):
             lock = os.open(fresh, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # no locks here: then nobody removes anything
+            with contextlib.suppress(OSError):  # without locks, nobody removes anything
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if fresh.exists():
                 return fresh, lock
@@ -152,16 +152,16 @@ def _locked(path: Path, *, folder: bool) -> tuple[Path, int]:
 
 
 def _siblings(path: Path, ending: str) -> list[Path]:
-    """Return the paths ``.NAME.HEX.ENDING`` that are there."""
+    """Return the existing paths ``.NAME.HEX.ENDING``."""
     name = re.compile(re.escape(f".{path.name}.") + rf"[0-9a-f]{{8}}\.{ending}")
     try:
         return [path.with_name(entry) for entry in os.listdir(path.parent) if name.fullmatch(entry)]
-    except OSError:  # a folder may be open to writers only
+    except OSError:  # a folder may be writable but not readable
         return []
 
 
 def _remove_litter(path: Path) -> None:
-    """Remove what killed writers of `path` left."""
+    """Remove the remains of killed writers of `path`."""
     for sibling in _siblings(path, "new"):
         with contextlib.suppress(OSError):
             _remove_unlocked(sibling)
@@ -177,7 +177,7 @@ def _remove_unlocked(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it; nothing if there is no such thing."""
+    """Remove a file, or a folder with its contents; do nothing if it does not exist."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:

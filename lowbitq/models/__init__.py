@@ -1,4 +1,4 @@
-"""Models: what a network is, how files hold it, and load(), which reads it."""
+"""Models: the network, its representation in files, and load()."""
 
 from __future__ import annotations
 

@@ -24,9 +24,9 @@ from lowbitq.models.sandbox import budget, compile_template, concatenated
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's words for training; the text is what is inside."""
+    """``{% generation %}`` marks the assistant's words for training; it yields its contents."""
 
-    tags = {"generation"}  # noqa: RUF012 (declared so by Jinja)
+    tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
@@ -74,18 +74,18 @@ def render_chat(
     add_generation_prompt: bool = True,
     variables: Mapping[str, Any] | None = None,
 ) -> str:
-    """Write a conversation the way a model was trained to read it.
+    """Render a conversation in the format that a model was trained on.
 
     Parameters
     ----------
     template : str
         A Jinja template.
     messages : sequence of mappings
-        Each with ``"role"`` and ``"content"``, and whatever else the template reads.
+        Each with ``"role"`` and ``"content"``, and any other key that the template reads.
     add_generation_prompt : bool, default=True
         End with the words that open the assistant's turn.
     variables : mapping, default=None
-        Further names for the template, such as ``bos_token`` or ``tools``.
+        Other variables of the template, such as ``bos_token`` or ``tools``.
 
     Returns
     -------
@@ -96,10 +96,10 @@ def render_chat(
     TypeError
         If `messages` is not a sequence of mappings.
     ValueError
-        If the template refuses the conversation, such as two user turns in a row, fails, or takes
+        If the template refuses the conversation (such as two user turns in a row), fails, or takes
         too much time or memory.
     FormatError
-        If the template itself is malformed, with its line.
+        If the template itself is malformed; the message names the line.
 
     Examples
     --------
@@ -108,7 +108,9 @@ def render_chat(
     '<user>Hello'
     """
     if isinstance(messages, (str, Mapping)) or not all(isinstance(m, Mapping) for m in messages):
-        raise TypeError('messages is a list of mappings like {"role": "user", "content": "Hello"}')
+        raise TypeError(
+            'messages: expected a list of mappings like {"role": "user", "content": "Hi"}'
+        )
     try:
         with budget():
             return _compile(template).render(
@@ -120,5 +122,5 @@ def render_chat(
         raise FormatError(f"chat template: line {error.lineno}: {error.message}") from error
     except jinja2.TemplateError as error:
         raise ValueError(f"chat template: {error.message}") from error
-    except Exception as error:  # of the template's own making, MemoryError included
+    except Exception as error:  # any that the template causes, MemoryError included
         raise ValueError(f"chat template: {type(error).__name__}: {error}") from error

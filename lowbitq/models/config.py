@@ -1,4 +1,4 @@
-"""ModelConfig: the numbers that shape a network, and the checks of the keys that give them."""
+"""ModelConfig: shape and constants of a network, and checks of the keys that define them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lowbitq._core import FormatError
 from lowbitq.models.rope import rope_frequencies
 
-# Longer heads are refused, which bounds what a hostile file can cost; models have 64 to 512.
+# Longer heads are refused, which bounds the cost of a hostile file; models have 64 to 512.
 _LONGEST_HEAD = 1 << 16
 
 
@@ -33,23 +33,23 @@ class ModelConfig:
     rope_theta : float
         Base of the rotary frequencies.
     rope_scaling : dict or None
-        Hugging Face's dictionary, with ``"rope_type"``; None: the plain frequencies.
+        Hugging Face's dictionary, with ``"rope_type"``; None: plain frequencies.
     tie_embeddings : bool
-        The head is the embedding.
+        Whether the head is the embedding.
     attention_bias : bool
-        Query, key and value have biases.
+        Whether query, key and value have biases.
     mlp_bias : bool
-        The layers of the MLP have biases.
+        Whether the layers of the MLP have biases.
     qk_norm : bool
-        Each head of query and key is normalised.
+        Whether each head of query and key is normalised.
     max_positions : int
-        Context length that the model was made for.
+        Context length that the model was trained for.
     sliding_window : int or None
-        Longest distance that the model attends over; longer inputs are refused.
+        Maximum distance of attention; longer inputs are refused.
     bos_token_id : int or None
     eos_token_ids : tuple of int
     name : str
-        Of the model, as the file gives it.
+        Name of the model in its file.
 
     Raises
     ------
@@ -98,10 +98,10 @@ class ModelConfig:
             raise ValueError(f"norm_eps is {self.norm_eps}, expected 0 to 1")
         if self.head_dim > _LONGEST_HEAD:
             raise ValueError(f"head_dim is {self.head_dim}, expected at most {_LONGEST_HEAD}")
-        self.rope_frequencies()  # refuses what gives none
+        self.rope_frequencies()  # raises ValueError if there are none
 
     def rope_frequencies(self) -> tuple[NDArray[np.float64], float]:
-        """Return the angle per position of each pair, and the factor of sine and cosine."""
+        """Return each pair's angle per position, and the factor of sine and cosine."""
         return rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)
 
     def to_hf(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class ModelConfig:
 
 
 class Keys:
-    """Values of a configuration, each checked; what the decoder lacks is collected."""
+    """Checked values of a configuration; collects the settings that the decoder lacks."""
 
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
         self.values, self.where, self.prefix = values, where, prefix
@@ -147,7 +147,7 @@ class Keys:
         value = self.get(key)
         value = default if value is None else value
         if type(value) is not int or not smallest <= value < 2**31:
-            expected = "a positive integer" if smallest == 1 else f"an integer from {smallest}"
+            expected = "a positive integer" if smallest == 1 else f"an integer >= {smallest}"
             raise self.wrong(key, value, expected)
         return value
 
@@ -178,19 +178,19 @@ class Keys:
         return tuple(values)
 
     def is_off(self, key: str) -> bool:
-        """Whether a key is absent, null, false, zero or empty: unknown ones then do nothing."""
+        """Whether a key is missing, null, false, zero or empty, so that it has no effect."""
         value = self.get(key)
         return not value.any() if isinstance(value, np.ndarray) else not value
 
     def neutral(self, neutral: Mapping[str, tuple[Any, ...]]) -> None:
-        """Note the keys that are neither absent nor have one of these values."""
+        """Record the keys that have a value other than these."""
         for key, values in neutral.items():
             value = self.get(key)
             if value is not None and not any(_same(value, v) for v in values):
                 self.differs(key, value)
 
     def understood(self, known: Collection[str], subject: str = "") -> None:
-        """Note the keys about `subject`, a pattern, that are neither known nor off."""
+        """Record the keys that match the pattern `subject` and are neither known nor off."""
         own = [name for name in self.values if name.startswith(self.prefix)]
         for key in (name.removeprefix(self.prefix) for name in own):
             if key not in known and re.search(subject, key) and not self.is_off(key):
@@ -204,7 +204,7 @@ class Keys:
         return FormatError(f"{self.where}: {found}, expected {expected}")
 
     def checked(self, make: Callable[[], ModelConfig]) -> ModelConfig:
-        """Name the file in what ModelConfig says of numbers that do not fit together."""
+        """Call `make`; turn a ValueError of ModelConfig into a FormatError that names the file."""
         try:
             return make()
         except FormatError:
@@ -213,18 +213,18 @@ class Keys:
             raise FormatError(f"{self.where}: {error}") from None
 
     def unsupported(self) -> ValueError:
-        """Return the error that lists all that the decoder lacks."""
+        """Return the error that lists everything the decoder lacks."""
         found = "; ".join(self.differences)
         return ValueError(f"{self.where}: the model is not supported: {found}")
 
 
 def _same(value: Any, neutral: Any) -> bool:
-    """Whether two values of a file are equal; True is not 1, and an array equals none."""
+    """Whether two values of a file are equal; True is not 1, and an array equals nothing."""
     if isinstance(value, bool) or isinstance(neutral, bool):
         return value is neutral
     return isinstance(value, (int, float, str)) and bool(value == neutral)
 
 
 def _shown(value: Any) -> str:
-    """Return a value as messages show it: never at length."""
+    """Return a value, shortened for messages."""
     return f"an array of {value.size}" if isinstance(value, np.ndarray) else reprlib.repr(value)

@@ -13,8 +13,7 @@ from lowbitq.models.config import Keys, ModelConfig
 from lowbitq.models.families import Family
 from lowbitq.models.rope import yarn_factor
 
-# Keys that change the forward pass in a way that the decoder does not have, and what they must be
-# if they are there.
+# Keys that change the forward pass in a way that the decoder lacks, with the only values allowed.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
     "attn_logit_softcapping": (0,),
@@ -32,10 +31,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_beta_slow": (1,),
 }
 
-# An unknown key about one of these subjects is refused unless it is off.
+# Unknown keys on these subjects are refused unless they are off.
 _SUBJECTS = "rope|attention|attn|norm|bias|softcap"
 
-# Keys about these subjects that are read below, and two that do not change the forward pass.
+# Keys on these subjects that are read below, and two that do not change the forward pass.
 _KNOWN = {
     "attention.head_count",
     "attention.head_count_kv",
@@ -51,10 +50,10 @@ _KNOWN = {
     "rope.scaling.attn_factor",
     "rope.scaling.original_context_length",
     "rope.scaling.finetuned",
-    "attention.layer_norm_epsilon",  # of norms that these architectures do not have
+    "attention.layer_norm_epsilon",  # for norms that these architectures lack
 }
 
-# Keys that hold an array, one number for each block, where blocks differ.
+# Keys that hold an array, one number per block, if blocks differ.
 _PER_BLOCK = ("attention.head_count", "attention.head_count_kv", "feed_forward_length")
 
 
@@ -71,7 +70,7 @@ def config_from_gguf(
 ) -> ModelConfig:
     """Read the metadata of a GGUF file.
 
-    An unknown key about rope, attention, norms or biases is refused, unless it is false, zero or
+    Unknown keys on rope, attention, norms or biases are refused unless they are false, zero or
     empty.
 
     Parameters
@@ -79,13 +78,13 @@ def config_from_gguf(
     metadata : mapping
         Keys as llama.cpp writes them: ``"llama.block_count"``.
     families : mapping of str to Family
-        By ``general.architecture``.
+        Families by ``general.architecture``.
     vocab_size, tie_embeddings, attention_bias, mlp_bias
-        As the file's tensors have it: not all files say it in their metadata.
+        From the file's tensors, because not all files have them in their metadata.
     rope_factors : ndarray of shape (head_dim / 2,), float32, default=None
-        Tensor ``rope_freqs.weight``: what each frequency is divided by.
+        Tensor ``rope_freqs.weight``, the divisors of the frequencies.
     where : str, default="GGUF metadata"
-        Opens every message.
+        Prefix of every message.
 
     Returns
     -------
@@ -94,9 +93,9 @@ def config_from_gguf(
     Raises
     ------
     ValueError
-        If the decoder cannot run such a model; lists all that differs.
+        If the decoder cannot run such a model; the message lists all differences.
     FormatError
-        If a key is missing or has no sensible value.
+        If a key is missing or has an invalid value.
 
     References
     ----------
@@ -156,9 +155,9 @@ def config_from_gguf(
 def _rope(keys: Keys, factors: NDArray[np.float32] | None, head_dim: int) -> dict[str, Any] | None:
     """Return the scaling, with ggml's precedence and defaults.
 
-    The type is linear unless another one is named; its factor is ``rope.scaling.factor``, or
-    ``rope.scale_linear`` where there is none, and 0 stands for 1. ``rope.scaling.attn_factor``
-    multiplies sine and cosine whatever the type.
+    The default type is linear. Its factor is ``rope.scaling.factor``, or else
+    ``rope.scale_linear``; 0 means 1. ``rope.scaling.attn_factor`` multiplies sine and cosine for
+    every type.
     """
     kind = keys.get("rope.scaling.type")
     kind = "linear" if kind is None else kind
@@ -194,7 +193,7 @@ def _rope(keys: Keys, factors: NDArray[np.float32] | None, head_dim: int) -> dic
             f"{keys.where}: rope_freqs.weight has shape {factors.shape}, "
             f"expected ({head_dim // 2},) positive numbers"
         )
-    # In Hugging Face's words, one set of factors for all lengths. Converters write llama3 so.
+    # In Hugging Face's terms: one set of factors for all lengths. Converters write llama3 this way.
     listed = [factor * float(f) for f in factors]
     return {
         "rope_type": "longrope",

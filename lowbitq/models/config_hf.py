@@ -9,8 +9,7 @@ from lowbitq.models.config import Keys, ModelConfig
 from lowbitq.models.families import Family
 from lowbitq.models.rope import ROPE_TYPES, longrope_factor
 
-# Keys that change the forward pass in a way that the decoder does not have, and what they must be
-# if they are there.
+# Keys that change the forward pass in a way that the decoder lacks, with the only values allowed.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "partial_rotary_factor": (1,),
@@ -36,10 +35,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "per_layer_config": (),
 }
 
-# An unknown key about one of these subjects is refused unless it is off.
+# Unknown keys on these subjects are refused unless they are off.
 _SUBJECTS = "rope|rotary|norm|attn|attention|bias|window|softcap|tokenizer"
 
-# Keys about these subjects that are read below.
+# Keys on these subjects that are read below.
 _READ = {
     "num_attention_heads",
     "rms_norm_eps",
@@ -53,8 +52,8 @@ _READ = {
     "max_window_layers",
 }
 
-# Keys about these subjects that do not change what the network computes: training, the choice of
-# an attention implementation, LayerNorm, the tokenizer (its own files describe it).
+# Keys on these subjects that do not change what the network computes: training, the attention
+# implementation, LayerNorm, the tokenizer (its own files describe it).
 _HARMLESS = {
     "attention_dropout",
     "attention_probs_dropout_prob",
@@ -77,7 +76,7 @@ _HARMLESS = {
     "tokenizer_padding_side",
 }
 
-# Rope type -> its settings besides those of all types.
+# Rope type -> its settings besides the common ones.
 _ROPE_KEYS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -108,16 +107,16 @@ def config_from_hf(
 ) -> ModelConfig:
     """Read the contents of a Hugging Face ``config.json``.
 
-    Null stands for a key that is absent. An unknown key about rope, norms, attention, biases,
-    windows or the tokenizer is refused, unless it is false, zero or empty.
+    Null means that a key is missing. Unknown keys on rope, norms, attention, biases, windows or the
+    tokenizer are refused unless they are false, zero or empty.
 
     Parameters
     ----------
     values : mapping
     families : mapping of str to Family
-        By ``model_type``.
+        Families by ``model_type``.
     where : str, default="config.json"
-        Opens every message.
+        Prefix of every message.
 
     Returns
     -------
@@ -126,9 +125,9 @@ def config_from_hf(
     Raises
     ------
     ValueError
-        If the decoder cannot run such a model; lists all that differs.
+        If the decoder cannot run such a model; the message lists all differences.
     FormatError
-        If a key is missing or has no sensible value.
+        If a key is missing or has an invalid value.
 
     Examples
     --------
@@ -184,7 +183,7 @@ expected one of (); hidden_act is 'gelu'
 
 
 def _layer_types(keys: Keys) -> list[str] | None:
-    """Return how each layer attends, as far as the decoder can, or None if nothing says it."""
+    """Return each layer's kind of attention, or None if the file does not list them."""
     types = keys.get("layer_types")
     if types is None:
         return None
@@ -199,7 +198,7 @@ def _layer_types(keys: Keys) -> list[str] | None:
 
 
 def _sliding_window(keys: Keys, family: Family, layers: int, types: list[str] | None) -> int | None:
-    """Return the shortest distance that some layer attends over; None: all attend over all."""
+    """Return the shortest attention window of all layers; None: every layer attends to all."""
     if types is not None and len(types) != layers:
         raise keys.wrong("layer_types", types, f"{layers} names, one for each layer")
     window, used = keys.get("sliding_window"), keys.flag("use_sliding_window")
@@ -240,7 +239,7 @@ def _rope(keys: Keys, max_positions: int) -> tuple[float, dict[str, Any] | None]
         return theta, None
     scaling: dict[str, Any] = {"rope_type": kind}
     if kind != "linear":
-        # transformers lets the outer key override the inner one.
+        # In transformers, the outer key overrides the inner one.
         inner = rope.size("original_max_position_embeddings", max_positions)
         scaling["original_max_position_embeddings"] = keys.size(
             "original_max_position_embeddings", inner
@@ -250,7 +249,7 @@ def _rope(keys: Keys, max_positions: int) -> tuple[float, dict[str, Any] | None]
 
 
 def _check_other_parameters(keys: Keys, scaling: Mapping[str, Any], theta: float) -> None:
-    """Note settings of ``rope_parameters`` that contradict ``rope_scaling``, which overrides it."""
+    """Record settings of ``rope_parameters`` that contradict the overriding ``rope_scaling``."""
     other = keys.get("rope_parameters")
     if other is None:
         return
@@ -286,7 +285,7 @@ def _yarn(rope: Keys, max_positions: int, known: Mapping[str, Any]) -> dict[str,
     settings: dict[str, Any] = {"factor": rope.number("factor", stretch)}
     for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
         if rope.get(key) is not None and (rope.get(key) != 0 or key == "attention_factor"):
-            settings[key] = rope.number(key)  # of the others, 0 stands for the default
+            settings[key] = rope.number(key)  # for the other keys, 0 means the default
     if (truncate := rope.flag("truncate")) is not None:
         settings["truncate"] = truncate
     return settings

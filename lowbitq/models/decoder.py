@@ -1,4 +1,4 @@
-"""Model: a network as Python sees it, arrays and linear layers; the C decoder runs it."""
+"""Model: a network of arrays and linear layers, run by the C decoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PREFILL = 512
 
 
 def _once(layers: Iterator[tuple[str, AnyLinear]]) -> Iterable[AnyLinear]:
-    """The layers, each once if it stands in the model several times."""
+    """Return the layers; a layer that occurs several times in the model is returned once."""
     return {id(linear): linear for _, linear in layers}.values()
 
 
@@ -42,7 +42,7 @@ class Block:
     query_norm, key_norm : ndarray of shape (head_dim,), float32, or None
         Gains of the norms of each head; None: no such norm.
     attention_scale, mlp_scale : float
-        Of what each half adds to the residual stream.
+        Factors of what each half adds to the residual stream.
     """
 
     attention_norm: NDArray[np.float32] | None
@@ -67,18 +67,18 @@ class Block:
 class Cache:
     """Keys and values of the tokens that a model has seen, for `Model.step`.
 
-    It belongs to the model as it was when `Model.new_cache` made it.
+    It is valid for the model as it was when `Model.new_cache` made it.
 
     Attributes
     ----------
     length : int
-        Tokens in the cache; lower it to forget the last ones.
+        Number of tokens in the cache; lower it to drop the last ones.
     capacity : int
-        Most tokens that it can hold.
+        Maximum number of tokens.
     bits : int
-        Of a stored number, 32 or 8.
+        Bits per stored number, 32 or 8.
     nbytes : int
-        Memory that it takes once it is full.
+        Memory in bytes when it is full.
     """
 
     length: int
@@ -90,8 +90,8 @@ class Cache:
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "a Cache can be neither copied nor pickled: it is memory of this process; make another "
-            "with Model.new_cache and give its tokens to Model.step again"
+            "a Cache cannot be copied or pickled, because its memory belongs to this process; make "
+            "another with Model.new_cache and run its tokens through Model.step again"
         )
 
 
@@ -104,16 +104,16 @@ class Model:
     config : ModelConfig
     tokenizer : Tokenizer or None
     embedding : Linear or QuantizedLinear
-        Of shape (vocab, hidden), without bias; a row for each token.
+        Shape (vocab, hidden), without bias; one row per token.
     blocks : list of Block
-        A block may stand in it several times; it is then stored once.
+        A block may occur several times; it is then stored once.
     final_norm : ndarray of shape (hidden,), float32
     head : Linear or QuantizedLinear or None
         None: the embedding.
     residual_rotation : Rotation or None
         Applied after the embedding and undone before the last norm.
     provenance : dict
-        Where the weights come from.
+        Origin of the weights.
     """
 
     config: ModelConfig
@@ -128,7 +128,7 @@ class Model:
     _handle_parts: list[Any] = field(default_factory=list, init=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without the decoder, which only this process has: a copy makes its own when it runs.
+        # Leaves out the decoder, which is valid in this process only; a copy makes its own.
         return vars(self) | {"_handle": None, "_handle_parts": []}
 
     def linears(self) -> Iterator[tuple[str, AnyLinear]]:
@@ -145,7 +145,7 @@ class Model:
                 yield name_in_block(i, slot), block.linears[slot.name]
 
     def matrices(self) -> Iterator[tuple[str, AnyLinear]]:
-        """Yield all that `linears` does, between the embedding and, unless it is tied, the head.
+        """Yield the embedding, then the layers of `linears`, then the head unless it is tied.
 
         Yields
         ------
@@ -159,12 +159,12 @@ class Model:
             yield HEAD, self.head
 
     def replace_linear(self, name: str, linear: AnyLinear) -> None:
-        """Put another layer in the place of the one with this name.
+        """Replace the layer of this name.
 
         Parameters
         ----------
         name : str
-            As `matrices` yields it.
+            A name from `matrices`.
         linear : Linear or QuantizedLinear
             Of the same shape.
 
@@ -208,7 +208,7 @@ class Model:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits per weight of the linear layers of all blocks; everything stored counts."""
+        """Stored bits per weight of the blocks' linear layers, everything counted."""
         layers = _once(self.linears())
         sizes = [(linear.bits_per_weight, np.prod(linear.shape)) for linear in layers]
         return float(sum(b * n for b, n in sizes) / sum(n for _, n in sizes))
@@ -255,13 +255,13 @@ class Model:
         Parameters
         ----------
         index : int
-            Which block.
+            Index of the block.
         hidden : ndarray of shape (t, hidden), float32
             The residual stream; changed in place.
         taps : dict, default=None
-            Gets, as float32 arrays of t rows, the inputs of the linear layers before their own
-            rotations: ``"qkv"``, ``"o"``, ``"mlp"`` (gate and up) and ``"down"``. An array that
-            is there already is written to.
+            Receives the inputs of the linear layers before their own rotations, as float32 arrays
+            of t rows: ``"qkv"``, ``"o"``, ``"mlp"`` (gate and up) and ``"down"``. Arrays that it
+            already holds are overwritten.
 
         Raises
         ------
@@ -279,7 +279,7 @@ class Model:
         _core.decoder_block(self._decoder(), hidden, *buffers, block=index)
 
     def hidden(self, tokens: ArrayLike) -> NDArray[np.float32]:
-        """Return what the head reads.
+        """Return the input of the head.
 
         Parameters
         ----------
@@ -288,12 +288,12 @@ class Model:
         Returns
         -------
         ndarray of shape (t, hidden), float32
-            After the last norm.
+            Output of the last norm.
 
         Raises
         ------
         ValueError
-            If a token is not in the vocabulary, there are none, or more than a sliding window.
+            If a token is not in the vocabulary, there are none, or they exceed a sliding window.
         """
         tokens = self._tokens(tokens)
         hidden = np.empty((len(tokens), self.config.hidden_size), np.float32)
@@ -301,7 +301,7 @@ class Model:
         return hidden
 
     def finish(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return the last norm of the residual stream (t, hidden), rotated back if the model is."""
+        """Apply the last norm to the residual stream (t, hidden); undo the model's rotation."""
         result = np.empty_like(hidden)
         _core.decoder_finish(self._decoder(), hidden, result)
         return result
@@ -314,9 +314,9 @@ class Model:
         Parameters
         ----------
         hidden : ndarray of shape (t, hidden), float32
-            What `hidden` returned.
+            The result of `hidden`.
         out : ndarray of shape (t, vocab), float32, default=None
-            Is written and returned; fastest at a 64-byte boundary. None: a new array.
+            Written and returned; fastest if 64-byte aligned. None: a new array.
 
         Returns
         -------
@@ -337,13 +337,13 @@ class Model:
         Returns
         -------
         ndarray of shape (t, vocab), float32
-            Row i predicts token i + 1. Takes 4 t vocab bytes: for long windows and large
-            vocabularies, give pieces of what `hidden` returns to `head_logits`.
+            Row i predicts token i + 1. It takes 4 t vocab bytes; for long windows and large
+            vocabularies, pass pieces of `hidden`'s result to `head_logits`.
 
         Raises
         ------
         ValueError
-            If a token is not in the vocabulary, there are none, or more than a sliding window.
+            If a token is not in the vocabulary, there are none, or they exceed a sliding window.
         """
         tokens = self._tokens(tokens)
         logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
@@ -356,14 +356,14 @@ class Model:
         Parameters
         ----------
         capacity : int
-            Most tokens that it can hold. Memory is taken as they come.
+            Maximum number of tokens. Memory is allocated as they arrive.
         bits : int, default=32
             32 keeps keys and values as float32: 8 kv_heads head_dim layers bytes per token. 8
-            rounds those of each token and head to int8 with a scale: about a quarter of the memory,
-            and of the traffic that makes long texts slow. Biases of the layers that make keys and
-            values are kept apart, in float32. The prediction of the next token moves by 0.0002 nats
-            (mean Kullback-Leibler divergence over 512 tokens of WikiText-2) for SmolLM2-135M and
-            for Qwen2.5-Coder-0.5B, whose keys have biases of up to 200.
+            rounds them to int8, with a scale for each token and head: about a quarter of the memory
+            and of the traffic that makes long texts slow. Biases of the key and value layers are
+            stored separately, in float32. The mean Kullback-Leibler divergence over 512 tokens of
+            WikiText-2 is then 0.0002 nats, for SmolLM2-135M and for Qwen2.5-Coder-0.5B, whose keys
+            have biases of up to 200.
 
         Returns
         -------
@@ -388,9 +388,9 @@ class Model:
         Parameters
         ----------
         tokens : array_like of shape (t,), integers
-            A prompt, or the one token that was chosen last.
+            A prompt, or only the last chosen token.
         cache : Cache
-            Is longer by t tokens afterwards.
+            Extended by t tokens.
 
         Returns
         -------
@@ -431,7 +431,7 @@ class Model:
         cache_bits: int = 32,
         on_token: Callable[[Any], object] | None = None,
     ) -> str | NDArray[np.int32]:
-        """Continue a text or a list of tokens; `lowbitq.generation.generate` says how."""
+        """Continue a text or a list of tokens; see `lowbitq.generation.generate`."""
         return generation.generate(
             self,
             prompt,
@@ -446,7 +446,7 @@ class Model:
         )
 
     def _tokens(self, tokens: ArrayLike, past: int = 0) -> NDArray[np.int32]:
-        """Return tokens as the C decoder wants them."""
+        """Return tokens as the C decoder expects them."""
         array = token_array(tokens, self.config.vocab_size)
         if not array.size:
             raise ValueError(f"tokens has shape {array.shape}, expected (t,) with t >= 1")
@@ -454,7 +454,7 @@ class Model:
         return array
 
     def _decoder(self) -> Any:
-        """Return the C decoder of the model as it is now."""
+        """Return the C decoder of the model in its present state."""
         parts: list[Any] = [self.embedding, self.final_norm, self.head, self.residual_rotation]
         for block in self.blocks:
             parts += block._parts()

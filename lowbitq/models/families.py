@@ -1,7 +1,7 @@
-"""Model families: what tells models apart that share this decoder.
+"""Model families: the differences between the models that this decoder runs.
 
-LLaMA 2 and 3, SmolLM2 and Mistral; Qwen2, with biases in query, key and value, and Qwen3, with
-norms in query and key.
+These are LLaMA 2 and 3, SmolLM2 and Mistral; Qwen2, with biases in query, key and value; and Qwen3,
+with norms in query and key.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Family:
-    """What tells the model families apart that share this decoder.
+    """The differences between a model family and the others.
 
     Attributes
     ----------
@@ -25,20 +25,20 @@ class Family:
     architecture : str
         GGUF's ``general.architecture``.
     qkv_bias : bool or None
-        Whether the projections of query, key and value have biases, and that of the output none;
-        None: ``attention_bias`` says for all four.
+        Whether the query, key and value projections have biases; the output projection then has
+        none. None: ``attention_bias`` decides for all four.
     mlp_bias : bool
-        Whether the layers of the MLP have biases where ``mlp_bias`` says so; False: never.
+        Whether ``mlp_bias`` decides if the layers of the MLP have biases; False: they never have.
     qk_norm : bool
         Whether each head of query and key is normalised.
     window : {"unless denied", "always", "by layer"}
-        When ``sliding_window`` counts: unless ``use_sliding_window`` is false, always, or in the
-        layers that ``layer_types`` or ``max_window_layers`` name if ``use_sliding_window`` is true.
+        When ``sliding_window`` applies: unless ``use_sliding_window`` is false; always; or, if
+        ``use_sliding_window`` is true, in the layers of ``layer_types`` or ``max_window_layers``.
     rows_interleaved : bool
         Whether GGUF files hold the rows of query and key in pairs (2 i, 2 i + 1) that rotate
         together; Hugging Face's order is (i, i + head_dim / 2).
     defaults : mapping of str to int
-        What transformers takes for keys that ``config.json`` does not have.
+        Values that transformers assumes for keys missing from ``config.json``.
     """
 
     name: str
@@ -89,12 +89,12 @@ _ALL = (
 )
 
 FAMILIES = {family.name: family for family in _ALL}
-# Two families may share an architecture's name in GGUF; the first stands for both.
+# Two families may share an architecture name in GGUF; the first then represents both.
 ARCHITECTURES = {family.architecture: family for family in reversed(_ALL)}
 
 
 def uninterleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Undo the row order that llama.cpp's converter gives to query and key.
+    """Undo the row order that llama.cpp's converter applies to query and key.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Whether every number of a model is finite, and if not, which one is not."""
+"""Check that every number of a model is finite."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from lowbitq.rotations import Rotation
 
 
 def check_finite(model: Model) -> None:
-    """Raise ValueError if a number of a model is a NaN or an infinity.
+    """Raise ValueError if a model has a NaN or an infinity.
 
     Parameters
     ----------
     model : Model
-        Of quantized layers, scales and offsets are looked at.
+        For quantized layers, scales and offsets are checked.
 
     Raises
     ------
     ValueError
-        Names the first such tensor on the way from the embedding to the head, as Hugging Face does,
-        and the place in it.
+        Names the first such tensor from the embedding to the head, by its Hugging Face name, and
+        the index in it.
 
     Examples
     --------

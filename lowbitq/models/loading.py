@@ -1,4 +1,4 @@
-"""load(): a file or folder becomes a Model."""
+"""load(): read a Model from a file or folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from lowbitq.rotations import Rotation
 
 AnyModel = TypeVar("AnyModel", bound=Model)
 
-# Tensors that say nothing new: tables of sines, and the frequencies that the configuration gives.
+# Redundant tensors: tables of sines, and frequencies that the configuration defines.
 _DERIVED = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn_rot_embd.weight")
 
 
@@ -57,23 +57,23 @@ def load(path: str | os.PathLike[str]) -> Model:
     Returns
     -------
     Model
-        Weights as float32; of a saved folder a QuantizedModel. Without a tokenizer where a
-        folder has no ``tokenizer.json`` (with a warning where it has another form of tokenizer)
-        or a GGUF file no vocabulary.
+        Weights are float32; a saved folder gives a QuantizedModel. There is no tokenizer if a
+        folder has no ``tokenizer.json`` (with a warning if it has another form of tokenizer) or a
+        GGUF file has no vocabulary.
 
         A Hugging Face folder is read as transformers reads it: biases that its configuration
-        denies are left out, and a tied ``lm_head.weight`` that differs from the embedding is the
-        head. In a GGUF file every bias and head that is present is used.
+        disables are left out, and a tied ``lm_head.weight`` that differs from the embedding is the
+        head. From a GGUF file, every bias and head present is used.
 
     Raises
     ------
     OSError
         If a file is missing or cannot be opened.
     FormatError
-        If a file is damaged, or a tensor is missing or has another shape than the configuration
-        says.
+        If a file is damaged, or a tensor is missing or does not have the shape that the
+        configuration implies.
     ValueError
-        If the decoder cannot run the model; lists all that differs.
+        If the decoder cannot run the model; the message lists all differences.
 
     Examples
     --------
@@ -119,7 +119,7 @@ def _tokenizer_in(folder: Path | PackedFolder) -> Tokenizer | None:
     others = [name for name in OTHER_FORMS if (folder / name).is_file()]
     if others:
         warnings.warn(
-            f"{folder} has no tokenizer.json, the one form that is read, but {', '.join(others)}: "
+            f"{folder} has no tokenizer.json, the only form supported, but {', '.join(others)}: "
             "the model is loaded without a tokenizer",
             stacklevel=4,
         )
@@ -127,7 +127,7 @@ def _tokenizer_in(folder: Path | PackedFolder) -> Tokenizer | None:
 
 
 def _origin(source: GGUFFile | SafetensorsFolder) -> dict[str, Any]:
-    """Where weights come from. The digests of the files take long: `save` computes them."""
+    """Return the origin of weights. `save` adds the digests of the files, which are slow."""
     return {"source": str(Path(source.path).resolve()), "source_files": source.stamps()}
 
 
@@ -135,7 +135,7 @@ def _from_gguf(source: GGUFFile) -> Model:
     where, tensors = str(source.path), source.tensors
     embedding, head = (f"{OUTER[name].gguf}.weight" for name in ("embedding", "head"))
     if embedding not in tensors or len(tensors[embedding].shape) != 2:
-        raise FormatError(f"{where}: tensor {embedding!r} is missing or no matrix")
+        raise FormatError(f"{where}: tensor {embedding!r} is missing or not a matrix")
     config = config_from_gguf(
         source.metadata,
         ARCHITECTURES,
@@ -156,7 +156,7 @@ def _from_gguf(source: GGUFFile) -> Model:
 
 
 class _Tensors:
-    """The tensors of a checkpoint under this package's names, their shapes checked."""
+    """The tensors of a checkpoint by this package's names, with checked shapes."""
 
     def __init__(
         self, source: GGUFFile | SafetensorsFolder | PackedFolder, config: ModelConfig, naming: str
@@ -212,11 +212,11 @@ class _Tensors:
         return Linear(weight, bias)
 
     def scales(self, index: int) -> dict[str, float]:
-        """Scales of what the halves of a block add."""
+        """Return the factors of what the halves of a block add."""
         return {}
 
     def has_bias(self, full: str, slot: Slot) -> bool:
-        """Whether a layer has a bias: as the configuration or, in a GGUF file, the tensors say."""
+        """Whether a layer has a bias, by the configuration or, in a GGUF file, by the tensors."""
         c, of_qkv = self.config, slot.tap == "qkv"
         if self.naming == "gguf":
             return (c.attention_bias and of_qkv) or f"{full}.bias" in self.source.tensors
@@ -239,7 +239,7 @@ class _Tensors:
 
 
 class _PackedTensors(_Tensors):
-    """The same of a saved model, whose layers are described in its configuration."""
+    """The tensors of a saved model, whose configuration describes its layers."""
 
     source: PackedFolder
 
@@ -248,7 +248,7 @@ class _PackedTensors(_Tensors):
         self.entry = source.config["quantization_config"]
         self.reader = LayerReader(source)
         with self.naming_errors("layers"):
-            # The first folders, in which the embedding is always dense, do not describe it.
+            # Folders of the first version do not describe the embedding, which is always dense.
             self.layers = {EMBEDDING: {}, **self.entry["layers"]}
 
     def embedding(self) -> AnyLinear:
@@ -283,7 +283,7 @@ class _PackedTensors(_Tensors):
         return {name: float(scale) for name, scale in found.items()}
 
     def join(self, name: str, rows: int, cols: int) -> AnyLinear:
-        """Return the layer of this name, which must have this shape."""
+        """Return the layer of this name; it must have this shape."""
         with self.naming_errors(name):
             linear = self.reader.layer(name, self.layers[name])
             if linear.shape != (rows, cols):
@@ -312,7 +312,7 @@ class _PackedTensors(_Tensors):
 
     @contextlib.contextmanager
     def naming_errors(self, name: str, file: str = "config.json") -> Iterator[None]:
-        """Turn what wrong contents cause into an error that names the file and the layer."""
+        """Turn an error caused by wrong contents into one that names the file and the layer."""
         try:
             yield
         except (AttributeError, LookupError, TypeError, ValueError) as error:

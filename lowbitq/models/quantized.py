@@ -1,4 +1,4 @@
-"""QuantizedModel: a model whose linear layers are packed, its report, and how it is saved."""
+"""QuantizedModel: a model whose linear layers are packed; its report, and saving it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from lowbitq.version import __version__
 
 RESIDUAL_ROTATION = "model.residual_rotation"
 
-# What `split_linear` may store of a layer, behind its name.
+# Suffixes of the arrays that a layer may have.
 LINEAR_ARRAYS = ("weight", "panels", "levels", "bias", "rotation.matrix")
 
 
@@ -44,8 +44,8 @@ class QuantizedModel(Model):
     plan : Plan or None
         What `compress` was asked to do.
     records : dict of str to dict
-        What `compress` noted about each matrix: ``format``, ``bits_per_weight``,
-        ``relative_error``, ``seconds`` and whatever else.
+        What `compress` recorded about each matrix: ``format``, ``bits_per_weight``,
+        ``relative_error``, ``seconds`` and more.
     """
 
     plan: Plan | None = None
@@ -64,23 +64,23 @@ class QuantizedModel(Model):
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the model as a folder that `load` opens, with the same logits to the last bit.
+        """Write the model to a folder; `load` restores it with bit-identical logits.
 
-        It holds ``config.json``, ``model.safetensors``, the tokenizer's files, ``plan.json``,
-        ``report.json``, ``provenance.json`` and ``checksums.json``, and appears complete or not
-        at all; a model saved there before is replaced in one step.
+        The folder holds ``config.json``, ``model.safetensors``, the tokenizer's files,
+        ``plan.json``, ``report.json``, ``provenance.json`` and ``checksums.json``. It is written
+        atomically; a model saved there before is replaced in one step.
 
         Parameters
         ----------
         path : str or path-like
-            Absent, an empty folder, or a model saved before with nothing added to it.
+            Missing, an empty folder, or a saved model with nothing added to it.
 
         Raises
         ------
         FileExistsError
-            If `path` is something else, which is left alone.
+            If `path` is anything else; it is not touched.
         OSError
-            If something cannot be written; names it, and leaves nothing behind.
+            If something cannot be written; the message names it, and nothing is left behind.
         """
         writer = LayerWriter()
         arrays = writer.arrays
@@ -122,7 +122,7 @@ class QuantizedModel(Model):
 def _provenance(known: Any) -> dict[str, Any]:
     """Return the known origin of the weights, their digest, and the versions and machine in use.
 
-    A file that is not as it was when the weights were loaded has the digest ``"unknown"``.
+    A file that has changed since the weights were loaded has the digest ``"unknown"``.
     """
     if not isinstance(known, Mapping):
         known = {"provenance": known}
@@ -146,16 +146,16 @@ def _provenance(known: Any) -> dict[str, Any]:
 
 
 def _fit_for_json(value: Any) -> Any:
-    """Return a value as JSON holds it; a short description of what it cannot hold."""
+    """Return a value as JSON can hold it, or else a short description."""
     with contextlib.suppress(TypeError, ValueError, RecursionError):
         plain = json.loads(json_text({"": value}))[""]
-        if _levels(plain) <= 32:  # a reader has limits, too
+        if _levels(plain) <= 32:  # readers limit the depth
             return plain
     return reprlib.repr(value)
 
 
 def _levels(value: Any) -> int:
-    """How deeply objects and lists are nested."""
+    """Return the nesting depth of objects and lists."""
     if not isinstance(value, (dict, list)):
         return 0
     return 1 + max(map(_levels, value.values() if isinstance(value, dict) else value), default=0)
@@ -163,16 +163,16 @@ def _levels(value: Any) -> int:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of each matrix: the embedding, the linear layers, an untied head.
+    """The records of all matrices: the embedding, the linear layers, an untied head.
 
     Attributes
     ----------
     layers : list of dict
-        ``layer``, ``bits_per_weight`` and what `compress` noted.
+        ``layer``, ``bits_per_weight`` and what `compress` recorded.
     bits_per_weight : float
-        Over the linear layers of the blocks.
+        Mean over the linear layers of the blocks.
     nbytes : int
-        Of the whole model.
+        Size of the whole model.
     """
 
     layers: list[dict[str, Any]]

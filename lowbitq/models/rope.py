@@ -1,4 +1,4 @@
-"""Rotary frequencies: plain, and slowed for long contexts in each way that published models use."""
+"""Rotary frequencies: plain, and scaled for long contexts in all ways of published models."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 
-# Positions have 32 bits, and the decoder takes no larger factor of sine and cosine.
+# Positions have 32 bits, and the decoder accepts no larger factor of sine and cosine.
 _POSITIONS, _LARGEST_FACTOR = 2.0**31, 1e6
 
 
 def rope_frequencies(
     head_dim: int, theta: float, scaling: Mapping[str, Any] | None
 ) -> tuple[NDArray[np.float64], float]:
-    """Return the angle per position of each pair, and the factor of sine and cosine.
+    """Return each pair's angle per position, and the factor of sine and cosine.
 
     Parameters
     ----------
@@ -27,19 +27,19 @@ def rope_frequencies(
     theta : float
         Base of the frequencies.
     scaling : mapping or None
-        Hugging Face's dictionary, with ``"rope_type"``; None: the plain frequencies.
+        Hugging Face's dictionary, with ``"rope_type"``; None: plain frequencies.
 
     Returns
     -------
     frequencies : ndarray of shape (head_dim / 2,), float64
         Radians per position.
     factor : float
-        Of sine and cosine.
+        Factor of sine and cosine.
 
     Raises
     ------
     ValueError
-        If the settings give no finite angles, or no sensible factor.
+        If the settings give infinite angles or an invalid factor.
 
     References
     ----------
@@ -72,7 +72,7 @@ def longrope_factor(stretch: float, positions: int) -> float:
 
 
 def yarn_factor(stretch: float, weight: float = 1.0) -> float:
-    """Return YaRN's factor of sine and cosine; `weight` scales how it grows with `stretch`."""
+    """Return YaRN's factor of sine and cosine; `weight` scales its growth with `stretch`."""
     return 0.1 * weight * math.log(stretch) + 1 if stretch > 1 else 1.0
 
 
@@ -103,7 +103,7 @@ def _scaled(
 
 
 def _llama3(plain: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[np.float64]:
-    """Long waves slowed by `factor`, short ones kept, those between blended."""
+    """Divide frequencies of long waves by `factor`, keep short waves, blend those between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
@@ -114,7 +114,7 @@ def _llama3(plain: NDArray[np.float64], scaling: Mapping[str, Any]) -> NDArray[n
 def _yarn(
     plain: NDArray[np.float64], theta: float, scaling: Mapping[str, Any]
 ) -> tuple[NDArray[np.float64], float]:
-    """As for llama3, with a blend that is linear in the index of the frequency."""
+    """Scale as in llama3, with a blend that is linear in the frequency's index."""
     pairs = len(plain)
     positions = scaling["original_max_position_embeddings"]
     factor = scaling["factor"]

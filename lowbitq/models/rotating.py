@@ -1,4 +1,4 @@
-"""rotate(): rotations folded into a float model without changing what it computes."""
+"""rotate(): fold rotations into a float model without changing what it computes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def rotate(
 ) -> Model:
     """Rotate a float model without changing what it computes.
 
-    With R the residual rotation, P one of each block's value heads and Q one of each block's
-    inner activations, the weights of a block become
+    Let R rotate the residual stream, P each value head of a block, and Q a block's inner
+    activations. The weights of a block become
 
         q, k          W diag(gain) R^T
         v             P W diag(gain) R^T,  P b   (P on every head)
@@ -30,26 +30,26 @@ def rotate(
         gate, up      W diag(gain) R^T
         down          R W Q^T,  R b, with Q applied to its input as the model runs
 
-    and the norm gains become ones (None). The embedding, the final norm and the head stay as they
-    are: the model applies R after the embedding and R^T before the final norm.
+    and the norm gains become ones (None). The embedding, the final norm and the head do not change:
+    the model applies R after the embedding and R^T before the final norm.
 
     Parameters
     ----------
     model : Model
         In float32 and not yet rotated. Left unchanged.
     kind : {"hadamard", "orthogonal", "none"}, default="hadamard"
-        Of the residual rotation R; P and Q are Hadamard. ``"none"``: an equal model, norm gains
-        where they were.
+        Kind of the residual rotation R; P and Q are Hadamard. ``"none"``: an equal model with
+        unchanged norm gains.
     seed : int, default=0
-        Every use draws signs of its own from it.
+        Seed of all rotations; each draws its own signs.
     online_down : bool, default=True
-        Whether there is a Q. It costs a fast transform per token and block, and tames the
-        activations that are hardest to quantize.
+        Whether to use Q. It costs one fast transform per token and block, and reduces outliers in
+        the activations that are hardest to quantize.
 
     Returns
     -------
     Model
-        Logits equal the original's to rounding.
+        Its logits equal the original's up to rounding.
 
     Raises
     ------
@@ -87,14 +87,14 @@ def rotate(
 def rotate_hessians(
     model: Model, rotated: Model, index: int, hessians: Mapping[str, Float64], seed: int
 ) -> dict[str, Float64]:
-    """Return the Hessians of a block in a rotated model, from those in the model before.
+    """Return the Hessians of a block in a rotated model, given those in the original.
 
     Parameters
     ----------
     model, rotated : Model
-        What `rotate` was given, and what it returned for `seed`.
+        Argument and result of `rotate` with `seed`.
     index : int
-        Which block.
+        Index of the block.
     hessians : mapping of str to ndarray of shape (in, in), float64
         ``sum x x^T`` over the inputs of the block's layers in `model`, symmetric, by tap.
     seed : int
@@ -102,13 +102,13 @@ def rotate_hessians(
     Returns
     -------
     dict of str to ndarray of shape (in, in), float64
-        Of what the weights are multiplied by: ``A H A^T`` with ``A = R diag(1 / gain)`` for qkv and
-        mlp, P for o, Q for down.
+        Hessians of the rotated layers' inputs: ``A H A^T`` with ``A = R diag(1 / gain)`` for qkv
+        and mlp, P for o, Q for down.
 
     Raises
     ------
     ValueError
-        If a gain is zero: what that channel was before it cannot be known.
+        If a gain is zero, because that channel's value before the gain is unknown.
     """
     if rotated.residual_rotation is None:
         return dict(hessians)
@@ -155,18 +155,18 @@ def _rotate_block(block: Block, residual: Rotation, head: Rotation, inner: Rotat
 
 
 def _fused(linear: Linear, gain: Float32 | None, rotation: Rotation) -> Any:
-    """The layer that reads rotated activations not yet multiplied by `gain`: W diag(gain) R^T."""
+    """Return W diag(gain) R^T, a layer for rotated activations not yet multiplied by `gain`."""
     weight = linear.weight if gain is None else linear.weight * gain
     return linear.replace(weight=rotation.apply(weight))
 
 
 def _inputs(rotation: Rotation, weight: Float32) -> Float32:
-    """W R^T, the columns of W being whole heads of R's order."""
+    """Return W R^T, applied to each head (R's order) of W's columns."""
     return rotation.apply(weight.reshape(-1, rotation.n)).reshape(weight.shape)
 
 
 def _outputs(rotation: Rotation, weight: Float32 | None) -> Float32 | None:
-    """R W or R b, the rows of W being whole heads of R's order; None of no bias."""
+    """Return R W or R b, applied to each head (R's order) of the rows; None if there is no bias."""
     if weight is None:
         return None
     return np.ascontiguousarray(_inputs(rotation, np.ascontiguousarray(weight.T)).T)

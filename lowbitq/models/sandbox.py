@@ -1,9 +1,10 @@
 """Jinja's immutable sandbox, with bounds on the time and memory that a template takes.
 
-Jinja keeps a template away from all but its variables; it does not keep it from counting to a
-billion or from doubling a string forty times. Here each operator, call, filter, turn of a loop and
-output is paid from a budget, by one rule: no value exceeds the budget, counted with all that it
-contains. So work in proportion to its operands ends soon; what grows faster is estimated first.
+Jinja gives a template access to its variables only, but lets it count to a billion or double a
+string forty times. Here each operator, call, filter, loop iteration and output is charged to a
+budget, by one rule: no value, including everything it contains, exceeds the budget. Work
+proportional to its operands is therefore bounded; the cost of anything faster-growing is estimated
+first.
 """
 
 # ruff: noqa: N802 (Jinja finds a visitor by the name of the node)
@@ -30,16 +31,16 @@ from jinja2.visitor import NodeTransformer
 _SIZE = 1 << 25  # characters, and _ITEM for each item of a list
 _ITEM = 64
 _STEP = 32
-_SECONDS = 1.5  # of CPU time, so that a busy machine refuses no more than an idle one
+_SECONDS = 1.5  # of CPU time, so a busy machine refuses no more than an idle one
 _SOURCE = 1 << 16  # characters of a template, parsed in half a second; published ones have 20,000
 _BITS = 1 << 20  # of an integer
 
-# Functions that make as much as a number among their arguments says.
+# Functions whose result is as large as a number among their arguments.
 _WIDE = {"center", "ljust", "rjust", "zfill", "to_bytes", "batch", "slice", "round"}
-# Functions that may take time quadratic in their text, and how long that may be.
+# Functions that may take time quadratic in their text, and the maximum length of that text.
 _SLOW = {"urlize", "striptags", "wordwrap", "pprint", "encode", "decode", "strftime_now"}
 _SLOW_SIZE = 1 << 14
-# Widths that are values: ``%*d`` and ``{:{width}}``.
+# Widths given by values: ``%*d`` and ``{:{width}}``.
 _DYNAMIC_WIDTH = re.compile(r"%[-+ #0\d.]*\*|\{[^}]*\{")
 
 
@@ -56,11 +57,11 @@ class _Budget:
         self.latest, self.end = time.monotonic() + _SECONDS, time.thread_time() + _SECONDS
 
     def spend(self, size: int = 0) -> None:
-        """Pay for one step that makes or reads this much."""
+        """Charge for one step that makes or reads `size`."""
         self.left -= _STEP + size
         if self.left < 0:
             raise Exhausted("time or memory")
-        # The clock of the CPU is slow to read.
+        # The CPU clock is slow to read.
         if time.monotonic() > self.latest and time.thread_time() > self.end:
             raise Exhausted("time")
 
@@ -70,7 +71,7 @@ _budget: ContextVar[_Budget] = ContextVar("budget")
 
 @contextmanager
 def budget() -> Iterator[None]:
-    """Give what is compiled and rendered inside a budget of its own."""
+    """Compile and render within a new budget."""
     token = _budget.set(_Budget())
     try:
         yield
@@ -85,7 +86,7 @@ def compile_template(
     filters: Mapping[str, Callable[..., Any]],
     functions: Mapping[str, Callable[..., Any]],
 ) -> jinja2.Template:
-    """Compile a template, within `budget`, in which it is also rendered.
+    """Compile a template; call this and render within the same `budget`.
 
     Raises
     ------
@@ -93,7 +94,7 @@ def compile_template(
         If the template is malformed or too long.
     """
     if len(source) > _SOURCE:
-        raise Exhausted(f"space: {len(source)} characters, at most {_SOURCE}")
+        raise Exhausted(f"space: {len(source)} characters, expected at most {_SOURCE}")
     environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[*extensions], finalize=_spent
     )
@@ -108,7 +109,7 @@ def compile_template(
 
 
 def concatenated(pieces: Iterable[str]) -> str:
-    """Join pieces, each paid as it comes."""
+    """Join pieces; charge for each as it arrives."""
     paid = []
     for piece in pieces:
         _budget.get().spend(len(piece))
@@ -151,7 +152,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Instrument(NodeTransformer):
-    """Puts into a template's tree the calls that Jinja's sandbox does not make itself."""
+    """Insert into a template's tree the calls that Jinja's sandbox does not make itself."""
 
     def visit_For(self, node: jinja2.nodes.For) -> jinja2.nodes.Node:
         self.generic_visit(node)
@@ -184,7 +185,7 @@ class _Instrument(NodeTransformer):
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Shown without its attributes, which may contain each other."""
+    """Its repr leaves out the attributes, which may contain each other."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
@@ -194,7 +195,7 @@ class _Namespace(jinja2.utils.Namespace):
 def _join(
     environment: jinja2.Environment, value: Iterable[Any], d: str = "", attribute: Any = None
 ) -> str:
-    """Jinja's filter, which pays for each item before it is written."""
+    """Jinja's filter, charging for each item before it is written."""
     if attribute is not None:
         value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
     pieces = []
@@ -221,13 +222,13 @@ def _concatenated(items: list[Any]) -> str:
 
 
 def _read(value: Any) -> Any:
-    """Pay for looking through a value."""
+    """Charge for scanning a value."""
     _budget.get().spend(_size(value) // 8)
     return value
 
 
 def _spent(value: Any) -> Any:
-    """Pay for a value that a template made."""
+    """Charge for a value that a template made."""
     if isinstance(value, Iterator) and not isinstance(value, jinja2.runtime.LoopContext):
         return _counted(value)
     _budget.get().spend(min(_size(value), _ITEM * _length(value)))
@@ -244,7 +245,7 @@ def _length(value: Any) -> int:
 
 
 def _size(value: Any) -> int:
-    """How much a value is with all that it contains, each as often as it would be written."""
+    """Return the size of a value and its contents, each counted as often as it would be written."""
     total, waiting = 0, [value]
     while waiting:
         item = waiting.pop()
@@ -263,7 +264,7 @@ def _size(value: Any) -> int:
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter or function that is estimated before and paid after its work."""
+    """Wrap a filter or function: estimate its cost before the call, charge for its result after."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -275,7 +276,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reading(test: Any) -> Callable[..., Any]:
-    """A test, such as ``in``, whose operands are paid."""
+    """Wrap a test, such as ``in``: charge for its operands."""
 
     @functools.wraps(test)
     def reading(*args: Any) -> Any:
@@ -287,7 +288,7 @@ def _reading(test: Any) -> Callable[..., Any]:
 
 
 def _forecast(name: str, values: list[Any]) -> None:
-    """Raise Exhausted if a function would make much more than its arguments are."""
+    """Raise Exhausted if a function's result would be much larger than its arguments."""
     _budget.get().spend()
     if not values:
         return
@@ -300,7 +301,7 @@ def _forecast(name: str, values: list[Any]) -> None:
     elif name in ("%", "format", "format_map"):
         made = _formatted(value, size) if isinstance(value, str) else 0
     elif name == "replace" and len(rest) > 1:
-        old, new = str(rest[0]), str(rest[1])  # or, as keywords, the other way round
+        old, new = str(rest[0]), str(rest[1])  # keywords may swap them
         text = str(value)
         made = max(text.count(old) * len(new), text.count(new) * len(old))
     elif name == "join" and isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The one table of a block: its layers and norms, what files call them, what they read, how large.
+"""The table of a block's layers and norms: their names in files, inputs and sizes.
 
 The C decoder has the same table in `csrc/transformer/decoder.h`.
 """
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lowbitq.models.config import ModelConfig
 
-# Ways to name tensors, each a field of the entries below, and the names within block `index`.
+# Naming schemes: the key is a field of the entries below, the value a pattern for block `index`.
 NAMINGS = {"hf": "model.layers.{index}.{name}", "gguf": "blk.{index}.{name}"}
 
 
@@ -22,11 +22,11 @@ class Slot:
     name : str
         The key of `Block.linears`.
     hf, gguf : str
-        Its name within Hugging Face's block, and in GGUF's.
+        Its name in a Hugging Face block and in a GGUF block.
     tap : str
-        Its input, as `Model.block_forward` names it.
+        Its input, a name in `Model.block_forward`.
     rows, cols : str
-        Its sizes, as `sizes_of` names them.
+        Its sizes, names in `sizes_of`.
     """
 
     name: str
@@ -92,7 +92,7 @@ TAPS = {
 
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:
-    """Sizes of a block: of the residual stream, all query heads, all key heads, the MLP, a head.
+    """Return a block's sizes: residual stream, all query heads, all key heads, MLP, one head.
 
     Examples
     --------

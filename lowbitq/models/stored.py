@@ -1,14 +1,14 @@
-"""Layers as a saved folder holds them: arrays by name, and the rest as JSON.
+"""Layers in a saved folder: arrays by name, and the rest as JSON.
 
-An entry is ``{}`` for a dense layer (arrays ``NAME.weight``, ``NAME.bias``), with ``"rotation"`` if
-it has one, and for a packed layer
+The entry of a dense layer (arrays ``NAME.weight``, ``NAME.bias``) is ``{}``, with ``"rotation"`` if
+it has one. The entry of a packed layer is
 
     {"copies": [{"tensor": {...}, "at": "NAME.copies.0", "rotation": {...},
                  "output_rotation": {...}, "activation": {...}}, ...]}
 
 with the arrays ``NAME.copies.0.panels``, ``.levels`` and ``.weight``, ``NAME.adapter.U`` and
-``.V``. Copies of one tensor say ``"at"`` alike, and a layer that stands twice in a model is
-``{"same_as": NAME}`` the second time. Version 2 had one copy, its fields directly in the entry.
+``.V``. Copies that share a tensor have the same ``"at"``. A layer that occurs twice in a model is
+``{"same_as": NAME}`` the second time. In version 2, the entry itself had the fields of one copy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ AnyLinear = Linear | QuantizedLinear
 
 
 class LayerWriter:
-    """Splits layers; what several have in common is stored once.
+    """Splits layers into arrays and JSON; shared parts are stored once.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class LayerWriter:
         self._tensors: dict[int, str] = {}
 
     def layer(self, name: str, linear: AnyLinear) -> dict[str, Any]:
-        """Put the arrays of a layer into `arrays`, under its name; return its entry."""
+        """Add the arrays of a layer to `arrays`, under its name; return its entry."""
         if id(linear) in self._layers:
             return {"same_as": self._layers[id(linear)]}
         self._layers[id(linear)] = name
@@ -76,7 +76,7 @@ class LayerWriter:
         return entry
 
     def rotation(self, name: str, rotation: Rotation | None) -> dict[str, Any] | None:
-        """Put the arrays of a rotation into `arrays`; return the rest, None of None."""
+        """Add the arrays of a rotation to `arrays`; return its entry, None if it is None."""
         if rotation is None:
             return None
         arrays = rotation.to_arrays()
@@ -88,7 +88,7 @@ class LayerReader:
     """Joins what `LayerWriter` split; packed arrays stay mapped.
 
     All methods raise AttributeError, KeyError, TypeError or ValueError if arrays and entries do not
-    fit together.
+    match.
 
     Attributes
     ----------
@@ -103,7 +103,7 @@ class LayerReader:
         self._tensors: dict[str, QuantizedTensor] = {}
 
     def layer(self, name: str, entry: Mapping[str, Any]) -> AnyLinear:
-        """Make a layer; those that it is the same as have been made before."""
+        """Make a layer; a layer that it refers to must have been made before."""
         same = entry.get("same_as")
         self._layers[name] = self._join(name, entry) if same is None else self._layers[same]
         return self._layers[name]
@@ -145,10 +145,10 @@ class LayerReader:
         return self._tensors[at]
 
     def rotation(self, name: str, entry: Mapping[str, Any] | None, n: int) -> Rotation | None:
-        """Make the rotation of order `n` that an entry describes; None of None."""
+        """Make the rotation of order `n` that an entry describes; None if it is None."""
         if entry is None:
             return None
-        if entry["n"] != n:  # checked first, because making a rotation takes memory
+        if entry["n"] != n:  # check first, because a rotation takes memory
             raise ValueError(f"the rotation has order {entry['n']!r:.50}, expected {n}")
         matrix = self._array(f"{name}.matrix")
         return Rotation.from_dict(entry, {} if matrix is None else {"matrix": matrix})

@@ -1,7 +1,7 @@
 """Text to tokens and back, as the model's publishers do it.
 
-The work is done by the `tokenizers` package. This module decides what it is built from (a Hugging
-Face folder or GGUF metadata), what begins and ends a text, and what a damaged file becomes.
+The `tokenizers` package does the work. This module builds its tokenizer (from a Hugging Face folder
+or GGUF metadata), decides what begins and ends a text, and reports damaged files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowbitq.checkpoints.packed import PackedFolder
 from lowbitq.models.tokenizer_folder import vocabulary_from_folder
 from lowbitq.models.vocabulary import Vocabulary, refusing, surroundings, vocabulary_from_gguf
 
-# What decoding writes where bytes are not, or not yet, a character.
+# Decoding writes this for bytes that are not, or not yet, a character.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -35,19 +35,19 @@ class Tokenizer:
     Parameters
     ----------
     backend : tokenizers.Tokenizer
-        Its padding and truncation are switched off, and its post-processor is made to agree with
+        Its padding and truncation are switched off, and its post-processor is set to match
         `adds_bos`.
     names : mapping, default=None
-        Strings of the tokens with a role, which chat templates read: ``bos_token``, ``eos_token``,
+        Strings of the tokens with a role, for chat templates: ``bos_token``, ``eos_token``,
         ``unk_token``, ``pad_token`` and others whose key ends in ``_token``.
     eos_ids : iterable of int, default=()
-        Tokens that end a text, the usual one first.
+        Tokens that end a text, the main one first.
     adds_bos : bool, default=False
         Whether `encode` begins a text with ``bos_token``.
     chat_template : str, default=None
         A Jinja template.
     source : str, default="tokenizer"
-        What error messages call it.
+        Its name in error messages.
 
     Attributes
     ----------
@@ -60,8 +60,8 @@ class Tokenizer:
     Raises
     ------
     FormatError
-        If a named token is not in the vocabulary, or two tokens have one number, or numbers reach
-        far beyond the count of tokens.
+        If a named token is not in the vocabulary, two tokens have the same number, or numbers far
+        exceed the count of tokens.
 
     Examples
     --------
@@ -112,9 +112,9 @@ class Tokenizer:
         ----------
         path : str, Path or PackedFolder
             A folder with ``tokenizer.json``, which also decides whether a text begins with
-            ``bos_token``. Read where they exist: ``tokenizer_config.json``, or where it has no
-            ``added_tokens_decoder`` also ``special_tokens_map.json`` and ``added_tokens.json``
-            (tokens with a role, special and added tokens), ``chat_template.jinja`` and
+            ``bos_token``. Optional files: ``tokenizer_config.json`` and, if that has no
+            ``added_tokens_decoder``, ``special_tokens_map.json`` and ``added_tokens.json`` (tokens
+            with a role, special and added tokens); ``chat_template.jinja``;
             ``generation_config.json`` (all tokens that end an answer).
 
         Returns
@@ -126,8 +126,8 @@ class Tokenizer:
         FileNotFoundError
             If there is no ``tokenizer.json``.
         FormatError
-            If a file is damaged, with its name and, for broken JSON, the byte offset; or if it has
-            a key that may change tokens in a way that is not known here.
+            If a file is damaged (the message names it and, for broken JSON, the byte offset), or if
+            it has an unsupported key that may change tokens.
 
         Examples
         --------
@@ -148,23 +148,23 @@ class Tokenizer:
         Parameters
         ----------
         metadata : mapping
-            The file's keys, of which those that begin with ``tokenizer.`` are read: lists of str
-            for tokens and merges, numbers for scores and token types.
+            The file's keys; those that begin with ``tokenizer.`` are read: lists of str for tokens
+            and merges, numbers for scores and token types.
         source : str, default="GGUF metadata"
-            What error messages call it, such as the file's path.
+            Its name in error messages, such as the file's path.
 
         Returns
         -------
         Tokenizer
             Byte-level BPE (``tokenizer.ggml.model`` is ``gpt2``) with the pre-tokenizer that
-            ``tokenizer.ggml.pre`` names, or SentencePiece BPE (``llama``). Besides the end of text
-            and of turn that a file names, control tokens with a usual name such as
-            ``<|endoftext|>`` end a text.
+            ``tokenizer.ggml.pre`` names, or SentencePiece BPE (``llama``). A text ends at the
+            file's end-of-text and end-of-turn tokens, and at control tokens with a common name such
+            as ``<|endoftext|>``.
 
         Raises
         ------
         FormatError
-            If a key is missing, damaged or of a kind that is not known, with what is.
+            If a key is missing, damaged or of an unknown kind; the message lists the known ones.
 
         References
         ----------
@@ -208,10 +208,10 @@ class Tokenizer:
         text : str
         special : bool, default=True
             Whether strings like ``<|im_end|>`` in the text become the tokens of that name, as in
-            `transformers`. False keeps them text, for words that come from strangers.
+            `transformers`. False keeps them as text, for untrusted input.
         add_bos : bool, default=None
-            Whether the tokens begin with `bos_id`. None: if the tokenizer does so (`adds_bos`) and
-            the text does not begin with it already, as the result of `chat` may.
+            Whether the tokens begin with `bos_id`. None: if `adds_bos` is true and the text does
+            not already begin with it, as the result of `chat` may.
 
         Returns
         -------
@@ -223,7 +223,7 @@ class Tokenizer:
         TypeError
             If `text` is not a string.
         ValueError
-            If `text` has half of a surrogate pair, or `add_bos` asks for a token that there is not.
+            If `text` has half of a surrogate pair, or `add_bos` is true but there is no BOS token.
 
         Examples
         --------
@@ -249,19 +249,19 @@ class Tokenizer:
         return np.array([self.bos_id, *tokens] if add_bos else tokens, dtype=np.int32)
 
     def decode(self, tokens: ArrayLike, *, skip_special: bool = False) -> str:
-        """Turn tokens into the text they stand for.
+        """Turn tokens into text.
 
         Parameters
         ----------
         tokens : array_like of shape (t,), integer
-            A number that no token has is nothing: models pad their embedding.
+            Numbers without a token decode to nothing, because models pad their embedding.
         skip_special : bool, default=False
             Leave out tokens such as ``<|im_end|>``.
 
         Returns
         -------
         str
-            Bytes that are no character become U+FFFD. Spaces before punctuation stay.
+            Bytes that are not a character become U+FFFD. Spaces before punctuation are kept.
 
         Raises
         ------
@@ -287,12 +287,12 @@ class Tokenizer:
             return self._backend.decode(array.tolist(), skip_special_tokens=skip_special)
 
     def vocabulary(self) -> dict[str, int]:
-        """Return all tokens, added ones too.
+        """Return all tokens, including added ones.
 
         Returns
         -------
         dict of str to int
-            From the string that stands for a token to its number.
+            The number of each token, by its string.
 
         Examples
         --------
@@ -306,20 +306,20 @@ class Tokenizer:
     def stream(
         self, tokens: Iterable[int], *, after: ArrayLike = (), skip_special: bool = False
     ) -> Iterator[str]:
-        """Decode tokens as they come, a piece as soon as its characters are complete.
+        """Decode tokens as they arrive; yield each piece once its characters are complete.
 
         Parameters
         ----------
         tokens : iterable of int
         after : array_like of shape (t,), integer, default=()
-            What came before: it decides whether the first word keeps its space.
+            Preceding tokens: they decide whether the first word keeps its space.
         skip_special : bool, default=False
             Leave out tokens such as ``<|im_end|>``.
 
         Yields
         ------
         str
-            Pieces, never empty. Together they are what `decode` gives for complete characters.
+            Non-empty pieces. Joined, they equal the result of `decode` for complete characters.
 
         Examples
         --------
@@ -336,7 +336,7 @@ class Tokenizer:
             if text.endswith(_INCOMPLETE):
                 continue
             piece = text[len(known) :]
-            # The tokens of this piece are context enough for the next, unless they show nothing.
+            # The tokens of this piece are enough context for the next, unless they show nothing.
             shown = self.decode(waiting, skip_special=skip_special)
             before, known = (waiting, shown) if shown else ([*before, *waiting], text)
             waiting = []
@@ -354,7 +354,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """Write a conversation the way the model was trained to read it.
+        """Render a conversation in the format that the model was trained on.
 
         Parameters
         ----------
@@ -363,12 +363,12 @@ class Tokenizer:
         add_generation_prompt : bool, default=True
             End with the words that open the assistant's turn.
         **variables
-            Further names for the template, such as ``enable_thinking`` of Qwen3.
+            Other variables of the template, such as ``enable_thinking`` of Qwen3.
 
         Returns
         -------
         str
-            For `encode`, which recognises the special tokens in it.
+            Input for `encode`, which recognises the special tokens in it.
 
         Raises
         ------
@@ -388,7 +388,7 @@ class Tokenizer:
         '[user] hi'
         """
         if self.chat_template is None:
-            raise ValueError(f"{self._source} has no chat template: write the prompt out")
+            raise ValueError(f"{self._source} has no chat template: give a plain prompt instead")
         from lowbitq.models.chat import render_chat  # here, because Jinja takes long to import
 
         return render_chat(
@@ -404,10 +404,10 @@ class Tokenizer:
         Parameters
         ----------
         folder : str or Path
-            Made if it is not there. ``tokenizer.json``, ``tokenizer_config.json``,
+            Created if it is missing. ``tokenizer.json``, ``tokenizer_config.json``,
             ``generation_config.json`` and, if there is a template, ``chat_template.jinja`` are
-            overwritten. Files that would contradict them, ``special_tokens_map.json`` and
-            ``added_tokens.json``, are removed.
+            overwritten. ``special_tokens_map.json`` and ``added_tokens.json``, which could
+            contradict them, are removed.
 
         Examples
         --------
@@ -442,7 +442,7 @@ class Tokenizer:
             _write(template, self.chat_template)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copied backend forgets to be blind to special tokens: `_plain` makes one again.
+        # A copied backend loses `encode_special_tokens`, so a copy makes its own `_plain`.
         return {name: value for name, value in vars(self).items() if name != "_plain"}
 
     def __repr__(self) -> str:
@@ -453,13 +453,13 @@ class Tokenizer:
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
-        """The same, blind to special tokens: a copy, because the switch is the object's state."""
+        """A copy that ignores special tokens; a copy, because the switch is the object's state."""
         backend = copy.deepcopy(self._backend)
         backend.encode_special_tokens = True
         return backend
 
     def _set_post_processor(self) -> None:
-        """Make what is saved begin texts as `adds_bos` says: of the files, it is what decides."""
+        """Make the post-processor, which decides in the saved files, match `adds_bos`."""
         before = [self._names["bos_token"]] if self.adds_bos else []
         if surroundings(self._backend, self._source) != (before, []):
             self._backend.post_processor = processors.TemplateProcessing(
@@ -478,7 +478,7 @@ class Tokenizer:
 
 
 def _size(backend: tokenizers.Tokenizer, source: str) -> int:
-    """One more than the largest token number, which must fit the count of tokens."""
+    """Return one more than the maximum token number, which must fit the count of tokens."""
     with refusing(source):
         numbers = backend.get_vocab()
     size = 1 + max(numbers.values(), default=-1)
@@ -487,7 +487,7 @@ def _size(backend: tokenizers.Tokenizer, source: str) -> int:
     # The tokenizers package visits every unused number when it copies or saves.
     if size > 4 * len(numbers) + 4096:
         raise FormatError(
-            f"{source}: token numbers reach {size - 1}, too far beyond {len(numbers)} tokens"
+            f"{source}: token numbers reach {size - 1}, too high for {len(numbers)} tokens"
         )
     if len(set(numbers.values())) < len(numbers):
         names: dict[int, str] = {}

@@ -1,7 +1,7 @@
 """Tokenizers of Hugging Face folders, merged from their files as `transformers` 5 merges them.
 
-``tokenizer.json`` says how text is cut. The files beside it name tokens that have a role, are
-special or are missing there: ``tokenizer_config.json`` and, unless that has
+``tokenizer.json`` defines how text is cut. The files beside it list tokens that have a role, are
+special or are missing in it: ``tokenizer_config.json`` and, unless that has
 ``added_tokens_decoder``, ``special_tokens_map.json`` and ``added_tokens.json``.
 """
 
@@ -21,7 +21,7 @@ from lowbitq.checkpoints.mapping import MappedFile
 from lowbitq.checkpoints.packed import PackedEntry, PackedFolder
 from lowbitq.models.vocabulary import Vocabulary, refusing, surroundings
 
-# A folder on disk, or one that was opened once and is read through.
+# A folder on disk, or an open one through which files are read.
 Folder = Path | PackedFolder
 File = Path | PackedEntry
 
@@ -38,9 +38,9 @@ OTHER_FORMS = (
     "tokenizer_config.json",
 )
 
-# Keys of tokenizer_config.json that change neither tokens nor text here: names of classes and
-# files, options of padding, truncation, training and of conversion from SentencePiece, records.
-# In `transformers` 5 tokenizer.json decides whether a text begins or ends with a token.
+# Keys of tokenizer_config.json that change neither tokens nor text here: class and file names,
+# options for padding, truncation, training and conversion from SentencePiece, records. In
+# `transformers` 5, tokenizer.json decides whether a text begins or ends with a token.
 # fmt: off
 _HARMLESS = frozenset([
     "add_bos_token", "add_eos_token", "added_tokens_decoder", "added_tokens_file",
@@ -58,13 +58,13 @@ _HARMLESS = frozenset([
     "vocab_size",
 ])
 # fmt: on
-# Keys with one more harmless value besides null, false and empty.
+# Keys with one harmless value besides null, false and empty.
 _NEUTRAL = {"errors": "replace", "fast_tokenizer_files": ["tokenizer.json"]}
 
-# Classes that take add_prefix_space from tokenizer.json alone.
+# Classes that read add_prefix_space only from tokenizer.json.
 _PLAIN_CLASSES = (None, "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 
-# Roles in the order in which their tokens are added; roles of other names follow.
+# Roles in the order in which their tokens are added; other roles follow.
 _ROLES = (
     "bos_token",
     "eos_token",
@@ -74,7 +74,7 @@ _ROLES = (
     "cls_token",
     "mask_token",
 )
-# Roles that belong to a tokenizer_class: they hold if no file names another and the token exists.
+# Default roles of a tokenizer_class: used if no file sets the role and the token exists.
 _GPT2_ROLES = dict.fromkeys(["bos_token", "eos_token", "unk_token"], "<|endoftext|>")
 _QWEN2_ROLES = dict.fromkeys(["eos_token", "unk_token", "pad_token"], "<|endoftext|>")
 _LLAMA_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -93,15 +93,15 @@ def vocabulary_from_folder(folder: Folder) -> Vocabulary:
     if not file.is_file():
         there = ", ".join(name for name in OTHER_FORMS if (folder / name).is_file())
         raise FileNotFoundError(
-            f"{folder} has no tokenizer.json, the one form that is read"
-            + (f"; it has {there}: save the tokenizer by transformers" if there else "")
+            f"{folder} has no tokenizer.json, the only form supported"
+            + (f"; it has {there}: save the tokenizer with transformers" if there else "")
         )
     path = folder / "tokenizer_config.json"
     config = _read(path)
     description = _json(file)
     with refusing(str(file)):
         backend = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    backend.no_padding()  # a file may ask for more than there is memory
+    backend.no_padding()  # a file may ask for more than the memory
     backend.no_truncation()
     _refuse_model_options(description, file)
     _refuse_unknown(config, backend, path)
@@ -128,7 +128,7 @@ def _json(path: File) -> dict[str, Any]:
 
 
 def _read(path: File) -> dict[str, Any]:
-    """A JSON object, empty if there is no such file."""
+    """Return the JSON object in a file, empty if the file does not exist."""
     if not path.is_file():
         return {}
     value = _json(path)
@@ -147,7 +147,7 @@ def _refuse_model_options(description: Mapping[str, Any], file: File) -> None:
 
 
 def _refuse_unknown(config: Mapping[str, Any], backend: tokenizers.Tokenizer, path: File) -> None:
-    """Raise FormatError for a key that may change tokens or text in a way that is not known."""
+    """Raise FormatError for an unsupported key that may change tokens or text."""
     for key, value in config.items():
         if value in (None, False, "", [], {}, _NEUTRAL.get(key)):
             continue
@@ -176,7 +176,7 @@ def _refuse_unknown(config: Mapping[str, Any], backend: tokenizers.Tokenizer, pa
 
 
 def _adds_space(backend: tokenizers.Tokenizer) -> bool:
-    """Whether something is put before the first word of a text."""
+    """Whether the tokenizer puts something before the first word of a text."""
     text = backend.normalizer.normalize_str("x") if backend.normalizer else "x"
     if backend.pre_tokenizer:
         text = "".join(piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text))
@@ -185,18 +185,18 @@ def _adds_space(backend: tokenizers.Tokenizer) -> bool:
 
 @dataclass
 class _Tokens:
-    """Tokens that the files beside the vocabulary name.
+    """Tokens listed in the files beside the vocabulary.
 
     Attributes
     ----------
     roles : dict of str to AddedToken
-        By key: ``bos_token`` and the like.
+        Tokens with a role, by key: ``bos_token`` and the like.
     extra : list of AddedToken
         Special tokens without a role.
     numbered : dict of int to AddedToken
-        In the order of numbers they are added.
+        Tokens by number; they are added in that order.
     claims : list of (Path, str, int)
-        The number that a file says a token has.
+        A file, a token and the number that the file gives it.
     """
 
     roles: dict[str, AddedToken] = field(default_factory=dict)
@@ -235,7 +235,7 @@ def _merge(folder: Folder, config: Mapping[str, Any], description: Mapping[str, 
     else:
         _merge_legacy(tokens, folder, config)
         tokens.numbered |= described
-    # Other roles follow, at the end those that tokenizer_config.json has as strings.
+    # Other roles follow; those that tokenizer_config.json has as strings come last.
     own = {key for key, value in _roles(config).items() if isinstance(value, str)}
     order = [*_ROLES, *sorted(tokens.roles, key=own.__contains__)]
     tokens.roles = {role: tokens.roles[role] for role in order if role in tokens.roles}
@@ -277,7 +277,7 @@ def _class_roles(config: Mapping[str, Any]) -> Mapping[str, str]:
 
 
 def _roles(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries that give a token a role; add_bos_token and its like are flags."""
+    """Return the entries that give a token a role; add_bos_token and the like are flags."""
     return {
         key: value
         for key, value in values.items()
@@ -286,7 +286,7 @@ def _roles(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set_extra(tokens: _Tokens, value: Any, path: File, **flags: bool) -> None:
-    """Take special tokens from a list, or with their roles from an object."""
+    """Add special tokens from a list, or with their roles from an object."""
     if isinstance(value, dict):
         tokens.set_roles(value, path, **flags)
     elif isinstance(value, list):
@@ -302,7 +302,7 @@ def _object(values: Mapping[str, Any], key: str, path: File) -> dict[str, Any]:
 
 
 def _token(value: Any, where: str, **flags: bool) -> AddedToken:
-    """A token that is written as a string or as an object with its options."""
+    """Return a token that is stored as a string or as an object with options."""
     if isinstance(value, str):
         return AddedToken(value, special=True, normalized=False)
     if not isinstance(value, dict) or not isinstance(value.get("content"), str):
@@ -322,9 +322,9 @@ def _add(backend: tokenizers.Tokenizer, tokens: _Tokens) -> None:
     added = [tokens.numbered[index] for index in sorted(tokens.numbered)]
     known = {token.content for token in (*before, *added)}
     new = [t for t in (*tokens.roles.values(), *tokens.extra) if t.content not in known]
-    # Of several entries with one content the last counts, unless it repeats an earlier one.
+    # If several entries have the same content, the last counts, unless it repeats an earlier one.
     added += {repr(token): token for token in new}.values()
-    # Once special, a token stays so.
+    # Once special, a token stays special.
     special = {token.content for token in before if token.special}
     special |= {token.content for token in tokens.roles.values()}
     for token in added:
@@ -334,12 +334,12 @@ def _add(backend: tokenizers.Tokenizer, tokens: _Tokens) -> None:
     for path, content, index in tokens.claims:
         if content and (found := backend.token_to_id(content)) != index:
             raise FormatError(
-                f"{path}: token {content!r} has number {index}, but the vocabulary makes it {found}"
+                f"{path}: token {content!r} has number {index}, but the vocabulary has {found}"
             )
 
 
 def _first_token(backend: tokenizers.Tokenizer, bos: AddedToken | None, file: File) -> str | None:
-    """The token that tokenizer.json itself puts before a text."""
+    """Return the token that tokenizer.json itself puts before a text."""
     before, after = surroundings(backend, str(file))
     if not before and not after:
         return None
@@ -362,7 +362,7 @@ def _eos_ids(path: File) -> tuple[int, ...]:
 def _template(folder: Folder, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        # Bytes, because text mode would change the line ends.
+        # Read bytes, because text mode would change the line ends.
         data = file.read_bytes()
         try:
             return data.decode()

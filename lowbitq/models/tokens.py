@@ -1,4 +1,4 @@
-"""Token numbers and counts: what they must be before rows of an embedding are looked up."""
+"""Checks of token numbers, before they index an embedding, and of counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SHAPES = {1: "(t,)", 2: "(samples, window)"}
 def token_array(
     tokens: Any, vocab_size: int | None = None, *, name: str = "tokens", axes: Sequence[int] = (1,)
 ) -> NDArray[np.int32]:
-    """Check token numbers and return them as the C core reads them.
+    """Check token numbers and return them as the C core expects them.
 
     Parameters
     ----------
@@ -25,21 +25,21 @@ def token_array(
     vocab_size : int, default=None
         Every token must be below it. None: below 2^31.
     name : str, default="tokens"
-        What error messages call it.
+        Name of the argument in error messages.
     axes : sequence of int, default=(1,)
-        Numbers of axes that are allowed, 1 or 2.
+        Allowed numbers of axes, 1 or 2.
 
     Returns
     -------
     ndarray of int32, C-contiguous
-        `tokens` itself if it is such an array.
+        `tokens` itself if it already is one.
 
     Raises
     ------
     TypeError
-        If the numbers are not integers; booleans are not.
+        If the numbers are not integers; booleans are refused too.
     ValueError
-        If the shape is another, or a token is masked, negative or not in the vocabulary.
+        If the number of axes is wrong, or a token is masked, negative or not in the vocabulary.
 
     Examples
     --------
@@ -77,7 +77,7 @@ def check_count(name: str, value: int, least: int) -> None:
 
 
 def check_sliding_window(count: int, config: ModelConfig) -> None:
-    """Raise ValueError if a model would attend over more tokens than its sliding window has."""
+    """Raise ValueError if a model would attend to more tokens than its sliding window."""
     window = config.sliding_window
     if window is not None and count > window:
         raise ValueError(

@@ -1,9 +1,9 @@
-"""Tokenizers out of GGUF metadata, built from the vocabulary as their publishers built them.
+"""Tokenizers from GGUF metadata, built from the vocabulary as their publishers built them.
 
 A GGUF file stores tokens, merges or scores, and the *name* of the rule that cuts text before
-merging (``tokenizer.ggml.pre``). The rules here are those of the models' own ``tokenizer.json``.
-They matter: with another rule most text still encodes to plausible tokens, and the model is quietly
-worse. A name that is not known is therefore an error and never a guess.
+merging (``tokenizer.ggml.pre``). The rules here come from the models' own ``tokenizer.json``. They
+matter: with the wrong rule, most text still encodes to plausible tokens, and the model is quietly
+worse. An unknown name is therefore an error, never a guess.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class _Rule:
-    """How text is cut before byte-level merging: by each expression in turn."""
+    """How text is cut before byte-level merging; expressions apply in turn."""
 
     splits: tuple[str, ...] = (_GPT2,)
     single_digits: bool = False
@@ -54,7 +54,7 @@ _SMOLLM_RULE = _Rule(single_digits=True)
 _LLAMA3_RULE = _Rule(splits=(_LLAMA3,), ignore_merges=True, adds_bos=True)
 
 PRE_TOKENIZERS: Mapping[str, _Rule] = {
-    # What llama.cpp takes for files from before there were names.
+    # llama.cpp's rule for files that predate the names.
     "default": _Rule((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
     "gpt-2": _GPT2_RULE,
     "smollm": _SMOLLM_RULE,
@@ -72,17 +72,17 @@ PRE_TOKENIZERS: Mapping[str, _Rule] = {
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
 # fmt: off
-# GGUF has room for one end of text and one end of turn, but chat models have up to three tokens
+# GGUF has keys for one end of text and one end of turn, but chat models have up to three tokens
 # that end an answer (their generation_config.json lists them). llama.cpp finds the rest by name,
-# whatever their type (llama_vocab::impl::load); these are its names.
+# regardless of type (llama_vocab::impl::load); these are its names.
 _END_NAMES = frozenset([
     "</s>", "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>",
     "<|end|>", "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<end_of_turn>", "<EOT>",
     "_<EOT>", "[EOT]", "[EOS]", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
     "<｜end▁of▁sentence｜>", "[e~[",
 ])
-# Tokens that fill gaps in code end a text too: the one that the file has a key for, or else the
-# first of these names that is a token.
+# Fill-in-the-middle tokens end a text too: the one from the file's key, or else the first of these
+# names that is a token.
 _GAP_NAMES = {
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
@@ -100,7 +100,7 @@ _KNOWN = frozenset([
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a file says about its tokenizer.
+    """A tokenizer as described by its file.
 
     Attributes
     ----------
@@ -125,10 +125,10 @@ _PASSED_ON = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, FormatE
 
 
 class refusing:  # noqa: N801 (used as a statement: ``with refusing(where):``)
-    """Turn whatever the tokenizers package raises into a FormatError that says where.
+    """Turn any exception of the tokenizers package into a FormatError that names the place.
 
     The package raises plain `Exception`, and its Rust panics derive from `BaseException`. This is a
-    class because a generator would also meet the GeneratorExit that can follow an interrupt.
+    class because a generator would also catch the GeneratorExit that can follow an interrupt.
     """
 
     def __init__(self, where: str) -> None:
@@ -147,7 +147,7 @@ class refusing:  # noqa: N801 (used as a statement: ``with refusing(where):``)
             raise FormatError(f"{self.where}: {error}") from error
 
 
-# Its one token is what a post-processor is shown.
+# A post-processor is tried on its one token.
 _PROBE = Tokenizer(models.WordLevel({"x": 0}, unk_token="x"))
 
 
@@ -219,7 +219,7 @@ _ROLE_KEYS = {
 def _ends(
     fields: _Fields, tokens: list[str], types: list[int], eos: int | None
 ) -> tuple[tuple[int, ...], set[int]]:
-    """Return the tokens that end a text and those that are special, as llama.cpp has them."""
+    """Return the tokens that end a text and the special tokens, as in llama.cpp."""
     ids = {
         key: fields.token_id(f"tokenizer.ggml.{key}_token_id", len(tokens))
         for key in ("eot", "eom", *_GAP_NAMES)
@@ -249,7 +249,7 @@ def _rule(fields: _Fields) -> _Rule:
         found = "missing" if name is None else repr(name)
         raise FormatError(
             f"{fields.source}: tokenizer.ggml.pre is {found}; known: {', '.join(PRE_TOKENIZERS)}. "
-            "A tokenizer.json from the model's Hugging Face folder is read whatever its rule"
+            "A tokenizer.json from the model's Hugging Face folder may have any rule"
         )
     return PRE_TOKENIZERS[name]
 
@@ -280,11 +280,11 @@ def _byte_level(fields: _Fields, tokens: list[str], rule: _Rule) -> Tokenizer:
 def _sentencepiece(
     fields: _Fields, tokens: list[str], types: list[int], unknown: int | None
 ) -> Tokenizer:
-    """SentencePiece BPE as `transformers` converts it.
+    """Build SentencePiece BPE as `transformers` converts it.
 
     SentencePiece merges the neighbours whose union has the best score; merges ranked by that score
-    do the same. The space before the first word is put there by a normalizer, as in LLaMA 2's own
-    tokenizer.json: a text that begins with a space keeps it, as in SentencePiece and llama.cpp.
+    do the same. As in LLaMA 2's own tokenizer.json, a normalizer adds the space before the first
+    word: a text that begins with a space keeps it, as in SentencePiece and llama.cpp.
     """
     key = "tokenizer.ggml.scores"
     scores = fields.numbers(key, len(tokens), required=True)
@@ -326,9 +326,9 @@ def _sentencepiece(
 
 
 def _splits(piece: str, pieces: Mapping[str, int], lengths: set[int]) -> list[tuple[str, str]]:
-    """The pairs that `piece` can be merged from, in order of their numbers.
+    """Return the pairs that merge into `piece`, in order of their numbers.
 
-    Only lengths that occur are tried: all would take time quadratic in the length of a long token.
+    Only lengths that occur are tried; all would take time quadratic in the length of a long token.
     """
     size = len(piece)
     cuts = range(1, size) if size <= len(lengths) else [cut for cut in lengths if cut < size]
@@ -339,13 +339,13 @@ def _splits(piece: str, pieces: Mapping[str, int], lengths: set[int]) -> list[tu
 
 @dataclass(frozen=True)
 class _Fields:
-    """Typed access to metadata; every complaint names the key."""
+    """Typed access to metadata; every error names the key."""
 
     metadata: Mapping[str, Any]
     source: str
 
     def refuse_unknown(self, known: Set[str]) -> None:
-        """Raise FormatError for a key that may change tokens in a way that is not known."""
+        """Raise FormatError for an unsupported key that may change tokens."""
         for key, value in self.metadata.items():
             name = key.removeprefix("tokenizer.")
             if name == key or name in _KNOWN or name in known:

@@ -31,11 +31,8 @@ from lowbitq.texts import (
 
 Progress: TypeAlias = Callable[[int, int], object]
 
-# Rows of logits at a time: 256 rows of the largest vocabularies (152,000) are 150 MB.
-_ROWS = 256
-
-# Resamples of the bootstrap. With this many, the interval's ends vary by 2 % of its width.
-_RESAMPLES = 10_000
+_ROWS = 256  # of logits at a time: 150 MB for the largest vocabularies (152,000)
+_RESAMPLES = 10_000  # of the bootstrap: the interval's ends vary by 2 % of its width
 
 _PERCENTILES = (50.0, 90.0, 99.0, 99.9)
 

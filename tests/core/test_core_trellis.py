@@ -61,7 +61,7 @@ def test_products_are_within_rounding(isa, rows, cols, text, activation_bits):
         np.full((rows, Format.parse(text).groups(cols)), 2.0**-7, np.float32),
         shape=(rows, cols),
     )
-    layer = QuantizedLinear(tensor, activation_bits=activation_bits)
+    layer = QuantizedLinear.of(tensor, activation_bits=activation_bits)
     levels = oracle.trellis_levels(tensor.codes)[:rows]
     for tokens in (1, 3, 9):
         x = normal(tokens, cols)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import time
 import unicodedata
 
@@ -354,3 +355,30 @@ def test_wrong_metadata(changes, message):
 def test_scores_must_be_numbers():
     with pytest.raises(FormatError, match="scores"):
         Tokenizer.from_gguf(sentencepiece(scores=np.full(3, np.nan)))
+
+
+def test_ctrl_c_does_not_wait_for_a_long_text():
+    tokenizer = Tokenizer.from_gguf(byte_level())
+    text = "low lower, " * 300_000
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        started = time.monotonic()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            tokenizer.encode(text)
+        assert time.monotonic() - started < 0.6
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_long_texts_have_the_same_tokens(monkeypatch, room):
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    if not room:
+        monkeypatch.setattr("threading.Thread.start", start)
+    tokenizer = Tokenizer.from_gguf(byte_level())
+    piece = "low lower, <|im_end|> é\n"
+    assert tokenizer.encode(piece * 9000).tolist() == tokenizer.encode(piece).tolist() * 9000

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,9 @@ from lowbitq.models.vocabulary import Vocabulary, refusing, surroundings, vocabu
 
 # Decoding writes this for bytes that are not, or not yet, a character.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+# Characters that take about 0.1 s to encode.
+_LONG = 100_000
 
 
 class Tokenizer:
@@ -243,7 +247,7 @@ class Tokenizer:
             ) from error
         backend = self._backend if special else self._plain
         with refusing(self._source):
-            tokens = backend.encode(text, add_special_tokens=False).ids
+            tokens = _encode(backend, text)
         if add_bos is None:
             add_bos = self.adds_bos and tokens[:1] != [self.bos_id]
         return np.array([self.bos_id, *tokens] if add_bos else tokens, dtype=np.int32)
@@ -475,6 +479,34 @@ class Tokenizer:
         if token is None:
             raise FormatError(f"{self._source}: {role} {name!r} is not in the vocabulary")
         return token
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a text; Ctrl-C need not wait for those of a long one.
+
+    The package looks for no signals, so that another thread has to do the work.
+    """
+    found: list[list[int] | BaseException] = []
+
+    def work() -> None:
+        try:
+            found.append(backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+        except BaseException as error:  # its panics are no Exception
+            found.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    try:
+        if started := len(text) >= _LONG:
+            thread.start()
+    except RuntimeError:  # the system has no room for another one
+        started = False
+    if started:
+        thread.join()
+    else:
+        work()
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
 
 
 def _size(backend: tokenizers.Tokenizer, source: str) -> int:

@@ -102,6 +102,8 @@ def test_all_that_differs_is_in_one_error():
             hidden_act="gelu",
             num_experts=8,
             attn_logit_softcapping=50.0,
+            use_rope=False,
+            position_embedding_type="alibi",
             rope_scaling={"rope_type": "dynamic", "factor": 2.0},
             layer_types=["full_attention", "chunked_attention"],
             hidden_size="not even read",
@@ -112,6 +114,8 @@ def test_all_that_differs_is_in_one_error():
         "hidden_act is 'gelu'",
         "num_experts is 8",
         "attn_logit_softcapping is 50.0",
+        "use_rope is False",
+        "position_embedding_type is 'alibi'",
         "rope_scaling.rope_type is 'dynamic', expected one of (default, linear, llama3, yarn, ",
         "layer_types has chunked_attention",
     ]:

@@ -30,6 +30,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (),
     "no_rope_layers": (),
     "is_causal": (True,),
+    "use_rope": (True,),
+    "position_embedding_type": ("rope", "rotary"),
     "alibi": (False,),
     "use_parallel_residual": (False,),
     "per_layer_config": (),

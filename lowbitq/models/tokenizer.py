@@ -282,8 +282,9 @@ class Tokenizer:
         if array.ndim != 1:
             raise ValueError(f"tokens have shape {array.shape}, expected one dimension")
         if array.size and (array.min() < 0 or array.max() >= 2**31):
-            found = f"{array.min()} to {array.max()}"
-            raise ValueError(f"tokens range from {found}, expected 0 to 2^31 - 1")
+            raise ValueError(
+                f"tokens range from {array.min()} to {array.max()}, expected 0 to 2^31 - 1"
+            )
         with refusing(self._source):
             return self._backend.decode(array.tolist(), skip_special_tokens=skip_special)
 

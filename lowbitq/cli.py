@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     one = command("quantize", quantize, "Quantize a model and save it.")
     one.add_argument("model", metavar="MODEL", help=model)
     one.add_argument("out", type=Path, metavar="FOLDER", help="destination")
-    one.add_argument("--format", type=_format, default="int4g64", help="linear layers' format")
+    one.add_argument("--format", type=_format, default="int4g64", help="format of linear layers")
     embedding = lq.Plan({}).embedding
     one.add_argument(
         "--embedding",
@@ -153,7 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     one.add_argument("--method", choices=["gptq", "rtn"], default="gptq", help="rounding method")
     rotations = ["hadamard", "orthogonal", "none"]
-    one.add_argument("--rotation", choices=rotations, default="hadamard", help="model's rotation")
+    one.add_argument(
+        "--rotation", choices=rotations, default="hadamard", help="rotation of the model"
+    )
     _text_option(one, "to calibrate on")
     _calibration_options(one, samples=128, window=2048)
     _work_dir_options(one, "FOLDER.work")

@@ -142,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
 
     one = command("quantize", quantize, "Quantize a model and save it.")
     one.add_argument("model", metavar="MODEL", help=model)
-    one.add_argument("out", type=Path, metavar="FOLDER", help="where to save it")
-    one.add_argument("--format", type=_format, default="int4g64", help="for linear layers")
+    one.add_argument("out", type=Path, metavar="FOLDER", help="destination")
+    one.add_argument("--format", type=_format, default="int4g64", help="format of linear layers")
     embedding = lq.Plan({}).embedding
     one.add_argument(
         "--embedding",
@@ -151,9 +151,11 @@ def _parser() -> argparse.ArgumentParser:
         default=embedding,
         help="format of the embedding and the head, or none",
     )
-    one.add_argument("--method", choices=["gptq", "rtn"], default="gptq", help="how to round")
+    one.add_argument("--method", choices=["gptq", "rtn"], default="gptq", help="rounding method")
     rotations = ["hadamard", "orthogonal", "none"]
-    one.add_argument("--rotation", choices=rotations, default="hadamard", help="for all layers")
+    one.add_argument(
+        "--rotation", choices=rotations, default="hadamard", help="rotation of the model"
+    )
     _text_option(one, "to calibrate on")
     _calibration_options(one, samples=128, window=2048)
     _work_dir_options(one, "FOLDER.work")
@@ -164,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--reference", metavar="MODEL", help="also compare with this model")
     _text_option(one, "to predict")
     one.add_argument("--window", type=_positive, default=2048, help="tokens per window")
-    one.add_argument("--windows", type=_positive, help="windows (default: the whole text)")
+    one.add_argument("--windows", type=_positive, help="number of windows (default: all)")
 
     one = command("generate", generate, "Continue a text.")
     one.add_argument("model", metavar="MODEL", help=model)
@@ -176,8 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token")
     one.add_argument("--top-k", type=_positive, help="choose among this many tokens")
     one.add_argument("--top-p", type=float, help="choose among tokens of this total probability")
-    one.add_argument("--cache-bits", type=int, default=32, help="per key or value: 8 or 32")
-    one.add_argument("--seed", type=int, default=0, help="for sampling")
+    one.add_argument("--cache-bits", type=int, default=32, help="cache precision, 8 or 32")
+    one.add_argument("--seed", type=int, default=0, help="seed for sampling")
 
     one = command(
         "bench", bench, "Measure layer speed against this machine's limits, in half a minute."
@@ -206,7 +208,7 @@ def _text_option(parser: argparse.ArgumentParser, use: str) -> None:
 def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, window: int) -> None:
     parser.add_argument("--samples", type=_positive, default=samples, help="calibration windows")
     parser.add_argument("--window", type=_positive, default=window, help="tokens per window")
-    parser.add_argument("--seed", type=int, default=0, help="for samples and rotations")
+    parser.add_argument("--seed", type=int, default=0, help="seed for samples and rotations")
 
 
 def _work_dir_options(parser: argparse.ArgumentParser, default: str) -> None:

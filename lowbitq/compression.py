@@ -189,9 +189,9 @@ def _tokens(
 ) -> NDArray[np.int32]:
     if stats is not None:
         if not isinstance(stats, Statistics):
-            raise TypeError(f"stats is {type(stats).__name__}, expected Statistics; is it text=?")
+            raise TypeError(f"stats is {type(stats).__name__}, expected Statistics (or use text=)")
         if text is not None:
-            raise TypeError("text and stats are both given; the tokens of stats would be used")
+            raise TypeError("text and stats are both given, expected only one of them")
         vocab_size = model.config.vocab_size
         text = token_array(stats.tokens, vocab_size, name="stats.tokens", axes=(2,))
     return windows(

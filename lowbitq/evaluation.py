@@ -200,7 +200,7 @@ def perplexity(
         As for `lowbitq.texts.windows`. A tokenizer that begins texts with a BOS token puts
         one at the start of the text; none is added to windows.
     window : int, default=2048
-        Tokens per window. A rest at the end is not scored; a text shorter than a window is.
+        Tokens per window. A remainder is not scored, unless the text is shorter than a window.
     windows : int, default=None
         Number of windows, taken from the start of the text. None: all.
     progress : callable, default=None
@@ -257,7 +257,7 @@ def kl_divergence(
     Parameters
     ----------
     model, reference : Model
-        With the same tokenizer, or tokens as text and vocabularies of one size.
+        Both need the same tokenizer, or, if `text` is tokens, the same vocabulary size.
     text, window, windows, progress
         As for `perplexity`.
 
@@ -269,7 +269,7 @@ def kl_divergence(
     Raises
     ------
     ValueError, TypeError
-        As for `perplexity`, or if the reference has another vocabulary or tokenizer, or fewer
+        As for `perplexity`, or if the reference has a different vocabulary or tokenizer, or fewer
         positions than `window`.
 
     References
@@ -308,7 +308,7 @@ def agreement(
     Parameters
     ----------
     model, reference : Model
-        With the same tokenizer, or tokens as text and vocabularies of one size.
+        Both need the same tokenizer, or, if `text` is tokens, the same vocabulary size.
     text, window, windows, progress
         As for `perplexity`.
 
@@ -320,7 +320,7 @@ def agreement(
     Raises
     ------
     ValueError, TypeError
-        As for `perplexity`, or if the reference has another vocabulary or tokenizer, or fewer
+        As for `perplexity`, or if the reference has a different vocabulary or tokenizer, or fewer
         positions than `window`.
 
     Examples
@@ -355,8 +355,8 @@ def evaluate(
     text, window, windows, progress
         As for `perplexity`.
     reference : Model, default=None
-        With the same tokenizer, such as the model before it was quantized; or, if `text` is tokens
-        or one of the two has no tokenizer, with a vocabulary of the same size.
+        Needs the same tokenizer, such as the model before quantization. If `text` is tokens or
+        either model has no tokenizer, the same vocabulary size is enough.
 
     Returns
     -------
@@ -365,7 +365,7 @@ def evaluate(
     Raises
     ------
     ValueError, TypeError
-        As for `perplexity`, or if the reference has another vocabulary or tokenizer, or fewer
+        As for `perplexity`, or if the reference has a different vocabulary or tokenizer, or fewer
         positions than `window`.
 
     Examples
@@ -484,7 +484,7 @@ def _check_reference(model: Model, reference: Model, text: Text, cut: _Cut) -> N
     if reference.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"reference has {reference.config.vocab_size} tokens in its vocabulary, "
-            f"the model {model.config.vocab_size}"
+            f"but the model has {model.config.vocab_size}"
         )
     check_positions(cut.tokens.shape[1], reference.config, of="reference")
     ours, theirs = model.tokenizer, reference.tokenizer
@@ -549,7 +549,7 @@ def _cut(model: Model, text: Text, window: int, windows: int | None) -> _Cut:
     there = len(tokens) // length
     if windows is not None and windows > there:
         raise ValueError(
-            f"the text has {len(tokens)} tokens, {there} windows of {window}, "
+            f"the text has {len(tokens)} tokens, enough for {there} windows of {window}, "
             f"fewer than windows = {windows}"
         )
     count = there if windows is None else windows

@@ -228,7 +228,7 @@ class LayerPlan:
             first = (
                 f"the first has mode {self.copies[0].mode!r}" if self.copies else "there is none"
             )
-            raise ValueError(f"copies: {first}, expected one of mode 'own' first")
+            raise ValueError(f"copies: {first}, expected a first copy of mode 'own'")
         _check_at_least_zero("rank", self.rank)
 
     @classmethod

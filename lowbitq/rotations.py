@@ -260,7 +260,7 @@ class Rotation:
         Returns
         -------
         Rotation
-            With the same bits as the one described.
+            Bit-identical to the one described.
 
         Raises
         ------

@@ -224,7 +224,12 @@ def test_progress_counts_windows(model, tokens):
         (np.zeros(0, int), {}, ValueError, "the text has 0 tokens"),
         ("abcd", {"window": 1}, ValueError, "window is 1, expected at least 2"),
         ("abcd", {"windows": 0}, ValueError, "windows is 0, expected at least 1"),
-        ("abcd" * 9, {"window": 16, "windows": 3}, ValueError, "36 tokens, 2 windows of 16"),
+        (
+            "abcd" * 9,
+            {"window": 16, "windows": 3},
+            ValueError,
+            "36 tokens, enough for 2 windows of 16",
+        ),
         (
             "abcd" * 2000,
             {"window": 5000},

@@ -150,7 +150,9 @@ def test_a_replaced_layer_runs_at_once(tmp_path):
     assert (model.logits(tokens) == before).all(), "the original changed with its copy"
     copy.replace_linear(name, linear)
     assert (copy.logits(tokens) == before).all()
-    with pytest.raises(ValueError, match=r"linear has shape \(1, 2\), model.layers.0.* \(48, 48\)"):
+    with pytest.raises(
+        ValueError, match=r"linear has shape \(1, 2\), but model.layers.0.* \(48, 48\)"
+    ):
         copy.replace_linear(name, Linear(np.zeros((1, 2), np.float32)))
     with pytest.raises(KeyError, match="no linear layer 'lm_head'"):
         copy.replace_linear("lm_head", linear)

@@ -75,7 +75,7 @@ def test_texts(text, copies, rank):
         ("int9", "unknown format 'int9'"),
         ("int2g64 twice", "has 'twice', expected one each of hadamard"),
         ("int2g64 a4 a8", "has 'a8', expected one each"),
-        ("int2g64 residual", "first has mode 'residual', expected one of mode 'own' first"),
+        ("int2g64 residual", "first has mode 'residual', expected a first copy of mode 'own'"),
         ("int2g64 +", "unknown format ''"),
         ("rank8", "unknown format 'rank8'"),
         ("int2g64 + rank-1", "unknown format 'rank-1'"),
@@ -84,7 +84,7 @@ def test_texts(text, copies, rank):
 def test_bad_texts_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         LayerPlan.parse(text)
-    with pytest.raises(ValueError, match="there is none, expected one of mode 'own' first"):
+    with pytest.raises(ValueError, match="there is none, expected a first copy of mode 'own'"):
         LayerPlan(())
 
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 # vocabularies in use (256k tokens with merges) make headers of about 20 MB.
 _HEADER_LIMIT = 1 << 28
 
-# Weights decoded at a time, so that decoding needs little more memory than its result. Of 2^14 to
-# 2^22, both ends were slowest on SmolLM2; 2^16 to 2^19 were equally fast.
+# Weights decoded at a time, so that decoding needs little more memory than its result. On SmolLM2,
+# times were equal from 2^16 to 2^19, and rose towards 2^14 and 2^22.
 _CHUNK = 1 << 17
 
 _SCALARS = {

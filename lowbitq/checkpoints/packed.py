@@ -200,7 +200,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise FileExistsError if `new_folder` at `path` would overwrite anything but a model."""
+    """Raise FileExistsError if `new_folder` at `path` would delete anything but a saved model."""
     if not path.exists():
         return
     if not path.is_dir():

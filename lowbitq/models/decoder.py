@@ -166,7 +166,7 @@ class Model:
         name : str
             A name from `matrices`.
         linear : Linear or QuantizedLinear
-            Of the same shape.
+            A layer of the same shape.
 
         Raises
         ------
@@ -179,7 +179,7 @@ class Model:
         if before is None:
             raise KeyError(f"the model has no linear layer {name!r}")
         if linear.shape != before.shape:
-            raise ValueError(f"linear has shape {linear.shape}, {name} {before.shape}")
+            raise ValueError(f"linear has shape {linear.shape}, but {name} has {before.shape}")
         if name == EMBEDDING:
             self.embedding = linear
         elif name == HEAD:

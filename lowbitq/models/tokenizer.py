@@ -99,14 +99,14 @@ class Tokenizer:
         self.bos_id = self._named("bos_token")
         self.adds_bos = adds_bos
         if adds_bos and self.bos_id is None:
-            raise FormatError(f"{source}: a text begins with bos_token, but none is named")
+            raise FormatError(f"{source}: texts begin with bos_token, but no bos_token is named")
         self._set_post_processor()
         eos = self._named("eos_token")
         self.eos_ids: tuple[int, ...] = tuple(
             dict.fromkeys(([] if eos is None else [eos]) + list(eos_ids))
         )
         if any(not 0 <= token < 2**31 for token in self.eos_ids):
-            raise FormatError(f"{source}: tokens that end a text are {list(self.eos_ids)}")
+            raise FormatError(f"{source}: eos_ids are {list(self.eos_ids)}, expected 0 to 2^31 - 1")
 
     @classmethod
     def from_folder(cls, path: str | Path | PackedFolder) -> Tokenizer:
@@ -286,7 +286,9 @@ class Tokenizer:
         if array.ndim != 1:
             raise ValueError(f"tokens have shape {array.shape}, expected one dimension")
         if array.size and (array.min() < 0 or array.max() >= 2**31):
-            raise ValueError(f"tokens reach from {array.min()} to {array.max()}")
+            raise ValueError(
+                f"tokens range from {array.min()} to {array.max()}, expected 0 to 2^31 - 1"
+            )
         with refusing(self._source):
             return self._backend.decode(array.tolist(), skip_special_tokens=skip_special)
 

@@ -1,4 +1,4 @@
-"""The dependency rule of architecture.md, for every #include and every import."""
+"""The dependency rule of CONTRIBUTING.md, for every #include and every import."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def imported(path: Path) -> list[tuple[int, str]]:
 def test_python_imports_point_up(path):
     module = module_name(path)
     rank = {name: place for place, name in enumerate(PYTHON_ORDER)}
-    assert module in rank, f"{module} has no place in PYTHON_ORDER (architecture.md, The tree)"
+    assert module in rank, f"{module} has no place in PYTHON_ORDER (see CONTRIBUTING.md)"
     for line, name in imported(path):
         top = name.split(".")[0]
         if top == "lowbitq":

@@ -36,6 +36,7 @@ typedef struct {
     bool dominated;          /* as importance.h says; then it is not NULL */
     lanes low, high, unit, shift;
     float h[4][LANES]; /* sums of importance times 1, w, w^2; and one over the first */
+    lanes error;       /* of the grids that were searched for; else 0 */
     float first, last; /* levels */
     float middle[LBQ_MAX_LEVELS], jump[LBQ_MAX_LEVELS]; /* between neighbouring levels */
 } groups;
@@ -468,16 +469,33 @@ fit_least_error(groups *g, const lbq_search *range, float *scale, float *offset)
                 offset[l] = (float)o[l];
             }
     }
+    memcpy(g->error, least, sizeof least);
 }
 
-/* Replaces coarse grids that are worse than zeros; in float16 also those that gain less than a
- * tenth on them, which GPTQ would lose again by what it feeds to a few weights of one step. */
+/* Grids that zeros may be better than: coarse ones, and those found for groups whose important
+ * weights are zeros. */
+static bool
+find_doubtful(const groups *g, const float *scale, bool *doubtful)
+{
+    const float coarse = lbq_coarse_scale(g->code);
+    bool any = false;
+    for (int l = 0; l < LANES; l++) {
+        const float shift = g->shift[l] / g->unit[l];
+        const float zeros = g->h[2][l] + shift * (2 * g->h[1][l] + shift * g->h[0][l]);
+        doubtful[l] = scale[l] <= coarse || (g->norm == 2 && g->error[l] > zeros);
+        any |= doubtful[l];
+    }
+    return any;
+}
+
+/* Replaces grids that are worse than zeros; in float16 also coarse ones that gain less than a tenth
+ * on them, which GPTQ would lose again by what it feeds to a few weights of one step. */
 static void
 prefer_zeros(const groups *g, float *scale, float *offset)
 {
     const float coarse = lbq_coarse_scale(g->code);
-    const double gain = g->code->scale_bits == 16 ? 0.9 : 1;
-    if (!lbq_any_coarse(g->code, scale))
+    bool doubtful[LANES];
+    if (!find_doubtful(g, scale, doubtful))
         return;
     wide s, o, origin, zeros, none = {0};
     lbq_judgement found;
@@ -490,11 +508,13 @@ prefer_zeros(const groups *g, float *scale, float *offset)
     lbq_judge_value(g->in, g->importance, g->norm, origin, zeros);
     if (g->code->scale_bits != 16 && !g->code->symmetric) /* an offset is kept as zero * scale */
         lbq_store_scales(g->code, LBQ_NEAREST, none);
-    for (int l = 0; l < LANES; l++)
-        if (scale[l] <= coarse && found.error[l] > gain * zeros[l]) {
+    for (int l = 0; l < LANES; l++) {
+        const double gain = g->code->scale_bits == 16 && scale[l] <= coarse ? 0.9 : 1;
+        if (doubtful[l] && found.error[l] > gain * zeros[l]) {
             scale[l] = (float)none[l];
             offset[l] = g->code->symmetric ? -g->code->zero * scale[l] : 0;
         }
+    }
 }
 
 static groups

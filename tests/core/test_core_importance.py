@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from rounding import normal, quantize
+from rounding import NF4, normal, quantize
 
 
 def anchored_grid_error(w, h, levels):
@@ -67,3 +67,15 @@ def test_unfit_importance_is_named(bad):
     importance[5] = bad
     with pytest.raises(ValueError, match=r"importance\[5\] is "):
         quantize(normal(2, 8), count=4, importance=importance)
+
+
+@pytest.mark.parametrize(
+    "options", [{"count": 2}, {"count": 4}, {"count": 4, "symmetric": False}, {"levels": NF4}]
+)
+@pytest.mark.parametrize("group", [128, 64])
+def test_groups_whose_important_weights_are_zeros_are_zeros(isa, group, options):
+    importance = (np.arange(128) < 64).astype(np.float32)
+    weight = normal(5, 128)
+    weight[:, :64] = 0
+    values = quantize(weight, group=group, importance=importance, **options)[3]
+    assert not values[:, :64].any()

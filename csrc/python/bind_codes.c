@@ -361,49 +361,45 @@ LBQ_BINDING(entropy_range)
     LBQ_RUN(entropy_range(counts.data, (int)counts.dims[0], (int)levels, kept.data));
 }
 
-/* clang-format off */
 PyMethodDef lbq_methods_codes[] = {
-    LBQ_METHOD(code,
-               "code(levels, /, *, name, symmetric, scale_bits, unit, zero)\n--\n\n"
-               "A handle of the code called name, such as 'int4', and of how its scales are stored.")
-    LBQ_METHOD(codes,
-               "codes()\n--\n\n"
-               "What there is to know about each code, by its name.")
-    LBQ_METHOD(quantize,
-               "quantize(code, weight, importance, codes, scale, offset, /, *, group, fixed, "
-               LBQ_SEARCH_TEXT ")\n--\n\n"
-               "Round weight (r, k) to codes (whole blocks) group by group, fitting scale and offset "
-               "(r, g) by method 'minmax', 'percentile' or 'mse', or with those given.")
-    LBQ_METHOD(check_weight,
-               "check_weight(weight, importance, /, *, scale_bits)\n--\n\n"
-               "Raise unless scales of scale_bits reach all of weight (r, k), and importance (k) is "
-               "finite and not negative.")
+    LBQ_METHOD(
+        code,
+        "code(levels, /, *, name, symmetric, scale_bits, unit, zero)\n--\n\n"
+        "A handle of the code called name, such as 'int4', and of how its scales are stored."),
+    LBQ_METHOD(codes, "codes()\n--\n\n"
+                      "What there is to know about each code, by its name."),
+    LBQ_METHOD(
+        quantize,
+        "quantize(code, weight, importance, codes, scale, offset, /, *, group, "
+        "fixed, " LBQ_SEARCH_TEXT ")\n--\n\n"
+        "Round weight (r, k) to codes (whole blocks) group by group, fitting scale and offset "
+        "(r, g) by method 'minmax', 'percentile' or 'mse', or with those given."),
+    LBQ_METHOD(
+        check_weight,
+        "check_weight(weight, importance, /, *, scale_bits)\n--\n\n"
+        "Raise unless scales of scale_bits reach all of weight (r, k), and importance (k) is "
+        "finite and not negative."),
     LBQ_METHOD(quantize_packed,
                "quantize_packed(code, weight, importance, panels, /, *, group, " LBQ_SEARCH_TEXT
                ")\n--\n\n"
-               "Round weight (r, k) into panels (b) that hold what quantize and pack would give.")
+               "Round weight (r, k) into panels (b) that hold what quantize and pack would give."),
     LBQ_METHOD(packed_bytes,
                "packed_bytes(*, code, rows, cols, group, scale_bits, symmetric)\n--\n\n"
-               "Size of the panels of a packed matrix.")
-    LBQ_METHOD(pack,
-               "pack(code, codes, scale, offset, panels, /, *, rows, cols, group)\n--\n\n"
-               "Codes (whole blocks), scale and offset (rows, groups) into panels; inexact ones are "
-               "refused.")
-    LBQ_METHOD(unpack,
-               "unpack(code, panels, codes, scale, offset, /, *, rows, cols, group)\n--\n\n"
-               "The inverse of pack; outputs may be None.")
-    LBQ_METHOD(packed_dequantize,
-               "packed_dequantize(code, panels, weight, /, *, group)\n--\n\n"
-               "Values (rows, cols) of a packed matrix.")
-    LBQ_METHOD(kmeans,
-               "kmeans(values, weights, levels, /)\n--\n\n"
-               "Fill levels (l) with the ascending numbers next to which values (n) lie.")
-    LBQ_METHOD(fixed_levels,
-               "fixed_levels(levels, /, *, kind)\n--\n\n"
-               "Fill levels (l) with the table 'nf' (16 levels) or 'log'.")
+               "Size of the panels of a packed matrix."),
+    LBQ_METHOD(
+        pack, "pack(code, codes, scale, offset, panels, /, *, rows, cols, group)\n--\n\n"
+              "Codes (whole blocks), scale and offset (rows, groups) into panels; inexact ones are "
+              "refused."),
+    LBQ_METHOD(unpack, "unpack(code, panels, codes, scale, offset, /, *, rows, cols, group)\n--\n\n"
+                       "The inverse of pack; outputs may be None."),
+    LBQ_METHOD(packed_dequantize, "packed_dequantize(code, panels, weight, /, *, group)\n--\n\n"
+                                  "Values (rows, cols) of a packed matrix."),
+    LBQ_METHOD(kmeans, "kmeans(values, weights, levels, /)\n--\n\n"
+                       "Fill levels (l) with the ascending numbers next to which values (n) lie."),
+    LBQ_METHOD(fixed_levels, "fixed_levels(levels, /, *, kind)\n--\n\n"
+                             "Fill levels (l) with the table 'nf' (16 levels) or 'log'."),
     LBQ_METHOD(entropy_range,
                "entropy_range(counts, kept, /, *, levels)\n--\n\n"
-               "Set kept (1) to how many bins of a histogram (b) of |x| to cover by equal levels.")
+               "Set kept (1) to how many bins of a histogram (b) of |x| to cover by equal levels."),
     LBQ_METHODS_END,
 };
-/* clang-format on */

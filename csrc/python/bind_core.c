@@ -174,28 +174,25 @@ LBQ_BINDING(aligned_empty)
 }
 
 PyMethodDef lbq_methods_core[] = {
-    LBQ_METHOD(set_num_threads, "set_num_threads(*, threads)\n--\n\nThreads of the pool, 1 to 256.")
-        LBQ_METHOD(use_isa,
-                   "use_isa(*, isa)\n--\n\nUse the kernels up to 'portable', 'avx2' or 'avx512'.")
-            LBQ_METHOD(
-                config,
-                "config()\n--\n\nInstruction set, kernels, threads and BLAS in use, as a dict.")
-                LBQ_METHOD(half_to_float,
-                           "half_to_float(x, y, /)\n--\n\nWiden float16 bits (n) to float32 (n).")
-                    LBQ_METHOD(
-                        bfloat_to_float,
-                        "bfloat_to_float(x, y, /)\n--\n\nWiden bfloat16 bits (n) to float32 (n).")
-                        LBQ_METHOD(float_to_half, "float_to_half(x, y, /)\n--\n\nNarrow float32 "
-                                                  "(n) to float16 bits, ties to even.")
-                            LBQ_METHOD(random_bits, "random_bits(out, /, *, seed, stream)\n--\n\n"
-                                                    "Fill out (n) with 64 random bits each, a "
-                                                    "function of seed, stream and index.")
-                                LBQ_METHOD(random_normal,
-                                           "random_normal(out, /, *, seed, stream)\n--\n\n"
-                                           "Fill out (n) with standard normal numbers, a function "
-                                           "of seed, stream and index.")
-                                    LBQ_METHOD(aligned_empty,
-                                               "aligned_empty(*, bytes)\n--\n\nAn uninitialised "
-                                               "uint8 array at a 64-byte boundary.")
-                                        LBQ_METHODS_END,
+    LBQ_METHOD(set_num_threads,
+               "set_num_threads(*, threads)\n--\n\nThreads of the pool, 1 to 256."),
+    LBQ_METHOD(use_isa,
+               "use_isa(*, isa)\n--\n\nUse the kernels up to 'portable', 'avx2' or 'avx512'."),
+    LBQ_METHOD(config,
+               "config()\n--\n\nInstruction set, kernels, threads and BLAS in use, as a dict."),
+    LBQ_METHOD(half_to_float,
+               "half_to_float(x, y, /)\n--\n\nWiden float16 bits (n) to float32 (n)."),
+    LBQ_METHOD(bfloat_to_float,
+               "bfloat_to_float(x, y, /)\n--\n\nWiden bfloat16 bits (n) to float32 (n)."),
+    LBQ_METHOD(float_to_half, "float_to_half(x, y, /)\n--\n\nNarrow float32 "
+                              "(n) to float16 bits, ties to even."),
+    LBQ_METHOD(random_bits, "random_bits(out, /, *, seed, stream)\n--\n\n"
+                            "Fill out (n) with 64 random bits each, a "
+                            "function of seed, stream and index."),
+    LBQ_METHOD(random_normal, "random_normal(out, /, *, seed, stream)\n--\n\n"
+                              "Fill out (n) with standard normal numbers, a function "
+                              "of seed, stream and index."),
+    LBQ_METHOD(aligned_empty, "aligned_empty(*, bytes)\n--\n\nAn uninitialised "
+                              "uint8 array at a 64-byte boundary."),
+    LBQ_METHODS_END,
 };

@@ -194,32 +194,32 @@ LBQ_BINDING(refine)
     return status == LBQ_OK ? PyLong_FromSsize_t(moved) : lbq_result(module, status);
 }
 
-/* clang-format off */
 PyMethodDef lbq_methods_gptq[] = {
-    LBQ_METHOD(refine,
-               "refine(code, hessian, weight, scale, offset, codes, /, *, group, damping, sweeps)\n--\n\n"
-               "Move codes (r, k) to neighbouring levels while that lowers the outputs' error; "
-               "returns how many moves it made.")
+    LBQ_METHOD(
+        refine,
+        "refine(code, hessian, weight, scale, offset, codes, /, *, group, damping, sweeps)\n--\n\n"
+        "Move codes (r, k) to neighbouring levels while that lowers the outputs' error; "
+        "returns how many moves it made."),
     LBQ_METHOD(adaround,
                "adaround(code, hessian, weight, scale, offset, codes, /, *, group, steps, rate, "
                "strength)\n--\n\n"
                "Choose between each weight's neighbours by the outputs; returns the largest "
-               "distance from 0 or 1 that the soft bits kept.")
+               "distance from 0 or 1 that the soft bits kept."),
     LBQ_METHOD(hessian_add,
                "hessian_add(x, weights, hessian, /)\n--\n\n"
-               "Add x^T diag(weights) x of x (t, k) to the upper triangle of hessian (k, k).")
+               "Add x^T diag(weights) x of x (t, k) to the upper triangle of hessian (k, k)."),
     LBQ_METHOD(hessian_error,
                "hessian_error(hessian, error, /)\n--\n\n"
-               "tr(E H E^T) for error E (r, k) and the upper triangle of hessian (k, k).")
-    LBQ_METHOD(gptq_factor,
-               "gptq_factor(hessian, order, factor, /, *, damping, median)\n--\n\n"
-               "Fill factor (k, k), of float32 or float64, for gptq; returns damping, retries, dead "
-               "columns and whether it took float64 as a dict.")
-    LBQ_METHOD(gptq,
-               "gptq(code, factor, order, weight, importance, codes, scale, offset, /, *, group, "
-               "fixed, block, " LBQ_SEARCH_TEXT ")\n--\n\n"
-               "Round weight (r, k) with error feedback, in the arithmetic of factor: codes (r, k), "
-               "scale and offset (r, g).")
+               "tr(E H E^T) for error E (r, k) and the upper triangle of hessian (k, k)."),
+    LBQ_METHOD(
+        gptq_factor,
+        "gptq_factor(hessian, order, factor, /, *, damping, median)\n--\n\n"
+        "Fill factor (k, k), of float32 or float64, for gptq; returns damping, retries, dead "
+        "columns and whether it took float64 as a dict."),
+    LBQ_METHOD(
+        gptq, "gptq(code, factor, order, weight, importance, codes, scale, offset, /, *, group, "
+              "fixed, block, " LBQ_SEARCH_TEXT ")\n--\n\n"
+              "Round weight (r, k) with error feedback, in the arithmetic of factor: codes (r, k), "
+              "scale and offset (r, g)."),
     LBQ_METHODS_END,
 };
-/* clang-format on */

@@ -215,26 +215,23 @@ LBQ_BINDING(linears_forward)
     LBQ_RUN(forward_all(&layers, &x, &y));
 }
 
-/* clang-format off */
 PyMethodDef lbq_methods_linear[] = {
     LBQ_METHOD(copy_dense,
-        "copy_dense(weight, input, output, fusion, /)\n--\n\n"
-        "A handle of fusion * P^T W R in float32, W = weight, R = input, P = output.")
+               "copy_dense(weight, input, output, fusion, /)\n--\n\n"
+               "A handle of fusion * P^T W R in float32, W = weight, R = input, P = output."),
     LBQ_METHOD(copy_packed,
-        "copy_packed(code, panels, input, output, fusion, sums, /, *, rows, cols, group, activation_bits, activation_clip, activation_scale, activation_zero, zero_per_token)\n--\n\n"
-        "A handle of fusion * P^T W act(R x) with packed W; activation_bits 0, 4 or 8.")
-    LBQ_METHOD(linear,
-        "linear(copies, bias, U, V, /)\n--\n\n"
-        "A handle of the layer y = sum of copies + U V^T x + bias.")
-    LBQ_METHOD(linear_forward,
-        "linear_forward(layer, x, y, /)\n--\n\n"
-        "y (tokens, rows) of a layer for x (tokens, cols).")
+               "copy_packed(code, panels, input, output, fusion, sums, /, *, rows, cols, group, "
+               "activation_bits, activation_clip, activation_scale, activation_zero, "
+               "zero_per_token)\n--\n\n"
+               "A handle of fusion * P^T W act(R x) with packed W; activation_bits 0, 4 or 8."),
+    LBQ_METHOD(linear, "linear(copies, bias, U, V, /)\n--\n\n"
+                       "A handle of the layer y = sum of copies + U V^T x + bias."),
+    LBQ_METHOD(linear_forward, "linear_forward(layer, x, y, /)\n--\n\n"
+                               "y (tokens, rows) of a layer for x (tokens, cols)."),
     LBQ_METHOD(linears_forward,
-        "linears_forward(layers, x, y, /)\n--\n\n"
-        "Outputs (tokens, rows) of a tuple of layers for one x, one after the other in y.")
-    LBQ_METHOD(linears_inputs,
-        "linears_inputs(layers, /)\n--\n\n"
-        "How often linears_forward rotates and quantizes its x.")
+               "linears_forward(layers, x, y, /)\n--\n\n"
+               "Outputs (tokens, rows) of a tuple of layers for one x, one after the other in y."),
+    LBQ_METHOD(linears_inputs, "linears_inputs(layers, /)\n--\n\n"
+                               "How often linears_forward rotates and quantizes its x."),
     LBQ_METHODS_END,
 };
-/* clang-format on */

@@ -132,22 +132,22 @@ LBQ_BINDING(rotate_back)
 PyMethodDef lbq_methods_rotate[] = {
     LBQ_METHOD(hadamard_orders,
                "hadamard_orders(orders, /, *, n)\n--\n\n"
-               "Fill orders (8) int64 with those of the base matrices that make n, then zeros.")
+               "Fill orders (8) int64 with those of the base matrices that make n, then zeros."),
     LBQ_METHOD(hadamard_base,
                "hadamard_base(base, /)\n--\n\n"
-               "Fill base (c, c) with Paley's Hadamard matrix, or else with Hartley's matrix.")
+               "Fill base (c, c) with Paley's Hadamard matrix, or else with Hartley's matrix."),
     LBQ_METHOD(orthogonal,
                "orthogonal(q, /, *, seed, stream)\n--\n\n"
-               "Fill q (n, n) with a Haar-distributed orthogonal matrix.")
+               "Fill q (n, n) with a Haar-distributed orthogonal matrix."),
     LBQ_METHOD(hadamard_rotation,
                "hadamard_rotation(orders, bases, diagonal, /)\n--\n\n"
-               "Handle of (B_1 (x) ... (x) H) diag(diagonal); bases holds B_1, B_1^T, B_2, B_2^T, ...")
+               "Handle of (B_1 (x) ... (x) H) diag(diagonal); bases holds B_1, B_1^T, B_2, B_2^T, ..."),
     LBQ_METHOD(dense_rotation,
-               "dense_rotation(matrix, /)\n--\n\nHandle of an orthogonal matrix (n, n).")
+               "dense_rotation(matrix, /)\n--\n\nHandle of an orthogonal matrix (n, n)."),
     LBQ_METHOD(rotate,
-               "rotate(rotation, x, /)\n--\n\nEach row of x (t, n) becomes R times it.")
+               "rotate(rotation, x, /)\n--\n\nEach row of x (t, n) becomes R times it."),
     LBQ_METHOD(rotate_back,
-               "rotate_back(rotation, x, /)\n--\n\nEach row of x (t, n) becomes R^T times it.")
+               "rotate_back(rotation, x, /)\n--\n\nEach row of x (t, n) becomes R^T times it."),
     LBQ_METHODS_END,
 };
 /* clang-format on */

@@ -435,71 +435,59 @@ LBQ_BINDING(decoder_forward)
     LBQ_RUN(forward(decoder, &tokens, cache, &hidden, &logits, past));
 }
 
-/* clang-format off: without a comma between its entries it would indent each further. */
 PyMethodDef lbq_methods_transformer[] = {
     LBQ_METHOD(rmsnorm, "rmsnorm(x, gain, y, /, *, epsilon)\n--\n\n"
                         "y (r, c) = gain (c, or None: ones) x / sqrt(mean of x^2 + epsilon), row "
-                        "by row.") LBQ_METHOD(swiglu, "swiglu(gate, up, y, /)\n--\n\n"
-                                                      "y (t, n) = gate / (1 + exp(-gate)) * up.")
-        LBQ_METHOD(rope, "rope(x, frequency, gain, /, *, first, factor, epsilon)\n--\n\n"
-                         "Rotary embedding of x (t, heads, d) in place: positions from first, "
-                         "frequency (d / 2)\n"
-                         "float64; heads are normalised with gain (d) before, unless it is None.")
-            LBQ_METHOD(attention, "attention(q, k, v, o, /, *, bits)\n--\n\n"
-                                  "Causal attention o of q (t, heads, d) over k, v (s, kv heads, "
-                                  "d), stored with 8 or 32\n"
-                                  "bits: the t tokens are the last of the s.")
-                LBQ_METHOD(cross_entropy,
-                           "cross_entropy(logits, target, nll, /)\n--\n\n"
-                           "nll (t) float64, in nats, of target (t) int32 under logits (t, vocab).")
-                    LBQ_METHOD(kl_divergence, "kl_divergence(p, q, kl, same, /)\n--\n\n"
-                                              "kl (t) float64, in nats, of softmax p to softmax q "
-                                              "(t, vocab); same (t) uint8: 1 where\n"
-                                              "both have their maximum at the same index.")
-                        LBQ_METHOD(
-                            block,
-                            "block(attention_norm, mlp_norm, query_norm, key_norm, q_proj, k_proj, "
-                            "v_proj, o_proj, "
-                            "gate_proj, up_proj, down_proj, /, *, attention_scale, "
-                            "mlp_scale)\n--\n\n"
-                            "A handle of one block: gains (or None), layers, scales of what each "
-                            "half adds.")
-                            LBQ_METHOD(decoder, "decoder(embedding, final_norm, frequency, head, "
-                                                "rotation, blocks, /, *, heads, kv_heads, "
-                                                "epsilon, rope_factor)\n--\n\n"
-                                                "A handle of a network; head None: the embedding. "
-                                                "It keeps alive what it is made from.")
-                                LBQ_METHOD(
-                                    decoder_embed,
-                                    "decoder_embed(decoder, tokens, x, /)\n--\n\n"
-                                    "x (t, hidden): the residual stream that enters block 0.")
-                                    LBQ_METHOD(decoder_block,
-                                               "decoder_block(decoder, x, qkv, o, mlp, down, /, *, "
-                                               "block)\n--\n\n"
-                                               "One block on x (t, hidden) in place; the others "
-                                               "(or None) get the inputs of its layers.")
-                                        LBQ_METHOD(decoder_finish,
-                                                   "decoder_finish(decoder, x, y, /)\n--\n\n"
-                                                   "y (t, hidden): x after the last norm, the "
-                                                   "input of the head.")
-                                            LBQ_METHOD(decoder_head,
-                                                       "decoder_head(decoder, y, logits, /)\n--\n\n"
-                                                       "logits (t, vocab) of y (t, hidden).")
-                                                LBQ_METHOD(
-                                                    decoder_forward,
-                                                    "decoder_forward(decoder, tokens, cache, "
-                                                    "hidden, logits, /, *, past)\n--\n\n"
-                                                    "The whole network on tokens (t) that follow "
-                                                    "past ones in the cache, or None; hidden\n"
-                                                    "(r, hidden) and logits (r, vocab) of the last "
-                                                    "r tokens, or None.")
-                                                    LBQ_METHOD(
-                                                        cache,
-                                                        "cache(decoder, /, *, capacity, bits)\n--"
-                                                        "\n\n"
-                                                        "A handle of keys and values of at least "
-                                                        "capacity tokens, uninitialised, stored\n"
-                                                        "with 8 or 32 bits; and their bytes.")
-                                                        LBQ_METHODS_END,
+                        "by row."),
+    LBQ_METHOD(swiglu, "swiglu(gate, up, y, /)\n--\n\n"
+                       "y (t, n) = gate / (1 + exp(-gate)) * up."),
+    LBQ_METHOD(rope, "rope(x, frequency, gain, /, *, first, factor, epsilon)\n--\n\n"
+                     "Rotary embedding of x (t, heads, d) in place: positions from first, "
+                     "frequency (d / 2)\n"
+                     "float64; heads are normalised with gain (d) before, unless it is None."),
+    LBQ_METHOD(attention, "attention(q, k, v, o, /, *, bits)\n--\n\n"
+                          "Causal attention o of q (t, heads, d) over k, v (s, kv heads, "
+                          "d), stored with 8 or 32\n"
+                          "bits: the t tokens are the last of the s."),
+    LBQ_METHOD(cross_entropy,
+               "cross_entropy(logits, target, nll, /)\n--\n\n"
+               "nll (t) float64, in nats, of target (t) int32 under logits (t, vocab)."),
+    LBQ_METHOD(kl_divergence, "kl_divergence(p, q, kl, same, /)\n--\n\n"
+                              "kl (t) float64, in nats, of softmax p to softmax q "
+                              "(t, vocab); same (t) uint8: 1 where\n"
+                              "both have their maximum at the same index."),
+    LBQ_METHOD(block, "block(attention_norm, mlp_norm, query_norm, key_norm, q_proj, k_proj, "
+                      "v_proj, o_proj, "
+                      "gate_proj, up_proj, down_proj, /, *, attention_scale, "
+                      "mlp_scale)\n--\n\n"
+                      "A handle of one block: gains (or None), layers, scales of what each "
+                      "half adds."),
+    LBQ_METHOD(decoder, "decoder(embedding, final_norm, frequency, head, "
+                        "rotation, blocks, /, *, heads, kv_heads, "
+                        "epsilon, rope_factor)\n--\n\n"
+                        "A handle of a network; head None: the embedding. "
+                        "It keeps alive what it is made from."),
+    LBQ_METHOD(decoder_embed, "decoder_embed(decoder, tokens, x, /)\n--\n\n"
+                              "x (t, hidden): the residual stream that enters block 0."),
+    LBQ_METHOD(decoder_block, "decoder_block(decoder, x, qkv, o, mlp, down, /, *, "
+                              "block)\n--\n\n"
+                              "One block on x (t, hidden) in place; the others "
+                              "(or None) get the inputs of its layers."),
+    LBQ_METHOD(decoder_finish, "decoder_finish(decoder, x, y, /)\n--\n\n"
+                               "y (t, hidden): x after the last norm, the "
+                               "input of the head."),
+    LBQ_METHOD(decoder_head, "decoder_head(decoder, y, logits, /)\n--\n\n"
+                             "logits (t, vocab) of y (t, hidden)."),
+    LBQ_METHOD(decoder_forward, "decoder_forward(decoder, tokens, cache, "
+                                "hidden, logits, /, *, past)\n--\n\n"
+                                "The whole network on tokens (t) that follow "
+                                "past ones in the cache, or None; hidden\n"
+                                "(r, hidden) and logits (r, vocab) of the last "
+                                "r tokens, or None."),
+    LBQ_METHOD(cache, "cache(decoder, /, *, capacity, bits)\n--"
+                      "\n\n"
+                      "A handle of keys and values of at least "
+                      "capacity tokens, uninitialised, stored\n"
+                      "with 8 or 32 bits; and their bytes."),
+    LBQ_METHODS_END,
 };
-/* clang-format on */

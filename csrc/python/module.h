@@ -11,7 +11,7 @@ typedef struct {
 
 /* Per binding file a list X(name, docstring); the docstring's first line is its signature. */
 #define LBQ_METHOD(name, doc)                                                                      \
-    {#name, (PyCFunction)(void (*)(void))lbq_bind_##name, METH_VARARGS | METH_KEYWORDS, doc},
+    {#name, (PyCFunction)(void (*)(void))lbq_bind_##name, METH_VARARGS | METH_KEYWORDS, doc}
 #define LBQ_METHODS_END {NULL, NULL, 0, NULL}
 
 /* The methods of each binding file, ended by LBQ_METHODS_END. */

@@ -31,9 +31,6 @@ from lowbitq.version import __version__
 
 RESIDUAL_ROTATION = "model.residual_rotation"
 
-# Suffixes of the arrays that a layer may have.
-LINEAR_ARRAYS = ("weight", "panels", "levels", "bias", "rotation.matrix")
-
 
 @dataclass(eq=False, repr=False)
 class QuantizedModel(Model):

@@ -189,7 +189,7 @@ class UniformGrid:
         if not np.isfinite(x).all():
             raise ValueError("x has a NaN or an infinity")
         zero = self.zero if self.convention == "subtract" else -self.zero
-        # A whole zero is added after rounding, lest ties depend on whether it is even.
+        # An integer zero is added after rounding, so that ties do not depend on whether it is even.
         whole = np.rint(zero)
         codes = np.rint(x / self.scale + (zero - whole)) + whole
         return np.asarray(np.clip(codes, self.low, self.high), np.int32)

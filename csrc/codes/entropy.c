@@ -7,8 +7,8 @@
 
 /* Sum over the bins of P log(P / Q) when the first `kept` bins are cut into `levels` runs. P is
  * the histogram with all that lies beyond moved into the last bin kept; Q spreads the mass of each
- * run evenly over those of its bins that P uses, and is normalised anew. A run that P uses and that
- * holds nothing makes it infinite. */
+ * run evenly over those of its bins that P uses, and is normalised again. A run that P uses and
+ * that holds nothing makes it infinite. */
 static double
 divergence(const double *counts, int kept, int levels, double total, double beyond)
 {

@@ -24,9 +24,8 @@ lbq_range_method_find(const char *name, lbq_range_method *method)
         LBQ_BAD_VALUE, "method is '%s', expected 'minmax', 'percentile' or 'mse'", name);
 }
 
-/* A group of so many weights is a whole matrix: it is spread over the lanes when its scale is
- * searched. Shorter ones are rows, whose sums must not depend on whether other rows go with them.
- */
+/* A group of at least this many weights is a whole matrix: it is spread over the lanes when its
+ * scale is searched. Shorter ones are rows, whose sums must not depend on other rows. */
 enum { LONG = 1 << 15 };
 
 /* Rounding a matrix: to codes, or to panels. */

@@ -17,7 +17,7 @@
 
 enum {
     LANES = LBQ_PANEL,
-    /* Rows of a task: products pack R anew for each. */
+    /* Rows of a task: every product packs R again. */
     MAX_TILE = 1024,
     FEW = 8, /* columns whose sums stay in registers */
 };

@@ -19,7 +19,7 @@ enum {
     MAX_EDGE = 512,
     LEAST_TILES = 3, /* side by side, so that there are six tasks */
     TOKENS = 2048,
-    MAX_ROWS = 512, /* of a task that measures errors: products pack H anew for each */
+    MAX_ROWS = 512, /* of a task that measures errors: every product packs H again */
     SLAB = 256,     /* columns that it takes at once */
 };
 

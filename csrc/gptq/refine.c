@@ -4,7 +4,7 @@
  * is done at once inside a block of columns and later elsewhere, halves of the columns in turn, as
  * GPTQ feeds errors forward; but few codes move, so what is added are those rows of H and not a
  * matrix product. The products are float32. Where their rounding could decide whether a move helps,
- * the product is found anew in float64, so that codes are those of float64 throughout. */
+ * the product is computed again in float64, so that codes are those of float64 throughout. */
 #include "gptq/refine.h"
 
 #include <limits.h>
@@ -18,7 +18,7 @@
 #include "kernels/kernels.h"
 
 enum {
-    MAX_TILE = 1024, /* rows of a task: products pack H anew for each */
+    MAX_TILE = 1024, /* rows of a task: every product packs H again */
     BLOCK = 128,     /* columns between which moves are felt at once: 64 KiB of H */
     /* Rows and columns of H that are added for all rows of a tile before others: 512 KiB. */
     DEEP = 4 * BLOCK,

@@ -225,7 +225,7 @@ typedef struct {
        ptrdiff_t rows,                                                                             \
        ptrdiff_t stride,                                                                           \
        uint8_t *codes))                                                                            \
-    /* low and high as [group]: the least and the most of LBQ_PANEL groups of weights w (count,    \
+    /* low and high as [group]: minimum and maximum of LBQ_PANEL groups of weights w (count,       \
      * LBQ_PANEL), count >= 1; exact. */                                                           \
     X(lanes_range_f32, void, (const float *w, ptrdiff_t count, float *low, float *high))           \
     /* w (count, LBQ_PANEL) becomes (w - shift) * inverse, with change as [2][group]: shift,       \

@@ -19,13 +19,13 @@
 
 enum {
     FEW = 4,             /* tokens that gemv takes at once */
-    EXPANDED_COLS = 640, /* two panels of so many columns take five eighths of a 32 KiB L1 */
+    EXPANDED_COLS = 640, /* two panels of this many columns take five eighths of a 32 KiB L1 */
     PAIR = 2,            /* panels multiplied at a time */
     STRIP = LBQ_STRIP / LBQ_PANEL,
     BAND = 8,             /* panels of a gemm task */
     BLOCK = 32,           /* tiles of a gemm task; with 640 columns they take 160 KiB of L2 */
     SPLIT = 1 << 19,      /* fewer multiplications, some 10 us, stay on one thread */
-    SPLIT_TASK = 1 << 18, /* and a task has at least so many */
+    SPLIT_TASK = 1 << 18, /* and a task has at least this many */
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
 };
 

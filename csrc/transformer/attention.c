@@ -273,7 +273,7 @@ typedef struct {
 } operand;
 
 /* `count` numbers from element `at` of the store's keys or values on. Bytes that many rows meet are
- * widened once: a product of bytes widens them anew for every few rows. */
+ * widened once: a product of bytes would widen them again for every few rows. */
 static operand
 panel_at(int bits, const void *numbers, ptrdiff_t at, ptrdiff_t count, ptrdiff_t rows, float *wide)
 {

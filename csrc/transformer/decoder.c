@@ -44,7 +44,7 @@ intermediate_of(const lbq_decoder *decoder)
     return most;
 }
 
-/* Of a window, all tokens with float32 activations: BLAS packs the weights anew for every call.
+/* Of a window, all tokens with float32 activations: BLAS packs the weights again in every call.
  * Else equal batches, whose sizes change no bit as long as attention has no reason to cut keys. */
 static ptrdiff_t
 batch_of(const lbq_decoder *decoder, ptrdiff_t tokens)

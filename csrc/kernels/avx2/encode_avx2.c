@@ -129,7 +129,7 @@ encode_block(const float *w, ptrdiff_t stride, const float *grid, __m256 top, ui
         }
 }
 
-/* The same for up to so many rows and columns. */
+/* The same for at most this many rows and columns. */
 static __attribute__((noinline)) void
 encode_rest(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, const float *grid,
             __m256 top, uint8_t *codes)

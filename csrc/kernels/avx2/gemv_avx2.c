@@ -9,7 +9,7 @@
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/gemv_avx2.h"
 
-/* What is stored: codes of so many bits, or 16 + bits for such codes of a table's bytes. 1-bit
+/* What is stored: bits of a code, plus 16 if codes stand for the bytes of a table. 1-bit
  * codes have a file of their own. */
 typedef enum { U2 = 2, U3, U4, U8 = 8, T2 = 16 + 2, T3, T4 } code_kind;
 
@@ -34,7 +34,7 @@ load_block(const uint8_t *codes, const int halves)
     block b;
     for (int h = 0; h < halves; h++) {
         b.half[h] = _mm256_loadu_si256((const __m256i *)(codes + 32 * h));
-        __asm__("" : "+x"(b.half[h])); /* or gcc loads it anew for every plane */
+        __asm__("" : "+x"(b.half[h])); /* else gcc reloads it for every plane */
     }
     return b;
 }

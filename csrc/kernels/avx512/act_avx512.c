@@ -42,7 +42,7 @@ join(operation op, const __m512i v[STEPS])
               _mm512_shuffle_i32x4(halves[0], halves[1], 0xdd));
 }
 
-/* Up to sixteen whole steps of so many vectors. */
+/* At most 16 whole steps of this many vectors. */
 LBQ_INLINE void
 quantize_steps(const float *x, ptrdiff_t steps, const int vectors, int limit, int8_t *q,
                float *scale, float *total)

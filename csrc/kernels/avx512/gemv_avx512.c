@@ -13,7 +13,7 @@ enum { AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */ };
 
 #define MASK(bits) _mm512_set1_epi8((char)(bits))
 
-/* What is stored: codes of so many bits, or 16 + bits for such codes of a table's bytes. */
+/* What is stored: bits of a code, plus 16 if codes stand for the bytes of a table. */
 typedef enum { U1 = 1, U2, U3, U4, U8 = 8, T2 = 16 + 2, T3, T4 } code_kind;
 
 LBQ_INLINE int
@@ -44,7 +44,7 @@ block_at(const uint8_t *codes, ptrdiff_t block)
 {
     _mm_prefetch((const char *)codes + 64 * block + AHEAD, _MM_HINT_T0);
     __m512i planes = _mm512_loadu_si512(codes + 64 * block);
-    __asm__("" : "+v"(planes)); /* or gcc loads it anew for every plane */
+    __asm__("" : "+v"(planes)); /* else gcc reloads it for every plane */
     return planes;
 }
 

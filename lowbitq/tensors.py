@@ -317,7 +317,7 @@ def _unpickled(
 
 
 def _float32(value: float) -> float:
-    """The nearest float32, beyond its range an infinity: what C computes with is what is kept."""
+    """Round to float32, as C will use it; beyond its range, to an infinity."""
     with np.errstate(over="ignore"):
         return float(np.float32(value))
 

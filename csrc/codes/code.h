@@ -200,8 +200,8 @@ void lbq_decode_bytes(const lbq_code *code, const lbq_grid *grid, uint8_t *words
 void lbq_code_fit(const lbq_code *code, const lbq_search *search, const lbq_groups *groups,
                   float *scale, float *offset);
 
-/* Grids over given ranges [low, high], `clip` of which is kept, as MINMAX fits them before it is
- * compared with zeros. */
+/* Grids over the ranges [low, high] times `clip`, as MINMAX fits them before lbq_code_fit compares
+ * them with zeros. */
 void lbq_range_fit(const lbq_code *code, double clip, const float *low, const float *high,
                    float *scale, float *offset);
 

@@ -29,7 +29,7 @@ enum {
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
 };
 
-/* One of the terms. A unit is what is not split among threads: a panel for gemv, a band for gemm.
+/* One of the terms. Threads do not share a unit: a panel for gemv, a band for gemm.
  * Units of all terms are counted together; a term that is added to the one before it has none of
  * its own, since it follows that one panel by panel, while its sums are in cache. */
 typedef struct {

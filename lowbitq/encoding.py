@@ -120,7 +120,7 @@ def _round(
         range=how.range,
         norm=how.norm,
         importance=how.importance,
-        sweeps=how.sweeps_for(format.bits),
+        sweeps=how.sweeps_for(format.rate),
     )
     record |= {"damping": known.damping, "retries": known.retries}
     return tensor, record | {"dead": int(known.dead.sum()), "relative_error": error}

@@ -16,7 +16,7 @@ def _spans() -> str:
     kinds: dict[str, list[str]] = {}
     for name, code in _CODES.items():
         kinds.setdefault(code["kind"], []).append(name)
-    return ", ".join(" to ".join(dict.fromkeys([k[0], k[-1]])) for k in kinds.values())
+    return ", ".join(" to ".join(dict.fromkeys([min(k), max(k)])) for k in kinds.values())
 
 
 GRAMMAR = (
@@ -84,8 +84,9 @@ class Format:
             raise ValueError(f"scale_bits is {self.scale_bits}, expected {expected}")
         if not self.symmetric and (not self._properties["offsets"] or self.scale_bits in (8, 4)):
             raise ValueError(f"{self.code} with {self.scale_bits}-bit scales stores no offset")
-        if self.group == 16 and self.bits in (1, 3):
-            raise ValueError(f"{self.code} needs groups of 32, 64 or 128 columns, found 16")
+        if self.group and self.group % self._properties["multiple"]:
+            wanted = f"multiples of {self._properties['multiple']} columns"
+            raise ValueError(f"{self.code} needs groups of {wanted}, found {self.group}")
 
     @classmethod
     def parse(cls, text: Format | str) -> Format:
@@ -150,6 +151,11 @@ class Format:
     def bits(self) -> int:
         """Stored bits of one word: 1, 2, 3, 4 or 8."""
         return int(self._properties["bits"])
+
+    @property
+    def rate(self) -> float:
+        """Stored bits of words per column; half a word's bits where two columns share one."""
+        return self.bits / int(self._properties["word_cols"])
 
     @property
     def zero(self) -> float:

@@ -102,11 +102,11 @@ class Rounding:
         if not self.norm > 0:
             raise ValueError(f"norm is {self.norm}, expected a positive number")
 
-    def sweeps_for(self, bits: int) -> int:
-        """Return the number of sweeps for codes of `bits` bits."""
+    def sweeps_for(self, rate: float) -> int:
+        """Return the number of sweeps for codes of `rate` bits."""
         if self.sweeps is not None:
             return self.sweeps
-        return 2 if bits <= 2 else 0
+        return 2 if rate <= 2 else 0
 
 
 # For embedding and head. The "mse" search takes ten times as long, 4 s for SmolLM2, and lowers the

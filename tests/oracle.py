@@ -43,12 +43,15 @@ def decode(codes, scale, offset, group, levels=None):
     return wide[0] * (codes if levels is None else levels.astype(float)[codes]) + wide[1]
 
 
-def trellis_levels(codes):
-    """Levels of 2-bit codes (64 n, cols): windows of twelve bits, downwards around rings of 64."""
-    ring = codes.reshape(-1, 64, codes.shape[1]).astype(np.int64)
-    window = sum(np.roll(ring, -i, axis=1) << 2 * i for i in range(6))
-    low, high = np.divmod(window * 0xC6A7 % 2**16, 256)[::-1]
-    return (low % 128 + high % 128).reshape(codes.shape)
+def trellis_levels(codes, bits=2, cols=1):
+    """Levels of codes (64 n, cols): windows of twelve bits, downwards around rings of 64."""
+    ring = codes[:, ::cols].reshape(-1, 64, codes.shape[1] // cols).astype(np.int64)
+    window = sum(np.roll(ring, -i, axis=1) << bits * i for i in range(12 // bits))
+    levels = np.zeros(codes.shape, np.int64)
+    for column, multiplier in zip(range(cols), (0xC6A7, 0x528F), strict=False):
+        low, high = np.divmod(window * multiplier % 2**16, 256)[::-1]
+        levels[:, column::cols] = (low % 128 + high % 128).reshape(len(codes), -1)
+    return levels
 
 
 def lattice_magnitudes():

@@ -77,9 +77,11 @@ typedef enum { LBQ_NO_TABLE, LBQ_FIXED_TABLE, LBQ_LEARNED_TABLE } lbq_table;
  * panel: [panel][k / 4][row][k % 4]. */
 typedef struct {
     const char *name;  /* as in formats: "int" */
-    const char *rates; /* bits a weight, that may follow the name: "2 3 4"; "": none does */
+    const char *rates; /* bits a weight, that may follow the name: "1.5 2 3"; "": none does */
     int rows, cols;    /* the block whose words are chosen together; rows are 1, LBQ_PANEL or more
                           whole panels, up to LBQ_STRIP, cols at most LBQ_MAX_RUN */
+    int word_cols;     /* columns that share a word, which is the first one's, the others have 0;
+                          2 where rates are not whole. 0: 1 */
     int count;         /* values of a word; 0: 2^rate */
     int top;           /* the largest level; 0: count - 1 */
     bool ordered;      /* word + 1 is the next level, so that neighbours can be tried */
@@ -162,6 +164,12 @@ lbq_status lbq_code_check(const lbq_code *code, const lbq_search *search);
 
 /* The same, and that the next word is the next level. */
 lbq_status lbq_code_check_ordered(const lbq_code *code);
+
+static inline int
+lbq_word_cols(const lbq_code_kind *kind)
+{
+    return kind->word_cols ? kind->word_cols : 1;
+}
 
 /* Rows of a strip, the unit of work: LBQ_PANEL or those of a larger block. */
 static inline ptrdiff_t

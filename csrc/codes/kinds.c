@@ -14,6 +14,7 @@
     X(log)                                                                                         \
     X(kmeans)                                                                                      \
     X(trellis)                                                                                     \
+    X(trellis_pair)                                                                                \
     X(lattice)
 
 #define DECLARE(name) extern const lbq_code_kind lbq_kind_##name;
@@ -52,6 +53,14 @@ lbq_code_name(int index, char name[LBQ_NAME])
     return true;
 }
 
+/* Columns that share a word, times "2" or "1.5" bits. */
+static int
+bits_of_word(const lbq_code_kind *kind, const char *rate)
+{
+    const bool half = strncmp(rate + strspn(rate, "0123456789"), ".5", 2) == 0;
+    return lbq_word_cols(kind) * (2 * atoi(rate) + half) / 2;
+}
+
 lbq_status
 lbq_code_find(const char *name, lbq_code *code)
 {
@@ -61,7 +70,7 @@ lbq_code_find(const char *name, lbq_code *code)
             continue;
         const char *rate;
         const lbq_code_kind *const kind = kind_at(index, &rate);
-        const int count = kind->count ? kind->count : 1 << atoi(rate);
+        const int count = kind->count ? kind->count : 1 << bits_of_word(kind, rate);
         int bits = 1;
         while (1 << bits < count)
             bits++;
@@ -147,6 +156,7 @@ lbq_code_layout(const lbq_code *code, ptrdiff_t rows, ptrdiff_t cols, ptrdiff_t 
         .group = group,
         .block_rows = code->kind->rows,
         .block_cols = code->kind->cols,
+        .word_cols = lbq_word_cols(code->kind),
         .bits = code->bits,
         .scale_bits = code->scale_bits,
         .has_offset = !code->symmetric && code->scale_bits == 16,

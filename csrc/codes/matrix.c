@@ -10,23 +10,24 @@
 
 enum { WORKSET = 1 << 16 /* weights per task: some 20 us */ };
 
-typedef void (*unpacker)(const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
-
-/* lbq_step_unpack by the kernels in use. */
 static void
-unpack_step(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
+copy_u8(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
 {
-    static unpacker *const unpack[] = {
+    memcpy(out, codes, (size_t)(columns * LBQ_PANEL));
+}
+
+/* lbq_step_unpack for so many bits, by the kernels in use. */
+static lbq_unpacker
+unpacker_of(int bits)
+{
+    const lbq_unpacker unpack[] = {
         NULL,
-        &lbq_kernel.unpack_u1,
-        &lbq_kernel.unpack_u2,
-        &lbq_kernel.unpack_u3,
-        &lbq_kernel.unpack_u4,
+        lbq_kernel.unpack_u1,
+        lbq_kernel.unpack_u2,
+        lbq_kernel.unpack_u3,
+        lbq_kernel.unpack_u4,
     };
-    if (packed->bits == 8)
-        memcpy(out, codes, (size_t)(columns * LBQ_PANEL));
-    else
-        (*unpack[packed->bits])(codes, columns, out);
+    return bits == 8 ? copy_u8 : unpack[bits];
 }
 
 /* Words of a strip, over some steps. */
@@ -34,10 +35,12 @@ static void
 unpack_strip(const lbq_matrix *matrix, const lbq_packed_geometry *g, ptrdiff_t panel,
              ptrdiff_t first, ptrdiff_t end, uint8_t *words)
 {
+    const lbq_packed *const packed = &matrix->packed;
+    const lbq_unpacker unpack = unpacker_of(packed->bits);
     for (ptrdiff_t p = panel; p < panel + g->strip; p++) {
-        const lbq_panel view = lbq_packed_panel(&matrix->packed, g, p);
+        const lbq_panel view = lbq_packed_panel(packed, g, p);
         for (ptrdiff_t s = first; s < end; s++, words += g->step * LBQ_PANEL)
-            unpack_step(&matrix->packed, view.codes + s * g->step_bytes, g->step, words);
+            lbq_words_unpack(packed, unpack, view.codes + s * g->step_bytes, words);
     }
 }
 

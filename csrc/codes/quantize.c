@@ -255,10 +255,9 @@ pack_words(const quantization *job, uint8_t *panels, ptrdiff_t step, const uint8
 {
     const lbq_packed_geometry *const to = &job->geometry;
     for (ptrdiff_t p = 0; p < to->strip; p++)
-        lbq_step_pack(job->packed->bits,
-                      words + p * to->step * LBQ_PANEL,
-                      to->step,
-                      panels + p * to->panel_bytes + step * to->step_bytes);
+        lbq_words_pack(job->packed,
+                       words + p * to->step * LBQ_PANEL,
+                       panels + p * to->panel_bytes + step * to->step_bytes);
 }
 
 /* Scales and offsets of a panel's group; what further rows have is 0. */

@@ -41,10 +41,12 @@ lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
                 LBQ_BAD_VALUE,
                 "groups of %td columns need stored scales, but scale_bits is 0",
                 group);
-    LBQ_REQUIRE(group >= cols || group != 16 || (bits != 1 && bits != 3),
+    LBQ_REQUIRE(group >= cols || group % lbq_packed_multiple(packed) == 0,
                 LBQ_BAD_VALUE,
-                "codes of %d bits come in groups of whole 32 columns, not of 16",
-                bits);
+                "codes of %g bits come in groups of whole %td columns, not of %td",
+                (double)bits / packed->word_cols,
+                lbq_packed_multiple(packed),
+                group);
     LBQ_REQUIRE(!packed->has_offset || scale_bits == 16,
                 LBQ_BAD_VALUE,
                 "offsets need scale_bits = 16, got %d",
@@ -55,14 +57,14 @@ lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
                 (double)packed->unit,
                 (double)packed->zero);
     assert(packed->block_rows == 1 || packed->block_rows % LBQ_PANEL == 0);
-    assert(16 % packed->block_cols == 0);
+    assert(16 % packed->block_cols == 0 && packed->block_cols % packed->word_cols == 0);
 
     const bool per_step = group < cols;
     lbq_packed_geometry g = {.step = lbq_packed_step(packed)};
     g.steps = lbq_pieces(cols, g.step);
     g.strip = lbq_pieces(packed->block_rows, LBQ_PANEL);
     g.panels = lbq_pieces(rows, LBQ_PANEL * g.strip) * g.strip;
-    g.code_bytes = g.step * bits * LBQ_PANEL / 8;
+    g.code_bytes = g.step / packed->word_cols * bits * LBQ_PANEL / 8;
     const ptrdiff_t scale_bytes = scale_bits * LBQ_PANEL / 8;
     const ptrdiff_t offset_bytes = packed->has_offset ? LBQ_PANEL * 2 : 0;
     g.step_bytes = g.code_bytes + (per_step ? scale_bytes + offset_bytes : 0);
@@ -187,6 +189,31 @@ lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
         unpack_row(bits, codes, columns, r, out + 4 * r, 4 * LBQ_PANEL);
 }
 
+void
+lbq_words_unpack(const lbq_packed *packed, lbq_unpacker unpack, const uint8_t *codes,
+                 uint8_t *words)
+{
+    const ptrdiff_t apart = packed->word_cols, count = lbq_packed_step(packed) / apart;
+    unpack(codes, count, words);
+    for (ptrdiff_t i = count - 1; apart > 1 && i >= 0; i--)
+        for (ptrdiff_t r = 0; r < LBQ_PANEL; r++) {
+            const uint8_t word = words[lbq_word_at(i, r)];
+            for (ptrdiff_t k = 0; k < apart; k++)
+                words[lbq_word_at(i * apart + k, r)] = k ? 0 : word;
+        }
+}
+
+void
+lbq_words_pack(const lbq_packed *packed, const uint8_t *words, uint8_t *codes)
+{
+    const ptrdiff_t apart = packed->word_cols, count = lbq_packed_step(packed) / apart;
+    uint8_t stored[LBQ_MAX_STEP * LBQ_PANEL];
+    for (ptrdiff_t i = 0; apart > 1 && i < count; i++)
+        for (ptrdiff_t r = 0; r < LBQ_PANEL; r++)
+            stored[lbq_word_at(i, r)] = words[lbq_word_at(i * apart, r)];
+    lbq_step_pack(packed->bits, apart > 1 ? stored : words, count, codes);
+}
+
 /* One call's work, cut into runs of panels. */
 typedef struct {
     const lbq_packed *packed;
@@ -279,19 +306,24 @@ lbq_scale_pack(const lbq_packed *packed, ptrdiff_t row, ptrdiff_t group, float s
     return LBQ_OK;
 }
 
+static int
+largest_code(const lbq_packed *packed, ptrdiff_t column)
+{
+    return column % packed->word_cols ? 0 : (1 << packed->bits) - 1;
+}
+
 static lbq_status
 refuse_code(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t row, ptrdiff_t begin)
 {
-    const int largest = (1 << packed->bits) - 1;
     ptrdiff_t k = 0;
-    while (codes[k] <= largest)
+    while (codes[k] <= largest_code(packed, k))
         k++;
     return lbq_fail(LBQ_BAD_VALUE,
                     "code of row %td, column %td is %d, expected at most %d",
                     row,
                     begin + k,
                     codes[k],
-                    largest);
+                    largest_code(packed, k));
 }
 
 static lbq_status
@@ -304,6 +336,9 @@ pack_panel(const panel_work *work, ptrdiff_t panel)
     const ptrdiff_t first = panel * LBQ_PANEL, cols = lbq_packed_code_cols(packed);
     const ptrdiff_t words = lbq_smaller(LBQ_PANEL, lbq_packed_code_rows(packed) - first);
     const ptrdiff_t rows = lbq_smaller(LBQ_PANEL, packed->rows - first);
+    uint8_t largest[4];
+    for (int k = 0; k < 4; k++)
+        largest[k] = (uint8_t)largest_code(packed, k);
     for (ptrdiff_t s = 0; s < g->steps; s++) {
         const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, cols - begin);
         uint8_t bytes[LBQ_MAX_STEP * LBQ_PANEL] = {0};
@@ -316,10 +351,10 @@ pack_panel(const panel_work *work, ptrdiff_t panel)
                 seen |= word;
                 lbq_store_word(bytes + k * LBQ_PANEL + 4 * r, word);
             }
-            if (seen & ~lbq_low_bits(packed->bits))
+            if (seen & ~lbq_load_word(largest))
                 return refuse_code(packed, codes, first + r, begin);
         }
-        lbq_step_pack(packed->bits, bytes, g->step, out + s * g->step_bytes);
+        lbq_words_pack(packed, bytes, out + s * g->step_bytes);
     }
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t i = 0; i < work->groups; i++) {
@@ -357,9 +392,12 @@ unpack_panel(const panel_work *work, ptrdiff_t panel)
     for (ptrdiff_t s = 0; work->codes_out && s < g->steps; s++) {
         const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, cols - begin);
         for (ptrdiff_t r = 0; r < words; r++) {
-            uint8_t codes[LBQ_MAX_STEP];
-            unpack_row(packed->bits, view.codes + s * g->step_bytes, g->step, (int)r, codes, 4);
-            memcpy(work->codes_out + (first + r) * cols + begin, codes, (size_t)count);
+            uint8_t row[LBQ_MAX_STEP];
+            const uint8_t *const at = view.codes + s * g->step_bytes;
+            unpack_row(packed->bits, at, g->step / packed->word_cols, (int)r, row, 4);
+            uint8_t *const to = work->codes_out + (first + r) * cols + begin;
+            for (ptrdiff_t k = 0; k < count; k++)
+                to[k] = k % packed->word_cols ? 0 : row[k / packed->word_cols];
         }
     }
     return LBQ_OK;

@@ -4,10 +4,10 @@
  * g = k / group; what they stand for is the business of codes/matrix.h. Rows come in panels of 16,
  * the last one padded; where the words of a block of more rows depend on each other, panels are
  * padded to whole blocks. A panel is cut along k into steps of `step` columns, the last one padded
- * with zero codes. A step holds its codes in 64-byte blocks in which
- * every 32-bit lane r holds four k-bytes of row r, so that a kernel broadcasts four activations
- * and multiplies; only 1-bit codes have the 16 rows of a k-byte together, so that a kernel looks
- * up sums of four activations, 16 rows at once:
+ * with zero codes. A step holds its codes in 64-byte blocks in which every 32-bit lane r holds four
+ * k-bytes of row r, so that a kernel broadcasts four activations and multiplies; only 1-bit codes
+ * have the 16 rows of a k-byte together, so that a kernel looks up sums of four activations, 16
+ * rows at once:
  *
  *     bits   columns per block   column of plane p (bits p * bits and up) of byte
  *     1      32                  i + 4 p,  p = 0..7         16 i + r
@@ -16,6 +16,9 @@
  *     8       4                  i                          4 r + i
  *     3      32                  two 2-bit blocks (low bits of columns 0-15, 16-31), then one with
  *                                the high bits: i + 4 p, p = 0..7, in byte 4 r + i
+ *
+ * Rates of half a bit: one word for every two columns, word_cols = 2. It counts as the word of the
+ * first of them, the other column's is 0 and not stored; "column" in the table is that of words.
  *
  * Scales follow, 16 of them, then 16 float16 offsets if there are any: after each step where
  * every `group` columns have their own (group = step), once at the panel's end where a row has
@@ -41,6 +44,7 @@ typedef struct {
     int block_rows, block_cols; /* whose words depend on each other, 1 x 1 if none do; block_rows
                                    up to 16 or whole panels, block_cols up to 16 */
     int bits;                   /* of a word: 1, 2, 3, 4, 8 */
+    int word_cols;              /* columns that share a word: 1, or 2, a part of block_cols */
     int scale_bits;             /* 16, 8, 4, 0 */
     bool has_offset;            /* only with scale_bits = 16 */
     float unit, zero;           /* see above */
@@ -80,16 +84,23 @@ lbq_packed_code_cols(const lbq_packed *packed)
     return (packed->cols + packed->block_cols - 1) / packed->block_cols * packed->block_cols;
 }
 
-/* LBQ_BAD_VALUE unless bits, group, block_cols, scale_bits and has_offset fit together as above (1
- * and 3 bits need steps of whole 32 columns) and unit and zero are finite; LBQ_BAD_SHAPE for sizes
+/* Steps are multiples of so many columns, whole blocks of words. */
+static inline ptrdiff_t
+lbq_packed_multiple(const lbq_packed *packed)
+{
+    return (packed->bits == 1 || packed->bits == 3 ? 32 : 16) * packed->word_cols;
+}
+
+/* LBQ_BAD_VALUE unless bits, group, block_cols, scale_bits and has_offset fit together as above,
+ * group is a multiple of lbq_packed_multiple, and unit and zero are finite; LBQ_BAD_SHAPE for sizes
  * below 1 or above 2^31 - 1. */
 lbq_status lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry);
 
 /* Codes, of as many rows and columns as there are words, scale and offset (rows, groups), float32,
- * into the panels. A scale or offset
- * that its stored form cannot hold exactly is refused (LBQ_BAD_VALUE), as is a code over 2^bits -
- * 1: rounding is the quantizer's business. scale is not read where scale_bits = 0, offset where
- * has_offset is false. `panels` is written, packed->panels ignored. */
+ * into the panels. A scale or offset that its stored form cannot hold exactly is refused
+ * (LBQ_BAD_VALUE), as is a code over 2^bits - 1, or over 0 where none is stored: rounding is the
+ * quantizer's business. scale is not read where scale_bits = 0, offset where has_offset is false.
+ * `panels` is written, packed->panels ignored. */
 lbq_status lbq_pack(const lbq_packed *packed, const uint8_t *codes, const float *scale,
                     const float *offset, uint8_t *panels);
 
@@ -125,5 +136,11 @@ void lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_P
 /* Codes of one step, `columns` of them, to one byte each, laid out as 8-bit codes are: out[k / 4]
  * [row][k % 4]. `columns` is a multiple of 16, of 32 for 1 and 3 bits. */
 void lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
+
+/* The same by `unpack`, with a word for each of the step's columns; and the inverse. */
+typedef void (*lbq_unpacker)(const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
+void lbq_words_unpack(const lbq_packed *packed, lbq_unpacker unpack, const uint8_t *codes,
+                      uint8_t *words);
+void lbq_words_pack(const lbq_packed *packed, const uint8_t *words, uint8_t *codes);
 
 #endif

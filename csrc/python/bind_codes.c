@@ -55,7 +55,8 @@ LBQ_BINDING(codes)
         if (lbq_code_find(name, &code) != LBQ_OK)
             break;
         const lbq_code_kind *const kind = code.kind;
-        PyObject *const one = Py_BuildValue("{s:s,s:i,s:i,s:d,s:i,s:i,s:N,s:N,s:s}",
+        const lbq_packed layout = lbq_code_layout(&code, 1, 1, 1);
+        PyObject *const one = Py_BuildValue("{s:s,s:i,s:i,s:d,s:i,s:i,s:i,s:i,s:N,s:N,s:s}",
                                             "kind",
                                             kind->name,
                                             "bits",
@@ -68,6 +69,10 @@ LBQ_BINDING(codes)
                                             kind->rows,
                                             "cols",
                                             kind->cols,
+                                            "word_cols",
+                                            layout.word_cols,
+                                            "multiple",
+                                            (int)lbq_packed_multiple(&layout),
                                             "ordered",
                                             PyBool_FromLong(kind->ordered),
                                             "offsets",

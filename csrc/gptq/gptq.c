@@ -147,13 +147,67 @@ check_fit(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t group
 #undef FEEDBACK
 #undef SOLVE
 
+/* Columns that no block may part: a group whose scale is to be fitted, or those of a word. */
+static ptrdiff_t
+unit_of(const run_state *state)
+{
+    return state->refit ? state->problem->group : state->run;
+}
+
+/* What is known before the first row is rounded: the order and what follows from it. `at` (cols) is
+ * scratch. */
+typedef struct {
+    int64_t *order, *group_of, *ascending, *place, *at;
+    ptrdiff_t *block_begin;
+    float *importance;
+    uint8_t *seen, *still;
+} order_plan;
+
+/* Bytes of the plan; the plan itself once there is memory for it. */
+static size_t
+order_plan_of(const run_state *state, char *base, order_plan *plan)
+{
+    const lbq_gptq_problem *const p = state->problem;
+    const size_t cols = (size_t)p->cols;
+    const size_t sizes[] = {
+        cols * sizeof(int64_t),
+        cols * sizeof(int64_t),
+        cols * sizeof(int64_t),
+        cols * sizeof(int64_t),
+        cols * sizeof(int64_t),
+        (cols + 1) * sizeof(ptrdiff_t),
+        p->importance ? cols * LANES * sizeof(float) : 0,
+        cols / (size_t)unit_of(state) + 1,
+        (size_t)(p->rows * state->groups),
+    };
+    size_t at[10] = {0};
+    for (int i = 0; i < 9; i++)
+        at[i + 1] = at[i] + lbq_padded(sizes[i]);
+    if (plan)
+        *plan = (order_plan){
+            .order = (int64_t *)(base + at[0]),
+            .group_of = (int64_t *)(base + at[1]),
+            .ascending = (int64_t *)(base + at[2]),
+            .place = (int64_t *)(base + at[3]),
+            .at = (int64_t *)(base + at[4]),
+            .block_begin = (ptrdiff_t *)(base + at[5]),
+            .importance = (float *)(base + at[6]),
+            .seen = (uint8_t *)(base + at[7]),
+            .still = (uint8_t *)(base + at[8]),
+        };
+    return at[9];
+}
+
 /* Cuts the order into blocks of about p->block columns, of whole groups if groups are to be fitted
  * and of whole runs in any case; returns their number, or 0 if the order scatters a group. */
 static ptrdiff_t
-cut_blocks(const run_state *state, const int64_t *order, ptrdiff_t *block_begin, uint8_t *seen)
+cut_blocks(const run_state *state, order_plan *plan)
 {
     const lbq_gptq_problem *const p = state->problem;
-    const ptrdiff_t unit = state->refit ? p->group : state->run;
+    const int64_t *const order = plan->order;
+    const ptrdiff_t unit = unit_of(state);
+    memset(plan->seen, 0, (size_t)(p->cols / unit + 1));
+    plan->block_begin[0] = 0;
     ptrdiff_t blocks = 0;
     for (ptrdiff_t begin = 0, end; begin < p->cols; begin = end) {
         end = begin;
@@ -162,11 +216,11 @@ cut_blocks(const run_state *state, const int64_t *order, ptrdiff_t *block_begin,
                 next++;
             if (first > begin && next - begin > p->block)
                 break;
-            if (seen[order[first] / unit]++)
+            if (plan->seen[order[first] / unit]++)
                 return 0;
             end = next;
         }
-        block_begin[++blocks] = end;
+        plan->block_begin[++blocks] = end;
     }
     return blocks;
 }
@@ -199,19 +253,19 @@ compare_columns(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-/* `ascending` and `place` of run_state; `at` (cols) is scratch. */
 static void
-sort_blocks(ptrdiff_t blocks, const ptrdiff_t *block_begin, const int64_t *order,
-            int64_t *ascending, int64_t *place, int64_t *at)
+sort_blocks(ptrdiff_t blocks, const order_plan *plan)
 {
-    memcpy(ascending, order, (size_t)block_begin[blocks] * sizeof *order);
+    const int64_t *const order = plan->order;
+    memcpy(plan->ascending, order, (size_t)plan->block_begin[blocks] * sizeof *order);
     for (ptrdiff_t b = 0; b < blocks; b++) {
-        const ptrdiff_t begin = block_begin[b], end = block_begin[b + 1];
+        const ptrdiff_t begin = plan->block_begin[b], end = plan->block_begin[b + 1];
+        int64_t *const ascending = plan->ascending + begin;
         for (ptrdiff_t j = begin; j < end; j++)
-            at[order[j]] = j - begin;
-        qsort(ascending + begin, (size_t)(end - begin), sizeof *ascending, compare_columns);
+            plan->at[order[j]] = j - begin;
+        qsort(ascending, (size_t)(end - begin), sizeof *ascending, compare_columns);
         for (ptrdiff_t j = begin; j < end; j++)
-            place[j] = at[ascending[j]];
+            plan->place[j] = plan->at[plan->ascending[j]];
     }
 }
 
@@ -270,6 +324,36 @@ spread_importance(const lbq_gptq_problem *p, const int64_t *order, float *by_col
     return LBQ_OK;
 }
 
+/* Fills the plan and hands it to the state. */
+static lbq_status
+make_plan(run_state *state, order_plan *plan)
+{
+    const lbq_gptq_problem *const p = state->problem;
+    LBQ_TRY(lbq_order_copy(p->cols, p->order, plan->order));
+    LBQ_TRY(check_runs(state, plan->order));
+    if (p->importance)
+        LBQ_TRY(spread_importance(p, plan->order, (float *)plan->at, plan->importance));
+    state->blocks = cut_blocks(state, plan);
+    LBQ_REQUIRE(state->blocks > 0,
+                LBQ_BAD_VALUE,
+                "order scatters the columns of a group: fit the scales beforehand");
+    sort_blocks(state->blocks, plan);
+    for (ptrdiff_t j = 0; j < p->cols; j++)
+        plan->group_of[j] = plan->order[j] / p->group;
+    for (ptrdiff_t i = 0; i < state->blocks; i++) {
+        const ptrdiff_t width = plan->block_begin[i + 1] - plan->block_begin[i];
+        state->width = width > state->width ? width : state->width;
+    }
+    state->order = plan->order;
+    state->group_of = plan->group_of;
+    state->block_begin = plan->block_begin;
+    state->ascending = plan->ascending;
+    state->place = plan->place;
+    state->importance = p->importance ? plan->importance : NULL;
+    state->still = find_still(state, plan->still) ? plan->still : NULL;
+    return LBQ_OK;
+}
+
 static lbq_status
 run_tiles(run_state *state)
 {
@@ -280,23 +364,37 @@ run_tiles(run_state *state)
     return lbq_parallel(tiles, p->float64 ? round_rows_f64 : round_rows_f32, state);
 }
 
+/* Runs the tiles with scratch for every thread. */
+static lbq_status
+round_tiles(run_state *state)
+{
+    state->scratch_bytes = state->problem->float64 ? scratch_of_f64(state, NULL, NULL)
+                                                   : scratch_of_f32(state, NULL, NULL);
+    const size_t total = state->scratch_bytes * (size_t)lbq_threads();
+    lbq_arena work;
+    LBQ_TRY(lbq_arena_open(&work, total));
+    state->scratch = lbq_arena_take(&work, total);
+    const lbq_status status = run_tiles(state);
+    lbq_arena_close(&work);
+    return status;
+}
+
 lbq_status
 lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float *scale,
          float *offset)
 {
     const lbq_gptq_problem *const p = problem;
-    const ptrdiff_t cols = p->cols, groups = lbq_pieces(cols, p->group);
-    LBQ_REQUIRE(p->rows > 0 && cols > 0 && p->group > 0 && p->block > 0,
+    LBQ_REQUIRE(p->rows > 0 && p->cols > 0 && p->group > 0 && p->block > 0,
                 LBQ_BAD_SHAPE,
                 "%td rows, %td columns in groups of %td and blocks of %td",
                 p->rows,
-                cols,
+                p->cols,
                 p->group,
                 p->block);
     LBQ_TRY(lbq_code_check(p->code, p->fixed ? NULL : p->search));
-    LBQ_TRY(lbq_check_weights(p->code->scale_bits, p->rows, cols, W));
+    LBQ_TRY(lbq_check_weights(p->code->scale_bits, p->rows, p->cols, W));
     const lbq_code_kind *const kind = p->code->kind;
-    const ptrdiff_t strip = lbq_strip_rows(p->code);
+    const ptrdiff_t strip = lbq_strip_rows(p->code), groups = lbq_pieces(p->cols, p->group);
     run_state state = {
         .problem = p,
         .groups = groups,
@@ -315,61 +413,14 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
     };
     state.pitch = state.tile + (state.tile % (2 * LANES) == 0 ? LANES : 0);
 
-    const size_t order_bytes = lbq_padded((size_t)cols * sizeof(int64_t));
-    const size_t begin_bytes = lbq_padded((size_t)(cols + 1) * sizeof(ptrdiff_t));
-    const size_t seen_bytes = lbq_padded((size_t)(state.refit ? groups : cols / state.run + 1));
-    const size_t still_bytes = lbq_padded((size_t)(p->rows * groups));
-    const size_t share_bytes = p->importance ? (size_t)cols * LANES * sizeof(float) : 0;
-    lbq_arena plan, work;
-    LBQ_TRY(lbq_arena_open(
-        &plan, 5 * order_bytes + begin_bytes + seen_bytes + still_bytes + lbq_padded(share_bytes)));
-    int64_t *const order = lbq_arena_take(&plan, order_bytes);
-    int64_t *const group_of = lbq_arena_take(&plan, order_bytes);
-    ptrdiff_t *const block_begin = lbq_arena_take(&plan, begin_bytes);
-    int64_t *const ascending = lbq_arena_take(&plan, order_bytes);
-    int64_t *const place = lbq_arena_take(&plan, order_bytes);
-    int64_t *const at = lbq_arena_take(&plan, order_bytes);
-    uint8_t *const seen = lbq_arena_take(&plan, seen_bytes);
-    uint8_t *const still = lbq_arena_take(&plan, still_bytes);
-    memset(seen, 0, seen_bytes);
-    state.still = find_still(&state, still) ? still : NULL;
-    block_begin[0] = 0;
-    lbq_status status = lbq_order_copy(cols, p->order, order);
+    lbq_arena arena;
+    order_plan plan;
+    const size_t bytes = order_plan_of(&state, NULL, NULL);
+    LBQ_TRY(lbq_arena_open(&arena, bytes));
+    order_plan_of(&state, lbq_arena_take(&arena, bytes), &plan);
+    lbq_status status = make_plan(&state, &plan);
     if (status == LBQ_OK)
-        status = check_runs(&state, order);
-    if (status == LBQ_OK && p->importance) {
-        float *const shares = lbq_arena_take(&plan, share_bytes);
-        status = spread_importance(p, order, (float *)at, shares);
-        state.importance = shares;
-    }
-    if (status == LBQ_OK) {
-        for (ptrdiff_t j = 0; j < cols; j++)
-            group_of[j] = order[j] / p->group;
-        state.order = order;
-        state.group_of = group_of;
-        state.block_begin = block_begin;
-        state.blocks = cut_blocks(&state, order, block_begin, seen);
-        if (state.blocks == 0)
-            status = lbq_fail(LBQ_BAD_VALUE,
-                              "order scatters the columns of a group: fit the scales beforehand");
-        sort_blocks(state.blocks, block_begin, order, ascending, place, at);
-        state.ascending = ascending;
-        state.place = place;
-        for (ptrdiff_t i = 0; i < state.blocks; i++)
-            if (block_begin[i + 1] - block_begin[i] > state.width)
-                state.width = block_begin[i + 1] - block_begin[i];
-    }
-    if (status == LBQ_OK) {
-        state.scratch_bytes =
-            p->float64 ? scratch_of_f64(&state, NULL, NULL) : scratch_of_f32(&state, NULL, NULL);
-        const size_t total = state.scratch_bytes * (size_t)lbq_threads();
-        status = lbq_arena_open(&work, total);
-        if (status == LBQ_OK) {
-            state.scratch = lbq_arena_take(&work, total);
-            status = run_tiles(&state);
-            lbq_arena_close(&work);
-        }
-    }
-    lbq_arena_close(&plan);
+        status = round_tiles(&state);
+    lbq_arena_close(&arena);
     return status;
 }

@@ -89,8 +89,8 @@ def quantize(
     norm : float, default=2.0
         Exponent of the error with range ``"mse"``; GPTQ's code uses 2.4.
     zero : float or None, default=None
-        Of a symmetric ``int`` format: the code, fractions allowed, that stands for zero. None: the
-        middle of the codes, so that half are negative. ``2**(bits-1)`` holds an exact zero.
+        Shorthand for that field of `format`: ``("int4sym", zero=8)`` is ``"int4symz8"``. None:
+        what `format` says.
 
     Returns
     -------
@@ -122,6 +122,8 @@ def quantize(
     array([[-2.,  0.,  1.]], dtype=float32)
     """
     format = Format.parse(format)
+    if zero is not None:
+        format = format.with_zero(zero)
     shared = fit_shared(
         weight,
         format,
@@ -130,7 +132,6 @@ def quantize(
         percentile=percentile,
         clip_ratio=clip_ratio,
         norm=norm,
-        zero=zero,
     )
     rows, cols = weight.shape
     panels = _core.aligned_empty(bytes=format.panel_bytes(rows, cols))
@@ -210,6 +211,7 @@ def adaround(
     if unfit.size:
         raise ValueError(f"hessian has {unfit[0]} on its diagonal, expected finite numbers from 0")
     nearest = quantize(weight, format, importance=diagonal_importance(hessian), **options)
+    format = nearest.format
     scale, offset, codes = nearest.scale, nearest.offset, np.empty(weight.shape, np.uint8)
     hold_zeros(weight, format, scale, offset)
     _core.adaround(
@@ -271,7 +273,6 @@ def fit_shared(
     percentile: float = 99.9,
     clip_ratio: float = 1.0,
     norm: float = 2.0,
-    zero: float | None = None,
 ) -> Shared:
     """Find what all groups of a matrix share, before its groups are rounded one by one.
 
@@ -290,9 +291,8 @@ def fit_shared(
     ((4,), 1.0)
     """
     format = Format.parse(format)
-    _check(weight, importance, range, format, zero)
-    zero = format.zero if zero is None else zero
-    shared = Shared(_fixed_levels(format), 1.0, float(np.float32(zero)))
+    _check(weight, importance, range, format)
+    shared = Shared(_fixed_levels(format), 1.0, format.zero_level)
     if range != "kl" and not format.learns_levels and format.scale_bits == 16:
         return shared
     # What one learns from; what is only rounded is checked on the way.
@@ -474,7 +474,6 @@ def _check(
     importance: NDArray[np.float32] | None,
     range: str,
     format: Format,
-    zero: float | None,
 ) -> None:
     for name, array in [("weight", weight), ("importance", importance)]:
         if array is not None and not isinstance(array, np.ndarray):
@@ -491,8 +490,6 @@ def _check(
         raise ValueError(f"range is {range!r}, but format {format} has none: expected 'mse'")
     if range == "kl" and format.level_count < 4:
         raise ValueError(f"range is 'kl', which needs two magnitudes, but format {format} has one")
-    if zero is not None and not format.zero_is_free:
-        raise ValueError(f"zero is {zero}, but format {format} does not let it be chosen")
 
 
 def _fixed_levels(format: Format) -> NDArray[np.float32] | None:
@@ -548,7 +545,8 @@ class _Sample:
             return codes if shared.levels is None else shared.levels[codes]
         plain = replace(self.format, group=None, per_tensor=True, symmetric=True, scale_bits=0)
         shape = self.weight.shape
-        return QuantizedTensor.pack(plain, codes, zero=0.0, shape=shape).dequantize()
+        # Exact: levels and zero are multiples of a half below 256.
+        return QuantizedTensor.pack(plain, codes, shape=shape).dequantize() + plain.zero_level
 
     def entropy_clip(self) -> float:
         largest = self.over_groups(np.maximum, abs(self.weight))

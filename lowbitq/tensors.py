@@ -37,7 +37,9 @@ class QuantizedTensor:
     unit : float, default=1.0
         What integer scales are multiples of; with one scale per tensor, that scale.
     zero : float or None, default=None
-        Where no offset is stored, offset = -zero * scale. None: ``format.zero``.
+        Where no offset is stored, ``offset = -zero * scale``. If ``format.stores_zero``, it is
+        fitted to the matrix. Otherwise it is ``format.zero_level``; a different number becomes the
+        format's choice, provided that the format lets it be chosen and has not chosen yet.
 
     Raises
     ------
@@ -65,8 +67,11 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         format = Format.parse(self.format)
+        zero = format.zero_level if self.zero is None else _float32(self.zero)
+        if zero != format.zero_level and not format.stores_zero:
+            format = format.with_zero(zero)
         object.__setattr__(self, "format", format)
-        object.__setattr__(self, "zero", _float32(format.zero if self.zero is None else self.zero))
+        object.__setattr__(self, "zero", zero)
         object.__setattr__(self, "unit", _float32(self.unit))
         object.__setattr__(self, "handle", code_of(format, self.levels, self.unit, self.zero))
         self._float_copy()  # checks dtypes, sizes and numbers
@@ -232,7 +237,7 @@ class QuantizedTensor:
             "rows": self.rows,
             "cols": self.cols,
             "gamma": self.unit,
-            "zero": self.zero,
+            "zero": self.zero,  # often implied by the format, but earlier versions require it
         }
         return arrays, metadata
 
@@ -366,5 +371,5 @@ def code_of(
         symmetric=format.symmetric,
         scale_bits=format.scale_bits if scale_bits is None else scale_bits,
         unit=_float32(unit),
-        zero=_float32(format.zero if zero is None else zero),
+        zero=_float32(format.zero_level if zero is None else zero),
     )

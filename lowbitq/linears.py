@@ -139,7 +139,8 @@ class Activation:
     clip : float, default=1.0
         Fraction of a step's range that is kept, 0.001 to 1.
     scale : float or None, default=None
-        One scale for all tokens and steps. None: each has its own, by its maximum magnitude.
+        One scale for all tokens and steps, 2**-100 to 2**120. None: each has its own, by its
+        maximum magnitude.
     zero : float or "token", default=0.0
         Zero point of all tokens. ``"token"``: the middle of each token's range.
 
@@ -164,8 +165,9 @@ class Activation:
             raise ValueError(f"activation_bits is {self.bits}, expected 8, 4 or None")
         if not 0.001 <= self.clip <= 1:
             raise ValueError(f"clip is {self.clip}, expected 0.001 to 1")
-        if self.scale is not None and not 0 < self.scale < np.inf:
-            raise ValueError(f"scale is {self.scale}, expected a positive number or None")
+        # Inputs below 2**-100 become zeros in any case; 127 times the largest is still a float32.
+        if self.scale is not None and not 2.0**-100 <= self.scale <= 2.0**120:
+            raise ValueError(f"scale is {self.scale}, expected 2**-100 to 2**120 or None")
         if self.zero != "token" and not (
             isinstance(self.zero, (int, float)) and np.isfinite(self.zero)
         ):

@@ -81,7 +81,11 @@ def test_parts_that_do_not_fit_are_refused():
     for how, message in (
         ({"clip": 0.0}, "clip is 0.0, expected 0.001 to 1"),
         ({"clip": float("nan")}, "clip is nan"),
-        ({"scale": -1.0}, "scale is -1.0, expected a positive number or None"),
+        ({"scale": -1.0}, r"scale is -1.0, expected 2\*\*-100 to 2\*\*120 or None"),
+        ({"scale": 0.0}, "scale is 0.0, expected"),
+        ({"scale": 1e-46}, "scale is 1e-46, expected"),  # a float32 of 0, as if it were None
+        ({"scale": 1e37}, r"scale is 1e\+37, expected"),  # times 127, an infinity
+        ({"scale": float("nan")}, "scale is nan, expected"),
         ({"zero": "row"}, "zero is 'row', expected a number or 'token'"),
         ({"zero": float("inf")}, "zero is inf"),
         ({"bits": None, "clip": 0.5}, "clip, scale and zero need 8 or 4 bits"),

@@ -1,7 +1,8 @@
 """Uniform grids on arrays of any shape: zero points, ranges, and how many values share a grid.
 
-What the literature calls a uniform quantizer, with each of its conventions by name. Matrices of a
-model go through `lowbitq.quantize`, which packs them; this is for activations, and for comparing.
+What the literature calls a uniform quantizer, with each of its conventions by name. Use it to fit
+static grids for the inputs of layers (`lowbitq.linears.Activation.of_grid`) and to compare methods.
+Weights of a model go through `lowbitq.quantize`, which packs them.
 """
 
 from __future__ import annotations

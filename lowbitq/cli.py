@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]]:
-    """Return what runs each command, what adds its arguments to a parser, and what it does."""
+    """What runs each command, what adds its arguments to a parser, and its description."""
     return {
         "inspect": (inspect, _model_argument, "Describe a model."),
         "quantize": (quantize, _quantize_arguments, "Quantize a model and save it."),

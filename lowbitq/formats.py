@@ -38,7 +38,7 @@ _TEXT = re.compile(
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored: the code of its numbers, and how often a scale occurs.
+    """How a matrix is stored: the code of its numbers, and which of them share a scale.
 
     Parameters
     ----------
@@ -49,7 +49,7 @@ class Format:
     per_tensor : bool, default=False
         One scale for the whole matrix; excludes `group`.
     symmetric : bool, default=True
-        No offset: the levels lie around zero. Few codes, of kind ``int``, can be asymmetric.
+        No offset: the levels lie around zero. Only codes of kind ``int`` can be asymmetric.
     scale_bits : int, default=16
         16: a scale is a float16. 8 or 4: an integer times one float of the matrix. 0: there is only
         that float (`per_tensor`).
@@ -179,7 +179,7 @@ class Format:
 
     @property
     def level_count(self) -> int:
-        """Number of values that a word of the code has."""
+        """Number of values that a word of the code can take."""
         return int(self._properties["level_count"])
 
     @property
@@ -203,7 +203,7 @@ class Format:
 
     @property
     def stores_zero(self) -> bool:
-        """Whether each matrix has a zero of its own, found with its only scale."""
+        """Whether each matrix stores its own zero, fitted together with its only scale."""
         return self.per_tensor and not self.symmetric
 
     def with_zero(self, zero: float) -> Format:
@@ -236,7 +236,7 @@ class Format:
 
     @property
     def ordered(self) -> bool:
-        """Whether the next word is the next level, so that ranges and neighbours make sense."""
+        """Whether consecutive words are consecutive levels, so that ranges and neighbours exist."""
         return bool(self._properties["ordered"])
 
     @property

@@ -303,8 +303,8 @@ class Copy:
 class QuantizedLinear(_Layer):
     """A layer of packed weights: ``y = sum_i weight_i P_i^T (W_i act_i(R_i x)) + U V^T x + b``.
 
-    If all activations are integers and there is no adapter, the result is bit-identical for every
-    instruction set, number of threads and set of other tokens in the call.
+    If all activations are integers and there is no adapter, the result is bit-identical on every
+    instruction set, with any number of threads and with any other tokens in the call.
 
     Parameters
     ----------
@@ -317,7 +317,7 @@ class QuantizedLinear(_Layer):
     Attributes
     ----------
     tensor, rotation, activation_bits
-        Those fields of the only copy; ValueError if there are several.
+        These fields of a layer's only copy; ValueError if it has several.
 
     Raises
     ------

@@ -62,9 +62,9 @@ def quantize(
     """Round a weight matrix to the levels of a low-bit grid.
 
     Every group of ``format.group`` columns has its own scale and offset:
-    ``weight[r, k] ~ scale[r, g] * level[codes[r, k]] + offset[r, g]``. They are rounded to what is
-    stored before the codes are chosen. A group of zeros stays zeros, and range ``"mse"`` makes no
-    group worse than zeros, however small its weights are.
+    ``weight[r, k] ~ scale[r, g] * level[codes[r, k]] + offset[r, g]``. Both are rounded to their
+    stored form before the codes are chosen. A group of zeros stays zero. With range ``"mse"`` the
+    error of a group, however small its weights are, does not exceed that of zeros.
 
     Parameters
     ----------
@@ -76,12 +76,12 @@ def quantize(
         How a group's scale and offset are chosen. ``"mse"``: least error, by a search over shrunken
         ranges and least squares. ``"minmax"``: nothing is clipped. ``"percentile"``: clips the tail
         on either side. ``"kl"``: one clip ratio for the matrix, where the histogram of its groups,
-        each divided by its largest magnitude, loses least information; not for one magnitude, as
-        binary and ternary codes have.
+        each divided by its largest magnitude, loses least information; not for binary and ternary
+        codes, which have only one magnitude.
     importance : ndarray of shape (cols,), float32, default=None
         Non-negative weight of each column's error, such as the diagonal of the layer's Hessian;
         for range ``"mse"`` and for learned levels. Only ratios matter. None: all columns count the
-        same; so do those of a group in which all weights are 0.
+        same, as they do in a group whose importance is 0 throughout.
     percentile : float, default=99.9
         50 to 100, with range ``"percentile"``.
     clip_ratio : float, default=1.0
@@ -103,8 +103,8 @@ def quantize(
         If `weight` or `importance` is not a float32 array.
     ValueError
         If an option is unknown or out of range, a shape does not fit, `weight` has a NaN, an
-        infinity or a number that no stored scale reaches, or `importance` one that is not finite
-        or negative.
+        infinity or a number too large for a stored scale, or `importance` has a number that is
+        negative or not finite.
 
     References
     ----------
@@ -153,11 +153,11 @@ def adaround(
 ) -> QuantizedTensor:
     """Round each weight up or down so that the layer's outputs change least.
 
-    Scales and offsets are those of `quantize`, weighed by the diagonal of the Hessian. Then
-    ``tr((W - Q) H (W - Q)^T)`` is minimised over which neighbour each weight takes: by AdaRound's
-    relaxation, and after it by flipping single codes and pairs until none helps. On no row is the
-    result worse than rounding to nearest. On inputs whose variances fall as a power its error is
-    7 to 35 % below GPTQ's, for some hundred times the time: 0.1 us per weight and step.
+    Scales and offsets are those of `quantize`, weighted by the diagonal of the Hessian. Then
+    ``tr((W - Q) H (W - Q)^T)`` is minimised over the two neighbours of each weight, first by
+    AdaRound's relaxation, then by flipping single codes and pairs until no flip helps. No row ends
+    up worse than with rounding to nearest. On inputs whose variances follow a power law, the error
+    is 7 to 35 % below GPTQ's, at about a hundred times the cost: 0.1 us per weight and step.
 
     Parameters
     ----------
@@ -168,12 +168,13 @@ def adaround(
     format : Format or str
         As for `quantize`.
     steps : int, default=500
-        Of Adam; 0: only the flips, from rounding to nearest.
+        Of Adam; 0: only the flips, starting from rounding to nearest.
     rate : float, default=0.1
         Of Adam.
     strength : float, default=10.0
-        Of the penalty on undecided weights, relative to the error of rounding to nearest. From 10
-        on, all were decided after 300 steps on random problems; more decides earlier and worse.
+        Of the penalty on undecided weights, relative to the error of rounding to nearest. At 10 and
+        above, all were decided after 300 steps on random problems; a stronger penalty decides
+        earlier and worse.
     **options
         `range` and the like, for `quantize`.
 
@@ -295,7 +296,7 @@ def fit_shared(
     shared = Shared(_fixed_levels(format), 1.0, format.zero_level)
     if range != "kl" and not format.learns_levels and format.scale_bits == 16:
         return shared
-    # What one learns from; what is only rounded is checked on the way.
+    # Checked before anything is learned from it; rounding checks its own input.
     _core.check_weight(weight, importance, scale_bits=format.scale_bits)
     if importance is not None and not importance.any():
         importance = None
@@ -440,7 +441,7 @@ def relative_error(x: ArrayLike, approximation: ArrayLike, axis: int | None = No
     Returns
     -------
     float or ndarray, float64
-        Without a unit; 0 is perfect, 1 is as bad as zeros. NaN where x is zero.
+        Without a unit: 0 is exact, 1 is what zeros would give. NaN where x is zero.
 
     Examples
     --------
@@ -453,7 +454,7 @@ def relative_error(x: ArrayLike, approximation: ArrayLike, axis: int | None = No
 
 
 def _error(x: ArrayLike, approximation: ArrayLike) -> NDArray[Any]:
-    """The difference, of float32 in float32: right to its last bit, and half as large."""
+    """The difference, correctly rounded; of float32 in float32, which takes half the memory."""
     x, approximation = np.asarray(x), np.asarray(approximation)
     if x.shape != approximation.shape:
         raise ValueError(f"approximation has shape {approximation.shape}, expected {x.shape}")
@@ -463,7 +464,7 @@ def _error(x: ArrayLike, approximation: ArrayLike) -> NDArray[Any]:
 
 
 def _sum_of_squares(x: NDArray[Any], axis: int | None) -> Any:
-    """In float64, and over all axes without a copy in it: an embedding may be a gigabyte."""
+    """Sum in float64; over all axes without a float64 copy, as an embedding may be a gigabyte."""
     if axis is None:
         return np.einsum("i,i->", x.ravel(), x.ravel(), dtype=np.float64)
     return np.square(x, dtype=np.float64).sum(axis)
@@ -554,7 +555,7 @@ class _Sample:
         return entropy_clip(relative, levels=self.format.level_count // 2)
 
     def learn_levels(self, shared: Shared) -> NDArray[np.float32]:
-        """Levels and scales in turn, each the best for the other, while that lowers the error."""
+        """Fit levels and scales in turn, each to the other, while that lowers the error."""
         squares = self.over_groups(np.add, np.square(self.weight, dtype=np.float64))
         scale = np.sqrt(squares)  # the levels take up the factor; only a short last group feels it
         best, least = np.zeros(self.format.level_count, np.float32), np.inf
@@ -573,7 +574,7 @@ class _Sample:
         return best
 
     def fit_unit(self, shared: Shared) -> float:
-        """The largest scale divided by the largest integer, or less if that pays for the others."""
+        """The largest scale divided by the largest integer, or less if that lowers the error."""
         scale, _ = self.round(shared, unit=0.0)
         whole = float(scale.max()) / ((1 << self.format.scale_bits) - 1)
         smallest = np.finfo(np.float32).smallest_normal  # below it multiples lose their digits

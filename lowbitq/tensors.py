@@ -96,10 +96,10 @@ class QuantizedTensor:
         format : Format or str
             What to store them as.
         codes : ndarray of shape ``format.code_shape(rows, cols)``, uint8
-            Below ``format.level_count`` each (``2**format.bits`` is not checked against it).
+            Each below ``format.level_count``; only ``2**format.bits`` is checked.
         scale : ndarray of shape (rows, groups), float32, or None
-            As its stored form holds it exactly: a float16, or an integer times `unit`. None only
-            with one scale per tensor, which is `unit`.
+            Exactly representable in the stored form: a float16, or an integer times `unit`. None
+            only with one scale per tensor, which is `unit`.
         offset : ndarray of shape (rows, groups), float32, or None
             A float16 each; None for formats without offsets.
         levels : ndarray of shape (2**bits,), float32, or None, default=None
@@ -245,7 +245,7 @@ class QuantizedTensor:
     def from_arrays(
         cls, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]
     ) -> QuantizedTensor:
-        """Put together what `to_arrays` split, sharing the arrays.
+        """Join what `to_arrays` split; the arrays are shared.
 
         Parameters
         ----------
@@ -307,7 +307,7 @@ class QuantizedTensor:
 
 
 def aligned(panels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the bytes at a 64-byte boundary: themselves, or copied where they lie elsewhere."""
+    """Return the bytes at a 64-byte boundary, copied only if they start elsewhere."""
     if panels.ctypes.data % 64 == 0:
         return panels
     copy = _core.aligned_empty(bytes=panels.size)

@@ -122,82 +122,96 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"lowbitq {lq.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, (run, add_arguments, text) in _commands().items():
+        command = commands.add_parser(name, help=text, description=text, formatter_class=_Help)
+        command.set_defaults(run=run)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.add_argument("--threads", type=_positive, help="(default: all CPUs)")
+        add_arguments(command)
+    return parser
 
-    def command(name: str, run: Command, text: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(
-            name,
-            help=text,
-            description=text,
-            formatter_class=_Help,
-        )
-        one.set_defaults(run=run)
-        one.add_argument("--json", action="store_true", help="print one JSON object")
-        one.add_argument("--threads", type=_positive, help="(default: all CPUs)")
-        return one
 
+def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], None], str]]:
+    """What runs each command, what adds its arguments to a parser, and its description."""
+    return {
+        "inspect": (inspect, _model_argument, "Describe a model."),
+        "quantize": (quantize, _quantize_arguments, "Quantize a model and save it."),
+        "evaluate": (evaluate, _evaluate_arguments, "Measure perplexity, size and speed."),
+        "generate": (generate, _generate_arguments, "Continue a text."),
+        "bench": (
+            bench,
+            _bench_arguments,
+            "Measure layer speed against this machine's limits, in half a minute.",
+        ),
+        "demo": (
+            demo,
+            _demo_arguments,
+            "Make SmolLM2-135M a 4-, a 3- and a 2-bit model and compare them.",
+        ),
+    }
+
+
+def _model_argument(parser: argparse.ArgumentParser) -> None:
     model = "GGUF file, Hugging Face folder, or saved lowbitq model"
+    parser.add_argument("model", metavar="MODEL", help=model)
 
-    one = command("inspect", inspect, "Describe a model.")
-    one.add_argument("model", metavar="MODEL", help=model)
 
-    one = command("quantize", quantize, "Quantize a model and save it.")
-    one.add_argument("model", metavar="MODEL", help=model)
-    one.add_argument("out", type=Path, metavar="FOLDER", help="destination")
-    one.add_argument("--format", type=_format, default="int4g64", help="format of linear layers")
-    embedding = lq.Plan({}).embedding
-    one.add_argument(
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
+    parser.add_argument("--format", type=_format, default="int4g64", help="format of linear layers")
+    parser.add_argument(
         "--embedding",
         type=_embedding,
-        default=embedding,
+        default=lq.Plan({}).embedding,
         help="format of the embedding and the head, or none",
     )
-    one.add_argument("--method", choices=["gptq", "rtn"], default="gptq", help="rounding method")
-    rotations = ["hadamard", "orthogonal", "none"]
-    one.add_argument(
+    methods, rotations = ["gptq", "rtn"], ["hadamard", "orthogonal", "none"]
+    parser.add_argument("--method", choices=methods, default="gptq", help="rounding method")
+    parser.add_argument(
         "--rotation", choices=rotations, default="hadamard", help="rotation of the model"
     )
-    _text_option(one, "to calibrate on")
-    _calibration_options(one, samples=128, window=2048)
-    _work_dir_options(one, "FOLDER.work")
-    one.add_argument("--no-verify", action="store_true", help="do not reload and compare")
+    _text_option(parser, "to calibrate on")
+    _calibration_options(parser, samples=128, window=2048)
+    _work_dir_options(parser, "FOLDER.work")
+    parser.add_argument("--no-verify", action="store_true", help="do not reload and compare")
 
-    one = command("evaluate", evaluate, "Measure perplexity, size and speed.")
-    one.add_argument("model", metavar="MODEL", help=model)
-    one.add_argument("--reference", metavar="MODEL", help="also compare with this model")
-    _text_option(one, "to predict")
-    one.add_argument("--window", type=_positive, default=2048, help="tokens per window")
-    one.add_argument("--windows", type=_positive, help="number of windows (default: all)")
 
-    one = command("generate", generate, "Continue a text.")
-    one.add_argument("model", metavar="MODEL", help=model)
-    one.add_argument("prompt", type=_text)
-    one.add_argument("--chat", action="store_true", help="treat the prompt as a message to answer")
-    one.add_argument(
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("--reference", metavar="MODEL", help="also compare with this model")
+    _text_option(parser, "to predict")
+    parser.add_argument("--window", type=_positive, default=2048, help="tokens per window")
+    parser.add_argument("--windows", type=_positive, help="number of windows (default: all)")
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("prompt", type=_text)
+    parser.add_argument(
+        "--chat", action="store_true", help="treat the prompt as a message to answer"
+    )
+    parser.add_argument(
         "--max-new-tokens", type=_positive, default=64, help="maximum number of new tokens"
     )
-    one.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token")
-    one.add_argument("--top-k", type=_positive, help="choose among this many tokens")
-    one.add_argument("--top-p", type=float, help="choose among tokens of this total probability")
-    one.add_argument("--cache-bits", type=int, default=32, help="cache precision, 8 or 32")
-    one.add_argument("--seed", type=int, default=0, help="seed for sampling")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token")
+    parser.add_argument("--top-k", type=_positive, help="choose among this many tokens")
+    parser.add_argument("--top-p", type=float, help="choose among tokens of this total probability")
+    parser.add_argument("--cache-bits", type=int, default=32, help="cache precision, 8 or 32")
+    parser.add_argument("--seed", type=int, default=0, help="seed for sampling")
 
-    one = command(
-        "bench", bench, "Measure layer speed against this machine's limits, in half a minute."
-    )
-    one.add_argument(
-        "--plot",
-        type=_picture,
-        metavar="FILE",
-        help="also draw it: .png, .svg or .pdf (matplotlib)",
-    )
 
-    one = command("demo", demo, "Make SmolLM2-135M a 4-, a 3- and a 2-bit model and compare them.")
-    _text_option(one, "to calibrate on (its first half) and to predict (its second half)")
-    _calibration_options(one, samples=16, window=1024)
-    one.add_argument("--windows", type=_positive, default=4, help="held-out windows to predict")
-    one.add_argument("--save", type=Path, metavar="FOLDER", help="save the models here")
-    _work_dir_options(one, str(DEMO_WORK))
-    return parser
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    picture = "also draw it: .png, .svg or .pdf (matplotlib)"
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help=picture)
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    _text_option(parser, "to calibrate on (its first half) and to predict (its second half)")
+    _calibration_options(parser, samples=16, window=1024)
+    parser.add_argument("--windows", type=_positive, default=4, help="held-out windows to predict")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the models here")
+    _work_dir_options(parser, str(DEMO_WORK))
 
 
 def _text_option(parser: argparse.ArgumentParser, use: str) -> None:

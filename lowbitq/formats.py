@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from lowbitq import _core
 
@@ -23,18 +25,20 @@ GRAMMAR = (
     f"a code ({_spans()}), then "
     "optionally g16, g32, g64, g128 (columns per scale; none: one scale per row) or tensor (one "
     "scale for the matrix), then optionally sym (no offset), then optionally s4 or s8 (integer "
-    "scales of that many bits); for example int4g64, int2g16s4, ternary"
+    "scales of that many bits), then optionally, for an int code without offset, z and the code "
+    "that stands for zero (none: the middle); for example int4g64, int2g16s4, int4g32symz8, ternary"
 )
 
 _TEXT = re.compile(
     rf"(?P<code>{'|'.join(map(re.escape, _CODES))})"
     r"(?:g(?P<group>16|32|64|128)|(?P<tensor>tensor))?(?P<sym>sym)?(?:s(?P<scale>4|8))?"
+    r"(?:z(?P<zero>[0-9]+(?:\.[0-9]+)?))?"
 )
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a matrix is stored: the code of its numbers, and how often a scale occurs.
+    """How a matrix is stored: the code of its numbers, and which of them share a scale.
 
     Parameters
     ----------
@@ -45,10 +49,16 @@ class Format:
     per_tensor : bool, default=False
         One scale for the whole matrix; excludes `group`.
     symmetric : bool, default=True
-        No offset: the levels lie around zero. Few codes, of kind ``int``, can be asymmetric.
+        No offset: the levels lie around zero. Only codes of kind ``int`` can be asymmetric.
     scale_bits : int, default=16
         16: a scale is a float16. 8 or 4: an integer times one float of the matrix. 0: there is only
         that float (`per_tensor`).
+    zero : float or None, default=None
+        The code that stands for zero, 0 to ``level_count - 1``; fractions are allowed and rounded
+        to float32. Only symmetric formats of kind ``int`` let it be chosen. A whole number, such as
+        the ``2**(bits-1)`` of Q4_0 in GGUF, represents zero exactly. None: the middle of the codes,
+        so that half of them are negative. Given as a number, the middle is stored as None.
+        `zero_level` is the code in effect.
 
     Raises
     ------
@@ -64,6 +74,8 @@ class Format:
     4.5
     >>> str(Format("int2", group=16, scale_bits=4))
     'int2g16s4'
+    >>> str(Format("int4", group=32, zero=8)), Format("int4", zero=7.5).zero
+    ('int4g32symz8', None)
     """
 
     code: str
@@ -71,6 +83,7 @@ class Format:
     per_tensor: bool = False
     symmetric: bool = True
     scale_bits: int = 16
+    zero: float | None = None
 
     def __post_init__(self) -> None:
         if self.code not in _CODES:
@@ -87,6 +100,19 @@ class Format:
         if self.group and self.group % self._properties["multiple"]:
             wanted = f"multiples of {self._properties['multiple']} columns"
             raise ValueError(f"{self.code} needs groups of {wanted}, found {self.group}")
+        if self.zero is not None:
+            object.__setattr__(self, "zero", self._chosen(self.zero))
+
+    def _chosen(self, zero: float) -> float | None:
+        """Check a zero and normalise it, so that equal formats have equal fields."""
+        if not self.zero_is_free:
+            expected = "let it be chosen: only int codes without offset do"
+            raise ValueError(f"zero is {zero}, but {self._text_without_zero} does not {expected}")
+        if not 0 <= zero <= self.level_count - 1:
+            expected = f"0 to {self.level_count - 1} with {self.code}"
+            raise ValueError(f"zero is {zero}, expected {expected}")
+        zero = float(np.float32(zero)) + 0.0  # not -0.0
+        return None if zero == self._properties["zero"] else zero
 
     @classmethod
     def parse(cls, text: Format | str) -> Format:
@@ -95,7 +121,7 @@ class Format:
         Parameters
         ----------
         text : str or Format
-            A code, optionally a group, ``sym`` and an integer scale: ``"int3g64"``.
+            A code, optionally a group, ``sym``, an integer scale and a zero: ``"int3g64"``.
 
         Returns
         -------
@@ -125,9 +151,19 @@ class Format:
             per_tensor=whole,
             symmetric=bool(match["sym"] or match["scale"] or not _CODES[match["code"]]["offsets"]),
             scale_bits=0 if whole else int(match["scale"] or 16),
+            zero=float(match["zero"]) if match["zero"] else None,
         )
 
     def __str__(self) -> str:
+        if self.zero is None:
+            return self._text_without_zero
+        # The shortest decimal that rounds to this float32.
+        digits = np.format_float_positional(np.float32(self.zero), trim="-")
+        return f"{self._text_without_zero}z{digits}"
+
+    @property
+    def _text_without_zero(self) -> str:
+        """The text of this format with the middle as its zero."""
         group = "tensor" if self.per_tensor else f"g{self.group}" if self.group else ""
         scale = f"s{self.scale_bits}" if self.scale_bits in (8, 4) else ""
         implied = bool(scale) or not self._properties["offsets"]
@@ -144,7 +180,7 @@ class Format:
 
     @property
     def level_count(self) -> int:
-        """Number of values that a word of the code has."""
+        """Number of values that a word of the code can take."""
         return int(self._properties["level_count"])
 
     @property
@@ -158,17 +194,41 @@ class Format:
         return self.bits / int(self._properties["word_cols"])
 
     @property
-    def zero(self) -> float:
+    def zero_level(self) -> float:
         """The level, fractions allowed, that stands for zero where there is no offset.
 
-        The middle of a uniform grid; 0 for codes with a table of levels.
+        `zero` if it was chosen. Otherwise the middle of a uniform grid; 0 for codes with a table of
+        levels.
         """
-        return float(self._properties["zero"])
+        return float(self._properties["zero"]) if self.zero is None else self.zero
 
     @property
     def zero_is_free(self) -> bool:
-        """Whether another level than `zero` may stand for zero."""
+        """Whether `zero` may be chosen."""
         return self.symmetric and bool(self._properties["offsets"])
+
+    @property
+    def stores_zero(self) -> bool:
+        """Whether each matrix stores its own zero, fitted together with its only scale."""
+        return self.per_tensor and not self.symmetric
+
+    def with_zero(self, zero: float) -> Format:
+        """Return the format with this zero.
+
+        Raises
+        ------
+        ValueError
+            If the format does not let it be chosen or has another one already.
+
+        Examples
+        --------
+        >>> str(Format.parse("int4g32sym").with_zero(8))
+        'int4g32symz8'
+        """
+        changed = replace(self, zero=zero)
+        if self.zero is not None and changed != self:
+            raise ValueError(f"zero is {zero}, but format {self} has another")
+        return changed
 
     @property
     def has_levels(self) -> bool:
@@ -182,7 +242,7 @@ class Format:
 
     @property
     def ordered(self) -> bool:
-        """Whether the next word is the next level, so that ranges and neighbours make sense."""
+        """Whether consecutive words are consecutive levels, so that ranges and neighbours exist."""
         return bool(self._properties["ordered"])
 
     @property
@@ -218,7 +278,7 @@ class Format:
         """
         if rows < 1 or cols < 1:
             raise ValueError(f"a matrix of shape ({rows}, {cols}) is empty")
-        shared = (self.scale_bits < 16) + (self.per_tensor and not self.symmetric)
+        shared = (self.scale_bits < 16) + self.stores_zero
         table = self.level_count if self.learns_levels else 0
         return self.panel_bytes(rows, cols) + 4 * (shared + table)
 

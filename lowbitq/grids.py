@@ -1,7 +1,8 @@
 """Uniform grids on arrays of any shape: zero points, ranges, and how many values share a grid.
 
-What the literature calls a uniform quantizer, with each of its conventions by name. Matrices of a
-model go through `lowbitq.quantize`, which packs them; this is for activations, and for comparing.
+What the literature calls a uniform quantizer, with each of its conventions by name. Use it to fit
+static grids for the inputs of layers (`lowbitq.linears.Activation.of_grid`) and to compare methods.
+Weights of a model go through `lowbitq.quantize`, which packs them.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class UniformGrid:
     Parameters
     ----------
     scale : array_like
-        Step between neighbouring values, in the unit of x and positive; of a shape that broadcasts
-        against x.
+        Positive step between neighbouring values, in the unit of x; its shape broadcasts against
+        x.
     zero : array_like
         Zero point, in steps; whole or not.
     low, high : int
@@ -58,9 +59,9 @@ class UniformGrid:
 
     Examples
     --------
-    A worked example with the zero point added, 8 bits, and the zero point rounded down. (Where
-    it is printed as -152 the sign is a slip: ``scale * (code + zero)`` needs +152. The last value
-    is 13.567, not 13.58: rounding down leaves 13.6 just outside.)
+    A worked example from slides: 8 bits, the zero point rounded down and added. (The slides print
+    it as -152, but ``scale * (code + zero)`` needs +152, and they print 13.58 for the last value,
+    13.567: rounding down leaves 13.6 just outside.)
 
     >>> x = np.array([[1.2, 2.4, 3.6], [11.2, 12.4, 13.6]])
     >>> grid = UniformGrid.of_range(1.2, 13.6, bits=8, signed=True, include_zero=False,
@@ -122,16 +123,16 @@ class UniformGrid:
         include_zero : bool, default=True
             Widen the range until it holds zero.
         zero_mode : {"round", "floor", "float"}, default="round"
-            What becomes of the zero point. A whole one represents zero exactly; rounding keeps
-            both ends within half a step, rounding down does not.
+            How the zero point is rounded. A whole one represents zero exactly; rounding to nearest
+            keeps both ends within half a step, rounding down does not.
         convention : {"subtract", "add"}, default="subtract"
             See the class.
 
         Returns
         -------
         UniformGrid
-            A range that is a single point gets a step of 1 there (the range -1 to 1 if it is 0,
-            as GPTQ's code does).
+            A range of one point gets a step of 1; if that point is 0, the range becomes -1 to 1,
+            as in GPTQ's code.
 
         Raises
         ------
@@ -195,7 +196,7 @@ class UniformGrid:
         return np.asarray(np.clip(codes, self.low, self.high), np.int32)
 
     def value_of(self, codes: ArrayLike) -> Array:
-        """Return the values of codes, in the unit of x; code 0 stands for minus or plus zero steps.
+        """Return the values of codes, in the unit of x.
 
         Parameters
         ----------
@@ -215,7 +216,7 @@ class UniformGrid:
         return np.asarray(self.scale * (codes - zero.astype(self.scale.dtype)))
 
     def __call__(self, x: ArrayLike) -> Array:
-        """Return the values next to x: ``value_of(encode(x))``."""
+        """Return the values nearest to x: ``value_of(encode(x))``."""
         return self.value_of(self.encode(x))
 
     def to_convention(self, convention: str) -> UniformGrid:
@@ -335,10 +336,10 @@ def entropy_clip(x: ArrayLike, levels: int, bins: int = 2048) -> float:
     Parameters
     ----------
     x : array_like
-        Finite numbers, in large number.
+        Many finite numbers.
     levels : int
-        Magnitudes that a code can express: ``2**(bits-1)``; at least 2, since one alone loses no
-        information wherever it clips.
+        Magnitudes that a code can express: ``2**(bits-1)``. At least 2, since a single magnitude
+        loses no information wherever it clips.
     bins : int, default=2048
         Of the histogram of ``|x|``; at least `levels`.
 
@@ -384,7 +385,7 @@ class MovingRange:
     minimum, maximum : float or None
         None before the first array.
     frozen : bool
-        Whether `update` is without effect; False at first.
+        Whether `update` does nothing; False at first.
 
     Examples
     --------
@@ -434,7 +435,7 @@ def _choose(name: str, value: str, known: tuple[str, ...]) -> None:
 def _blocks(
     x: Array, granularity: str, axis: str, group: int | None
 ) -> tuple[Array, Callable[[Array], Array]]:
-    """x as rows that share a grid, the last of a channel padded with NaN; and the way back."""
+    """x as rows that share a grid, padded with NaN, and the function that restores its shape."""
     _choose("granularity", granularity, ("tensor", "channel", "group"))
     _choose("axis", axis, ("out", "in"))
     if (granularity == "group") != (group is not None):
@@ -467,7 +468,7 @@ def _least_norm(
     bits: int,
     grid: dict[str, Any],
 ) -> Array:
-    """The first factor for each block that has the least error, as GPTQ's code searches."""
+    """For each block, the first factor with the least error, as in GPTQ's code."""
     padding = np.isnan(blocks)
     x = np.where(padding, 0, blocks)
     best = np.full(len(x), np.inf, x.dtype)

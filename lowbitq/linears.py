@@ -12,6 +12,7 @@ from lowbitq import _core
 from lowbitq.tensors import QuantizedTensor
 
 if TYPE_CHECKING:
+    from lowbitq.grids import UniformGrid
     from lowbitq.rotations import Rotation
 
 
@@ -139,7 +140,8 @@ class Activation:
     clip : float, default=1.0
         Fraction of a step's range that is kept, 0.001 to 1.
     scale : float or None, default=None
-        One scale for all tokens and steps. None: each has its own, by its maximum magnitude.
+        One scale for all tokens and steps, 2**-100 to 2**120. None: each has its own, by its
+        maximum magnitude.
     zero : float or "token", default=0.0
         Zero point of all tokens. ``"token"``: the middle of each token's range.
 
@@ -164,14 +166,62 @@ class Activation:
             raise ValueError(f"activation_bits is {self.bits}, expected 8, 4 or None")
         if not 0.001 <= self.clip <= 1:
             raise ValueError(f"clip is {self.clip}, expected 0.001 to 1")
-        if self.scale is not None and not 0 < self.scale < np.inf:
-            raise ValueError(f"scale is {self.scale}, expected a positive number or None")
+        # Inputs below 2**-100 become zeros in any case; 127 times the largest is still a float32.
+        if self.scale is not None and not 2.0**-100 <= self.scale <= 2.0**120:
+            raise ValueError(f"scale is {self.scale}, expected 2**-100 to 2**120 or None")
         if self.zero != "token" and not (
             isinstance(self.zero, (int, float)) and np.isfinite(self.zero)
         ):
             raise ValueError(f"zero is {self.zero!r}, expected a number or 'token'")
         if self.bits is None and (self.clip, self.scale, self.zero) != (1, None, 0):
             raise ValueError("clip, scale and zero need 8 or 4 bits, found bits = None")
+
+    @classmethod
+    def of_grid(cls, grid: UniformGrid) -> Activation:
+        """Return the static quantizer that rounds all inputs to one grid.
+
+        The grid's middle code becomes q = 0, so `scale` is the step of the grid and `zero` the
+        value of its middle code. Only inputs halfway between two levels may round to the other one.
+
+        Parameters
+        ----------
+        grid : UniformGrid
+            One grid for the whole tensor, of either convention, with 255 or 15 codes. Fit it to
+            calibration inputs as the weights see them, after the rotation of the copy.
+
+        Returns
+        -------
+        Activation
+            With 8 or 4 bits, by the number of codes.
+
+        Raises
+        ------
+        ValueError
+            If the grid has several scales or zeros, another number of codes (256 and 16 have no
+            middle code), or a scale or zero that is out of range.
+
+        Examples
+        --------
+        >>> from lowbitq.grids import fit_grid
+        >>> inputs = np.array([[-2.0, 0.0, 1.0, 5.0]])
+        >>> grid = fit_grid(inputs, bits=4, restricted=True)
+        >>> Activation.of_grid(grid)
+        Activation(bits=4, clip=1.0, scale=0.5, zero=1.5)
+        """
+        if grid.scale.size != 1 or grid.zero.size != 1:
+            found = f"scale of shape {grid.scale.shape} and zero of shape {grid.zero.shape}"
+            raise ValueError(f"grid has a {found}, expected one grid for the whole tensor")
+        count = grid.high - grid.low + 1
+        bits = {(1 << bits) - 1: bits for bits in (8, 4)}.get(count)
+        if bits is None:
+            raise ValueError(
+                f"grid has {count} codes, expected 255 or 15; fit_grid makes them with bits = 8 "
+                "or 4 and restricted = True"
+            )
+        middle = (grid.low + grid.high) // 2
+        plain = grid.to_convention("subtract")
+        scale = plain.scale.item()
+        return cls(bits, scale=scale, zero=scale * (middle - plain.zero.item()))
 
     @property
     def is_centred(self) -> bool:
@@ -253,8 +303,8 @@ class Copy:
 class QuantizedLinear(_Layer):
     """A layer of packed weights: ``y = sum_i weight_i P_i^T (W_i act_i(R_i x)) + U V^T x + b``.
 
-    If all activations are integers and there is no adapter, the result is bit-identical for every
-    instruction set, number of threads and set of other tokens in the call.
+    If all activations are integers and there is no adapter, the result is bit-identical on every
+    instruction set, with any number of threads and with any other tokens in the call.
 
     Parameters
     ----------
@@ -267,7 +317,7 @@ class QuantizedLinear(_Layer):
     Attributes
     ----------
     tensor, rotation, activation_bits
-        Those fields of the only copy; ValueError if there are several.
+        These fields of a layer's only copy; ValueError if it has several.
 
     Raises
     ------

@@ -37,7 +37,9 @@ class QuantizedTensor:
     unit : float, default=1.0
         What integer scales are multiples of; with one scale per tensor, that scale.
     zero : float or None, default=None
-        Where no offset is stored, offset = -zero * scale. None: ``format.zero``.
+        Where no offset is stored, ``offset = -zero * scale``. If ``format.stores_zero``, it is
+        fitted to the matrix. Otherwise it is ``format.zero_level``; a different number becomes the
+        format's choice, provided that the format lets it be chosen and has not chosen yet.
 
     Raises
     ------
@@ -65,8 +67,11 @@ class QuantizedTensor:
 
     def __post_init__(self) -> None:
         format = Format.parse(self.format)
+        zero = format.zero_level if self.zero is None else _float32(self.zero)
+        if zero != format.zero_level and not format.stores_zero:
+            format = format.with_zero(zero)
         object.__setattr__(self, "format", format)
-        object.__setattr__(self, "zero", _float32(format.zero if self.zero is None else self.zero))
+        object.__setattr__(self, "zero", zero)
         object.__setattr__(self, "unit", _float32(self.unit))
         object.__setattr__(self, "handle", code_of(format, self.levels, self.unit, self.zero))
         self._float_copy()  # checks dtypes, sizes and numbers
@@ -91,10 +96,10 @@ class QuantizedTensor:
         format : Format or str
             What to store them as.
         codes : ndarray of shape ``format.code_shape(rows, cols)``, uint8
-            Below ``format.level_count`` each (``2**format.bits`` is not checked against it).
+            Each below ``format.level_count``; only ``2**format.bits`` is checked.
         scale : ndarray of shape (rows, groups), float32, or None
-            As its stored form holds it exactly: a float16, or an integer times `unit`. None only
-            with one scale per tensor, which is `unit`.
+            Exactly representable in the stored form: a float16, or an integer times `unit`. None
+            only with one scale per tensor, which is `unit`.
         offset : ndarray of shape (rows, groups), float32, or None
             A float16 each; None for formats without offsets.
         levels : ndarray of shape (2**bits,), float32, or None, default=None
@@ -232,7 +237,7 @@ class QuantizedTensor:
             "rows": self.rows,
             "cols": self.cols,
             "gamma": self.unit,
-            "zero": self.zero,
+            "zero": self.zero,  # often implied by the format, but earlier versions require it
         }
         return arrays, metadata
 
@@ -240,7 +245,7 @@ class QuantizedTensor:
     def from_arrays(
         cls, arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, Any]
     ) -> QuantizedTensor:
-        """Put together what `to_arrays` split, sharing the arrays.
+        """Join what `to_arrays` split; the arrays are shared.
 
         Parameters
         ----------
@@ -302,7 +307,7 @@ class QuantizedTensor:
 
 
 def aligned(panels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the bytes at a 64-byte boundary: themselves, or copied where they lie elsewhere."""
+    """Return the bytes at a 64-byte boundary, copied only if they start elsewhere."""
     if panels.ctypes.data % 64 == 0:
         return panels
     copy = _core.aligned_empty(bytes=panels.size)
@@ -366,5 +371,5 @@ def code_of(
         symmetric=format.symmetric,
         scale_bits=format.scale_bits if scale_bits is None else scale_bits,
         unit=_float32(unit),
-        zero=_float32(format.zero if zero is None else zero),
+        zero=_float32(format.zero_level if zero is None else zero),
     )

@@ -19,6 +19,7 @@ from lowbitq._core import FormatError
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress, leftovers
 from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.models.loading import load
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.plans import Plan
 from lowbitq.quantizers import relative_error
@@ -94,7 +95,7 @@ def test_options_reach_the_core(options):
 
 @pytest.mark.parametrize("format", [
     "int4", "int4tensor", "int4tensorsym", "int4g32s8", "int2g32s4", "ternaryg64", "binary",
-    "nf4g64", "log3g32", "kmeans2g64",
+    "nf4g64", "log3g32", "kmeans2g64", "int4symz8",
 ])  # fmt: skip
 @pytest.mark.parametrize("order", ["group", "act"])
 def test_every_kind_of_format(format, order):
@@ -104,6 +105,29 @@ def test_every_kind_of_format(format, order):
     assert min(errors) > 0
     assert max(errors) < 0.6
     assert np.isfinite(small.logits(HELD_OUT)).all()
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("sweeps", [0, 2])
+def test_a_chosen_zero_is_kept(tmp_path, method, sweeps):
+    model = random_model()
+    text = "int4g32symz8"
+    small = compress(
+        model, text, text=TOKENS, method=method, sweeps=sweeps, embedding="int8g64symz128"
+    )
+    assert {layer.copies[0].format for layer in small.plan.layers.values()} == {text}
+    for name, linear in small.matrices():
+        tensor = linear.tensor
+        zero = 128 if name == "model.embed_tokens" else 8
+        assert tensor.zero == tensor.format.zero == zero, name
+        assert (tensor.offset == -zero * tensor.scale).all()
+        assert (tensor.codes == zero).any(), "nothing became an exact zero"
+    small.save(tmp_path / "small")
+    loaded = load(tmp_path / "small")
+    assert loaded.plan == small.plan
+    assert_same(loaded, small)
+    assert np.array_equal(loaded.logits(HELD_OUT), small.logits(HELD_OUT))
+    assert divergence(small, model) < 0.1
 
 
 def untied_model(**options):

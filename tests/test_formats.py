@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowbitq.formats import Format
 
@@ -32,12 +36,85 @@ def test_text_round_trip(text):
     assert Format.parse(format) is format
     assert Format.parse(str(format)) == format
     assert format.level_count <= 1 << format.bits
-    assert format.zero in (0, (format.level_count - 1) / 2)
+    assert format.zero is None
+    assert format.zero_level in (0, (format.level_count - 1) / 2)
 
 
 def test_implied_sym_may_be_spelled_out():
     assert Format.parse("ternaryg64sym") == Format.parse("ternaryg64")
     assert Format.parse("int4g16syms4") == Format.parse("int4g16s4")
+
+
+@given(st.data(), st.integers(1, 8), st.sampled_from(["", "g32", "g64", "tensor"]))
+def test_a_chosen_zero_round_trips(data, bits, place):
+    plain = Format.parse(f"int{bits}{place}sym")
+    zero = data.draw(st.floats(0, 2**bits - 1, width=32))
+    format = plain.with_zero(zero)
+    assert Format.parse(str(format)) == format
+    assert hash(Format.parse(str(format))) == hash(format)
+    assert format.zero_level == zero
+    assert (format == plain) == (zero == plain.zero_level) == (format.zero is None)
+    assert format.stored_bytes(48, 256) == plain.stored_bytes(48, 256)
+
+
+def test_a_chosen_zero_in_text():
+    for text, zero in [
+        ("int4g32symz8", 8),
+        ("int4symz0", 0),
+        ("int2tensorsymz3", 3),
+        ("int4g16s4z8", 8),
+        ("int3symz2.25", 2.25),
+    ]:
+        format = Format.parse(text)
+        assert (format.zero, format.zero_level, str(format)) == (zero, zero, text)
+        assert format.zero_is_free
+    assert str(Format.parse("int4g32symz8.0")) == "int4g32symz8"
+    assert Format.parse("int4g32symz7.5") == Format.parse("int4g32sym")
+    assert Format("int4", zero=-0.0) == Format.parse("int4symz0")
+    assert str(Format("int4", zero=np.nextafter(np.float32(0), 1))) != "int4symz0"
+    assert str(Format("int4", zero=7.3)) == "int4symz7.3"
+    assert Format("int4", zero=7.3).zero == np.float32(7.3), "as C computes with it"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("int4g32z8", "zero is 8.0, but int4g32 does not let it be chosen: only int codes"),
+        ("int4tensorz8", "but int4tensor does not let it be chosen"),
+        ("nf4g64z8", "but nf4g64 does not let it be chosen"),
+        ("ternaryz1", "but ternary does not let it be chosen"),
+        ("int4symz16", "zero is 16.0, expected 0 to 15 with int4"),
+        ("int4symz15.1", "zero is 15.1, expected 0 to 15 with int4"),
+        ("int4symz", "unknown format"),
+        ("int4symz-1", "unknown format"),
+        ("int4symz1e1", "unknown format"),
+        ("int4symz8.", "unknown format"),
+        ("int4symz\u0668", "unknown format"),
+        ("int4z8sym", "unknown format"),
+    ],
+)
+def test_a_zero_that_cannot_be_chosen(text, message):
+    with pytest.raises(ValueError, match=message):
+        Format.parse(text)
+
+
+@pytest.mark.parametrize("zero", [np.nan, np.inf, -1, 16, 10**400])
+def test_a_zero_is_a_code(zero):
+    with pytest.raises(ValueError, match=r"zero is .*, expected 0 to 15 with int4"):
+        Format("int4", zero=zero)
+
+
+def test_a_chosen_zero_is_kept_or_refused_in_other_formats():
+    """It is no property of the code, so a change of code does not change it silently."""
+    format = Format.parse("int4g32symz8")
+    assert str(replace(format, group=64)) == "int4g64symz8"
+    assert replace(Format.parse("int4sym"), code="int3").zero_level == 3.5
+    with pytest.raises(ValueError, match=r"zero is 8.0, expected 0 to 7 with int3"):
+        replace(format, code="int3")
+    with pytest.raises(ValueError, match=r"zero is 8.0, but int4g32 does not let it be chosen"):
+        replace(format, symmetric=False)
+    with pytest.raises(ValueError, match="zero is 7, but format int4g32symz8 has another"):
+        format.with_zero(7)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,16 @@ from lowbitq.formats import Format
 from lowbitq.gptq import feedback, gptq
 from lowbitq.quantizers import adaround, relative_error
 
-SMALL = ["int2g64", "int4g64sym", "binary", "nf4", "ternaryg64", "kmeans2g64", "int4g32s8"]
+SMALL = [
+    "int2g64",
+    "int4g64sym",
+    "int4g64symz8",
+    "binary",
+    "nf4",
+    "ternaryg64",
+    "kmeans2g64",
+    "int4g32s8",
+]
 
 
 def normal(rows, cols, seed=0):

@@ -10,6 +10,7 @@ import oracle
 import pytest
 from test_tensors import random_tensor
 
+from lowbitq.grids import UniformGrid, fit_grid
 from lowbitq.linears import Activation, Copy, Linear, QuantizedLinear
 from lowbitq.rotations import Rotation
 
@@ -63,6 +64,62 @@ def test_rounded_levels_cost_half_a_step_per_column(text):
     assert (abs(plain.forward(x) - exact) <= rounding).all()
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"symmetric": True},
+        {"symmetric": True, "convention": "add", "range": "mse"},
+        {},
+        {"signed": True},
+        {"convention": "add"},
+        {"signed": True, "convention": "add", "zero_mode": "floor"},
+        {"include_zero": False, "zero_mode": "float"},
+        {"include_zero": False, "zero_mode": "float", "convention": "add", "range": "percentile"},
+        {"range": "kl"},
+    ],
+)
+def test_an_activation_rounds_to_a_fitted_grid(bits, dtype, options):
+    """The product of the weights with what the grid makes of x, in float64."""
+    rng = np.random.default_rng(5)
+    tensor, (codes, *factors, _) = random_tensor("int4g64", 40, 200)
+    scale, offset = (oracle.per_column(factor, 64, 200).astype(np.float64) for factor in factors)
+    calibration = (3 * rng.standard_normal((50, 200)) + 7).astype(dtype)
+    grid = fit_grid(calibration, bits, restricted=True, **options)
+    how = Activation.of_grid(grid)
+    assert (how.bits, how.scale) == (bits, grid.scale)
+    # Codes from below the lowest to above the highest. x is at most 0.49 steps away from their
+    # values, so there are no ties.
+    near = rng.integers(grid.low - 9, grid.high + 10, (6, 200))
+    wide = UniformGrid(np.float64(grid.scale), np.float64(grid.zero), -999, 999, grid.convention)
+    x = wide.value_of(near) + wide.scale * rng.uniform(-0.49, 0.49, near.shape)
+    x = x.astype(np.float32)
+    assert (grid.encode(x) == np.clip(near, grid.low, grid.high)).all()
+
+    rounded = wide.value_of(grid.encode(x))
+    y = QuantizedLinear((Copy(tensor, activation=how),)).forward(x)
+    expected = rounded @ (scale * codes + offset).T
+    # As oracle.quantized_linear has it for four steps, and the zero: itself, its sum, their product
+    # and its addition are rounded, and so are scale and step once more.
+    size = (abs(rounded - how.zero) + abs(how.zero)) @ (scale * codes + abs(offset)).T
+    assert (abs(y - expected) <= (2 * 4 + 8 + 6) * oracle.U * 1.01 * size).all()
+
+
+def test_a_grid_that_an_activation_cannot_hold_is_refused():
+    x = np.random.default_rng(0).standard_normal((8, 64))
+    for bits, restricted, count in [(8, False, 256), (4, False, 16), (5, True, 31), (2, True, 3)]:
+        with pytest.raises(ValueError, match=f"grid has {count} codes, expected 255 or 15; fit"):
+            Activation.of_grid(fit_grid(x, bits, restricted=restricted))
+    several = fit_grid(x, 8, granularity="channel", restricted=True)
+    with pytest.raises(ValueError, match=r"grid has a scale of shape \(8, 1\) and zero of shape"):
+        Activation.of_grid(several)
+    with pytest.raises(ValueError, match=r"scale is .*e-308, expected 2\*\*-100"):
+        Activation.of_grid(fit_grid(np.zeros(3) + 1e-320, 8, restricted=True))
+    with pytest.raises(ValueError, match="zero is inf"):
+        Activation.of_grid(UniformGrid(1.0, -np.inf, 1, 255))
+
+
 def test_replace_makes_a_new_layer():
     tensor, _ = random_tensor("int4g64", 16, 64)
     x = np.ones((1, 64), np.float32)
@@ -81,7 +138,11 @@ def test_parts_that_do_not_fit_are_refused():
     for how, message in (
         ({"clip": 0.0}, "clip is 0.0, expected 0.001 to 1"),
         ({"clip": float("nan")}, "clip is nan"),
-        ({"scale": -1.0}, "scale is -1.0, expected a positive number or None"),
+        ({"scale": -1.0}, r"scale is -1.0, expected 2\*\*-100 to 2\*\*120 or None"),
+        ({"scale": 0.0}, "scale is 0.0, expected"),
+        ({"scale": 1e-46}, "scale is 1e-46, expected"),  # a float32 of 0, as if it were None
+        ({"scale": 1e37}, r"scale is 1e\+37, expected"),  # times 127, an infinity
+        ({"scale": float("nan")}, "scale is nan, expected"),
         ({"zero": "row"}, "zero is 'row', expected a number or 'token'"),
         ({"zero": float("inf")}, "zero is inf"),
         ({"bits": None, "clip": 0.5}, "clip, scale and zero need 8 or 4 bits"),

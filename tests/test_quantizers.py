@@ -21,6 +21,7 @@ from lowbitq.quantizers import (
 FORMATS = [
     *(f"int{bits}g64{sign}" for bits in range(1, 9) for sign in ("", "sym")),
     *("int4", "int2sym", "int3tensor", "int8tensorsym", "int4g16s4", "int2g32s8", "int4s8"),
+    *("int4g64symz8", "int3g32symz4", "int4tensorsymz8", "int4g32s8z8", "int2symz2"),
     *("binaryg32", "binarytensor", "ternaryg128", "ternary", "ternaryg64s4"),
     *("nf4g64", "nf4g16s8", "nf4tensor", "log2g32", "log3g64", "log4"),
     *("kmeans1g32", "kmeans2g64", "kmeans3g128", "kmeans4", "kmeans2g16s4", "kmeans3tensor"),
@@ -82,6 +83,52 @@ def test_symmetric_ranges_may_hold_an_exact_zero():
     tensor = quantize(weight, "int4g64sym", zero=8)
     assert (tensor.dequantize()[:, ::4] == 0).all()
     assert tensor.zero == 8
+    assert str(tensor.format) == "int4g64symz8"
+    same = quantize(weight, "int4g64symz8")
+    assert np.array_equal(same.panels, tensor.panels)
+    assert np.array_equal(quantize(weight, "int4g64symz8", zero=8).panels, tensor.panels)
+    with pytest.raises(ValueError, match=r"zero is 7.5, but format int4g64symz8 has another"):
+        quantize(weight, "int4g64symz8", zero=7.5)
+    adapted = adaround(weight, np.eye(64), "int4g64sym", zero=8, steps=0)
+    assert adapted.format == tensor.format
+
+
+@pytest.mark.parametrize(
+    ("text", "zero", "high"),
+    [
+        ("int4g32symz8", 8, 15),
+        ("int3symz3", 3, 7),
+        ("int8g64symz128", 128, 255),
+        ("int4tensorsymz8", 8, 15),
+        ("int4g32symz2.25", 2.25, 15),
+    ],
+)
+def test_a_chosen_zero_matches_float64(text, zero, high):
+    """Range "minmax": neither end is clipped, and codes are rounded to nearest."""
+    weight = normal(17, 128)
+    weight[:, ::8] = 0
+    tensor = quantize(weight, text, range="minmax")
+    group = tensor.format.group or 128
+    blocks = weight.astype(np.float64).reshape(17, -1, group)
+    reach = np.maximum(-blocks.min(2) / zero, blocks.max(2) / (high - zero))
+    if tensor.format.per_tensor:
+        reach[:] = reach.max()
+    # A scale is rounded up to a float16, so that nothing is clipped, and to float32 a few times.
+    excess = tensor.scale / reach - 1
+    assert (excess >= -(2**-20)).all()
+    assert (excess <= 2**-10 + 2**-20).all()
+    scale = np.repeat(tensor.scale.astype(np.float64), group, axis=1)[:, :128]
+    steps = weight / scale + zero
+    expected = np.clip(np.rint(steps), 0, high)
+    # Float32 places a weight within three roundings of numbers up to `high`.
+    sure = abs(abs(steps - np.floor(steps)) - 0.5) > 3 * high * 2**-23
+    assert sure.mean() > 0.99
+    assert (tensor.codes == expected)[sure].all()
+    assert (abs(tensor.codes - steps)[~sure] <= 0.5001).all()
+    values = scale * (tensor.codes - float(zero))
+    assert (abs(tensor.dequantize() - values) <= 2**-24 * 1.01 * abs(values)).all()
+    if zero == int(zero):
+        assert not tensor.dequantize()[:, ::8].any(), "zero is a level"
 
 
 @pytest.mark.parametrize(
@@ -309,7 +356,7 @@ def test_weights_that_are_not_finite_are_named(text, bad):
         ({"range": "percentile", "percentile": 20.0}, "percentile is 20"),
         ({"clip_ratio": 2.0}, "clip is 2"),
         ({"norm": 0.0}, "norm is 0"),
-        ({"zero": 3.0}, "zero is 3.0, but format int4g64"),
+        ({"zero": 3.0}, "zero is 3.0, but int4g64 does not let it be chosen"),
         ({"format": "int4g63"}, "unknown format 'int4g63'"),
         ({"weight": np.zeros((0, 4), np.float32)}, r"weight has shape \(0, 4\)"),
         ({"weight": np.zeros(4, np.float32)}, r"weight has shape \(4,\)"),

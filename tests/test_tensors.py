@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import oracle
@@ -16,6 +17,7 @@ from lowbitq.tensors import QuantizedTensor
 
 FORMATS = [
     *("int1g32", "int2g16s4", "int2g64", "int3g64sym", "int3g128", "int4", "int4g64", "int4g32s8"),
+    *("int4g64symz8", "int3g32symz2.25", "int4tensorsymz8", "int4g32s8z7"),
     *("int5g64", "int8tensor", "int8sym", "ternary", "ternaryg32", "binaryg64", "nf4g64"),
     *("log3g32", "log2s8", "kmeans1", "kmeans3g128", "kmeans4tensor"),
 ]
@@ -28,7 +30,7 @@ def random_tensor(text, rows, cols, seed=0):
     rng = np.random.default_rng([seed, rows, cols])
     shape = rows, format.groups(cols)
     codes = rng.integers(0, format.level_count, (rows, cols)).astype(np.uint8)
-    unit, zero = np.float32(0.0123), np.float32(format.zero)
+    unit, zero = np.float32(0.0123), np.float32(format.zero_level)
     if format.scale_bits == 16:
         scale = rng.uniform(0.01, 1, shape).astype(np.float16).astype(np.float32)
     elif format.scale_bits == 0:
@@ -103,6 +105,30 @@ def test_files_give_the_tensor_back(text):
     assert (again.unit, again.zero) == (tensor.unit, tensor.zero)
     assert again.panels is tensor.panels
     assert (again.dequantize() == tensor.dequantize()).all()
+
+
+def test_a_zero_beside_the_format_moves_into_it():
+    """Saved and pickled tensors had the zero of a symmetric format in a field of its own."""
+    tensor, _ = random_tensor("int4g64symz8", 17, 100)
+    arrays, metadata = tensor.to_arrays()
+    assert (metadata["format"], metadata["zero"]) == ("int4g64symz8", 8.0)
+    earlier = QuantizedTensor.from_arrays(arrays, {**metadata, "format": "int4g64sym"})
+    assert earlier.format == tensor.format
+    assert (earlier.dequantize() == tensor.dequantize()).all()
+    again = pickle.loads(pickle.dumps(tensor))
+    assert (again.format, again.zero) == (tensor.format, 8.0)
+    for changes in [
+        {"zero": 7.5},
+        {"format": "int4g64sym", "zero": -1.0},
+        {"format": "int4g64sym", "zero": 16.0},
+        {"format": "int4g64sym", "zero": float("nan")},
+    ]:
+        with pytest.raises(FormatError, match="damaged packed matrix: zero is"):
+            QuantizedTensor.from_arrays(arrays, {**metadata, **changes})
+    for text in ["int4g64", "ternaryg64", "nf4g64"]:
+        arrays, metadata = random_tensor(text, 17, 100)[0].to_arrays()
+        with pytest.raises(FormatError, match="does not let it be chosen"):
+            QuantizedTensor.from_arrays(arrays, {**metadata, "zero": 2.0})
 
 
 def test_panels_lie_at_a_cache_line():

@@ -118,7 +118,8 @@ attention(const lbq_array *q, const lbq_array *k, const lbq_array *v, int bits, 
                                q->data,
                                &store,
                                lbq_arena_take(&arena, scratch),
-                               o);
+                               o,
+                               NULL);
     lbq_arena_close(&arena);
     return status;
 }
@@ -277,10 +278,17 @@ LBQ_BINDING(decoder_embed)
 
 static lbq_status
 block_forward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, const lbq_array *qkv,
-              const lbq_array *o, const lbq_array *mlp, const lbq_array *down)
+              const lbq_array *o, const lbq_array *mlp, const lbq_array *down,
+              const lbq_array *log_sum, const lbq_array *middle)
 {
-    const lbq_taps taps = {
-        .qkv = qkv->data, .output = o->data, .mlp = mlp->data, .down = down->data};
+    const lbq_trace trace = {
+        .qkv = qkv->data,
+        .output = o->data,
+        .mlp = mlp->data,
+        .down = down->data,
+        .log_sum = log_sum->data,
+        .middle = middle->data,
+    };
     LBQ_REQUIRE(index < decoder->block_count,
                 LBQ_BAD_VALUE,
                 "block is %td, expected 0 to %td",
@@ -290,13 +298,14 @@ block_forward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, c
     LBQ_TRY(lbq_check_axis(
         o, "o", 1, "heads * head_dim", decoder->heads.heads * decoder->heads.head_dim));
     LBQ_TRY(lbq_check_axis(down, "down", 1, "feed-forward", decoder->blocks[index]->gate->rows));
-    return lbq_decoder_block(decoder, index, x->dims[0], x->data, &taps);
+    LBQ_TRY(lbq_check_axis(log_sum, "log_sum", 1, "heads", decoder->heads.heads));
+    return lbq_decoder_block(decoder, index, x->dims[0], x->data, &trace);
 }
 
 LBQ_BINDING(decoder_block)
 {
     const lbq_decoder *decoder;
-    lbq_array x, qkv, o, mlp, down;
+    lbq_array x, qkv, o, mlp, down, log_sum, middle;
     Py_ssize_t index;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
@@ -305,10 +314,12 @@ LBQ_BINDING(decoder_block)
         LBQ_OUT_OR_NONE("o", &o, NPY_FLOAT32, "t*a"),
         LBQ_OUT_OR_NONE("mlp", &mlp, NPY_FLOAT32, "t*h"),
         LBQ_OUT_OR_NONE("down", &down, NPY_FLOAT32, "t*i"),
+        LBQ_OUT_OR_NONE("log_sum", &log_sum, NPY_FLOAT32, "t*n"),
+        LBQ_OUT_OR_NONE("middle", &middle, NPY_FLOAT32, "t*h"),
         LBQ_INT("block", &index, 0, INT32_MAX),
     };
     LBQ_PARSE("decoder_block", spec);
-    LBQ_RUN(block_forward(decoder, index, &x, &qkv, &o, &mlp, &down));
+    LBQ_RUN(block_forward(decoder, index, &x, &qkv, &o, &mlp, &down, &log_sum, &middle));
 }
 
 LBQ_BINDING(decoder_finish)

@@ -14,6 +14,7 @@ static PyMethodDef *const METHODS[] = {
     lbq_methods_gptq,
     lbq_methods_transformer,
     lbq_methods_rotate,
+    lbq_methods_backward,
 };
 
 /* LOWBITQ_ISA chooses a weaker instruction set, LOWBITQ_NUM_THREADS the number of threads. */

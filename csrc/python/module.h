@@ -21,5 +21,6 @@ extern PyMethodDef lbq_methods_linear[];
 extern PyMethodDef lbq_methods_gptq[];
 extern PyMethodDef lbq_methods_transformer[];
 extern PyMethodDef lbq_methods_rotate[];
+extern PyMethodDef lbq_methods_backward[];
 
 #endif

@@ -131,7 +131,7 @@ typedef struct {
     const float *q;
     const lbq_store *store;
     char *workspaces, *splits; /* splits: sums as [head][split], if there are several */
-    float *o;
+    float *o, *log_sum;
 } attention;
 
 static sums
@@ -208,6 +208,8 @@ scatter(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, con
             o[i] = O[i] * factor;
         for (ptrdiff_t i = 0; bias && i < d; i++)
             o[i] += bias[head * d + i];
+        if (a->log_sum)
+            a->log_sum[place_of(a->heads, head, first, r) / d] = from->max[r] + log2f(from->sum[r]);
     }
 }
 
@@ -396,6 +398,7 @@ merge(const attention *a, ptrdiff_t head, const sums *to)
         for (ptrdiff_t s = 0; s < splits; s++)
             factor[s] = from.max[s * stride + r];
         lbq_kernel.softmax_f32(1, splits, factor, splits, &max, &sum, &unused);
+        to->max[r] = max;
         to->sum[r] = 0;
         for (ptrdiff_t s = 0; s < splits; s++)
             to->sum[r] += factor[s] * from.sum[s * stride + r];
@@ -426,7 +429,7 @@ lbq_attention_scratch(const lbq_heads *heads, ptrdiff_t tokens)
 
 lbq_status
 lbq_attention(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const float *q,
-              const lbq_store *store, void *scratch, float *o)
+              const lbq_store *store, void *scratch, float *o, float *log_sum)
 {
     const cut c = cut_of(heads, past, tokens);
     attention a = {
@@ -440,6 +443,7 @@ lbq_attention(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const fl
         .workspaces = scratch,
         .splits = (char *)scratch + (size_t)lbq_threads() * workspace_bytes(heads, c.rows),
         .o = o,
+        .log_sum = log_sum,
     };
     LBQ_TRY(lbq_parallel(lbq_pieces(c.pieces, a.per_task), attention_task, &a));
     const workspace w = workspace_at(heads, c.rows, a.workspaces, 0);

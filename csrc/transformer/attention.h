@@ -17,8 +17,9 @@
 size_t lbq_attention_scratch(const lbq_heads *heads, ptrdiff_t tokens);
 
 /* o (tokens, heads, head_dim) for q alike; o may be q. The store holds past + tokens positions.
- * `scratch` is 64-byte aligned. */
+ * `scratch` is 64-byte aligned. log_sum (tokens, heads), unless NULL, is the logarithm of base 2 of
+ * the softmax's sum of exponentials, from which a backward pass has its weights again. */
 lbq_status lbq_attention(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const float *q,
-                         const lbq_store *store, void *scratch, float *o);
+                         const lbq_store *store, void *scratch, float *o, float *log_sum);
 
 #endif

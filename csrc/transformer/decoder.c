@@ -178,73 +178,108 @@ add(float *x, float scale, const float *y, ptrdiff_t count)
 }
 
 static lbq_status
-attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
-       const lbq_store *store, const lbq_taps *taps, const scratch *s, float *x)
+turn(const lbq_decoder *decoder, ptrdiff_t tokens, ptrdiff_t heads, const float *cosine,
+     const float *sine, const float *gain, float *x, float *raw)
+{
+    const ptrdiff_t d = decoder->heads.head_dim;
+    if (raw && gain)
+        memcpy(raw, x, (size_t)(tokens * heads * d) * sizeof(float));
+    return lbq_rope(tokens, heads, d / 2, cosine, sine, gain, decoder->epsilon, x);
+}
+
+lbq_status
+lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
+                  const float *x, const float *cosine, const float *sine,
+                  const lbq_store_bias *bias, float *n, float *q, float *k, float *v, float *raw_q,
+                  float *raw_k)
 {
     const lbq_heads *const heads = &decoder->heads;
-    const ptrdiff_t half = heads->head_dim / 2;
-    float *const n = taps->qkv ? taps->qkv : s->norm;
-    float *const o = taps->output ? taps->output : s->q;
     LBQ_TRY(lbq_rmsnorm(tokens, decoder->hidden, x, block->attention_norm, decoder->epsilon, n));
     lbq_linear key = *block->key, value = *block->value;
-    if (store->bias.key)
+    if (bias && bias->key)
         key.bias = NULL;
-    if (store->bias.value)
+    if (bias && bias->value)
         value.bias = NULL;
     const lbq_linear *const layers[] = {block->query, &key, &value};
-    float *const outputs[] = {s->q, s->k, s->v};
+    float *const outputs[] = {q, k, v};
     LBQ_TRY(lbq_linears_forward(3, layers, tokens, n, outputs));
-    LBQ_TRY(lbq_rope(
-        tokens, heads->heads, half, s->cosine, s->sine, block->query_norm, decoder->epsilon, s->q));
-    LBQ_TRY(lbq_rope(tokens,
-                     heads->kv_heads,
-                     half,
-                     s->cosine,
-                     s->sine,
-                     block->key_norm,
-                     decoder->epsilon,
-                     s->k));
+    LBQ_TRY(turn(decoder, tokens, heads->heads, cosine, sine, block->query_norm, q, raw_q));
+    return turn(decoder, tokens, heads->kv_heads, cosine, sine, block->key_norm, k, raw_k);
+}
+
+lbq_status
+lbq_block_gate(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens, const float *x,
+               float *n, float *gate, float *up)
+{
+    LBQ_TRY(lbq_rmsnorm(tokens, decoder->hidden, x, block->mlp_norm, decoder->epsilon, n));
+    const lbq_linear *const layers[] = {block->gate, block->up};
+    float *const outputs[] = {gate, up};
+    return lbq_linears_forward(2, layers, tokens, n, outputs);
+}
+
+static lbq_status
+attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
+       const lbq_store *store, const lbq_trace *trace, const scratch *s, float *x)
+{
+    const lbq_heads *const heads = &decoder->heads;
+    float *const n = trace->qkv ? trace->qkv : s->norm;
+    float *const o = trace->output ? trace->output : s->q;
+    LBQ_TRY(lbq_block_project(decoder,
+                              block,
+                              tokens,
+                              x,
+                              s->cosine,
+                              s->sine,
+                              &store->bias,
+                              n,
+                              s->q,
+                              s->k,
+                              s->v,
+                              NULL,
+                              NULL));
     LBQ_TRY(lbq_store_write(heads, past, tokens, s->k, s->v, store));
-    LBQ_TRY(lbq_attention(heads, past, tokens, s->q, store, s->attention, o));
+    LBQ_TRY(lbq_attention(heads, past, tokens, s->q, store, s->attention, o, trace->log_sum));
     LBQ_TRY(lbq_linear_forward(block->output, tokens, o, s->norm));
-    return add(x, block->attention_scale, s->norm, tokens * decoder->hidden);
+    LBQ_TRY(add(x, block->attention_scale, s->norm, tokens * decoder->hidden));
+    if (trace->middle)
+        memcpy(trace->middle, x, (size_t)(tokens * decoder->hidden) * sizeof(float));
+    return LBQ_OK;
 }
 
 static lbq_status
 feed_forward(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
-             const lbq_taps *taps, const scratch *s, float *x)
+             const lbq_trace *trace, const scratch *s, float *x)
 {
-    float *const n = taps->mlp ? taps->mlp : s->norm;
-    float *const y = taps->down ? taps->down : s->gate;
-    LBQ_TRY(lbq_rmsnorm(tokens, decoder->hidden, x, block->mlp_norm, decoder->epsilon, n));
-    const lbq_linear *const layers[] = {block->gate, block->up};
-    float *const outputs[] = {s->gate, s->up};
-    LBQ_TRY(lbq_linears_forward(2, layers, tokens, n, outputs));
+    float *const n = trace->mlp ? trace->mlp : s->norm;
+    float *const y = trace->down ? trace->down : s->gate;
+    LBQ_TRY(lbq_block_gate(decoder, block, tokens, x, n, s->gate, s->up));
     LBQ_TRY(lbq_swiglu(tokens * block->gate->rows, s->gate, s->up, y));
     LBQ_TRY(lbq_linear_forward(block->down, tokens, y, s->norm));
     return add(x, block->mlp_scale, s->norm, tokens * decoder->hidden);
 }
 
 static float *
-later(float *tap, ptrdiff_t count)
+later(float *part, ptrdiff_t count)
 {
-    return tap ? tap + count : NULL;
+    return part ? part + count : NULL;
 }
 
 /* A block on x in place, batch after batch: a token needs no later one. */
 static lbq_status
 run_block(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
-          const lbq_store *store, const lbq_taps *taps, const scratch *s, float *x)
+          const lbq_store *store, const lbq_trace *trace, const scratch *s, float *x)
 {
     const lbq_heads *const heads = &decoder->heads;
     const ptrdiff_t hidden = decoder->hidden, d = heads->head_dim;
     for (ptrdiff_t first = 0; first < tokens; first += s->batch) {
         const ptrdiff_t count = lbq_smaller(s->batch, tokens - first);
-        const lbq_taps here = {
-            .qkv = later(taps->qkv, first * hidden),
-            .mlp = later(taps->mlp, first * hidden),
-            .output = later(taps->output, first * heads->heads * d),
-            .down = later(taps->down, first * block->down->cols),
+        const lbq_trace here = {
+            .qkv = later(trace->qkv, first * hidden),
+            .mlp = later(trace->mlp, first * hidden),
+            .output = later(trace->output, first * heads->heads * d),
+            .down = later(trace->down, first * block->down->cols),
+            .log_sum = later(trace->log_sum, first * heads->heads),
+            .middle = later(trace->middle, first * hidden),
         };
         scratch batch = *s;
         batch.cosine += first * (d / 2);
@@ -254,6 +289,19 @@ run_block(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, pt
         LBQ_TRY(feed_forward(decoder, block, count, &here, &batch, to));
     }
     return LBQ_OK;
+}
+
+lbq_status
+lbq_decoder_turns(const lbq_decoder *decoder, ptrdiff_t tokens, float *cosine, float *sine)
+{
+    return lbq_rope_table(0,
+                          1,
+                          tokens,
+                          decoder->heads.head_dim / 2,
+                          decoder->frequency,
+                          decoder->rope_factor,
+                          cosine,
+                          sine);
 }
 
 static lbq_status
@@ -361,7 +409,7 @@ lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *t
 
 lbq_status
 lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens, float *x,
-                  const lbq_taps *taps)
+                  const lbq_trace *trace)
 {
     LBQ_REQUIRE(index >= 0 && index < decoder->block_count,
                 LBQ_BAD_VALUE,
@@ -375,7 +423,7 @@ lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
     take_scratch(decoder, tokens, NULL, &arena, &s);
     lbq_status status = fill_tables(decoder, 0, tokens, &s);
     if (status == LBQ_OK)
-        status = run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, taps, &s, x);
+        status = run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, trace, &s, x);
     lbq_arena_close(&arena);
     return status;
 }
@@ -404,7 +452,7 @@ static lbq_status
 run_blocks(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache, scratch *s,
            float *x)
 {
-    const lbq_taps none = {0};
+    const lbq_trace none = {0};
     const ptrdiff_t past = cache ? cache->past : 0;
     LBQ_TRY(fill_tables(decoder, past, tokens, s));
     for (ptrdiff_t i = 0; i < decoder->block_count; i++) {

@@ -47,12 +47,16 @@ typedef struct {
     void *memory;             /* block_count times lbq_store_bytes(), 64-byte aligned */
 } lbq_cache;
 
-/* Inputs of a block's layers, before a layer's own rotation; each is written unless NULL. */
+/* What a caller wants to see of a block besides x; each is written unless NULL. */
 typedef struct {
+    /* Inputs of the layers, before a layer's own rotation: */
     float *qkv, *mlp; /* (tokens, hidden) */
     float *output;    /* (tokens, heads head_dim) */
     float *down;      /* (tokens, intermediate) */
-} lbq_taps;
+    /* What a backward pass needs besides the block's input: */
+    float *log_sum; /* (tokens, heads), as lbq_attention has it */
+    float *middle;  /* (tokens, hidden): x between the halves */
+} lbq_trace;
 
 /* LBQ_BAD_SHAPE unless all layers fit together; LBQ_BAD_VALUE for heads or an embedding of another
  * kind than above. */
@@ -64,7 +68,24 @@ lbq_status lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const
 
 /* Block `index` on x (tokens, hidden) in place, a window of its own: nothing came before. */
 lbq_status lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
-                             float *x, const lbq_taps *taps);
+                             float *x, const lbq_trace *trace);
+
+/* Tables of rope for a window of its own: cosine, sine (tokens, head_dim / 2). */
+lbq_status lbq_decoder_turns(const lbq_decoder *decoder, ptrdiff_t tokens, float *cosine,
+                             float *sine);
+
+/* First step of an attention half, of x (tokens, hidden): n = norm(x), alike, and its queries, keys
+ * and values (tokens, heads or kv_heads, head_dim), without the biases that the store leaves out
+ * (NULL: none). Queries and keys are turned; as they were before their norms, where a block has
+ * such, go to raw_q and raw_k unless NULL. */
+lbq_status lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
+                             const float *x, const float *cosine, const float *sine,
+                             const lbq_store_bias *bias, float *n, float *q, float *k, float *v,
+                             float *raw_q, float *raw_k);
+
+/* First step of a feed-forward half: n = norm(x), and gate and up of it (tokens, intermediate). */
+lbq_status lbq_block_gate(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
+                          const float *x, float *n, float *gate, float *up);
 
 /* y (rows, hidden) = norm(R^T x), the input of the head; y may be x. */
 lbq_status lbq_decoder_finish(const lbq_decoder *decoder, ptrdiff_t rows, const float *x, float *y);

@@ -99,3 +99,30 @@ lbq_rope(ptrdiff_t tokens, ptrdiff_t heads, ptrdiff_t half, const float *cosine,
     };
     return lbq_parallel(lbq_pieces(tokens, TOKENS), rope_task, &p);
 }
+
+static lbq_status
+rope_backward_task(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    const rope *const p = context;
+    const ptrdiff_t half = p->half;
+    for (ptrdiff_t t = index * TOKENS; t < lbq_smaller((index + 1) * TOKENS, p->tokens); t++)
+        for (ptrdiff_t h = 0; h < p->heads; h++) {
+            float *const first = p->X + (t * p->heads + h) * 2 * half, *const second = first + half;
+            const float *const cosine = p->cosine + t * half, *const sine = p->sine + t * half;
+            for (ptrdiff_t i = 0; i < half; i++) {
+                const float a = first[i], b = second[i];
+                first[i] = a * cosine[i] + b * sine[i];
+                second[i] = b * cosine[i] - a * sine[i];
+            }
+        }
+    return LBQ_OK;
+}
+
+lbq_status
+lbq_rope_backward(ptrdiff_t tokens, ptrdiff_t heads, ptrdiff_t half, const float *cosine,
+                  const float *sine, float *G)
+{
+    rope p = {tokens, heads, half, cosine, sine, NULL, 0, G};
+    return lbq_parallel(lbq_pieces(tokens, TOKENS), rope_backward_task, &p);
+}

@@ -26,4 +26,9 @@ void lbq_rope_columns(ptrdiff_t count, ptrdiff_t half, const double *frequency, 
 lbq_status lbq_rope(ptrdiff_t tokens, ptrdiff_t heads, ptrdiff_t half, const float *cosine,
                     const float *sine, const float *gain, float epsilon, float *X);
 
+/* G (tokens, heads, 2 half), a gradient of what lbq_rope returns, becomes that of what it turned:
+ * turned back. A norm has a gradient of its own. */
+lbq_status lbq_rope_backward(ptrdiff_t tokens, ptrdiff_t heads, ptrdiff_t half, const float *cosine,
+                             const float *sine, float *G);
+
 #endif

@@ -11,4 +11,12 @@
 /* Arrays of `count` numbers; y may be gate or up. */
 lbq_status lbq_swiglu(ptrdiff_t count, const float *gate, const float *up, float *y);
 
+/* Gradients for g = dL/dy, with s = 1 / (1 + exp(-gate)):
+ *
+ *     dgate = g up s (1 + gate (1 - s)),     dup = g gate s
+ *
+ * dgate and dup may lie where any argument does. */
+lbq_status lbq_swiglu_backward(ptrdiff_t count, const float *gate, const float *up, const float *g,
+                               float *dgate, float *dup);
+
 #endif

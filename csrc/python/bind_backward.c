@@ -1,0 +1,366 @@
+/* Bindings of the backward pass: csrc/linear/backward.h and csrc/transformer/decoder_backward.h. */
+#include <string.h>
+
+#include "core/memory.h"
+#include "linear/backward.h"
+#include "python/module.h"
+#include "transformer/attention.h"
+#include "transformer/attention_backward.h"
+#include "transformer/decoder_backward.h"
+#include "transformer/rmsnorm.h"
+#include "transformer/rope.h"
+#include "transformer/swiglu.h"
+
+#define DECODER "lowbitq.decoder"
+#define LINEAR "lowbitq.linear"
+#define COPY_GRADIENT "lowbitq.copy_gradient"
+#define LINEAR_GRADIENT "lowbitq.linear_gradient"
+#define BLOCK_GRADIENT "lowbitq.block_gradient"
+
+LBQ_BINDING(rmsnorm_backward)
+{
+    lbq_array x, gain, g, dgain, dx;
+    double epsilon;
+    const lbq_arg spec[] = {
+        LBQ_IN("x", &x, NPY_FLOAT32, "r*c"),
+        LBQ_IN_OR_NONE("gain", &gain, NPY_FLOAT32, "c"),
+        LBQ_IN("g", &g, NPY_FLOAT32, "r*c"),
+        LBQ_OUT_OR_NONE("dgain", &dgain, NPY_FLOAT32, "c"),
+        LBQ_INOUT("dx", &dx, NPY_FLOAT32, "r*c"),
+        LBQ_FLOAT("epsilon", &epsilon, 0, 1),
+    };
+    LBQ_PARSE("rmsnorm_backward", spec);
+    LBQ_RUN(lbq_rmsnorm_backward(
+        x.dims[0], x.dims[1], x.data, gain.data, (float)epsilon, g.data, dgain.data, dx.data));
+}
+
+LBQ_BINDING(swiglu_backward)
+{
+    lbq_array gate, up, g, dgate, dup;
+    const lbq_arg spec[] = {
+        LBQ_IN("gate", &gate, NPY_FLOAT32, "t*n"),
+        LBQ_IN("up", &up, NPY_FLOAT32, "t*n"),
+        LBQ_IN("g", &g, NPY_FLOAT32, "t*n"),
+        LBQ_OUT_OVER("dgate", &dgate, NPY_FLOAT32, "t*n", "gate"),
+        LBQ_OUT_OVER("dup", &dup, NPY_FLOAT32, "t*n", "up"),
+    };
+    LBQ_PARSE("swiglu_backward", spec);
+    LBQ_RUN(lbq_swiglu_backward(
+        gate.dims[0] * gate.dims[1], gate.data, up.data, g.data, dgate.data, dup.data));
+}
+
+static lbq_status
+attention_backward(const lbq_array *q, const lbq_array *k, const lbq_array *v, const lbq_array *g,
+                   float *dq, float *dk, float *dv)
+{
+    const lbq_heads heads = {.heads = q->dims[1], .kv_heads = k->dims[1], .head_dim = q->dims[2]};
+    const ptrdiff_t tokens = q->dims[0];
+    LBQ_REQUIRE(heads.heads % heads.kv_heads == 0,
+                LBQ_BAD_SHAPE,
+                "q has %td heads, k %td",
+                heads.heads,
+                heads.kv_heads);
+    const ptrdiff_t capacity = lbq_key_capacity(tokens);
+    const size_t keys = sizeof(float) * (size_t)(tokens * heads.kv_heads * heads.head_dim);
+    const size_t queries = sizeof(float) * (size_t)(tokens * heads.heads * heads.head_dim);
+    const size_t sizes[] = {
+        lbq_store_bytes(&heads, capacity, 32),
+        lbq_attention_scratch(&heads, tokens),
+        keys,
+        queries,
+        queries / (size_t)heads.head_dim,
+    };
+    size_t bytes = 0;
+    for (int i = 0; i < 5; i++)
+        bytes += lbq_padded(sizes[i]);
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, bytes));
+    void *part[5];
+    for (int i = 0; i < 5; i++)
+        part[i] = lbq_arena_take(&arena, sizes[i]);
+    const lbq_store store = lbq_store_at(&heads, capacity, 32, part[0]);
+    float *const copy = memcpy(part[2], k->data, keys);
+    lbq_status status = lbq_store_write(&heads, 0, tokens, copy, v->data, &store);
+    if (status == LBQ_OK)
+        status = lbq_attention(&heads, 0, tokens, q->data, &store, part[1], part[3], part[4]);
+    if (status == LBQ_OK)
+        status = lbq_attention_backward(
+            &heads, tokens, q->data, k->data, v->data, part[4], part[3], g->data, dq, dk, dv);
+    lbq_arena_close(&arena);
+    return status;
+}
+
+LBQ_BINDING(attention_backward)
+{
+    lbq_array q, k, v, g, dq, dk, dv;
+    const lbq_arg spec[] = {
+        LBQ_IN("q", &q, NPY_FLOAT32, "thd"),
+        LBQ_IN("k", &k, NPY_FLOAT32, "tjd"),
+        LBQ_IN("v", &v, NPY_FLOAT32, "tjd"),
+        LBQ_IN("g", &g, NPY_FLOAT32, "thd"),
+        LBQ_OUT("dq", &dq, NPY_FLOAT32, "thd"),
+        LBQ_OUT("dk", &dk, NPY_FLOAT32, "tjd"),
+        LBQ_OUT("dv", &dv, NPY_FLOAT32, "tjd"),
+    };
+    LBQ_PARSE("attention_backward", spec);
+    LBQ_RUN(attention_backward(&q, &k, &v, &g, dq.data, dk.data, dv.data));
+}
+
+typedef struct {
+    ptrdiff_t rows, cols;
+    float *dense, *weight;
+} copy_gradient;
+
+LBQ_BINDING(copy_gradient)
+{
+    lbq_array dense, fusion;
+    const lbq_arg spec[] = {
+        LBQ_OUT_OR_NONE("dense", &dense, NPY_FLOAT32, "rk"),
+        LBQ_OUT_OR_NONE("fusion", &fusion, NPY_FLOAT32, "r"),
+    };
+    LBQ_PARSE("copy_gradient", spec);
+    copy_gradient *made;
+    const lbq_status status = lbq_allocate(sizeof *made, &made);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    *made = (copy_gradient){
+        .rows = dense.data ? dense.dims[0] : fusion.dims[0],
+        .cols = dense.dims[1],
+        .dense = dense.data,
+        .weight = fusion.data,
+    };
+    return lbq_handle_new(COPY_GRADIENT, made, args);
+}
+
+/* A size that several arrays have: 0 if none is there, -1 if they differ. */
+static ptrdiff_t
+common(ptrdiff_t a, ptrdiff_t b)
+{
+    return a == 0 || a == b ? b : b == 0 ? a : -1;
+}
+
+static lbq_status
+join(const lbq_handles *copies, const lbq_array *bias, const lbq_array *U, const lbq_array *V,
+     lbq_linear_gradient *gradient)
+{
+    LBQ_REQUIRE(copies->count <= LBQ_COPIES,
+                LBQ_BAD_SHAPE,
+                "copies has %td gradients, expected at most %d",
+                copies->count,
+                LBQ_COPIES);
+    *gradient = (lbq_linear_gradient){
+        .rows = common(bias->dims[0], U->dims[0]),
+        .cols = V->dims[0],
+        .rank = common(U->dims[1], V->dims[1]),
+        .bias = bias->data,
+        .U = U->data,
+        .V = V->data,
+    };
+    for (ptrdiff_t i = 0; i < copies->count; i++) {
+        const copy_gradient *const copy = lbq_handle_at(copies, i);
+        gradient->rows = common(gradient->rows, copy->rows);
+        gradient->cols = common(gradient->cols, copy->cols);
+        gradient->dense[i] = copy->dense;
+        gradient->weight[i] = copy->weight;
+    }
+    LBQ_REQUIRE(gradient->rows >= 0 && gradient->cols >= 0 && gradient->rank >= 0,
+                LBQ_BAD_SHAPE,
+                "gradients of one layer have different numbers of rows, columns or ranks");
+    return LBQ_OK;
+}
+
+LBQ_BINDING(linear_gradient)
+{
+    lbq_handles copies;
+    lbq_array bias, U, V;
+    const lbq_arg spec[] = {
+        LBQ_HANDLES("copies", &copies, COPY_GRADIENT),
+        LBQ_OUT_OR_NONE("bias", &bias, NPY_FLOAT32, "r"),
+        LBQ_OUT_OR_NONE("U", &U, NPY_FLOAT32, "rn"),
+        LBQ_OUT_OR_NONE("V", &V, NPY_FLOAT32, "kn"),
+    };
+    LBQ_PARSE("linear_gradient", spec);
+    lbq_linear_gradient *made;
+    lbq_status status = lbq_allocate(sizeof *made, &made);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    status = join(&copies, &bias, &U, &V, made);
+    if (status == LBQ_OK)
+        return lbq_handle_new(LINEAR_GRADIENT, made, args);
+    lbq_free(made);
+    return lbq_result(module, status);
+}
+
+static lbq_status
+linear_backward(const lbq_linear *layer, const lbq_array *x, const lbq_array *g,
+                const lbq_linear_gradient *gradient, const lbq_array *dx)
+{
+    LBQ_TRY(lbq_check_axis(x, "x", 1, "cols", layer->cols));
+    LBQ_TRY(lbq_check_axis(g, "g", 1, "rows", layer->rows));
+    return lbq_linear_backward(layer, x->dims[0], x->data, g->data, gradient, false, dx->data);
+}
+
+LBQ_BINDING(linear_backward)
+{
+    const lbq_linear *layer;
+    const lbq_linear_gradient *gradient;
+    lbq_array x, g, dx;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("layer", &layer, LINEAR),
+        LBQ_IN("x", &x, NPY_FLOAT32, "tk"),
+        LBQ_IN("g", &g, NPY_FLOAT32, "tr"),
+        LBQ_HANDLE("gradient", &gradient, LINEAR_GRADIENT),
+        LBQ_OUT_OR_NONE("dx", &dx, NPY_FLOAT32, "tk"),
+    };
+    LBQ_PARSE("linear_backward", spec);
+    LBQ_RUN(linear_backward(layer, &x, &g, gradient, &dx));
+}
+
+LBQ_BINDING(block_gradient)
+{
+    lbq_array attention_norm, mlp_norm, query_norm, key_norm;
+    const lbq_linear_gradient *layers[LBQ_SLOTS];
+    const lbq_arg spec[] = {
+        LBQ_OUT_OR_NONE("attention_norm", &attention_norm, NPY_FLOAT32, "h"),
+        LBQ_OUT_OR_NONE("mlp_norm", &mlp_norm, NPY_FLOAT32, "h"),
+        LBQ_OUT_OR_NONE("query_norm", &query_norm, NPY_FLOAT32, "d"),
+        LBQ_OUT_OR_NONE("key_norm", &key_norm, NPY_FLOAT32, "d"),
+        LBQ_HANDLE_OR_NONE("q_proj", &layers[LBQ_QUERY], LINEAR_GRADIENT),
+        LBQ_HANDLE_OR_NONE("k_proj", &layers[LBQ_KEY], LINEAR_GRADIENT),
+        LBQ_HANDLE_OR_NONE("v_proj", &layers[LBQ_VALUE], LINEAR_GRADIENT),
+        LBQ_HANDLE_OR_NONE("o_proj", &layers[LBQ_OUTPUT], LINEAR_GRADIENT),
+        LBQ_HANDLE_OR_NONE("gate_proj", &layers[LBQ_GATE], LINEAR_GRADIENT),
+        LBQ_HANDLE_OR_NONE("up_proj", &layers[LBQ_UP], LINEAR_GRADIENT),
+        LBQ_HANDLE_OR_NONE("down_proj", &layers[LBQ_DOWN], LINEAR_GRADIENT),
+    };
+    LBQ_PARSE("block_gradient", spec);
+    lbq_block_gradient *made;
+    const lbq_status status = lbq_allocate(sizeof *made, &made);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    *made = (lbq_block_gradient){
+        .hidden = attention_norm.data ? attention_norm.dims[0] : mlp_norm.dims[0],
+        .head_dim = query_norm.data ? query_norm.dims[0] : key_norm.dims[0],
+        .attention_norm = attention_norm.data,
+        .mlp_norm = mlp_norm.data,
+        .query_norm = query_norm.data,
+        .key_norm = key_norm.data,
+    };
+    for (int i = 0; i < LBQ_SLOTS; i++)
+        if (layers[i])
+            made->layers[i] = *layers[i];
+    return lbq_handle_new(BLOCK_GRADIENT, made, args);
+}
+
+static lbq_status
+block_backward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, const lbq_array *o,
+               const lbq_array *log_sum, const lbq_array *middle,
+               const lbq_block_gradient *gradient, const lbq_array *outputs, const lbq_array *dx)
+{
+    const lbq_heads *const heads = &decoder->heads;
+    const lbq_trace known = {.output = o->data, .log_sum = log_sum->data, .middle = middle->data};
+    LBQ_REQUIRE(index < decoder->block_count,
+                LBQ_BAD_VALUE,
+                "block is %td, expected 0 to %td",
+                index,
+                decoder->block_count - 1);
+    const lbq_block *const block = decoder->blocks[index];
+    const ptrdiff_t rows[LBQ_SLOTS] = {block->query->rows,
+                                       block->key->rows,
+                                       block->value->rows,
+                                       block->output->rows,
+                                       block->gate->rows,
+                                       block->up->rows,
+                                       block->down->rows};
+    lbq_block_outputs seen;
+    for (int i = 0; i < LBQ_SLOTS; i++) {
+        LBQ_TRY(lbq_check_axis(&outputs[i], "an output's gradient", 1, "rows", rows[i]));
+        seen.layers[i] = outputs[i].data;
+    }
+    LBQ_TRY(lbq_check_axis(x, "x", 1, "hidden", decoder->hidden));
+    LBQ_TRY(lbq_check_axis(o, "o", 1, "heads * head_dim", heads->heads * heads->head_dim));
+    LBQ_TRY(lbq_check_axis(log_sum, "log_sum", 1, "heads", heads->heads));
+    return lbq_block_backward(
+        decoder, index, x->dims[0], x->data, &known, gradient, &seen, dx->data);
+}
+
+LBQ_BINDING(block_backward)
+{
+    const lbq_decoder *decoder;
+    const lbq_block_gradient *gradient;
+    lbq_array x, o, log_sum, middle, dx, outputs[LBQ_SLOTS];
+    Py_ssize_t index;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_IN("x", &x, NPY_FLOAT32, "th"),
+        LBQ_IN_OR_NONE("o", &o, NPY_FLOAT32, "ta"),
+        LBQ_IN_OR_NONE("log_sum", &log_sum, NPY_FLOAT32, "tn"),
+        LBQ_IN_OR_NONE("middle", &middle, NPY_FLOAT32, "th"),
+        LBQ_HANDLE("gradient", &gradient, BLOCK_GRADIENT),
+        LBQ_OUT_OR_NONE("q_proj", &outputs[LBQ_QUERY], NPY_FLOAT32, "tq"),
+        LBQ_OUT_OR_NONE("k_proj", &outputs[LBQ_KEY], NPY_FLOAT32, "tk"),
+        LBQ_OUT_OR_NONE("v_proj", &outputs[LBQ_VALUE], NPY_FLOAT32, "tk"),
+        LBQ_OUT_OR_NONE("o_proj", &outputs[LBQ_OUTPUT], NPY_FLOAT32, "th"),
+        LBQ_OUT_OR_NONE("gate_proj", &outputs[LBQ_GATE], NPY_FLOAT32, "ti"),
+        LBQ_OUT_OR_NONE("up_proj", &outputs[LBQ_UP], NPY_FLOAT32, "ti"),
+        LBQ_OUT_OR_NONE("down_proj", &outputs[LBQ_DOWN], NPY_FLOAT32, "th"),
+        LBQ_INOUT("dx", &dx, NPY_FLOAT32, "th"),
+        LBQ_INT("block", &index, 0, INT32_MAX),
+    };
+    LBQ_PARSE("block_backward", spec);
+    LBQ_RUN(block_backward(decoder, index, &x, &o, &log_sum, &middle, gradient, outputs, &dx));
+}
+
+static lbq_status
+embed_backward(const lbq_decoder *decoder, const lbq_array *tokens, const lbq_array *dx,
+               const lbq_array *dense)
+{
+    LBQ_TRY(lbq_check_axis(dx, "dx", 1, "hidden", decoder->hidden));
+    LBQ_TRY(lbq_check_axis(dense, "dense", 0, "vocab", decoder->vocab));
+    return lbq_embed_backward(decoder, tokens->dims[0], tokens->data, dx->data, dense->data);
+}
+
+LBQ_BINDING(embed_backward)
+{
+    const lbq_decoder *decoder;
+    lbq_array tokens, dx, dense;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_IN("tokens", &tokens, NPY_INT32, "t"),
+        LBQ_INOUT("dx", &dx, NPY_FLOAT32, "th"),
+        LBQ_INOUT("dense", &dense, NPY_FLOAT32, "vh"),
+    };
+    LBQ_PARSE("embed_backward", spec);
+    LBQ_RUN(embed_backward(decoder, &tokens, &dx, &dense));
+}
+
+PyMethodDef lbq_methods_backward[] = {
+    LBQ_METHOD(rmsnorm_backward, "rmsnorm_backward(x, gain, g, dgain, dx, *, epsilon)\n"
+                                 "Add the gradients of a norm, for g = dL/dy, to dgain and dx."),
+    LBQ_METHOD(swiglu_backward, "swiglu_backward(gate, up, g, dgate, dup)\n"
+                                "Gradients of silu(gate) * up, for g = dL/dy."),
+    LBQ_METHOD(attention_backward,
+               "attention_backward(q, k, v, g, dq, dk, dv)\n"
+               "Gradients of causal attention over a window of its own, for g = dL/do."),
+    LBQ_METHOD(copy_gradient,
+               "copy_gradient(dense, fusion)\n"
+               "Handle of the arrays to which gradients of a copy's weights are added."),
+    LBQ_METHOD(linear_gradient,
+               "linear_gradient(copies, bias, U, V)\n"
+               "Handle of the arrays to which gradients of a layer's parts are added."),
+    LBQ_METHOD(linear_backward, "linear_backward(layer, x, g, gradient, dx)\n"
+                                "Gradients of a dense layer for g = dL/dy; dx is written."),
+    LBQ_METHOD(block_gradient,
+               "block_gradient(attention_norm, mlp_norm, query_norm, key_norm, q_proj, k_proj, "
+               "v_proj, o_proj, gate_proj, up_proj, down_proj)\n"
+               "Handle of the arrays to which gradients of a block's parts are added."),
+    LBQ_METHOD(block_backward,
+               "block_backward(decoder, x, o, log_sum, middle, gradient, q_proj, k_proj, v_proj, "
+               "o_proj, gate_proj, up_proj, down_proj, dx, *, block)\n"
+               "Take dL/dx behind a block to that before it; gradients of its layers' outputs are "
+               "written."),
+    LBQ_METHOD(embed_backward,
+               "embed_backward(decoder, tokens, dx, dense)\n"
+               "Add the gradient of looked-up rows to that of the embedding; dx is overwritten."),
+    LBQ_METHODS_END,
+};

@@ -4,7 +4,7 @@
 
 #include "kernels/kernels.h"
 
-/* to_lanes_f32 and from_lanes_u8 of kernels.h. */
+/* to_lanes_f32 and from_lanes_u8 of list.h. */
 static inline void
 lbq_columns_to_lanes(const float *w, ptrdiff_t stride, ptrdiff_t rows, const int64_t *columns,
                      const int64_t *place, ptrdiff_t count, float *lanes)

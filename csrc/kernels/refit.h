@@ -5,7 +5,7 @@
 
 #include "kernels/kernels.h"
 
-/* refit_f32 of kernels.h. */
+/* refit_f32 of list.h. */
 static inline void
 lbq_refit(const float *restrict moments, const float *restrict grid, const float *restrict sums,
           int symmetric, float zero, float *restrict refit)
@@ -37,7 +37,7 @@ lbq_refit(const float *restrict moments, const float *restrict grid, const float
     }
 }
 
-/* improve_f32 of kernels.h. */
+/* improve_f32 of list.h. */
 static inline int
 lbq_improve(const float *restrict moments, const float *restrict grid, const float *restrict sums,
             int symmetric, float zero, float enough, float *restrict best)

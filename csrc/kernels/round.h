@@ -25,7 +25,7 @@ typedef struct {
     void (*halve)(const float *x, int direction, uint8_t *half, float *value);
 } lbq_by_rows;
 
-/* cover_f16 of kernels.h for LBQ_ROWS lanes of a grid; as float16 too, as a panel has them. */
+/* cover_f16 of list.h for LBQ_ROWS lanes of a grid; as float16 too, as a panel has them. */
 static inline __attribute__((always_inline)) void
 lbq_cover_rows(lbq_by_rows by, const float *low, const float *high, const lbq_cover *cover,
                float *grid, uint8_t *halves)
@@ -59,7 +59,7 @@ lbq_cover_by_rows(lbq_by_rows by, const float *low, const float *high, const lbq
         lbq_cover_rows(by, low + first, high + first, cover, grid + first, halves + 2 * first);
 }
 
-/* round_panel of kernels.h. A grid takes long to compute, so the codes of a step are found between
+/* round_panel of list.h. A grid takes long to compute, so the codes of a step are found between
  * the ranges of the next one and its grids: the processor has both to go on with. */
 static inline __attribute__((always_inline)) int
 lbq_round_by_rows(lbq_by_rows by, const float *w, ptrdiff_t stride, ptrdiff_t steps,

@@ -1,6 +1,6 @@
 /* 1-bit panels times int8 activations of a few tokens, by looking up sums of four activations.
  *
- * Four codes of a row are an index into the 16 sums that they can ask for (kernels.h), and vpshufb
+ * Four codes of a row are an index into the 16 sums that they can ask for (list.h), and vpshufb
  * looks up 16 rows at once. Sums come in two parts of at most 60, so that four of them add up in a
  * byte; low + 16 * high then goes to 16 bits by vpmaddubsw. The numbers are exact, unlike those of
  * J. Wei et al., "T-MAC: CPU Renaissance via Table Lookup for Low-Bit LLM Deployment on Edge",

@@ -129,6 +129,14 @@ int lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject 
         return lbq_result(module, lbq_run_status);                                                 \
     } while (0)
 
+/* The same, but returns the object `value`, computed after the call, in place of None. */
+#define LBQ_RUN_VALUE(call, value)                                                                 \
+    do {                                                                                           \
+        lbq_status lbq_run_status;                                                                 \
+        LBQ_CALL(lbq_run_status, call);                                                            \
+        return lbq_run_status == LBQ_OK ? (value) : lbq_result(module, lbq_run_status);            \
+    } while (0)
+
 /* Makes the call without the GIL. On the main thread it asks Python meanwhile for the signals that
  * have come, so that Ctrl-C ends it. */
 #define LBQ_CALL(status, call)                                                                     \

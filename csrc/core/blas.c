@@ -209,21 +209,20 @@ cut(product *p)
         const product *const p = context;                                                          \
         const ptrdiff_t row = index / p->across * p->height;                                       \
         const ptrdiff_t column = index % p->across * p->width;                                     \
-        LBQ_BLAS(gemm,                                                                             \
-                 CblasRowMajor,                                                                    \
-                 p->transa,                                                                        \
-                 p->transb,                                                                        \
-                 (int)lbq_smaller(p->height, p->m - row),                                          \
-                 (int)lbq_smaller(p->width, p->n - column),                                        \
-                 (int)p->k,                                                                        \
-                 (real)p->alpha,                                                                   \
-                 (const real *)p->A + (p->transa == CblasTrans ? row : row * p->lda),              \
-                 (int)p->lda,                                                                      \
-                 (const real *)p->B + (p->transb == CblasTrans ? column * p->ldb : column),        \
-                 (int)p->ldb,                                                                      \
-                 (real)p->beta,                                                                    \
-                 (real *)p->C + row * p->ldc + column,                                             \
-                 (int)p->ldc);                                                                     \
+        LBQ_CBLAS(gemm,                                                                            \
+                  p->transa,                                                                       \
+                  p->transb,                                                                       \
+                  (int)lbq_smaller(p->height, p->m - row),                                         \
+                  (int)lbq_smaller(p->width, p->n - column),                                       \
+                  (int)p->k,                                                                       \
+                  (real)p->alpha,                                                                  \
+                  (const real *)p->A + (p->transa == CblasTrans ? row : row * p->lda),             \
+                  (int)p->lda,                                                                     \
+                  (const real *)p->B + (p->transb == CblasTrans ? column * p->ldb : column),       \
+                  (int)p->ldb,                                                                     \
+                  (real)p->beta,                                                                   \
+                  (real *)p->C + row * p->ldc + column,                                            \
+                  (int)p->ldc);                                                                    \
         return LBQ_OK;                                                                             \
     }                                                                                              \
     lbq_status name(int transa,                                                                    \
@@ -259,5 +258,5 @@ cut(product *p)
         return lbq_parallel(tiles, task, &p);                                                      \
     }
 
-PRODUCT(lbq_sgemm, multiply_tile_f32, float, cblas_sgemm)
-PRODUCT(lbq_dgemm, multiply_tile_f64, double, cblas_dgemm)
+PRODUCT(lbq_sgemm, multiply_tile_f32, float, sgemm)
+PRODUCT(lbq_dgemm, multiply_tile_f64, double, dgemm)

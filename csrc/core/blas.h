@@ -36,7 +36,7 @@ lbq_status lbq_dgemm(int transa, int transb, ptrdiff_t m, ptrdiff_t n, ptrdiff_t
                      const double *A, ptrdiff_t lda, const double *B, ptrdiff_t ldb, double beta,
                      double *C, ptrdiff_t ldc);
 
-/* Around each call of OpenBLAS; LBQ_NO_MEMORY if there is no buffer and no memory for one. */
+/* Around each call of OpenBLAS; LBQ_NO_MEMORY if a buffer is needed and cannot be allocated. */
 lbq_status lbq_blas_enter(void);
 void lbq_blas_leave(void);
 

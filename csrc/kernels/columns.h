@@ -1,4 +1,4 @@
-/* Columns of rows to lanes and back, one after the other: for columns that are no neighbours. */
+/* Columns to lanes and back, one at a time: for columns that are not adjacent. */
 #ifndef LBQ_COLUMNS_H
 #define LBQ_COLUMNS_H
 

@@ -70,8 +70,7 @@ X(gemm_u8_i8, void,
    ptrdiff_t end, const lbq_activations *x, float *y))
 
 /* y[t * stride + p * LBQ_PANEL + r] = sums[p][t][r], as gemm_u8_i8 left them, for `count` panels
- * and the first `tokens` tokens of the tile. The next call is probably for the tokens that follow.
- */
+ * and the first `tokens` tokens of the tile. The next call is probably for the next tokens. */
 X(store_tile, void,
   (const float *sums, ptrdiff_t count, ptrdiff_t tokens, ptrdiff_t stride, float *y))
 
@@ -102,8 +101,8 @@ X(range_f32, int,
 /* Codes of `rows` <= LBQ_PANEL rows, each with its own grid: (w - offset) (1 / scale), clipped to
  * 0..top <= 255, ties to even; 0 where scale is 0. Laid out as by lbq_step_unpack, with zeros in
  * the rows past `rows` and up to a multiple of 16 columns; exact. grid as [2][LBQ_PANEL]: scale,
- * offset. The caller will next read `ahead` numbers further on, which may be prefetched; 0: do not.
- */
+ * offset. What the caller reads next lies `ahead` numbers further on (0: nothing) and may be
+ * prefetched. */
 X(encode_f32, void,
   (const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t count, const float *grid, int top,
    ptrdiff_t ahead, uint8_t *codes))

@@ -1,4 +1,4 @@
-/* The argument tables at work; the only file that looks into Python objects. */
+/* Parses arguments by their tables; the only file that looks into Python objects. */
 #include "python/args.h"
 
 #include <string.h>
@@ -11,7 +11,7 @@
 #include "core/threads.h"
 #include "python/module.h"
 
-/* Sizes bound so far to the letters of shapes; -1: none. */
+/* Sizes bound so far to the letters of shapes; -1: unbound. */
 typedef struct {
     ptrdiff_t size[128];
 } letters;
@@ -297,7 +297,7 @@ parse_value(const char *function, const lbq_arg *arg, PyObject *value, letters *
     return -1;
 }
 
-/* Of the array that was given; 0 if None was. */
+/* Bytes of the array given; 0 for None. */
 static size_t
 bytes_of(const lbq_arg *arg)
 {
@@ -312,8 +312,8 @@ bytes_of(const lbq_arg *arg)
     return bytes;
 }
 
-/* An output over memory of another array would change what is still to be read, and what has been
- * checked. */
+/* An output that shares memory with another array would change data that is still to be read or
+ * already checked. */
 static int
 check_overlap(const char *function, const lbq_arg *out, const lbq_arg *other)
 {
@@ -325,7 +325,7 @@ check_overlap(const char *function, const lbq_arg *out, const lbq_arg *other)
     if (out->over && strcmp(out->over, other->name) == 0 && a == b && a_bytes == b_bytes)
         return 0;
     PyErr_Format(PyExc_ValueError,
-                 "%s: %s shares memory with %s, expected arrays of their own",
+                 "%s: %s shares memory with %s, expected separate arrays",
                  function,
                  out->name,
                  other->name);
@@ -400,8 +400,8 @@ lbq_handle_at(const lbq_handles *handles, ptrdiff_t index)
     return PyCapsule_GetPointer(PyTuple_GetItem(handles->tuple, index), handles->type);
 }
 
-/* The main thread is where Python runs the handlers of signals. Others must not wait for the GIL
- * in the middle of a call: at the end of the interpreter it would end them there. */
+/* Python runs signal handlers on the main thread. Other threads must not wait for the GIL during a
+ * call: at interpreter shutdown that would end them there. */
 static bool
 is_main_thread(void)
 {
@@ -412,7 +412,7 @@ is_main_thread(void)
 #endif
 }
 
-/* Runs the handlers of the signals that have come; the call ends if one of them raised. */
+/* Runs the handlers of pending signals; the call ends if one of them raises. */
 static bool
 run_signal_handlers(lbq_watch *watch)
 {
@@ -424,7 +424,7 @@ run_signal_handlers(lbq_watch *watch)
     bool raised = PyErr_CheckSignals() < 0;
     if (!raised && getpid() != process) {
         PyErr_SetString(PyExc_RuntimeError,
-                        "a signal handler forked: the child has not the threads of this call");
+                        "a signal handler forked: the child does not have this call's threads");
         raised = true;
     }
     running->released = PyEval_SaveThread();
@@ -467,7 +467,7 @@ lbq_result(PyObject *module, lbq_status status)
     case LBQ_BAD_FORMAT:
         PyErr_SetString(state->format_error, lbq_message());
         return NULL;
-    case LBQ_INTERRUPTED: /* the handler of a signal has raised */
+    case LBQ_INTERRUPTED: /* a signal handler has raised */
         return NULL;
     }
     PyErr_SetString(PyExc_SystemError, "unknown status");

@@ -16,8 +16,8 @@
 /* Bytes of scratch that lbq_attention needs, for the current number of threads. */
 size_t lbq_attention_scratch(const lbq_heads *heads, ptrdiff_t tokens);
 
-/* o (tokens, heads, head_dim) for q alike; o may be q. The store holds past + tokens positions.
- * `scratch` is 64-byte aligned. */
+/* o (tokens, heads, head_dim) for q of the same shape; o may be q. The store holds past + tokens
+ * positions. `scratch` is 64-byte aligned. */
 lbq_status lbq_attention(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const float *q,
                          const lbq_store *store, void *scratch, float *o);
 

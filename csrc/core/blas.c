@@ -1,9 +1,9 @@
-/* The buffers of OpenBLAS, and products cut into tiles.
+/* OpenBLAS's buffers, and products cut into tiles.
  *
- * OpenBLAS keeps its buffers, so as many as there are calls at once are enough for ever. They are
- * made while no call is under way: a product of a vector is called with two threads, and from where
- * OpenBLAS hands over its jobs the next one is called, which needs another buffer, since all those
- * before are still in use. The jobs themselves are not run. */
+ * OpenBLAS keeps its buffers, so one for each concurrent call is enough. They are made while no
+ * call is in progress: a matrix-vector product is called with two threads, and the callback that
+ * gets its jobs makes the next such call, which needs another buffer because all earlier ones are
+ * still in use. The jobs themselves are not run. */
 #include "core/blas.h"
 
 #include <pthread.h>
@@ -14,24 +14,23 @@
 #include "core/threads.h"
 
 enum {
-    MAX_BUFFERS =
-        128,     /* OpenBLAS for 64 threads has as many places; each nested call takes stack */
-    SIDE = 1024, /* of the matrix that buffers are made with: enough for two threads */
-    EDGE = 512,  /* of a tile at most: at 2048 columns it costs 2 % more than no cut at all */
+    MAX_BUFFERS = 128, /* slots of OpenBLAS built for 64 threads; each nested call takes stack */
+    SIDE = 1024,       /* of the matrix that makes buffers: large enough for two threads */
+    EDGE = 512,        /* of the largest tile: at 2048 columns 2 % slower than a single tile */
     LEAST_EDGE = 64,
-    TILES = 16,          /* of a product of few rows, so that the threads can share it */
-    SMALL = 1 << 19,     /* fewer multiplications, some 10 us, are one tile */
-    TILE_DEPTH = 1 << 13 /* above which tiles are smaller: they take 40 ms of a slow core */
+    TILES = 16,          /* in a product of few rows, for the threads to share */
+    SMALL = 1 << 19,     /* fewer multiplications, some 10 us, make one tile */
+    TILE_DEPTH = 1 << 13 /* above it tiles get smaller: they take 40 ms on a slow core */
 };
 #define BUFFER_BYTES ((size_t)32 << 20)
 
-static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER; /* of what follows */
+static pthread_mutex_t gate = PTHREAD_MUTEX_INITIALIZER; /* guards users, closed and buffers */
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
-static int users;   /* calls under way */
-static bool closed; /* somebody waits for those to end, or works where there are none */
-static int buffers; /* that OpenBLAS has */
+static int users;   /* calls in progress */
+static bool closed; /* a thread waits for them to end, or needs none to be in progress */
+static int buffers; /* made so far */
 
-/* Whether there is memory for some more buffers. */
+/* Whether there is memory for `count` more buffers. */
 static bool
 has_room(int count)
 {
@@ -62,11 +61,11 @@ instead_of_jobs(int sync, lbq_blas_job job, int jobs, size_t size, void *data, i
         hold_one_more();
 }
 
-/* Makes `count` buffers at most, or fewer where memory ends. */
+/* Raises the number of buffers to `count`, or as far as memory allows. */
 static void
 make_buffers(int count)
 {
-    /* One buffer more than is needed has to fit: OpenBLAS and other threads take memory too. */
+    /* One extra buffer must fit: OpenBLAS and other threads allocate memory too. */
     while (count > buffers && !has_room(count - buffers + 1))
         count--;
     if (count <= buffers)
@@ -88,7 +87,7 @@ make_buffers(int count)
     munmap(zeros, bytes);
 }
 
-/* The gate's mutex is held; on return no call is under way, and none begins before open_gate(). */
+/* The caller holds `gate`. On return no call is in progress, and none begins before open_gate(). */
 static void
 close_gate(void)
 {
@@ -142,7 +141,7 @@ lbq_blas_enter(void)
     pthread_mutex_lock(&gate);
     while (closed || users >= buffers) {
         if (closed || users >= MAX_BUFFERS || (users > 0 && !has_room(2))) {
-            pthread_cond_wait(&changed, &gate); /* for a buffer of those under way */
+            pthread_cond_wait(&changed, &gate); /* for a call in progress to release its buffer */
             continue;
         }
         const int threads = lbq_threads() < MAX_BUFFERS ? lbq_threads() : MAX_BUFFERS;
@@ -151,7 +150,7 @@ lbq_blas_enter(void)
         open_gate();
         if (buffers == 0) {
             pthread_mutex_unlock(&gate);
-            return lbq_fail(LBQ_NO_MEMORY, "cannot allocate a buffer of OpenBLAS");
+            return lbq_fail(LBQ_NO_MEMORY, "cannot allocate a buffer for OpenBLAS");
         }
     }
     users++;
@@ -168,7 +167,7 @@ lbq_blas_leave(void)
     pthread_mutex_unlock(&gate);
 }
 
-/* A product, and how it is cut: `down` * `across` tiles of `height` * `width`. */
+/* A product and its tiles of `height` x `width`, `across` of them side by side. */
 typedef struct {
     int transa, transb;
     ptrdiff_t m, n, k, lda, ldb, ldc;
@@ -178,7 +177,7 @@ typedef struct {
     void *C;
 } product;
 
-/* About equal pieces of at most `edge`, whole multiples of 16. */
+/* Size of roughly equal pieces of at most `edge`: all of it, or a multiple of 16. */
 static ptrdiff_t
 even_piece(ptrdiff_t whole, ptrdiff_t edge)
 {
@@ -209,21 +208,20 @@ cut(product *p)
         const product *const p = context;                                                          \
         const ptrdiff_t row = index / p->across * p->height;                                       \
         const ptrdiff_t column = index % p->across * p->width;                                     \
-        LBQ_BLAS(gemm,                                                                             \
-                 CblasRowMajor,                                                                    \
-                 p->transa,                                                                        \
-                 p->transb,                                                                        \
-                 (int)lbq_smaller(p->height, p->m - row),                                          \
-                 (int)lbq_smaller(p->width, p->n - column),                                        \
-                 (int)p->k,                                                                        \
-                 (real)p->alpha,                                                                   \
-                 (const real *)p->A + (p->transa == CblasTrans ? row : row * p->lda),              \
-                 (int)p->lda,                                                                      \
-                 (const real *)p->B + (p->transb == CblasTrans ? column * p->ldb : column),        \
-                 (int)p->ldb,                                                                      \
-                 (real)p->beta,                                                                    \
-                 (real *)p->C + row * p->ldc + column,                                             \
-                 (int)p->ldc);                                                                     \
+        LBQ_CBLAS(gemm,                                                                            \
+                  p->transa,                                                                       \
+                  p->transb,                                                                       \
+                  (int)lbq_smaller(p->height, p->m - row),                                         \
+                  (int)lbq_smaller(p->width, p->n - column),                                       \
+                  (int)p->k,                                                                       \
+                  (real)p->alpha,                                                                  \
+                  (const real *)p->A + (p->transa == CblasTrans ? row : row * p->lda),             \
+                  (int)p->lda,                                                                     \
+                  (const real *)p->B + (p->transb == CblasTrans ? column * p->ldb : column),       \
+                  (int)p->ldb,                                                                     \
+                  (real)p->beta,                                                                   \
+                  (real *)p->C + row * p->ldc + column,                                            \
+                  (int)p->ldc);                                                                    \
         return LBQ_OK;                                                                             \
     }                                                                                              \
     lbq_status name(int transa,                                                                    \
@@ -259,5 +257,5 @@ cut(product *p)
         return lbq_parallel(tiles, task, &p);                                                      \
     }
 
-PRODUCT(lbq_sgemm, multiply_tile_f32, float, cblas_sgemm)
-PRODUCT(lbq_dgemm, multiply_tile_f64, double, cblas_dgemm)
+PRODUCT(lbq_sgemm, multiply_tile_f32, float, sgemm)
+PRODUCT(lbq_dgemm, multiply_tile_f64, double, dgemm)

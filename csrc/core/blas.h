@@ -1,17 +1,15 @@
-/* OpenBLAS: the routines that are used, under names without the build's prefix, and products that
- * are cut into tasks.
+/* OpenBLAS: its routines under names without the build's prefix, and products cut into tasks.
  *
- * OpenBLAS runs in the thread that calls it; lbq_sgemm and lbq_dgemm share a product out among the
- * pool's threads, in tiles that depend on its sizes only, so results do not depend on the number of
- * threads. Other routines are called by LBQ_BLAS, for pieces of some 50 ms at most.
+ * OpenBLAS runs in the calling thread. lbq_sgemm and lbq_dgemm share a product among the pool's
+ * threads, in tiles that depend on its sizes only, so results do not depend on the number of
+ * threads. Other routines are called through LBQ_BLAS or LBQ_CBLAS, at most some 50 ms each.
  *
- * OpenBLAS takes a buffer for each call that is under way, and ends the process where there is no
- * memory for one. So no call begins before its buffer exists, and a fork waits for those under way,
+ * OpenBLAS takes a buffer for each call in progress, and ends the process if it cannot allocate
+ * one. So no call begins before its buffer exists, and a fork waits for the calls in progress,
  * whose locks the child would inherit.
  *
- * Fortran symbols are declared here because Debian's OpenBLAS has no LAPACKE. Matrices given to
- * cblas_ are row-major where CblasRowMajor says so; LAPACK's are column-major, so "L" names the
- * upper triangle of a row-major matrix. */
+ * Fortran symbols are declared here because Debian's OpenBLAS has no LAPACKE. LAPACK's matrices are
+ * column-major, so "L" names the upper triangle of a row-major matrix. */
 #ifndef LBQ_BLAS_H
 #define LBQ_BLAS_H
 
@@ -23,11 +21,11 @@
 #define LBQ_BLAS_NAME(prefix, name) LBQ_BLAS_PASTE(prefix, name)
 #define BLAS(name) LBQ_BLAS_NAME(LBQ_BLAS_PREFIX, name)
 
-enum { CblasRowMajor = 101, CblasColMajor = 102 };
+enum { CblasRowMajor = 101 };
 enum { CblasNoTrans = 111, CblasTrans = 112 };
 enum { CblasUpper = 121, CblasLower = 122 };
-enum { CblasNonUnit = 131, CblasUnit = 132 };
-enum { CblasLeft = 141, CblasRight = 142 };
+enum { CblasNonUnit = 131 };
+enum { CblasRight = 142 };
 
 /* C (m, n) = alpha op(A) op(B) + beta C, all row-major, op(A) (m, k), op(B) (k, n), with row
  * strides lda, ldb, ldc; LBQ_NO_MEMORY, LBQ_INTERRUPTED. May be called in a task. */
@@ -38,7 +36,7 @@ lbq_status lbq_dgemm(int transa, int transb, ptrdiff_t m, ptrdiff_t n, ptrdiff_t
                      const double *A, ptrdiff_t lda, const double *B, ptrdiff_t ldb, double beta,
                      double *C, ptrdiff_t ldc);
 
-/* Around each call of OpenBLAS; LBQ_NO_MEMORY if there is no buffer and no memory for one. */
+/* Around each call of OpenBLAS; LBQ_NO_MEMORY if a buffer is needed and cannot be allocated. */
 lbq_status lbq_blas_enter(void);
 void lbq_blas_leave(void);
 
@@ -48,6 +46,9 @@ void lbq_blas_leave(void);
         BLAS(name)(__VA_ARGS__);                                                                   \
         lbq_blas_leave();                                                                          \
     } while (0)
+
+/* The same for cblas_<name> on row-major matrices. */
+#define LBQ_CBLAS(name, ...) LBQ_BLAS(cblas_##name, CblasRowMajor, __VA_ARGS__)
 
 void BLAS(cblas_sgemm)(int order, int transa, int transb, int m, int n, int k, float alpha,
                        const float *a, int lda, const float *b, int ldb, float beta, float *c,

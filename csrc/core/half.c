@@ -48,7 +48,7 @@ lbq_half_narrow(float value)
         return sign | 0x7e00;
     if (magnitude >= 0x477ff000) /* rounds to 65536 or more */
         return sign | 0x7c00;
-    if (magnitude < 0x38800000) { /* below 2^-14: adding 0.5 leaves units of 2^-24, rounded */
+    if (magnitude < 0x38800000) { /* below 2^-14: adding 0.5 rounds to units of 2^-24 */
         const float shifted = float_of(magnitude) + 0.5f;
         return sign | (uint16_t)(bits_of(shifted) - bits_of(0.5f));
     }

@@ -7,9 +7,9 @@
 enum { PERIOD = 50000000 /* nanoseconds */ };
 
 static _Thread_local lbq_watch *joined;
-static _Thread_local char self; /* its address names the thread */
+static _Thread_local char self; /* its address identifies the thread */
 
-/* The coarse clock is a few milliseconds late, but read in 5 ns. */
+/* The coarse clock lags by a few milliseconds but takes only 5 ns to read. */
 static int64_t
 nanoseconds(void)
 {
@@ -56,7 +56,7 @@ lbq_interrupted(void)
     if (!atomic_load_explicit(&watch->ended, memory_order_relaxed)) {
         if (watch->owner != &self || nanoseconds() < watch->due)
             return LBQ_OK;
-        joined = NULL; /* calls made by what is asked are not part of this one */
+        joined = NULL; /* calls made by ask() are not part of this one */
         const bool ended = watch->ask(watch);
         joined = watch;
         watch->due = nanoseconds() + PERIOD;

@@ -1,7 +1,7 @@
-/* Aligned blocks on aligned_alloc, and the bump allocator of one call.
+/* Aligned blocks from aligned_alloc, and a bump allocator for one call.
  *
- * Arenas are opened and closed like stack frames, so each thread keeps one block for all that fit:
- * a decoded token opens some two hundred, and a block of its own would cost each 0.2 us. */
+ * Arenas are opened and closed like stack frames, so each thread keeps one block for all that fit.
+ * Decoding a token opens some two hundred, and separate blocks would cost 0.2 us each. */
 #include "core/memory.h"
 
 #include <assert.h>
@@ -11,24 +11,24 @@
 #include <string.h>
 #include <sys/mman.h>
 
-/* What the layers of a 7B network need for a few tokens; pages never used cost no memory. Nothing
- * under sanitizers, which see an overrun only at the end of a block. */
+/* Enough for the layers of a 7B network and a few tokens; pages never touched cost no memory. 0
+ * under sanitizers: they detect overruns only at the end of an allocation. */
 #ifdef LBQ_SANITIZE
 enum { STACK_BYTES = 0 };
 #define HUGE_PAGE SIZE_MAX
 #else
 enum { STACK_BYTES = 1 << 20 };
-#define HUGE_PAGE ((size_t)2 << 20) /* of x86 and Arm with pages of 4 KiB */
+#define HUGE_PAGE ((size_t)2 << 20) /* on x86, and on Arm with 4 KiB pages */
 #endif
 
-/* Weights that come from memory stream some 7 % faster from huge pages, where fewer addresses have
- * to be translated. The last page would take more memory than is asked for, unless it is full. */
+/* Weights stream from memory some 7 % faster with huge pages, which need fewer address
+ * translations. An incomplete last page is left out: it would take more memory than requested. */
 static void
 ask_for_huge_pages(void *memory, size_t bytes)
 {
 #ifdef MADV_HUGEPAGE
     if (bytes >= HUGE_PAGE)
-        madvise(memory, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE); /* advice, no demand */
+        madvise(memory, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE); /* only advice */
 #else
     (void)memory, (void)bytes;
 #endif
@@ -68,7 +68,7 @@ make_stacks(void)
     stacks_error = pthread_key_create(&stacks, lbq_free);
 }
 
-/* The stack of this thread, freed when it ends; NULL if there is no memory for one. */
+/* This thread's stack, freed when the thread ends; NULL if it cannot be allocated. */
 static struct lbq_stack *
 own_stack(void)
 {

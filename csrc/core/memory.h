@@ -1,9 +1,9 @@
 /* Memory: 64-byte aligned blocks, and an arena from which one call takes all of its scratch.
  *
  * An arena is sized before the work starts: LBQ_TRY(lbq_arena_open(&arena, bytes)) once, then
- * lbq_arena_take() as often as needed without a check, then lbq_arena_close(). Small ones cost
- * nothing: they lie on a stack that the thread keeps, so the last one opened is the first to be
- * closed, by the thread that opened it. */
+ * lbq_arena_take() as often as needed without a check, then lbq_arena_close(). Small arenas cost
+ * nothing: they lie on a stack that the thread keeps, so they are closed in reverse order, by the
+ * thread that opened them. */
 #ifndef LBQ_MEMORY_H
 #define LBQ_MEMORY_H
 
@@ -27,7 +27,7 @@ void lbq_free(void *block);
 typedef struct {
     char *base;
     size_t size, used;
-    struct lbq_stack *stack; /* on which it lies; NULL: a block of its own */
+    struct lbq_stack *stack; /* that holds it; NULL: a separate block */
 } lbq_arena;
 
 /* Contents are undefined; LBQ_NO_MEMORY. */

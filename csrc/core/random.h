@@ -1,7 +1,7 @@
 /* Counter-based random numbers: (seed, stream, index) -> number, with no state.
  *
  * The same three integers give the same bits on every machine, for any number of threads and any
- * order of calls. Streams keep the uses of one seed apart. */
+ * order of calls. Streams separate the uses of one seed. */
 #ifndef LBQ_RANDOM_H
 #define LBQ_RANDOM_H
 

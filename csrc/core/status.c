@@ -4,7 +4,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-/* Short: loaders have little room for the thread-local variables of a library. */
+/* Short: loaders reserve little space for a library's thread-local variables. */
 static _Thread_local char message[256];
 
 lbq_status

@@ -1,8 +1,8 @@
-/* Outcome of a call: a code that says what kind of failure, a message that says which.
+/* Outcome of a call: a code for the kind of failure and a message with the details.
  *
- * A function that can fail returns lbq_status. LBQ_REQUIRE refuses what a user can get wrong,
- * LBQ_TRY passes a failure on. The message belongs to the calling thread and lives until its
- * next failure. */
+ * A function that can fail returns lbq_status. LBQ_REQUIRE rejects what a user can get wrong,
+ * LBQ_TRY passes a failure on. The message belongs to the calling thread and lives until its next
+ * failure. */
 #ifndef LBQ_STATUS_H
 #define LBQ_STATUS_H
 

@@ -1,11 +1,12 @@
 /* One pool: the caller and threads - 1 workers take indices from an atomic counter.
  *
- * A parallel region is one word that workers join and leave, so that nothing is locked while they
- * spin. Whoever takes the last index closes the region to those who have not joined, and the
- * caller waits for those who have: a worker that the system does not run holds up nobody. Who
- * waits spins for a few microseconds, since the next call of a decoder comes soon, and then sleeps.
- * After fork the child has none of the parent's threads: it starts its own at the next call. A fork
- * does not wait for the region: its caller may be waiting for what the forking thread holds. */
+ * A parallel region is one atomic word that workers join and leave, so no lock is held while they
+ * spin. The thread that takes the last index closes the region to workers that have not joined, and
+ * the caller waits only for those that have: a worker that is not scheduled delays nobody. Waiting
+ * threads spin for a few microseconds, since a decoder's next call comes soon, and then sleep.
+ * After a fork the child has none of the parent's threads and starts its own at the next call. A
+ * fork does not wait for the region, whose caller may be waiting for something that the forking
+ * thread holds. */
 #include "core/threads.h"
 
 #include <assert.h>
@@ -27,9 +28,9 @@
 
 enum {
     MAX_THREADS = 256,
-    /* A wait begins with pauses and goes on by offering the processor to others, among them the
-     * very thread that is waited for where there are more threads than free cores. All of it is
-     * longer than what a decoder does between two regions, and shorter than a time slice. */
+    /* A wait starts with pauses, then yields the processor, possibly to the very thread that it
+     * waits for if there are more threads than free cores. The total is longer than a decoder's
+     * work between two regions and shorter than a time slice. */
     PAUSE_NANOSECONDS = 3000,
     SPIN_NANOSECONDS = 30000,
 };
@@ -38,31 +39,31 @@ typedef struct {
     lbq_task task;
     void *context;
     lbq_watch *watch; /* the caller's */
-    int threads;      /* that may take part: what the caller has scratch for */
+    int threads;      /* that may take part: the caller has scratch for them */
     ptrdiff_t count;
     atomic_ptrdiff_t next;
-    ptrdiff_t failed_index; /* this and what follows: under `failures` */
+    ptrdiff_t failed_index; /* guarded by `failures`, as are the next two */
     lbq_status status;
     char message[256];
 } job;
 
-/* The region: how many workers are in it; whether more may join; whether all are to end. */
+/* Bits of the region: the number of workers in it; whether more may join; whether all must end. */
 enum { WORKERS = 0xff, OPEN = 0x100, STOP = 0x200 };
 
 static pthread_mutex_t callers = PTHREAD_MUTEX_INITIALIZER; /* one region at a time */
 static pthread_mutex_t failures = PTHREAD_MUTEX_INITIALIZER;
 static atomic_uint region;
-static job *current;        /* of the region; for those in it */
-static atomic_uint asleep;  /* workers that wait for `region` to change and no longer spin */
+static job *current;        /* of the region; read only inside it */
+static atomic_uint asleep;  /* workers that no longer spin but sleep until `region` changes */
 static atomic_uint awaited; /* 1: the caller sleeps until the last worker has left */
-static int started;         /* workers that run */
+static int started;         /* running workers */
 static pthread_t workers[MAX_THREADS];
-static atomic_int wanted;         /* threads asked for; 0: not yet set */
-static _Thread_local int settled; /* what lbq_threads() says meanwhile; 0: what is wanted */
+static atomic_int wanted;         /* threads requested; 0: not yet set */
+static _Thread_local int settled; /* fixed result of lbq_threads(); 0: `wanted` */
 static _Thread_local bool inside;
 
-/* sleep_while: until wake() is called on the word, unless that is no longer `value`; may also
- * return for no reason. wake: at least `count` sleepers. */
+/* sleep_while: sleeps until wake() is called on the word, unless it no longer holds `value`; may
+ * also wake spuriously. wake: wakes at least `count` sleepers. */
 #ifdef __linux__
 static void
 sleep_while(atomic_uint *word, unsigned value)
@@ -76,25 +77,25 @@ wake(atomic_uint *word, int count)
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 #else
-static pthread_mutex_t bedroom = PTHREAD_MUTEX_INITIALIZER;
-static pthread_cond_t bell = PTHREAD_COND_INITIALIZER;
+static pthread_mutex_t sleep_mutex = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t sleep_condition = PTHREAD_COND_INITIALIZER;
 
 static void
 sleep_while(atomic_uint *word, unsigned value)
 {
-    pthread_mutex_lock(&bedroom);
+    pthread_mutex_lock(&sleep_mutex);
     if (atomic_load(word) == value)
-        pthread_cond_wait(&bell, &bedroom);
-    pthread_mutex_unlock(&bedroom);
+        pthread_cond_wait(&sleep_condition, &sleep_mutex);
+    pthread_mutex_unlock(&sleep_mutex);
 }
 
 static void
 wake(atomic_uint *word, int count)
 {
     (void)word, (void)count;
-    pthread_mutex_lock(&bedroom);
-    pthread_cond_broadcast(&bell);
-    pthread_mutex_unlock(&bedroom);
+    pthread_mutex_lock(&sleep_mutex);
+    pthread_cond_broadcast(&sleep_condition);
+    pthread_mutex_unlock(&sleep_mutex);
 }
 #endif
 
@@ -128,8 +129,7 @@ is_populated(unsigned word)
     return word & WORKERS;
 }
 
-/* Spins while the region is such, but not for long: by the clock, for a pause takes 40 to 140
- * cycles. */
+/* Spins while such(region), but briefly: by the clock, since a pause takes 40 to 140 cycles. */
 static inline void
 spin_while(bool (*such)(unsigned))
 {
@@ -144,7 +144,7 @@ spin_while(bool (*such)(unsigned))
             sched_yield();
 }
 
-/* Keeps the failure of the lowest index, or that the call was interrupted. */
+/* Records the failure with the lowest index; an interruption takes precedence. */
 static void
 note_failure(job *work, lbq_status status, ptrdiff_t index)
 {
@@ -184,7 +184,7 @@ worker_main(void *argument)
         spin_while(is_quiet);
         unsigned now = atomic_load(&region);
         if (is_quiet(now)) {
-            /* First `asleep`, then a look at the region; a caller does the reverse. */
+            /* `asleep` is written before the region is read; a caller does the reverse. */
             atomic_fetch_add(&asleep, 1);
             while (is_quiet(now = atomic_load(&region)))
                 sleep_while(&region, now);
@@ -205,7 +205,7 @@ worker_main(void *argument)
     }
 }
 
-/* Ends all workers; the caller holds `callers`, so no work is under way. */
+/* Ends all workers; the caller holds `callers`, so no work is in progress. */
 static void
 stop_workers(void)
 {
@@ -223,8 +223,8 @@ after_fork_in_child(void)
     pthread_mutex_init(&callers, NULL);
     pthread_mutex_init(&failures, NULL);
 #ifndef __linux__
-    pthread_mutex_init(&bedroom, NULL);
-    pthread_cond_init(&bell, NULL);
+    pthread_mutex_init(&sleep_mutex, NULL);
+    pthread_cond_init(&sleep_condition, NULL);
 #endif
     started = 0;
     atomic_store(&region, 0);
@@ -344,6 +344,6 @@ lbq_set_threads(int threads)
     atomic_store(&wanted, got);
     pthread_mutex_unlock(&callers);
     LBQ_REQUIRE(
-        got == threads, LBQ_NO_MEMORY, "the system let %d of %d threads start", got, threads);
+        got == threads, LBQ_NO_MEMORY, "only %d of %d threads could be started", got, threads);
     return LBQ_OK;
 }

@@ -1,11 +1,11 @@
 /* The thread pool: the only place that starts threads.
  *
  * lbq_parallel(count, task, context) calls task(context, index, worker) for every index below
- * `count`, each once, on the caller and the pool's workers. Which worker takes an index is not
- * fixed, so a task must compute the same thing whoever runs it: write by index, use `worker`
- * (0 <= worker < lbq_threads()) only to choose scratch memory. The first failure, by index, is
- * the result. Called inside a task, or by a second thread while the pool is busy, it runs in the
- * caller alone. Between tasks it asks lbq_interrupted(); an interrupted call has run some tasks. */
+ * `count`, each once, on the caller and the pool's workers. Any worker may take an index, so a task
+ * must not depend on who runs it: write by index, use `worker` (0 <= worker < lbq_threads()) only
+ * to choose scratch memory. The failure with the lowest index is the result. Inside a task, or
+ * while another thread uses the pool, it runs in the caller alone. It checks lbq_interrupted()
+ * between tasks; an interrupted call has run some of them. */
 #ifndef LBQ_THREADS_H
 #define LBQ_THREADS_H
 
@@ -17,12 +17,12 @@ typedef lbq_status (*lbq_task)(void *context, ptrdiff_t index, int worker);
 
 lbq_status lbq_parallel(ptrdiff_t count, lbq_task task, void *context);
 
-/* For cutting a range: how many pieces of `size` make up `whole`, the last perhaps shorter, and the
- * smaller of two ends. */
+/* For splitting a range: the number of pieces of `size` in `whole`, the last possibly shorter, and
+ * the smaller of two ends. */
 static inline ptrdiff_t
 lbq_pieces(ptrdiff_t whole, ptrdiff_t size)
 {
-    return whole / size + (whole % size != 0); /* no sum: size may be PTRDIFF_MAX */
+    return whole / size + (whole % size != 0); /* not a sum: size may be PTRDIFF_MAX */
 }
 
 static inline ptrdiff_t
@@ -31,8 +31,8 @@ lbq_smaller(ptrdiff_t a, ptrdiff_t b)
     return a < b ? a : b;
 }
 
-/* Index of a tile in the upper triangle of a square of tiles, column by column, to its row and
- * column: all of a triangle of n columns are n (n + 1) / 2. */
+/* Row and column of tile `index` in the upper triangle of a square of tiles, counted column by
+ * column; n columns have n (n + 1) / 2 tiles. */
 static inline void
 lbq_triangle_at(ptrdiff_t index, ptrdiff_t *row, ptrdiff_t *column)
 {
@@ -42,11 +42,11 @@ lbq_triangle_at(ptrdiff_t index, ptrdiff_t *row, ptrdiff_t *column)
     *row = index;
 }
 
-/* Number of threads of the pool, the caller included; at least 1. */
+/* Number of threads of the pool, including the caller; at least 1. */
 int lbq_threads(void);
 
-/* Makes lbq_threads() a constant for this thread, so that scratch for each worker and the call that
- * uses it agree whatever other threads set; 0 ends that. Returns the constant before. */
+/* Fixes lbq_threads() for this thread, so that scratch sized by it fits the call that uses it even
+ * if another thread changes the number; 0 ends that. Returns the previous value. */
 int lbq_settle_threads(int threads);
 
 lbq_status lbq_set_threads(int threads);

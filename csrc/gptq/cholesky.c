@@ -23,19 +23,18 @@ typedef struct {
         const factoring *const f = context;                                                        \
         real *const A = f->A;                                                                      \
         const ptrdiff_t row = f->rest + index * TILE;                                              \
-        LBQ_BLAS(trsm,                                                                             \
-                 CblasRowMajor,                                                                    \
-                 CblasRight,                                                                       \
-                 CblasLower,                                                                       \
-                 CblasTrans,                                                                       \
-                 CblasNonUnit,                                                                     \
-                 (int)lbq_smaller(TILE, f->n - row),                                               \
-                 (int)(f->rest - f->done),                                                         \
-                 1,                                                                                \
-                 A + f->done * (f->n + 1),                                                         \
-                 (int)f->n,                                                                        \
-                 A + row * f->n + f->done,                                                         \
-                 (int)f->n);                                                                       \
+        LBQ_CBLAS(trsm,                                                                            \
+                  CblasRight,                                                                      \
+                  CblasLower,                                                                      \
+                  CblasTrans,                                                                      \
+                  CblasNonUnit,                                                                    \
+                  (int)lbq_smaller(TILE, f->n - row),                                              \
+                  (int)(f->rest - f->done),                                                        \
+                  1,                                                                               \
+                  A + f->done * (f->n + 1),                                                        \
+                  (int)f->n,                                                                       \
+                  A + row * f->n + f->done,                                                        \
+                  (int)f->n);                                                                      \
         return LBQ_OK;                                                                             \
     }                                                                                              \
     static lbq_status subtract_##type(void *context, ptrdiff_t index, int worker)                  \
@@ -52,25 +51,12 @@ typedef struct {
         real *const A = f->A, *const to = A + row * f->n + column;                                 \
         const real *const left = A + row * f->n + f->done;                                         \
         const real *const right = A + column * f->n + f->done;                                     \
-        const int order = CblasRowMajor, same = CblasNoTrans;                                      \
+        const int same = CblasNoTrans;                                                             \
         if (row == column)                                                                         \
-            LBQ_BLAS(syrk, order, CblasLower, same, width, depth, -1, left, n, 1, to, n);          \
+            LBQ_CBLAS(syrk, CblasLower, same, width, depth, -1, left, n, 1, to, n);                \
         else                                                                                       \
-            LBQ_BLAS(gemm,                                                                         \
-                     order,                                                                        \
-                     same,                                                                         \
-                     CblasTrans,                                                                   \
-                     height,                                                                       \
-                     width,                                                                        \
-                     depth,                                                                        \
-                     -1,                                                                           \
-                     left,                                                                         \
-                     n,                                                                            \
-                     right,                                                                        \
-                     n,                                                                            \
-                     1,                                                                            \
-                     to,                                                                           \
-                     n);                                                                           \
+            LBQ_CBLAS(                                                                             \
+                gemm, same, CblasTrans, height, width, depth, -1, left, n, right, n, 1, to, n);    \
         return LBQ_OK;                                                                             \
     }                                                                                              \
     lbq_status lbq_cholesky_##type(ptrdiff_t n, real *A, bool *positive)                           \
@@ -93,5 +79,5 @@ typedef struct {
         return LBQ_OK;                                                                             \
     }
 
-CHOLESKY(f32, float, spotrf_, cblas_strsm, cblas_ssyrk, cblas_sgemm)
-CHOLESKY(f64, double, dpotrf_, cblas_dtrsm, cblas_dsyrk, cblas_dgemm)
+CHOLESKY(f32, float, spotrf_, strsm, ssyrk, sgemm)
+CHOLESKY(f64, double, dpotrf_, dtrsm, dsyrk, dgemm)

@@ -44,35 +44,24 @@ add_tile(void *context, ptrdiff_t index, int worker)
     const int height = (int)lbq_smaller(edge, cols - row),
               width = (int)lbq_smaller(edge, cols - column);
     const float *const left = job->X + row, *const right = job->X + column;
+    const int tokens = (int)job->tokens, stride = (int)cols, side = (int)edge;
     if (row == column)
-        LBQ_BLAS(cblas_ssyrk,
-                 CblasRowMajor,
-                 CblasUpper,
-                 CblasTrans,
-                 width,
-                 (int)job->tokens,
-                 1,
-                 left,
-                 (int)cols,
-                 0,
-                 tile,
-                 (int)edge);
+        LBQ_CBLAS(ssyrk, CblasUpper, CblasTrans, width, tokens, 1, left, stride, 0, tile, side);
     else
-        LBQ_BLAS(cblas_sgemm,
-                 CblasRowMajor,
-                 CblasTrans,
-                 CblasNoTrans,
-                 height,
-                 width,
-                 (int)job->tokens,
-                 1,
-                 left,
-                 (int)cols,
-                 right,
-                 (int)cols,
-                 0,
-                 tile,
-                 (int)edge);
+        LBQ_CBLAS(sgemm,
+                  CblasTrans,
+                  CblasNoTrans,
+                  height,
+                  width,
+                  tokens,
+                  1,
+                  left,
+                  stride,
+                  right,
+                  stride,
+                  0,
+                  tile,
+                  side);
     for (ptrdiff_t i = 0; i < height; i++) {
         double *const sum = job->H + (row + i) * cols + column;
         for (ptrdiff_t j = row == column ? i : 0; j < width; j++)
@@ -163,36 +152,34 @@ measure_rows(void *context, ptrdiff_t index, int worker)
     for (ptrdiff_t begin = 0; begin < cols; begin += SLAB) {
         const ptrdiff_t width = lbq_smaller(SLAB, cols - begin);
         LBQ_TRY(lbq_interrupted());
-        LBQ_BLAS(cblas_dsymm,
-                 CblasRowMajor,
-                 CblasRight,
-                 CblasUpper,
-                 (int)rows,
-                 (int)width,
-                 1,
-                 job->H + begin * (cols + 1),
-                 (int)cols,
-                 e + begin,
-                 (int)cols,
-                 0,
-                 product,
-                 SLAB);
+        LBQ_CBLAS(dsymm,
+                  CblasRight,
+                  CblasUpper,
+                  (int)rows,
+                  (int)width,
+                  1,
+                  job->H + begin * (cols + 1),
+                  (int)cols,
+                  e + begin,
+                  (int)cols,
+                  0,
+                  product,
+                  SLAB);
         if (begin > 0)
-            LBQ_BLAS(cblas_dgemm,
-                     CblasRowMajor,
-                     CblasNoTrans,
-                     CblasNoTrans,
-                     (int)rows,
-                     (int)width,
-                     (int)begin,
-                     2,
-                     e,
-                     (int)cols,
-                     job->H + begin,
-                     (int)cols,
-                     1,
-                     product,
-                     SLAB);
+            LBQ_CBLAS(dgemm,
+                      CblasNoTrans,
+                      CblasNoTrans,
+                      (int)rows,
+                      (int)width,
+                      (int)begin,
+                      2,
+                      e,
+                      (int)cols,
+                      job->H + begin,
+                      (int)cols,
+                      1,
+                      product,
+                      SLAB);
         for (ptrdiff_t r = 0; r < rows; r++)
             for (ptrdiff_t k = 0; k < width; k++)
                 sum += e[r * cols + begin + k] * product[r * SLAB + k];

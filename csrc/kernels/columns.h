@@ -1,10 +1,10 @@
-/* Columns of rows to lanes and back, one after the other: for columns that are no neighbours. */
+/* Columns to lanes and back, one at a time: for columns that are not adjacent. */
 #ifndef LBQ_COLUMNS_H
 #define LBQ_COLUMNS_H
 
 #include "kernels/kernels.h"
 
-/* to_lanes_f32 and from_lanes_u8 of kernels.h. */
+/* to_lanes_f32 and from_lanes_u8 of list.h. */
 static inline void
 lbq_columns_to_lanes(const float *w, ptrdiff_t stride, ptrdiff_t rows, const int64_t *columns,
                      const int64_t *place, ptrdiff_t count, float *lanes)

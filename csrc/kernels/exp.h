@@ -1,14 +1,14 @@
-/* exp(x) and 2^x in float32, the constants that every instruction set shares.
+/* Constants of exp(x) and 2^x in float32, shared by all instruction sets.
  *
- * x = n ln 2 + r with |r| <= 0.35, and exp(r) = 1 + r + r^2 (C2 + r C3 + ... + r^4 C6), the
- * minimax polynomial of its relative error (4e-9). ln 2 is split so that n LN2_HIGH is exact
- * (Cody and Waite, "Software Manual for the Elementary Functions", 1980). With the roundings of the
- * evaluation the relative error stays below 2^-22; results below the smallest normal number may be
- * rounded to zero. exp(0) is 1. Arguments are clamped to LOW, HIGH: 0 and infinity.
+ * x = n ln 2 + r with |r| <= 0.35, and exp(r) = 1 + r + r^2 (C2 + r C3 + ... + r^4 C6), the minimax
+ * polynomial of its relative error (4e-9). ln 2 is split so that n LN2_HIGH is exact (Cody and
+ * Waite, "Software Manual for the Elementary Functions", 1980). Including rounding, the relative
+ * error stays below 2^-22; results below the smallest normal number may be rounded to zero. exp(0)
+ * is 1. Arguments are clamped to LOW and HIGH, which give 0 and infinity.
  *
  * 2^x needs no such care: x = n + r is exact, |r| <= 0.5, and 2^r = 1 + r (C1 + r C2 + ... + r^5
- * C6) likewise (3e-9). For x <= 0, as a softmax asks for it: with logarithms of base 2 it saves the
- * two products that split off n ln 2. */
+ * C6) likewise (3e-9). For x <= 0, as in a softmax: base-2 logarithms save the two products that
+ * split off n ln 2. */
 #ifndef LBQ_EXP_H
 #define LBQ_EXP_H
 

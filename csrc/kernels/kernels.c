@@ -3,9 +3,10 @@
 
 #include <string.h>
 
-#define NAME(name, result, parameters) #name,
-const char *const lbq_kernel_names[] = {LBQ_KERNELS(NAME)};
-#undef NAME
+const char *const lbq_kernel_names[] = {
+#define X(name, result, parameters) #name,
+#include "kernels/list.h"
+};
 const int lbq_kernel_count = sizeof lbq_kernel_names / sizeof *lbq_kernel_names;
 
 lbq_kernels lbq_kernel;

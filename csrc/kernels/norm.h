@@ -6,15 +6,15 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-/* Whether no square that matters was too large for float32, or so small that it lost digits. */
+/* Whether no square that matters overflowed float32 or was so small that it lost digits. */
 static inline bool
 lbq_norm_in_range(float mean_square, float epsilon)
 {
     return mean_square < INFINITY && mean_square + epsilon >= 0x1p-100f;
 }
 
-/* rmsnorm_f32 in float64, where the square of every float has room. A row with a NaN or an infinity
- * comes here too. */
+/* rmsnorm_f32 in float64, which holds the square of every float. Rows with a NaN or an infinity
+ * come here too. */
 static inline void
 lbq_norm_wide(const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y)
 {

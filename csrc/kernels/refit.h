@@ -1,16 +1,16 @@
-/* The least squares refit of sixteen grids, in plain C that the compiler makes into vectors of each
- * instruction set; without branches, so that it can. */
+/* The least squares refit of sixteen grids, in C without branches, which the compiler vectorises
+ * for each instruction set. */
 #ifndef LBQ_REFIT_H
 #define LBQ_REFIT_H
 
 #include "kernels/kernels.h"
 
-/* refit_f32 of kernels.h. */
+/* refit_f32 of list.h. */
 static inline void
 lbq_refit(const float *restrict moments, const float *restrict grid, const float *restrict sums,
           int symmetric, float zero, float *restrict refit)
 {
-    /* Less spread of v than this is rounding. */
+    /* A relative spread of v below this is rounding noise. */
     const float least = 1e-6f, free = !symmetric;
     for (int l = 0; l < LBQ_PANEL; l++) {
         const float n = moments[l], w = moments[LBQ_PANEL + l], ww = moments[2 * LBQ_PANEL + l];
@@ -21,7 +21,7 @@ lbq_refit(const float *restrict moments, const float *restrict grid, const float
         const float x = inverse * w + start * n;
         const float xx = inverse * (inverse * ww + 2 * start * w) + start * start * n;
         const float v = x - r, vv = xx - 2 * rv - rr;
-        /* r ~ a v + b, about the fixed zero: a (v - zero). */
+        /* r ~ a v + b, or a (v - zero) if symmetric. */
         const float mean = zero + share * v, mean_r = share * r;
         const float spread = vv - 2 * mean * v + mean * mean * n;
         const float shared = rv - r * mean;
@@ -37,7 +37,7 @@ lbq_refit(const float *restrict moments, const float *restrict grid, const float
     }
 }
 
-/* improve_f32 of kernels.h. */
+/* improve_f32 of list.h. */
 static inline int
 lbq_improve(const float *restrict moments, const float *restrict grid, const float *restrict sums,
             int symmetric, float zero, float enough, float *restrict best)

@@ -1,9 +1,9 @@
-/* Rounding a panel eight rows at a time: the frame of instruction sets that have their own ranges
- * and codes of rows. The rest is plain C that the compiler makes into their vectors.
+/* Rounds a panel eight rows at a time, for instruction sets with their own ranges and codes of
+ * rows. The rest is plain C that the compiler vectorises.
  *
- * Rows of a power of two of columns meet in the same few sets of the first-level cache, whose eight
- * ways hold the lines of eight rows from the search for their range to the encoding, but not those
- * of sixteen. */
+ * If the number of columns is a power of two, all rows map to the same few sets of the first-level
+ * cache. Its eight ways keep the lines of eight rows, but not of sixteen, from the range search to
+ * the encoding. */
 #ifndef LBQ_ROUND_H
 #define LBQ_ROUND_H
 
@@ -12,11 +12,12 @@
 
 enum { LBQ_ROWS = 8 };
 
-/* In place of 1 / 0: every weight gets code 0, and an infinity that pads a row stays one. */
+/* Used for 1 / 0: every weight gets code 0, and an infinity that pads a row stays infinite. */
 #define LBQ_NEARLY_ZERO 0x1p-126f
 
-/* What an instruction set does by itself for LBQ_ROWS rows, those of a panel from `first` on:
- * range_f32, encode_f32, and rounding to float16 down (direction -1) or up (1), at most +-65504. */
+/* The parts that an instruction set provides, for LBQ_ROWS rows of a panel starting at `first`:
+ * range_f32, encode_f32, and rounding to float16 down (direction -1) or up (1), saturating at
+ * +-65504. */
 typedef struct {
     int (*range)(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t count,
                  float limit, float *low, float *high);
@@ -25,17 +26,17 @@ typedef struct {
     void (*halve)(const float *x, int direction, uint8_t *half, float *value);
 } lbq_by_rows;
 
-/* cover_f16 of kernels.h for LBQ_ROWS lanes of a grid; as float16 too, as a panel has them. */
+/* cover_f16 for LBQ_ROWS lanes of a grid, which are also stored as a panel's float16. */
 static inline __attribute__((always_inline)) void
 lbq_cover_rows(lbq_by_rows by, const float *low, const float *high, const lbq_cover *cover,
                float *grid, uint8_t *halves)
 {
     float least[LBQ_ROWS], start[LBQ_ROWS] = {0}, scale[LBQ_ROWS], wanted[LBQ_ROWS];
     for (int l = 0; l < LBQ_ROWS; l++)
-        least[l] = cover->clip * low[l] + 0.0f; /* a range may begin with -0 or with 0 */
+        least[l] = cover->clip * low[l] + 0.0f; /* turns -0, a possible minimum, into 0 */
     if (cover->has_offset)
         by.halve(least, -1, halves + 2 * LBQ_PANEL, start);
-#pragma GCC unroll 1 /* else gcc takes it apart before it looks for vectors */
+#pragma GCC unroll 1 /* else gcc unrolls it before it tries to vectorise */
     for (int l = 0; l < LBQ_ROWS; l++) {
         const float up = (cover->clip * high[l] - start[l]) / cover->above;
         const float down = (start[l] - least[l]) / cover->below;
@@ -59,8 +60,8 @@ lbq_cover_by_rows(lbq_by_rows by, const float *low, const float *high, const lbq
         lbq_cover_rows(by, low + first, high + first, cover, grid + first, halves + 2 * first);
 }
 
-/* round_panel of kernels.h. A grid takes long to compute, so the codes of a step are found between
- * the ranges of the next one and its grids: the processor has both to go on with. */
+/* round_panel of list.h. A grid has a long latency, so a step is encoded between the ranges and the
+ * grids of the next one, and the processor can overlap them. */
 static inline __attribute__((always_inline)) int
 lbq_round_by_rows(lbq_by_rows by, const float *w, ptrdiff_t stride, ptrdiff_t steps,
                   ptrdiff_t count, float limit, const lbq_cover *cover, int top, int bits,

@@ -1,4 +1,4 @@
-/* The argument tables at work; the only file that looks into Python objects. */
+/* Parses arguments by their tables; the only file that looks into Python objects. */
 #include "python/args.h"
 
 #include <string.h>
@@ -11,7 +11,7 @@
 #include "core/threads.h"
 #include "python/module.h"
 
-/* Sizes bound so far to the letters of shapes; -1: none. */
+/* Sizes bound so far to the letters of shapes; -1: unbound. */
 typedef struct {
     ptrdiff_t size[128];
 } letters;
@@ -86,6 +86,69 @@ check_size(const char *function, const lbq_arg *arg, int axis, unsigned char let
 }
 
 static int
+check_dtype(const char *function, const lbq_arg *arg, PyArrayObject *array)
+{
+    if (fits_dtype(PyArray_TYPE(array), arg->dtype) && PyArray_ISNOTSWAPPED(array))
+        return 0;
+    PyErr_Format(PyExc_TypeError,
+                 "%s: %s has dtype %s, expected %s",
+                 function,
+                 arg->name,
+                 dtype_name(PyArray_TYPE(array)),
+                 dtype_name(arg->dtype));
+    return -1;
+}
+
+static int
+check_rank(const char *function, const lbq_arg *arg, PyArrayObject *array)
+{
+    int rank = 0;
+    for (const char *at = arg->text; *at; at++)
+        rank += *at != '*';
+    if (PyArray_NDIM(array) == rank)
+        return 0;
+    PyErr_Format(PyExc_ValueError,
+                 "%s: %s has %d axes, expected %d (%s)",
+                 function,
+                 arg->name,
+                 PyArray_NDIM(array),
+                 rank,
+                 arg->text);
+    return -1;
+}
+
+static int
+check_memory(const char *function, const lbq_arg *arg, PyArrayObject *array)
+{
+    if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISALIGNED(array)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s is not C-contiguous", function, arg->name);
+        return -1;
+    }
+    if (arg->kind == LBQ_ARG_OUT && !PyArray_ISWRITEABLE(array)) {
+        PyErr_Format(PyExc_ValueError, "%s: %s is read-only", function, arg->name);
+        return -1;
+    }
+    return 0;
+}
+
+/* Checks each axis against its letter and copies its size to `dims`. */
+static int
+bind_axes(const char *function, const lbq_arg *arg, PyArrayObject *array, letters *sizes,
+          ptrdiff_t *dims)
+{
+    const char *text = arg->text;
+    for (int axis = 0; axis < PyArray_NDIM(array); axis++) {
+        const unsigned char letter = (unsigned char)*text++;
+        const ptrdiff_t size = PyArray_DIM(array, axis);
+        if (check_size(function, arg, axis, letter, *text == '*', size, sizes) < 0)
+            return -1;
+        text += *text == '*';
+        dims[axis] = size;
+    }
+    return 0;
+}
+
+static int
 parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *sizes)
 {
     lbq_array *const to = arg->to;
@@ -97,45 +160,10 @@ parse_array(const char *function, const lbq_arg *arg, PyObject *value, letters *
         return -1;
     }
     PyArrayObject *const array = (PyArrayObject *)value;
-    if (!fits_dtype(PyArray_TYPE(array), arg->dtype) || !PyArray_ISNOTSWAPPED(array)) {
-        PyErr_Format(PyExc_TypeError,
-                     "%s: %s has dtype %s, expected %s",
-                     function,
-                     arg->name,
-                     dtype_name(PyArray_TYPE(array)),
-                     dtype_name(arg->dtype));
+    if (check_dtype(function, arg, array) < 0 || check_rank(function, arg, array) < 0 ||
+        check_memory(function, arg, array) < 0 ||
+        bind_axes(function, arg, array, sizes, to->dims) < 0)
         return -1;
-    }
-    int rank = 0;
-    for (const char *at = arg->text; *at; at++)
-        rank += *at != '*';
-    if (PyArray_NDIM(array) != rank) {
-        PyErr_Format(PyExc_ValueError,
-                     "%s: %s has %d axes, expected %d (%s)",
-                     function,
-                     arg->name,
-                     PyArray_NDIM(array),
-                     rank,
-                     arg->text);
-        return -1;
-    }
-    if (!PyArray_IS_C_CONTIGUOUS(array) || !PyArray_ISALIGNED(array)) {
-        PyErr_Format(PyExc_ValueError, "%s: %s is not C-contiguous", function, arg->name);
-        return -1;
-    }
-    if (arg->kind == LBQ_ARG_OUT && !PyArray_ISWRITEABLE(array)) {
-        PyErr_Format(PyExc_ValueError, "%s: %s is read-only", function, arg->name);
-        return -1;
-    }
-    const char *text = arg->text;
-    for (int axis = 0; axis < rank; axis++) {
-        const unsigned char letter = (unsigned char)*text++;
-        const ptrdiff_t size = PyArray_DIM(array, axis);
-        if (check_size(function, arg, axis, letter, *text == '*', size, sizes) < 0)
-            return -1;
-        text += *text == '*';
-        to->dims[axis] = size;
-    }
     to->data = PyArray_DATA(array);
     to->dtype = PyArray_TYPE(array);
     to->item_bytes = (size_t)PyArray_ITEMSIZE(array);
@@ -164,25 +192,19 @@ parse_handles(const char *function, const lbq_arg *arg, PyObject *value)
     return 0;
 }
 
-lbq_status
-lbq_check_axis(const lbq_array *array, const char *name, int axis, const char *what,
-               ptrdiff_t expected)
+static int
+parse_handle(const char *function, const lbq_arg *arg, PyObject *value)
 {
-    LBQ_REQUIRE(!array->data || array->dims[axis] == expected,
-                LBQ_BAD_SHAPE,
-                "axis %d of %s has size %td, expected %s = %td",
-                axis,
-                name,
-                array->dims[axis],
-                what,
-                expected);
-    return LBQ_OK;
-}
-
-void *
-lbq_handle_at(const lbq_handles *handles, ptrdiff_t index)
-{
-    return PyCapsule_GetPointer(PyTuple_GetItem(handles->tuple, index), handles->type);
+    void *pointer = NULL;
+    if (!(arg->or_none && value == Py_None)) {
+        if (!PyCapsule_IsValid(value, arg->text)) {
+            PyErr_Format(PyExc_TypeError, "%s: %s is not a %s", function, arg->name, arg->text);
+            return -1;
+        }
+        pointer = PyCapsule_GetPointer(value, arg->text);
+    }
+    memcpy(arg->to, &pointer, sizeof pointer);
+    return 0;
 }
 
 static int
@@ -199,6 +221,60 @@ out_of_range(const char *function, const lbq_arg *arg, PyObject *value)
 }
 
 static int
+parse_int(const char *function, const lbq_arg *arg, PyObject *value)
+{
+    if (PyFloat_Check(value) || PyBool_Check(value)) {
+        PyErr_Format(PyExc_TypeError, "%s: %s is not an integer", function, arg->name);
+        return -1;
+    }
+    const Py_ssize_t number = PyNumber_AsSsize_t(value, PyExc_ValueError);
+    if (number == -1 && PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_ValueError)) /* not an integer at all */
+            return -1;
+        PyErr_Clear();
+        return out_of_range(function, arg, value);
+    }
+    if ((double)number < arg->low || (double)number > arg->high)
+        return out_of_range(function, arg, value);
+    *(Py_ssize_t *)arg->to = number;
+    return 0;
+}
+
+static int
+parse_float(const char *function, const lbq_arg *arg, PyObject *value)
+{
+    const double number = PyFloat_AsDouble(value);
+    if (number == -1.0 && PyErr_Occurred())
+        return -1;
+    if (!(number >= arg->low && number <= arg->high))
+        return out_of_range(function, arg, value);
+    *(double *)arg->to = number;
+    return 0;
+}
+
+static int
+parse_bool(const char *function, const lbq_arg *arg, PyObject *value)
+{
+    if (!PyBool_Check(value)) {
+        PyErr_Format(PyExc_TypeError, "%s: %s is not a bool", function, arg->name);
+        return -1;
+    }
+    *(int *)arg->to = value == Py_True;
+    return 0;
+}
+
+static int
+parse_text(const char *function, const lbq_arg *arg, PyObject *value)
+{
+    if (!PyUnicode_Check(value)) {
+        PyErr_Format(PyExc_TypeError, "%s: %s is not a str", function, arg->name);
+        return -1;
+    }
+    *(const char **)arg->to = PyUnicode_AsUTF8AndSize(value, NULL);
+    return *(const char **)arg->to ? 0 : -1;
+}
+
+static int
 parse_value(const char *function, const lbq_arg *arg, PyObject *value, letters *sizes)
 {
     switch (arg->kind) {
@@ -207,65 +283,21 @@ parse_value(const char *function, const lbq_arg *arg, PyObject *value, letters *
         return parse_array(function, arg, value, sizes);
     case LBQ_ARG_HANDLES:
         return parse_handles(function, arg, value);
-    case LBQ_ARG_HANDLE: {
-        void *pointer = NULL;
-        if (!(arg->or_none && value == Py_None)) {
-            if (!PyCapsule_IsValid(value, arg->text)) {
-                PyErr_Format(PyExc_TypeError, "%s: %s is not a %s", function, arg->name, arg->text);
-                return -1;
-            }
-            pointer = PyCapsule_GetPointer(value, arg->text);
-        }
-        memcpy(arg->to, &pointer, sizeof pointer);
-        return 0;
-    }
-    case LBQ_ARG_INT: {
-        if (PyFloat_Check(value) || PyBool_Check(value)) {
-            PyErr_Format(PyExc_TypeError, "%s: %s is not an integer", function, arg->name);
-            return -1;
-        }
-        const Py_ssize_t number = PyNumber_AsSsize_t(value, PyExc_ValueError);
-        if (number == -1 && PyErr_Occurred()) {
-            if (!PyErr_ExceptionMatches(PyExc_ValueError)) /* not an integer at all */
-                return -1;
-            PyErr_Clear();
-            return out_of_range(function, arg, value);
-        }
-        if ((double)number < arg->low || (double)number > arg->high)
-            return out_of_range(function, arg, value);
-        *(Py_ssize_t *)arg->to = number;
-        return 0;
-    }
-    case LBQ_ARG_FLOAT: {
-        const double number = PyFloat_AsDouble(value);
-        if (number == -1.0 && PyErr_Occurred())
-            return -1;
-        if (!(number >= arg->low && number <= arg->high))
-            return out_of_range(function, arg, value);
-        *(double *)arg->to = number;
-        return 0;
-    }
-    case LBQ_ARG_BOOL: {
-        if (!PyBool_Check(value)) {
-            PyErr_Format(PyExc_TypeError, "%s: %s is not a bool", function, arg->name);
-            return -1;
-        }
-        *(int *)arg->to = value == Py_True;
-        return 0;
-    }
-    case LBQ_ARG_TEXT: {
-        if (!PyUnicode_Check(value)) {
-            PyErr_Format(PyExc_TypeError, "%s: %s is not a str", function, arg->name);
-            return -1;
-        }
-        *(const char **)arg->to = PyUnicode_AsUTF8AndSize(value, NULL);
-        return *(const char **)arg->to ? 0 : -1;
-    }
+    case LBQ_ARG_HANDLE:
+        return parse_handle(function, arg, value);
+    case LBQ_ARG_INT:
+        return parse_int(function, arg, value);
+    case LBQ_ARG_FLOAT:
+        return parse_float(function, arg, value);
+    case LBQ_ARG_BOOL:
+        return parse_bool(function, arg, value);
+    case LBQ_ARG_TEXT:
+        return parse_text(function, arg, value);
     }
     return -1;
 }
 
-/* Of the array that was given; 0 if None was. */
+/* Bytes of the array given; 0 for None. */
 static size_t
 bytes_of(const lbq_arg *arg)
 {
@@ -280,8 +312,8 @@ bytes_of(const lbq_arg *arg)
     return bytes;
 }
 
-/* An output over memory of another array would change what is still to be read, and what has been
- * checked. */
+/* An output that shares memory with another array would change data that is still to be read or
+ * already checked. */
 static int
 check_overlap(const char *function, const lbq_arg *out, const lbq_arg *other)
 {
@@ -293,7 +325,7 @@ check_overlap(const char *function, const lbq_arg *out, const lbq_arg *other)
     if (out->over && strcmp(out->over, other->name) == 0 && a == b && a_bytes == b_bytes)
         return 0;
     PyErr_Format(PyExc_ValueError,
-                 "%s: %s shares memory with %s, expected arrays of their own",
+                 "%s: %s shares memory with %s, expected separate arrays",
                  function,
                  out->name,
                  other->name);
@@ -347,8 +379,29 @@ lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject *arg
     return check_overlaps(function, spec, count);
 }
 
-/* The main thread is where Python runs the handlers of signals. Others must not wait for the GIL
- * in the middle of a call: at the end of the interpreter it would end them there. */
+lbq_status
+lbq_check_axis(const lbq_array *array, const char *name, int axis, const char *what,
+               ptrdiff_t expected)
+{
+    LBQ_REQUIRE(!array->data || array->dims[axis] == expected,
+                LBQ_BAD_SHAPE,
+                "axis %d of %s has size %td, expected %s = %td",
+                axis,
+                name,
+                array->dims[axis],
+                what,
+                expected);
+    return LBQ_OK;
+}
+
+void *
+lbq_handle_at(const lbq_handles *handles, ptrdiff_t index)
+{
+    return PyCapsule_GetPointer(PyTuple_GetItem(handles->tuple, index), handles->type);
+}
+
+/* Python runs signal handlers on the main thread. Other threads must not wait for the GIL during a
+ * call: at interpreter shutdown that would end them there. */
 static bool
 is_main_thread(void)
 {
@@ -359,7 +412,7 @@ is_main_thread(void)
 #endif
 }
 
-/* Runs the handlers of the signals that have come; the call ends if one of them raised. */
+/* Runs the handlers of pending signals; the call ends if one of them raises. */
 static bool
 run_signal_handlers(lbq_watch *watch)
 {
@@ -371,7 +424,7 @@ run_signal_handlers(lbq_watch *watch)
     bool raised = PyErr_CheckSignals() < 0;
     if (!raised && getpid() != process) {
         PyErr_SetString(PyExc_RuntimeError,
-                        "a signal handler forked: the child has not the threads of this call");
+                        "a signal handler forked: the child does not have this call's threads");
         raised = true;
     }
     running->released = PyEval_SaveThread();
@@ -414,7 +467,7 @@ lbq_result(PyObject *module, lbq_status status)
     case LBQ_BAD_FORMAT:
         PyErr_SetString(state->format_error, lbq_message());
         return NULL;
-    case LBQ_INTERRUPTED: /* the handler of a signal has raised */
+    case LBQ_INTERRUPTED: /* a signal handler has raised */
         return NULL;
     }
     PyErr_SetString(PyExc_SystemError, "unknown status");

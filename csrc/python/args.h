@@ -1,6 +1,6 @@
 /* Arguments of bound functions, checked by table.
  *
- * A binding states in one table what it accepts and makes one call:
+ * A binding lists what it accepts in one table and makes one call:
  *
  *     LBQ_BINDING(scale_rows)
  *     {
@@ -17,10 +17,10 @@
  * Arrays and handles are positional, in the order of the table, of the exact dtype and
  * C-contiguous: never converted, never copied, borrowed for the call. A shape is one letter per
  * axis, as in einsum; a letter has one size per call, at least 1, or at least 0 where '*' follows
- * it ("t*k": no tokens will do); a digit is that size. No output shares memory with another array,
- * except that LBQ_OUT_OVER may be the very array that it names. Numbers, flags and texts are
- * keyword-only and required, numbers within a closed range. Where LBQ_..._OR_NONE is
- * given None, the data pointer is NULL and the letters of its shape stay free.
+ * it ("t*k": zero tokens are allowed); a digit is that size. No output shares memory with another
+ * array, except that LBQ_OUT_OVER may be the very array it names. Numbers, flags and texts are
+ * keyword-only and required, numbers within a closed range. If LBQ_..._OR_NONE gets None, the data
+ * pointer is NULL and the letters of its shape stay unbound.
  *
  * Handles are capsules around a C struct whose pointers reach into the arrays it was made from;
  * the capsule keeps those arrays alive. */
@@ -58,7 +58,8 @@ typedef struct {
     ptrdiff_t count;
 } lbq_handles;
 
-/* That an axis of an array has the size that the call calls `what`; an absent array fits. */
+/* LBQ_BAD_SHAPE unless `axis` has the size `expected`, named `what` in the message; absent arrays
+ * pass. */
 lbq_status lbq_check_axis(const lbq_array *array, const char *name, int axis, const char *what,
                           ptrdiff_t expected);
 
@@ -113,7 +114,7 @@ typedef struct {
     PyObject *lbq_bind_##name(PyObject *module, PyObject *args, PyObject *kwargs);                 \
     PyObject *lbq_bind_##name(PyObject *module, PyObject *args, PyObject *kwargs)
 
-/* Fills the variables of the table, or returns from the binding with an exception set. */
+/* Fills the variables in the table, or returns from the binding with an exception set. */
 #define LBQ_PARSE(function, spec)                                                                  \
     (void)module;                                                                                  \
     if (lbq_parse(function, spec, sizeof(spec) / sizeof *(spec), args, kwargs) < 0)                \
@@ -129,8 +130,16 @@ int lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject 
         return lbq_result(module, lbq_run_status);                                                 \
     } while (0)
 
-/* Makes the call without the GIL. On the main thread it asks Python meanwhile for the signals that
- * have come, so that Ctrl-C ends it. */
+/* The same, but returns the object `value`, computed after the call, in place of None. */
+#define LBQ_RUN_VALUE(call, value)                                                                 \
+    do {                                                                                           \
+        lbq_status lbq_run_status;                                                                 \
+        LBQ_CALL(lbq_run_status, call);                                                            \
+        return lbq_run_status == LBQ_OK ? (value) : lbq_result(module, lbq_run_status);            \
+    } while (0)
+
+/* Makes the call without the GIL. On the main thread Python's signal handlers run meanwhile, so
+ * that Ctrl-C ends it. */
 #define LBQ_CALL(status, call)                                                                     \
     do {                                                                                           \
         lbq_running lbq_call_running;                                                              \
@@ -141,7 +150,7 @@ int lbq_parse(const char *function, const lbq_arg *spec, size_t count, PyObject 
 
 /* A call that runs without the GIL. */
 typedef struct {
-    lbq_watch watch; /* first, so that its address is the one of the whole */
+    lbq_watch watch; /* first, so that it has the address of the struct */
     lbq_watch *outer;
     PyThreadState *released;
     int outer_threads;
@@ -150,7 +159,7 @@ typedef struct {
 void lbq_run_begin(lbq_running *running);
 void lbq_run_end(lbq_running *running);
 
-/* None for LBQ_OK; else sets the exception that the status stands for and returns NULL. */
+/* None for LBQ_OK; otherwise sets the exception for the status and returns NULL. */
 PyObject *lbq_result(PyObject *module, lbq_status status);
 
 /* A capsule named `type` that owns `block` (freed by lbq_free) and keeps `args` alive. */

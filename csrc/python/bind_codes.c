@@ -226,7 +226,7 @@ pack(const lbq_matrix *matrix, const lbq_array *codes, const lbq_array *scale,
     return lbq_pack(packed, codes->data, scale->data, offset->data, panels->data);
 }
 
-/* Where a packed matrix lies. */
+/* Sizes of a packed matrix. */
 #define LAYOUT_ARGS                                                                                \
     LBQ_INT("rows", &rows, 1, INT32_MAX), LBQ_INT("cols", &cols, 1, INT32_MAX), LBQ_GROUP(&group)
 
@@ -370,9 +370,9 @@ PyMethodDef lbq_methods_codes[] = {
     LBQ_METHOD(
         code,
         "code(levels, /, *, name, symmetric, scale_bits, unit, zero)\n--\n\n"
-        "A handle of the code called name, such as 'int4', and of how its scales are stored."),
+        "A handle of the code called name, such as 'int4', and of the storage of its scales."),
     LBQ_METHOD(codes, "codes()\n--\n\n"
-                      "What there is to know about each code, by its name."),
+                      "Properties of each code, by name."),
     LBQ_METHOD(
         quantize,
         "quantize(code, weight, importance, codes, scale, offset, /, *, group, "
@@ -400,11 +400,12 @@ PyMethodDef lbq_methods_codes[] = {
     LBQ_METHOD(packed_dequantize, "packed_dequantize(code, panels, weight, /, *, group)\n--\n\n"
                                   "Values (rows, cols) of a packed matrix."),
     LBQ_METHOD(kmeans, "kmeans(values, weights, levels, /)\n--\n\n"
-                       "Fill levels (l) with the ascending numbers next to which values (n) lie."),
+                       "Fill levels (l) with the cluster centres of values (n), ascending."),
     LBQ_METHOD(fixed_levels, "fixed_levels(levels, /, *, kind)\n--\n\n"
                              "Fill levels (l) with the table 'nf' (16 levels) or 'log'."),
-    LBQ_METHOD(entropy_range,
-               "entropy_range(counts, kept, /, *, levels)\n--\n\n"
-               "Set kept (1) to how many bins of a histogram (b) of |x| to cover by equal levels."),
+    LBQ_METHOD(
+        entropy_range,
+        "entropy_range(counts, kept, /, *, levels)\n--\n\n"
+        "Set kept (1) to how many bins of a histogram (b) of |x| equal levels should cover."),
     LBQ_METHODS_END,
 };

@@ -95,7 +95,7 @@ LBQ_BINDING(float_to_half)
     LBQ_RUN(lbq_float_to_half(x.data, x.dims[0], y.data));
 }
 
-enum { RANDOM_RUN = 1 << 16 }; /* numbers between two questions whether to go on */
+enum { RANDOM_RUN = 1 << 16 }; /* numbers between checks for interrupts */
 
 static lbq_status
 random_bits(uint64_t seed, uint64_t stream, ptrdiff_t count, uint64_t *out)
@@ -151,7 +151,7 @@ free_aligned(PyObject *capsule)
     lbq_free(PyCapsule_GetPointer(capsule, "lowbitq.aligned"));
 }
 
-/* The one binding that makes an array: NumPy itself promises no more than 16-byte alignment. */
+/* The one binding that makes an array: NumPy itself guarantees only 16-byte alignment. */
 LBQ_BINDING(aligned_empty)
 {
     Py_ssize_t count;

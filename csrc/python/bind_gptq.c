@@ -28,9 +28,22 @@ LBQ_BINDING(hessian_error)
     };
     LBQ_PARSE("hessian_error", spec);
     double value;
-    lbq_status status;
-    LBQ_CALL(status, lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value));
-    return status == LBQ_OK ? PyFloat_FromDouble(value) : lbq_result(module, status);
+    LBQ_RUN_VALUE(lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value),
+                  PyFloat_FromDouble(value));
+}
+
+static PyObject *
+report_dict(const lbq_gptq_report *report)
+{
+    return Py_BuildValue("{s:d,s:i,s:n,s:N}",
+                         "damping",
+                         report->damping,
+                         "retries",
+                         report->retries,
+                         "dead",
+                         (Py_ssize_t)report->dead,
+                         "float64",
+                         PyBool_FromLong(report->float64));
 }
 
 LBQ_BINDING(gptq_factor)
@@ -48,20 +61,9 @@ LBQ_BINDING(gptq_factor)
     LBQ_PARSE("gptq_factor", spec);
     const bool float64 = R.dtype == NPY_FLOAT64;
     lbq_gptq_report report;
-    lbq_status status;
-    LBQ_CALL(
-        status,
-        lbq_gptq_factor(H.dims[0], H.data, order.data, damping, median, float64, R.data, &report));
-    return status == LBQ_OK ? Py_BuildValue("{s:d,s:i,s:n,s:N}",
-                                            "damping",
-                                            report.damping,
-                                            "retries",
-                                            report.retries,
-                                            "dead",
-                                            (Py_ssize_t)report.dead,
-                                            "float64",
-                                            PyBool_FromLong(report.float64))
-                            : lbq_result(module, status);
+    LBQ_RUN_VALUE(
+        lbq_gptq_factor(H.dims[0], H.data, order.data, damping, median, float64, R.data, &report),
+        report_dict(&report));
 }
 
 static lbq_status
@@ -136,22 +138,21 @@ LBQ_BINDING(adaround)
     const ptrdiff_t rows = W.dims[0], cols = W.dims[1];
     const lbq_packed layout = lbq_code_layout(code, rows, cols, group);
     const lbq_adaround_options options = {.steps = (int)steps, .rate = rate, .strength = strength};
-    lbq_status status = lbq_check_parts(&layout, &codes, &scale, &offset);
+    const lbq_status status = lbq_check_parts(&layout, &codes, &scale, &offset);
     if (status != LBQ_OK)
         return lbq_result(module, status);
-    LBQ_CALL(status,
-             lbq_adaround(code,
-                          &options,
-                          rows,
-                          cols,
-                          group,
-                          W.data,
-                          H.data,
-                          scale.data,
-                          offset.data,
-                          codes.data,
-                          &softness));
-    return status == LBQ_OK ? PyFloat_FromDouble(softness) : lbq_result(module, status);
+    LBQ_RUN_VALUE(lbq_adaround(code,
+                               &options,
+                               rows,
+                               cols,
+                               group,
+                               W.data,
+                               H.data,
+                               scale.data,
+                               offset.data,
+                               codes.data,
+                               &softness),
+                  PyFloat_FromDouble(softness));
 }
 
 LBQ_BINDING(refine)
@@ -174,24 +175,23 @@ LBQ_BINDING(refine)
     LBQ_PARSE("refine", spec);
     const ptrdiff_t rows = W.dims[0], cols = W.dims[1];
     const lbq_packed layout = lbq_code_layout(code, rows, cols, group);
-    lbq_status status = lbq_check_parts(&layout, &codes, &scale, &offset);
+    const lbq_status status = lbq_check_parts(&layout, &codes, &scale, &offset);
     if (status != LBQ_OK)
         return lbq_result(module, status);
     ptrdiff_t moved;
-    LBQ_CALL(status,
-             lbq_refine(code,
-                        rows,
-                        cols,
-                        group,
-                        W.data,
-                        H.data,
-                        damping,
-                        (int)sweeps,
-                        scale.data,
-                        offset.data,
-                        codes.data,
-                        &moved));
-    return status == LBQ_OK ? PyLong_FromSsize_t(moved) : lbq_result(module, status);
+    LBQ_RUN_VALUE(lbq_refine(code,
+                             rows,
+                             cols,
+                             group,
+                             W.data,
+                             H.data,
+                             damping,
+                             (int)sweeps,
+                             scale.data,
+                             offset.data,
+                             codes.data,
+                             &moved),
+                  PyLong_FromSsize_t(moved));
 }
 
 PyMethodDef lbq_methods_gptq[] = {

@@ -9,7 +9,7 @@
 
 #define COPY "lowbitq.copy"
 
-/* A handle that owns what `copy` says; `args` keeps alive what its pointers reach. */
+/* A handle that owns a copy of `copy`; `args` keeps alive the arrays that it points to. */
 static PyObject *
 copy_handle(PyObject *module, const lbq_copy *copy, PyObject *args)
 {
@@ -87,7 +87,7 @@ LBQ_BINDING(copy_packed)
     return status == LBQ_OK ? copy_handle(module, &copy, args) : lbq_result(module, status);
 }
 
-/* A layer and the copies that it is the sum of. */
+/* A layer and the copies that it sums. */
 typedef struct {
     lbq_linear layer;
     lbq_copy copies[];

@@ -359,7 +359,7 @@ LBQ_BINDING(decoder_head)
     LBQ_RUN(head(decoder, &y, &logits));
 }
 
-/* A cache and the only decoder that may use it; what the stores hold lies behind. */
+/* A cache and the only decoder that may use it; the stores' memory follows. */
 typedef struct {
     const lbq_decoder *decoder;
     lbq_cache cache;

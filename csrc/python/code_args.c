@@ -1,4 +1,4 @@
-/* What arguments that several bindings share stand for. */
+/* Converts arguments that several bindings share. */
 #include "python/code_args.h"
 
 lbq_status

@@ -1,4 +1,4 @@
-/* Arguments that several bindings share: how scales are searched, where a packed matrix lies. */
+/* Arguments that several bindings share: the search of scales, a packed matrix. */
 #ifndef LBQ_CODE_ARGS_H
 #define LBQ_CODE_ARGS_H
 
@@ -25,8 +25,7 @@ lbq_status lbq_search_from_args(const lbq_search_args *args, lbq_search *search)
 
 #define LBQ_GROUP(to) LBQ_INT("group", to, 1, PY_SSIZE_T_MAX)
 
-/* That codes (absent ones fit), scale and offset, which have equal shapes, are those of a matrix.
- */
+/* LBQ_BAD_SHAPE unless codes (if given), scale and offset (of equal shapes) fit the layout. */
 lbq_status lbq_check_parts(const lbq_packed *layout, const lbq_array *codes, const lbq_array *scale,
                            const lbq_array *offset);
 

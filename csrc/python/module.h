@@ -9,7 +9,7 @@ typedef struct {
     PyObject *format_error;
 } lbq_module_state;
 
-/* Per binding file a list X(name, docstring); the docstring's first line is its signature. */
+/* An entry of a method table; the docstring's first line is its signature. */
 #define LBQ_METHOD(name, doc)                                                                      \
     {#name, (PyCFunction)(void (*)(void))lbq_bind_##name, METH_VARARGS | METH_KEYWORDS, doc}
 #define LBQ_METHODS_END {NULL, NULL, 0, NULL}

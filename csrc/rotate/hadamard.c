@@ -1,9 +1,9 @@
-/* The fast transform: the factors of the Kronecker product one after the other.
+/* The fast transform: one factor of the Kronecker product after another.
  *
- * Seen from factor j a row is an array (c_1 ... c_{j-1}, c_j, lanes): B_j mixes its middle axis,
- * and whatever stands to its right is a lane that a vector register can hold. Sylvester's factor
- * stands last, where its blocks are contiguous. The diagonal rides on the first pass, or for the
- * transpose on the last, so that no pass is spent on it. */
+ * For factor j a row is an array (c_1 ... c_{j-1}, c_j, lanes): B_j mixes the middle axis, and
+ * everything to its right is a lane of a vector register. Sylvester's factor comes last, where its
+ * blocks are contiguous. The diagonal is applied within the first pass, or the last for the
+ * transpose, so it needs no pass of its own. */
 #include "rotate/hadamard.h"
 
 #include "kernels/kernels.h"
@@ -27,7 +27,7 @@ lbq_hadamard_prepare(lbq_hadamard *hadamard)
     }
     LBQ_REQUIRE((rest & (rest - 1)) == 0,
                 LBQ_BAD_VALUE,
-                "n = %td over the product of orders is %td, expected a power of two",
+                "n = %td divided by the product of orders is %td, expected a power of two",
                 hadamard->n,
                 rest);
     hadamard->length = rest;

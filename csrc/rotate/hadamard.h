@@ -3,8 +3,8 @@
  *     R = (B_1 (x) ... (x) B_m (x) H) D,    n = c_1 ... c_m 2^k
  *
  * H is Sylvester's matrix of order 2^k; B_j of order c_j has B_j B_j^T = c_j I and is a Hadamard
- * matrix (entries +-1) wherever Paley's constructions give one, else Hartley's matrix with entries
- * below 1.42 in magnitude; D = diag(s) / sqrt(n) with signs s. No B_j at all if n = 2^k. */
+ * matrix (entries +-1) if Paley's constructions give one, else Hartley's matrix with entries below
+ * 1.42 in magnitude; D = diag(s) / sqrt(n) with signs s. No B_j at all if n = 2^k. */
 #ifndef LBQ_HADAMARD_H
 #define LBQ_HADAMARD_H
 
@@ -20,12 +20,12 @@ typedef struct {
     ptrdiff_t orders[LBQ_MAX_FACTORS]; /* c_j */
     const float *bases;                /* B_1 (c_1, c_1), B_1^T, B_2, B_2^T, ..., in one array */
     const float *diagonal;             /* of D (n) */
-    ptrdiff_t length;                  /* 2^k; this and the next by lbq_hadamard_prepare() */
+    ptrdiff_t length;                  /* 2^k; this and `cost` are set by lbq_hadamard_prepare() */
     ptrdiff_t cost;                    /* additions per element: c_1 + ... + c_m + k */
 } lbq_hadamard;
 
-/* The orders c_j of the cheapest transform among those that rest least on Hartley's matrices, and
- * zeros behind them. LBQ_BAD_VALUE if one had to exceed LBQ_MAX_ORDER. */
+/* The orders c_j of the cheapest among the transforms that use Hartley's matrices least, then
+ * zeros. LBQ_BAD_VALUE if an order would have to exceed LBQ_MAX_ORDER. */
 lbq_status lbq_hadamard_orders(ptrdiff_t n, ptrdiff_t orders[LBQ_MAX_FACTORS]);
 
 /* B (order, order). LBQ_NO_MEMORY, or LBQ_BAD_VALUE if order is not 1 to LBQ_MAX_ORDER. */
@@ -34,7 +34,7 @@ lbq_status lbq_hadamard_base(ptrdiff_t order, float *B);
 /* Fills in length and cost; LBQ_BAD_VALUE unless n = c_1 ... c_m 2^k. */
 lbq_status lbq_hadamard_prepare(lbq_hadamard *hadamard);
 
-/* Rows of X (rows, n) become R x, or R^T x: one row after the other, in the caller.
+/* Replaces each row x of X (rows, n) by R x, or R^T x, one at a time in the calling thread.
  * `scratch` has lbq_hadamard_scratch() floats and is 64-byte aligned. */
 size_t lbq_hadamard_scratch(const lbq_hadamard *hadamard);
 void lbq_hadamard_forward(const lbq_hadamard *hadamard, ptrdiff_t rows, float *X, float *scratch);

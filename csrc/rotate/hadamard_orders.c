@@ -1,4 +1,4 @@
-/* Base matrices: Paley's Hadamard matrices, Hartley's orthogonal one, and which of them make n.
+/* Base matrices: Paley's Hadamard matrices, Hartley's orthogonal one, and how they multiply to n.
  *
  * Paley, "On orthogonal matrices", 1933. With chi the quadratic character of GF(q), q a prime
  * power, and Q[a][b] = chi(a - b):
@@ -17,8 +17,8 @@
 
 enum { MAX_DEGREE = 12 /* 3^8 > LBQ_MAX_ORDER */ };
 
-/* GF(p^m): an element is its polynomial's coefficients as the digits of a number in base p, the
- * constant in the lowest digit. */
+/* GF(p^m): an element is a number in base p whose digits are the coefficients of its polynomial,
+ * the constant term lowest. */
 typedef struct {
     int p, m, q;
     int modulus; /* the monic irreducible polynomial, without its leading term */
@@ -88,7 +88,7 @@ power(int base, int exponent)
     return result;
 }
 
-/* No monic polynomial of degree 1 to m / 2 divides x^m + lower. */
+/* Whether no monic polynomial of degree 1 to m / 2 divides x^m + candidate. */
 static bool
 irreducible(int p, int m, int candidate)
 {
@@ -130,7 +130,7 @@ field_of(int p, int m)
     return f;
 }
 
-/* chi (q): 0 of 0, 1 of the squares of the others, -1 of what remains. */
+/* chi (q): 0 at 0, 1 at the other squares, -1 elsewhere. */
 static void
 character(const field *f, int8_t *chi)
 {
@@ -215,12 +215,12 @@ lbq_hadamard_base(ptrdiff_t order, float *B)
     return LBQ_OK;
 }
 
-/* A way to write n, compared first by how much of it is Hartley's, then by cost. */
+/* A factorisation of n, compared first by Hartley's share of it, then by cost. */
 typedef struct {
     ptrdiff_t orders[LBQ_MAX_FACTORS];
     int factors;
     ptrdiff_t hartley; /* product of the orders without a Hadamard matrix */
-    double cost;       /* additions per element, with registers of 16 lanes partly filled */
+    double cost;       /* additions per element, counting partly filled registers of 16 lanes */
 } plan;
 
 static bool
@@ -243,8 +243,8 @@ cost_of(const plan *candidate, ptrdiff_t length)
     return cost;
 }
 
-/* Tries every product of orders, none larger than the one before it, that leaves 2^k of `rest`;
- * at most one of them is Hartley's, and odd. */
+/* Tries every non-increasing list of orders whose product divides `rest` into 2^k; at most one of
+ * them is Hartley's, and that one is odd. */
 static void
 search(plan *candidate, ptrdiff_t rest, ptrdiff_t largest, plan *best)
 {
@@ -279,7 +279,7 @@ lbq_hadamard_orders(ptrdiff_t n, ptrdiff_t orders[LBQ_MAX_FACTORS])
     search(&candidate, n, LBQ_MAX_ORDER, &best);
     LBQ_REQUIRE(best.hartley < PTRDIFF_MAX,
                 LBQ_BAD_VALUE,
-                "n is %td, whose odd part asks for a base matrix of order over %d; pad n, or use "
+                "n is %td, whose odd part needs a base matrix of order over %d; pad n, or use "
                 "kind 'orthogonal'",
                 n,
                 LBQ_MAX_ORDER);

@@ -1,9 +1,8 @@
 /* Haar-distributed orthogonal matrices.
  *
  * The Q of G = Q R, G with independent normal entries, is Haar-distributed once the signs of R's
- * diagonal are moved into Q's columns. Without that LAPACK's choice of signs shows.
- * Mezzadri, "How to generate random matrices from the classical compact groups", 2007, section 5.
- */
+ * diagonal are moved into Q's columns. Otherwise LAPACK's choice of signs shows. Mezzadri, "How to
+ * generate random matrices from the classical compact groups", 2007, section 5. */
 #include <math.h>
 #include <string.h>
 
@@ -17,10 +16,10 @@
 enum {
     BLOCK = 64,                     /* reflections that LAPACK applies at once; more gain nothing */
     CHUNK = 128,                    /* columns of a task */
-    WORK = BLOCK * CHUNK + 65 * 64, /* LAPACK's for those, its triangular factor included */
+    WORK = BLOCK * CHUNK + 65 * 64, /* LAPACK's for those, including its triangular factor */
 };
 
-/* Reflections of the columns [at, at + count), to be applied to the columns from `first` on. */
+/* Reflections of the columns [at, at + count), to be applied to the columns from `first`. */
 typedef struct {
     ptrdiff_t n, at, count, first;
     const char *trans;
@@ -55,7 +54,7 @@ reflect(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* Q R: block after block of columns, whose reflections the columns to its right undergo. */
+/* Q R, one block of columns at a time; its reflections are applied to the columns to its right. */
 static lbq_status
 factor(reflecting *r)
 {
@@ -74,8 +73,8 @@ factor(reflecting *r)
     return LBQ_OK;
 }
 
-/* The reflections applied to the identity, the last first: those of a block leave alone the
- * columns to its left. */
+/* Applies the reflections to the identity, last block first: a block does not change the columns to
+ * its left. */
 static lbq_status
 multiply_out(reflecting *r)
 {
@@ -118,7 +117,7 @@ fill_and_factor(uint64_t seed, uint64_t stream, reflecting *r, double *sign)
         sign[i] = copysign(1, r->Q[i * n + i]);
     LBQ_TRY(multiply_out(r));
     for (ptrdiff_t i = 0; i < n * n; i++)
-        r->Q[i] *= sign[i / n]; /* LAPACK's column i / n is a row here: Q^T is as Haar as Q */
+        r->Q[i] *= sign[i / n]; /* LAPACK's column i / n is a row here: Q^T is Haar too */
     return LBQ_OK;
 }
 

@@ -44,8 +44,8 @@ lbq_same_rotation(const lbq_rotation *a, const lbq_rotation *b)
     return a->n == b->n && !a->dense == !b->dense && a->digest == b->digest;
 }
 
-/* Additions in a chunk of rows: about 50 us of one core, below which a thread costs more than it
- * gives. */
+/* Additions in a chunk of rows: about 50 us on one core, below which a thread costs more than it
+ * saves. */
 enum { CHUNK_WORK = 1 << 20 };
 
 /* Rows that a dense rotation copies at a time. */

@@ -19,20 +19,21 @@ typedef struct {
     uint64_t digest;       /* by lbq_rotation_identify() */
 } lbq_rotation;
 
-/* Digests what R is made of, so that equal rotations can be told whatever memory they lie in. */
+/* Sets the digest of R's contents, by which equal rotations are recognised wherever they lie in
+ * memory. */
 void lbq_rotation_identify(lbq_rotation *rotation);
 
-/* Whether two rotations are one matrix; NULL is the identity. */
+/* Whether two rotations are the same matrix; NULL is the identity. */
 bool lbq_same_rotation(const lbq_rotation *a, const lbq_rotation *b);
 
-/* Each row x of X (rows, n) becomes R x, or R^T x; in place, rows in parallel, equal bits for any
- * number of threads where R is a Hadamard matrix. LBQ_NO_MEMORY. Not inside a task where R is
- * dense, since BLAS is called. */
+/* Each row x of X (rows, n) becomes R x, or R^T x; in place, rows in parallel. For a Hadamard
+ * matrix the bits do not depend on the number of threads. LBQ_NO_MEMORY. A dense R calls BLAS, so
+ * not inside a task. */
 lbq_status lbq_rotate(const lbq_rotation *rotation, ptrdiff_t rows, float *X);
 lbq_status lbq_rotate_back(const lbq_rotation *rotation, ptrdiff_t rows, float *X);
 
 /* Q (n, n), uniform under the Haar measure on the orthogonal group: a function of seed and stream,
- * to rounding. LBQ_NO_MEMORY; LBQ_BAD_SHAPE beyond 46340, where LAPACK's sizes end. */
+ * to rounding. LBQ_NO_MEMORY; LBQ_BAD_SHAPE if n > 46340, the limit of LAPACK's sizes. */
 lbq_status lbq_orthogonal(uint64_t seed, uint64_t stream, ptrdiff_t n, double *Q);
 
 #endif

@@ -1,12 +1,12 @@
 /* Attention in one pass over the keys, with a running maximum and sum per query.
  *
- * A piece of the work is one key head and a run of tokens: the queries of its group of heads are
+ * A piece of work is one key head and a run of tokens: the queries of the head's group form the
  * rows of one matrix, so that keys and values are read once for all of them. Blocks of keys are
- * multiplied, exponentiated and multiplied with their values while they are in cache; what was
- * summed before is scaled when the maximum grows. M. Milakov, N. Gimelshein, "Online normalizer
- * calculation for softmax", 2018; T. Dao et al., "FlashAttention", 2022, algorithm 1.
+ * multiplied, exponentiated and multiplied by their values while in cache; earlier sums are
+ * rescaled when the maximum grows. M. Milakov, N. Gimelshein, "Online normalizer calculation for
+ * softmax", 2018; T. Dao et al., "FlashAttention", 2022, algorithm 1.
  *
- * Few tokens make few pieces, so their keys are cut too, and the sums over each run of keys are
+ * Few tokens give few pieces, so their keys are split too, and the sums over each run of keys are
  * merged at the end. T. Dao et al., "Flash-Decoding for long-context inference", 2023. */
 #include "transformer/attention.h"
 
@@ -21,15 +21,14 @@
 #define LOG2E 1.4426950408889634
 
 enum {
-    ROWS = 96,            /* queries of a piece, about: enough to use a panel of keys in L1 often */
-    BLOCK = 4 * LBQ_KEYS, /* keys between two updates of the maximum: scores stay in L2 */
-    MANY = 13,            /* queries: more than two tiles of the products */
-    SPLITS = 16,          /* runs of keys at most: enough for the threads, few to merge */
+    ROWS = 96,              /* queries of a piece, roughly: enough to reuse a panel of keys in L1 */
+    BLOCK = 4 * LBQ_KEYS,   /* keys per update of the maximum: scores stay in L2 */
+    MANY = 13,              /* queries: more than two tiles of the products */
+    SPLITS = 16,            /* most runs of keys: enough for the threads, few to merge */
     LEAST_FLOATS = 1 << 16, /* of keys and values in such a run: 26 us from memory */
 };
 
-/* How the work is cut: a function of the sizes alone, so that the result does not depend on the
- * number of threads. */
+/* How the work is split: by its sizes only, so results do not depend on the number of threads. */
 typedef struct {
     ptrdiff_t tokens, runs; /* tokens of a piece; pieces along them */
     ptrdiff_t rows;         /* queries of a piece */
@@ -37,7 +36,7 @@ typedef struct {
     ptrdiff_t pieces;       /* kv_heads runs splits */
 } cut;
 
-/* As many tokens as give ROWS queries, at least one. */
+/* As many tokens as fit in ROWS queries, at least one. */
 static ptrdiff_t
 tokens_of_piece(const lbq_heads *heads, ptrdiff_t tokens)
 {
@@ -46,7 +45,7 @@ tokens_of_piece(const lbq_heads *heads, ptrdiff_t tokens)
     return run < tokens ? run : tokens;
 }
 
-/* No more than ROWS queries in all splits together, which keeps what is merged small. */
+/* At most ROWS queries in all splits together, to keep the merge small. */
 static ptrdiff_t
 most_splits(ptrdiff_t rows)
 {
@@ -70,7 +69,7 @@ cut_of(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens)
     return c;
 }
 
-/* Of the rows of a piece: sums of values and of weights, both relative to the maximum. */
+/* Sums of values and of weights for the rows of a piece, both relative to the row's maximum. */
 typedef struct {
     float *O;         /* (rows, width) */
     float *max, *sum; /* (rows) */
@@ -150,14 +149,14 @@ place_of(const lbq_heads *heads, ptrdiff_t head, ptrdiff_t first, ptrdiff_t r)
     return (t * heads->heads + h) * heads->head_dim;
 }
 
-/* Of scores, which are logarithms of base 2. */
+/* Factor of scores, which are base-2 logarithms. */
 static float
 scale_of(const lbq_heads *heads)
 {
     return (float)(LOG2E / sqrt((double)heads->head_dim));
 }
 
-/* The rows of a piece, scaled, and transformed as the keys are. */
+/* Copies the rows of a piece, scaled and transformed like the keys. */
 static void
 gather(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, float *Q)
 {
@@ -172,8 +171,8 @@ gather(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, floa
         lbq_kernel.hadamard_sylvester(order, rows * d / order, NULL, NULL, Q);
 }
 
-/* T (rows, d), whose product with column j of the turns is the scaled q . R(s + j) b; the panel
- * begins at position s. With a pair x, y of R(s) b and q, q' of the query, R(j) makes the term
+/* T (rows, d): its product with column j of the turns is the scaled q . R(s + j) b, for a panel
+ * that begins at position s. For a pair x, y of R(s) b and q, q' of the query, R(j) gives the term
  * (q x + q' y) cos + (q' x - q y) sin. */
 static void
 turn_bias(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t panel,
@@ -213,7 +212,7 @@ scatter(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, con
     }
 }
 
-/* Of `count` keys, those that row r sees: the first visible + r / group. */
+/* How many of `count` keys row r sees: the first visible + r / group. */
 static ptrdiff_t
 seen_by(ptrdiff_t r, ptrdiff_t group, ptrdiff_t visible, ptrdiff_t count)
 {
@@ -221,7 +220,7 @@ seen_by(ptrdiff_t r, ptrdiff_t group, ptrdiff_t visible, ptrdiff_t count)
     return seen < 0 ? 0 : seen < count ? seen : count;
 }
 
-/* Scales of keys or values go to scores or weights, where they cost one product per key. */
+/* Applies the scales of keys to scores, or those of values to weights: one product per key. */
 static void
 scale_keys(ptrdiff_t rows, ptrdiff_t group, ptrdiff_t visible, ptrdiff_t count,
            const float *restrict scale, float *restrict S)
@@ -233,8 +232,8 @@ scale_keys(ptrdiff_t rows, ptrdiff_t group, ptrdiff_t visible, ptrdiff_t count,
     }
 }
 
-/* Later rows see more keys, so those from the first one on that sees all of them have none to hide,
- * and most blocks have no others. */
+/* Later rows see more keys, so the loop ends at the first row that sees all of them: in most
+ * blocks, row 0. */
 static void
 hide_keys(ptrdiff_t rows, ptrdiff_t group, ptrdiff_t visible, ptrdiff_t count, float *S)
 {
@@ -252,8 +251,9 @@ scale_rows(ptrdiff_t rows, ptrdiff_t width, const float *restrict factors, float
                 O[r * width + i] *= factors[r];
 }
 
-/* Scores of `count` keys from `position` on (that of the store, over all heads) become weights, 0
- * where a row does not see the key. Rows of O, once begun, are scaled to the new maximum. */
+/* Turns scores of `count` keys into weights, 0 where a row does not see the key; `position` is that
+ * of the first key in the store, over all heads. Rows of O, once begun, are rescaled to the new
+ * maximum. */
 static void
 weigh(const attention *a, ptrdiff_t rows, ptrdiff_t position, ptrdiff_t count, ptrdiff_t visible,
       bool begun, const workspace *w)
@@ -268,14 +268,14 @@ weigh(const attention *a, ptrdiff_t rows, ptrdiff_t position, ptrdiff_t count, p
         scale_keys(rows, group, visible, count, store->value_scale + position, w->S);
 }
 
-/* A panel of keys or values: floats, or else bytes. */
+/* A panel of keys or values: either floats or bytes. */
 typedef struct {
     const float *floats;
     const int8_t *bytes;
 } operand;
 
-/* `count` numbers from element `at` of the store's keys or values on. Bytes that many rows meet are
- * widened once: a product of bytes would widen them again for every few rows. */
+/* `count` numbers of the store's keys or values, starting at element `at`. For many rows, bytes are
+ * widened once: a product of bytes would widen them for every few rows. */
 static operand
 panel_at(int bits, const void *numbers, ptrdiff_t at, ptrdiff_t count, ptrdiff_t rows, float *wide)
 {
@@ -288,7 +288,7 @@ panel_at(int bits, const void *numbers, ptrdiff_t at, ptrdiff_t count, ptrdiff_t
     return (operand){.floats = wide};
 }
 
-/* product_f32, or that of bytes. */
+/* product_f32 or product_i8_f32. */
 static void
 multiply(operand B, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, ptrdiff_t lda,
          ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
@@ -300,7 +300,7 @@ multiply(operand B, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, ptrdi
 }
 
 /* Scores of `count` keys of one head, the first at position `from`, a multiple of LBQ_KEYS; up to
- * 15 more are computed, whole vectors, and not read. */
+ * 15 more are computed to fill a vector and never read. */
 static void
 score(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from,
       ptrdiff_t count, const workspace *w)
@@ -324,7 +324,7 @@ score(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, ptrdi
     }
 }
 
-/* The keys from..end of one head, for the rows of the tokens first, first + 1, ... */
+/* Attends to the keys from..end of one head, for the rows of tokens first, first + 1, ... */
 static void
 attend_keys(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t from,
             ptrdiff_t end, const workspace *w)
@@ -335,7 +335,7 @@ attend_keys(const attention *a, ptrdiff_t head, ptrdiff_t first, ptrdiff_t rows,
     float *const O = w->sums.O;
     bool begun = false;
     for (ptrdiff_t r = 0; r < rows; r++) {
-        w->sums.max[r] = -FLT_MAX; /* finite, for a row that sees no key of a split */
+        w->sums.max[r] = -FLT_MAX; /* finite, for rows that see no key of a split */
         w->sums.sum[r] = 0;
     }
     for (; from < end; from += BLOCK, begun = true) {
@@ -359,7 +359,7 @@ attend_piece(const attention *a, ptrdiff_t index, int worker)
     const cut *const c = &a->cut;
     const ptrdiff_t head = index % a->heads->kv_heads, rest = index / a->heads->kv_heads;
     const ptrdiff_t split = rest % c->splits;
-    /* The last tokens see the most keys: longest pieces first, so that none is left at the end. */
+    /* The last tokens see the most keys: longest pieces first, to balance threads. */
     const ptrdiff_t first = (c->runs - 1 - rest / c->splits) * c->tokens;
     const ptrdiff_t tokens = c->tokens < a->tokens - first ? c->tokens : a->tokens - first;
     const ptrdiff_t rows = tokens * (a->heads->heads / a->heads->kv_heads);
@@ -408,8 +408,8 @@ merge(const attention *a, ptrdiff_t head, const sums *to)
     }
 }
 
-/* All pieces in one task if they take less than 50 us: too little to share. A float of keys and
- * values comes from memory in 0.4 ns, a byte in 0.1, and is multiplied with 40 rows in 1 ns. */
+/* One task for all pieces if they take less than 50 us, too little to share. Reading a float of
+ * keys and values takes 0.4 ns, a byte 0.1 ns, multiplying it by 40 rows 1 ns. */
 static ptrdiff_t
 pieces_per_task(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, int bits, const cut *c)
 {

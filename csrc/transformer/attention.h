@@ -16,9 +16,9 @@
 /* Bytes of scratch that lbq_attention needs, for the current number of threads. */
 size_t lbq_attention_scratch(const lbq_heads *heads, ptrdiff_t tokens);
 
-/* o (tokens, heads, head_dim) for q alike; o may be q. The store holds past + tokens positions.
- * `scratch` is 64-byte aligned. log_sum (tokens, heads), unless NULL, is the logarithm of base 2 of
- * the softmax's sum of exponentials, from which a backward pass has its weights again. */
+/* o (tokens, heads, head_dim) for q of the same shape; o may be q. The store holds past + tokens
+ * positions. `scratch` is 64-byte aligned. log_sum (tokens, heads), unless NULL, receives the
+ * logarithm of base 2 of the softmax's sum, from which a backward pass recovers the weights. */
 lbq_status lbq_attention(const lbq_heads *heads, ptrdiff_t past, ptrdiff_t tokens, const float *q,
                          const lbq_store *store, void *scratch, float *o, float *log_sum);
 

@@ -57,7 +57,7 @@ first_index_of(const float *x, ptrdiff_t count, float value)
     return -1;
 }
 
-/* exp_gap_f32 where a difference of logits does not fit float32. */
+/* exp_gap_f32 for differences of logits that overflow float32. */
 static double
 gap_wide(const float *p, const float *q, ptrdiff_t vocab, double p_max, double q_max)
 {

@@ -1,5 +1,5 @@
-/* What a prediction costs: negative log likelihood of the tokens that came, in nats, and its
- * distance from the prediction of another model.
+/* Quality of a prediction, in nats: negative log likelihood of the actual tokens, and KL divergence
+ * from another model's prediction.
  *
  *     nll[t] = log(sum_v exp(x[t,v])) - x[t,target[t]]
  *     kl[t]  = sum_v P[t,v] (log P[t,v] - log Q[t,v]),   P = softmax(p), Q = softmax(q) */
@@ -12,8 +12,7 @@
 #include "core/status.h"
 
 /* nll (tokens) of logits (tokens, vocab) at target (tokens); sums are accumulated in float64.
- * LBQ_BAD_VALUE for a target outside 0..vocab - 1, or if a logit of the row is a NaN or +infinity.
- */
+ * LBQ_BAD_VALUE for a target outside 0..vocab - 1, or a NaN or +infinity in the row. */
 lbq_status lbq_cross_entropy(ptrdiff_t tokens, ptrdiff_t vocab, const float *logits,
                              const int32_t *target, double *nll);
 

@@ -1,10 +1,10 @@
-/* The forward pass: a few linear layers per block and what stands between them.
+/* The forward pass: a few linear layers per block and the steps between them.
  *
- * A window goes through a block batch after batch, as a prompt goes through the network: attention
- * looks back only.
+ * A window passes through a block in batches, as a prompt passes through the network: attention
+ * only looks back.
  *
- * All scratch of a call is one arena. A tap's buffer stands in for the scratch of the same
- * contents, so tapping copies nothing. */
+ * All scratch of a call is one arena. A tap's buffer replaces the scratch with the same contents,
+ * so tapping copies nothing. */
 #include "transformer/decoder.h"
 
 #include <string.h>
@@ -15,21 +15,21 @@
 #include "transformer/rope.h"
 #include "transformer/swiglu.h"
 
-/* Tokens of a batch, per thread. What lies between the layers of a small network then stays in the
- * L2 cache: a block of SmolLM2 takes 12 % less time than with 2048 tokens at once. One thread is as
- * fast with 64, two take 3 % more with 128: there is less to share. */
+/* Tokens of a batch, per thread. Activations of a small network then stay in the L2 cache: a block
+ * of SmolLM2 takes 12 % less time than with 2048 tokens at once. One thread is as fast with 64; two
+ * take 3 % longer with 128, as there is less to share. */
 enum { BATCH = 256 };
 
-/* Scratch of the blocks for a number of tokens, which come in batches. */
+/* Scratch of the blocks, for tokens that come in batches. */
 typedef struct {
     ptrdiff_t batch;      /* tokens */
-    float *norm;          /* (batch, hidden): input of qkv and of gate and up; what x grows by */
+    float *norm;          /* (batch, hidden): input of qkv and of gate and up; increment of x */
     float *q, *k, *v;     /* (batch, heads or kv_heads, head_dim) */
     float *gate, *up;     /* (batch, intermediate) */
     float *cosine, *sine; /* (tokens, head_dim / 2) */
     void *attention;
-    lbq_store store; /* of one block, where there is no cache */
-    /* Tables of lbq_store_bias, if the cache leaves biases of keys out: */
+    lbq_store store; /* of one block, if there is no cache */
+    /* Tables of lbq_store_bias, if the cache leaves out biases of keys: */
     ptrdiff_t panels;
     float *panel_cosine, *panel_sine, *turns;
 } scratch;
@@ -44,8 +44,8 @@ intermediate_of(const lbq_decoder *decoder)
     return most;
 }
 
-/* Of a window, all tokens with float32 activations: BLAS packs the weights again in every call.
- * Else equal batches, whose sizes change no bit as long as attention has no reason to cut keys. */
+/* All tokens of a window with float32 activations, since BLAS repacks the weights in every call.
+ * Otherwise equal batches, whose size changes no bit unless attention splits keys. */
 static ptrdiff_t
 batch_of(const lbq_decoder *decoder, ptrdiff_t tokens)
 {
@@ -56,8 +56,8 @@ batch_of(const lbq_decoder *decoder, ptrdiff_t tokens)
     return lbq_pieces(tokens, batches);
 }
 
-/* Takes the scratch from the arena or, where that has no memory yet, counts its bytes: the sizes
- * stand here only. */
+/* The first pass (empty arena) adds up the sizes, the second one hands out the blocks, so each size
+ * is written once. */
 static size_t
 take(lbq_arena *arena, ptrdiff_t floats, float **block)
 {
@@ -67,8 +67,8 @@ take(lbq_arena *arena, ptrdiff_t floats, float **block)
     return lbq_padded(bytes);
 }
 
-/* The bias that 8-bit keys leave out. A norm of the keys, which comes after it, makes it differ
- * from token to token. */
+/* The bias that 8-bit keys leave out: NULL if a norm follows it, which makes it differ between
+ * tokens. */
 static const float *
 key_bias_of(const lbq_block *block)
 {
@@ -101,7 +101,7 @@ take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cach
     const ptrdiff_t batch = batch_of(decoder, tokens);
     s->batch = batch;
     size_t bytes = take(arena, batch * decoder->hidden, &s->norm);
-    /* What attention leaves is used up when gate and up begin: they lie in the same place. */
+    /* gate and up reuse the memory of q, k and v, which are no longer needed then. */
     lbq_arena same = *arena;
     size_t attending = take(arena, batch * heads->heads * d, &s->q);
     attending += take(arena, batch * heads->kv_heads * d, &s->k);
@@ -128,7 +128,7 @@ take_scratch(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cach
     return bytes;
 }
 
-/* What lies in a block's store at `past` and after is about to be overwritten. */
+/* The store of a block in the cache; positions from `past` are about to be overwritten. */
 static lbq_store
 store_of(const lbq_decoder *decoder, const lbq_cache *cache, ptrdiff_t index, const scratch *s)
 {
@@ -264,7 +264,7 @@ later(float *part, ptrdiff_t count)
     return part ? part + count : NULL;
 }
 
-/* A block on x in place, batch after batch: a token needs no later one. */
+/* Runs a block on x in place, in batches: no token depends on a later one. */
 static lbq_status
 run_block(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
           const lbq_store *store, const lbq_trace *trace, const scratch *s, float *x)

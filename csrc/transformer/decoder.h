@@ -1,14 +1,13 @@
 /* A whole LLaMA or Qwen network: token numbers in, logits out.
  *
- *     x = R embedding[token]                                    R: residual rotation, or 1
+ *     x = R embedding[token]                                    R: residual rotation, or I
  *     x += output(attention(rope(norm(query n)), rope(norm(key n)), value n)),  n = norm(x)
  *     x += down(silu(gate n) * up n),                                           n = norm(x)
  *     logits = head(norm(R^T x))
  *
  * one pair of additions per block. Linear layers are dense or packed, each with its own input
- * rotation and bias. The embedding is a layer too, whose rows are looked up; it is the head as well
- * where there is no other. Nothing here is written after it was made: a decoder may run in several
- * threads at once. */
+ * rotation and bias. The embedding is a layer too, whose rows are looked up; without a head, it is
+ * also the head. A decoder is immutable once built, so threads may share it. */
 #ifndef LBQ_DECODER_H
 #define LBQ_DECODER_H
 
@@ -58,15 +57,15 @@ typedef struct {
     float *middle;  /* (tokens, hidden): x between the halves */
 } lbq_trace;
 
-/* LBQ_BAD_SHAPE unless all layers fit together; LBQ_BAD_VALUE for heads or an embedding of another
- * kind than above. */
+/* LBQ_BAD_SHAPE unless all layers fit together; LBQ_BAD_VALUE if the heads or the embedding are not
+ * as described above. */
 lbq_status lbq_decoder_check(const lbq_decoder *decoder);
 
 /* x (tokens, hidden): R embedding[token]; LBQ_BAD_VALUE for a token outside the vocabulary. */
 lbq_status lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token,
                              float *x);
 
-/* Block `index` on x (tokens, hidden) in place, a window of its own: nothing came before. */
+/* Block `index` on x (tokens, hidden) in place, as a window without earlier tokens. */
 lbq_status lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
                              float *x, const lbq_trace *trace);
 
@@ -95,8 +94,8 @@ lbq_status lbq_decoder_head(const lbq_decoder *decoder, ptrdiff_t rows, const fl
                             float *logits);
 
 /* The whole network. hidden (rows, hidden) and logits (rows, vocab) are of the last `rows` tokens;
- * either may be NULL. The tokens follow the cache's past ones and are stored in it; its `past` is
- * left to the caller to advance. cache NULL: a window of its own. */
+ * either may be NULL. The tokens follow the cache's past ones and are stored in it; the caller
+ * advances `past`. cache NULL: a window without earlier tokens. */
 lbq_status lbq_decoder_forward(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token,
                                const lbq_cache *cache, ptrdiff_t rows, float *hidden,
                                float *logits);

@@ -1,4 +1,4 @@
-/* Tokens in parallel, each with all its heads. */
+/* Stores tokens in parallel, each with all its heads. */
 #include "transformer/key_store.h"
 
 #include <math.h>
@@ -33,7 +33,7 @@ lbq_store_bytes(const lbq_heads *heads, ptrdiff_t capacity, int bits)
 }
 
 /* q[i * stride] = x[i] 127 / max |x|, ties to even; returns the scale, NaN if x has a NaN or an
- * infinity. As quantize_i8, whose steps are too short for some heads. */
+ * infinity. Like quantize_i8, whose steps are too short for some heads. */
 static float
 quantize(const float *x, ptrdiff_t count, ptrdiff_t stride, int8_t *q)
 {
@@ -61,7 +61,7 @@ typedef struct {
     const lbq_store *store;
 } storing;
 
-/* One position of one head: where its key and its value begin in the store. */
+/* Stores one position of one head, whose key and value begin at `key` and `value`. */
 static void
 store_floats(const float *k, const float *v, ptrdiff_t d, float *key, float *value)
 {

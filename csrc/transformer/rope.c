@@ -1,4 +1,4 @@
-/* Tables once per call, then the turns; tokens in parallel. */
+/* Tables once per call, then the rotations; tokens in parallel. */
 #include "transformer/rope.h"
 
 #include <math.h>

@@ -1,4 +1,4 @@
-/* Rotary position embedding, in the form that turns the first half of a head against the second.
+/* Rotary position embedding, in the form that pairs the first half of a head with the second.
  *
  *     y[i]     = x[i] cos a_i - x[i + d/2] sin a_i
  *     y[i+d/2] = x[i] sin a_i + x[i + d/2] cos a_i,    a_i = position * frequency[i],  i < d/2
@@ -17,8 +17,7 @@
 lbq_status lbq_rope_table(ptrdiff_t first, ptrdiff_t step, ptrdiff_t tokens, ptrdiff_t half,
                           const double *frequency, double factor, float *cosine, float *sine);
 
-/* The same for positions 0, 1, ..., lying the other way round: table (2 half, count), cosines
- * first, factor 1. */
+/* The same for positions 0, 1, ..., transposed: table (2 half, count), cosines first, factor 1. */
 void lbq_rope_columns(ptrdiff_t count, ptrdiff_t half, const double *frequency, float *table);
 
 /* X (tokens, heads, 2 half) in place. Each head is first normalised by RMSNorm with `gain`

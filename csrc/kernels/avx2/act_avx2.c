@@ -1,4 +1,4 @@
-/* Activations to int8, and rows of them to tiles. */
+/* Quantizes activations to int8 and interleaves their rows into tiles. */
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
@@ -62,8 +62,8 @@ lbq_quantize_i8_avx2(const float *x, ptrdiff_t cols, ptrdiff_t step, int limit, 
     quantize_step(padded, step, limit, q + begin, scale, total);
 }
 
-/* Sums of 16 activations `v` for n = 0 or 1, [i][m]: a shuffle takes each to the m that have its
- * bit and leaves zeros elsewhere. */
+/* Sums of 16 activations `v` for n = 0 or 1, [i][m]: a shuffle copies each to the m that have its
+ * bit set and puts zeros elsewhere. */
 static inline void
 subset_sums(__m128i v, __m128i bias, uint8_t *sums)
 {
@@ -97,7 +97,7 @@ lbq_subset_sums_avx2(const int8_t *q, ptrdiff_t columns, uint8_t *sums)
         }
 }
 
-/* Eight words of each of eight tokens, transposed. */
+/* Transposes eight words from each of eight tokens. */
 static inline void
 interleave_words(const int8_t *q, ptrdiff_t columns, int8_t *values)
 {

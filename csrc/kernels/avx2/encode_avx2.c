@@ -1,5 +1,4 @@
-/* Ranges, grids and codes of the rows of a panel: vectors along a row, four rows joined at a time.
- */
+/* Ranges, grids and codes of a panel's rows: vectors along a row, joined four rows at a time. */
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
@@ -8,7 +7,7 @@
 #include "kernels/avx2/halve_avx2.h"
 #include "kernels/round.h"
 
-/* From vectors of eight rows one that holds an extreme of each. */
+/* Reduces vectors of eight rows to one that holds an extreme of each row. */
 #define DEFINE_JOIN(name)                                                                          \
     static inline __m256 name##_of_four(const __m256 *row)                                         \
     {                                                                                              \
@@ -28,7 +27,7 @@
 DEFINE_JOIN(min)
 DEFINE_JOIN(max)
 
-/* The least and the most of four rows so far, and where none of them had a NaN. */
+/* Running minimum and maximum of four rows, and the lanes where none of them had a NaN. */
 typedef struct {
     __m256 least[4], most[4], numbers;
 } extremes;
@@ -103,10 +102,10 @@ encode(const float *w, const float *grid, __m256 top)
 {
     const __m256 inverse = _mm256_set1_ps(grid[0]), offset = _mm256_set1_ps(grid[LBQ_ROWS]);
     const __m256 x = _mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(w), offset), inverse);
-    return _mm256_cvtps_epi32(_mm256_min_ps(x, top)); /* packing saturates what is negative */
+    return _mm256_cvtps_epi32(_mm256_min_ps(x, top)); /* packing turns negatives into 0 */
 }
 
-/* Eight columns of four rows, four of them in each half. */
+/* Eight columns of four rows, four columns in each half. */
 static inline __m256i
 encode_four(const float *w, ptrdiff_t stride, const float *grid, __m256 top)
 {
@@ -129,7 +128,7 @@ encode_block(const float *w, ptrdiff_t stride, const float *grid, __m256 top, ui
         }
 }
 
-/* The same for at most this many rows and columns. */
+/* The same for fewer rows or columns. */
 static __attribute__((noinline)) void
 encode_rest(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, const float *grid,
             __m256 top, uint8_t *codes)
@@ -154,13 +153,13 @@ encode_rows(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows, p
     float steps[2 * LBQ_ROWS]; /* 1 / scale, offset */
     _mm256_storeu_ps(steps, _mm256_blendv_ps(_mm256_div_ps(one, scale), nearly_zero, none));
     _mm256_storeu_ps(steps + LBQ_ROWS, _mm256_loadu_ps(grid + LBQ_PANEL + first));
-    __asm__("" : "+m"(steps)); /* else gcc takes them out of the vectors again, one by one */
+    __asm__("" : "+m"(steps)); /* else gcc extracts them from the vectors one by one */
     w += first * stride;
     codes += 4 * first;
     ptrdiff_t k = 0;
     for (; k < whole; k += 16) {
         const float *at = w + k;
-        __asm__("" : "+r"(at)); /* else gcc keeps a pointer to each row, most of them in memory */
+        __asm__("" : "+r"(at)); /* else gcc keeps one pointer per row, most of them in memory */
         for (int r = 0; r < LBQ_ROWS; r++)
             _mm_prefetch((const char *)(at + r * stride + ahead), _MM_HINT_T0);
         encode_block(at, stride, steps, limit, codes + k * LBQ_PANEL);

@@ -1,10 +1,9 @@
-/* GPTQ's error feedback and rounding, sixteen rows in two vectors; the moves
- * of coordinate descent. */
+/* GPTQ's error feedback and rounding, sixteen rows in two vectors; moves of coordinate descent. */
 #include <immintrin.h>
 
 #include "kernels/avx2/avx2.h"
 
-/* `columns` sums of sixteen rows, all in registers; without fma, as portable C rounds. */
+/* `columns` sums of sixteen rows, all in registers; without fma, to round as portable C does. */
 static inline __attribute__((always_inline)) void
 add_columns(const int columns, ptrdiff_t count, const float *R, ptrdiff_t stride, const float *e,
             ptrdiff_t pitch, float *sum)
@@ -42,7 +41,7 @@ lbq_feedback_f32_avx2(ptrdiff_t count, ptrdiff_t width, const float *R, ptrdiff_
         add_columns(1, count, R + j, stride, e, pitch, sum + j * pitch);
 }
 
-/* `columns` of them from `first` on, eight rows, all in registers. */
+/* `columns` of them, starting at `first`, for eight rows, all in registers. */
 static inline __attribute__((always_inline)) void
 solve_columns(const int columns, ptrdiff_t first, const float *R, ptrdiff_t stride, float *x)
 {

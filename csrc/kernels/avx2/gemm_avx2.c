@@ -1,9 +1,10 @@
 /* An unpacked panel times four tokens at a time: eight sums in registers.
  *
- * Codes of few bits sum up in 16 bits over many columns before they are widened: 128 of 1 or 2
- * bits, 64 of 3, 32 of 4. 8-bit codes are multiplied in 16 bits, every other one at a time, and
- * sum up in 32. As two 4-bit halves they took a third longer: as many products, and sums to widen
- * every 32 columns. Spread to 16 bits before, once for all tiles, they were no faster. */
+ * Products of codes with few bits are summed in 16 bits before widening: over 128 columns for 1 or
+ * 2 bits, 64 for 3, 32 for 4. 8-bit codes are multiplied in 16 bits, even and odd ones in turn, and
+ * summed in 32. Splitting them into two 4-bit halves took a third longer: the same number of
+ * products, and sums to widen every 32 columns. Widening them to 16 bits beforehand, once for all
+ * tiles, was no faster. */
 #include <string.h>
 
 #include "kernels/avx2/avx2.h"
@@ -11,8 +12,8 @@
 
 enum { TOKENS = 4 };
 
-/* Codes of both halves of the panel: word `w` of the loop's four; or the even or odd ones of half
- * a word of 8-bit codes, in 16 bits each. */
+/* Codes of both halves of the panel: word `w` of the loop's four; or the even or odd ones in half a
+ * word of 8-bit codes, in 16 bits each. */
 /* clang-format off */
 #define LOAD_WHOLE(w)                                                                              \
     "vmovdqu 64*" #w "(%[codes],%[at],2), %[upper]\n\t"                                            \
@@ -38,7 +39,7 @@ enum { TOKENS = 4 };
 #define MULTIPLY_BYTES "vpmaddwd"
 #define ADD_BYTES "vpaddd"
 
-/* A token's products are added two tokens later: at once, the loop took 10 % longer on Cascade
+/* A token's products are added two tokens later: adding them at once took 10 % longer on Cascade
  * Lake. */
 #define TOKEN(KIND, w, t, first, second, before)                                                   \
     ADD(KIND, first, second, before) MULTIPLY(KIND, w, t, first, second)
@@ -86,9 +87,8 @@ enum { TOKENS = 4 };
 static const _Alignas(32) uint32_t LOW[8] = {
     0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff, 0xff00ff};
 
-/* Sums of `columns` columns as [half][token]: in 16 bits, or of bytes in 32, with activations that
- * were spread. In assembly, because gcc 12 spills one of them and moves others from register to
- * register. */
+/* Sums of `columns` columns as [half][token]: in 16 bits, or in 32 for bytes, with spread
+ * activations. In assembly, because gcc 12 spills one sum and moves others between registers. */
 LBQ_INLINE void
 sum_columns(const int bytes, const uint8_t *codes, const int8_t *q, ptrdiff_t columns,
             __m256i sum[2][TOKENS])
@@ -104,8 +104,8 @@ sum_columns(const int bytes, const uint8_t *codes, const int8_t *q, ptrdiff_t co
         RUN(SUM(SMALL, LOAD_WHOLE, LOAD_WHOLE));
 }
 
-/* A step of activations in 16 bits: for every four columns the even ones of all tokens, then the
- * odd ones. */
+/* Widens a step of activations to 16 bits: for every four columns the even ones of all tokens, then
+ * the odd ones. */
 LBQ_INLINE void
 spread(const int8_t *q, ptrdiff_t columns, int8_t *wide)
 {
@@ -117,7 +117,7 @@ spread(const int8_t *q, ptrdiff_t columns, int8_t *wide)
     }
 }
 
-/* The integer sums of a step of four tokens, `exact` columns at a time. */
+/* The integer sums of a step for four tokens, `exact` columns at a time. */
 LBQ_INLINE void
 sum_step(const int bytes, const int once, ptrdiff_t exact, ptrdiff_t step, const uint8_t *codes,
          const int8_t *q, __m256i dot[2][TOKENS])
@@ -139,7 +139,7 @@ sum_step(const int bytes, const int once, ptrdiff_t exact, ptrdiff_t step, const
     }
 }
 
-/* y of four tokens plus their sums of a step; y and the factors are those of the first. */
+/* Adds the sums of a step to y of four tokens; y and factors point to the first. */
 LBQ_INLINE void
 add_sums(__m256i dot[2][TOKENS], const __m256 scale[2], const __m256 offset[2],
          const int has_offset, const float *factors, float *restrict y)
@@ -171,7 +171,7 @@ gemm(const int bytes, const int once, ptrdiff_t exact, const lbq_panel *panel, p
         }
         for (ptrdiff_t p = 0; p < count; p++) {
             const uint8_t *const scale_at = panel[p].scale + s * panel[p].scale_stride;
-            /* Before the sums, which its branches would drive from their registers. */
+            /* Loaded before the sums, which its branches would spill. */
             const __m256 scale[2] = {load_scale(&panel[p], scale_at, 0),
                                      load_scale(&panel[p], scale_at, 1)};
             __m256 offset[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
@@ -206,7 +206,7 @@ lbq_gemm_u8_i8_avx2(const lbq_panel *panel, ptrdiff_t count, int bits, const uin
         gemm(0, 0, exact, panel, count, codes, first, end, x, y);
 }
 
-/* The AVX-512 kernel says why it looks ahead. */
+/* The AVX-512 kernel explains the prefetch. */
 void
 lbq_store_tile_avx2(const float *sums, ptrdiff_t count, ptrdiff_t tokens, ptrdiff_t stride,
                     float *y)

@@ -1,16 +1,15 @@
 /* Packed panels times int8 activations of one token or four, straight from the codes.
  *
- * maddubs sums pairs of products in 16 bits, where up to 64 columns fit without overflow: eight
- * of the largest pairs 15 * 127 * 2, or sixteen of 7 * 127 * 2. 1- and 2-bit planes that lie one
- * or two bits up are multiplied where they are and the sums shifted back. 8-bit codes are two
- * 4-bit ones, and so are the bytes of a table, which vpshufb looks up. */
+ * maddubs sums pairs of products in 16 bits, where up to 64 columns fit without overflow: eight of
+ * the largest pairs 15 * 127 * 2, or sixteen of 7 * 127 * 2. Planes that lie some bits up are
+ * multiplied in place and their sums shifted back. 8-bit codes are treated as two 4-bit ones, as
+ * are the bytes of a table, which vpshufb looks up. */
 #include <stdbool.h>
 
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/gemv_avx2.h"
 
-/* What is stored: bits of a code, plus 16 if codes stand for the bytes of a table. 1-bit
- * codes have a file of their own. */
+/* Bits of a code, plus 16 if codes index the bytes of a table. 1-bit codes have their own file. */
 typedef enum { U2 = 2, U3, U4, U8 = 8, T2 = 16 + 2, T3, T4 } code_kind;
 
 LBQ_INLINE int
@@ -21,8 +20,8 @@ bits_of(const code_kind kind)
 
 enum { AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */ };
 
-/* A block's upper eight rows and its lower eight. One token takes both at once, four tokens one
- * after the other: either way the sums fit into the registers. */
+/* A block's upper eight rows and its lower eight. One token processes both at once, four tokens one
+ * after the other, so that the sums fit in registers. */
 typedef struct {
     __m256i half[2];
 } block;
@@ -138,12 +137,12 @@ sum_u8(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int
     }
 }
 
-/* Halves of the bytes that a nibble stands for. */
+/* Low and high halves of the bytes that a nibble selects. */
 typedef struct {
     __m256i low, high;
 } lookup;
 
-/* That of a nibble's code, or of one and the other of its two 2-bit codes. */
+/* For the code in a nibble, or for the first and second of its two 2-bit codes. */
 typedef struct {
     lookup first, second;
 } lookups;
@@ -275,12 +274,12 @@ LBQ_INLINE void
 sum_step(const code_kind kind, const ptrdiff_t step, const lookups *table, const uint8_t *codes,
          const int8_t *q, const int width, const int halves, __m256i *dot)
 {
-    /* 8-bit codes fill 16 bits after 32 columns, the others not before 64. */
+    /* 16-bit sums are full after 32 columns of 8-bit codes, and after 64 of the others. */
     const ptrdiff_t most = kind >= U8 ? 32 : 64, exact = step < most ? step : most;
     const ptrdiff_t turn = width == 1 && kind != U8 ? step : exact;
     ptrdiff_t end = step;
     if (turn < step)
-        __asm__("" : "+r"(end)); /* or gcc unrolls these turns as well, for nothing */
+        __asm__("" : "+r"(end)); /* else gcc unrolls this loop as well, for no gain */
     for (int i = 0; i < width * halves; i++)
         dot[i] = _mm256_setzero_si256();
 #pragma GCC unroll 1
@@ -292,8 +291,8 @@ sum_step(const code_kind kind, const ptrdiff_t step, const lookups *table, const
         }
 }
 
-/* A step's sums go into y after those of the next step are made. Right behind its own they waited
- * for them, and the core for them in turn, 15 to 20 % of the time on Cascade Lake. */
+/* A step's sums are added to y after the next step's are computed. Adding them at once stalled the
+ * core, 15 to 20 % of the time on Cascade Lake. */
 LBQ_INLINE void
 multiply_token(const code_kind kind, const ptrdiff_t step, const lookups *table,
                const lbq_panel *panel, const int8_t *q, progress *to)
@@ -315,7 +314,7 @@ multiply_token(const code_kind kind, const ptrdiff_t step, const lookups *table,
         add_sums(to, panel, 1, 0, 2, last);
 }
 
-/* Not so here: the sums of four tokens leave no register for those of the step before. */
+/* No such delay here: the sums of four tokens leave no register for those of the previous step. */
 LBQ_INLINE void
 multiply_four(const code_kind kind, const ptrdiff_t step, const lookups *table,
               const lbq_panel *panel, const int8_t *q, progress *to)
@@ -347,7 +346,7 @@ gemv(const code_kind kind, const ptrdiff_t step, const int width, const lbq_pane
     store(&sum, width, y);
 }
 
-/* Every length of a step has its own copy, whose loop over the columns is unrolled. */
+/* Every step length has its own copy, with its loop over the columns unrolled. */
 LBQ_INLINE void
 gemv_steps(const code_kind kind, const int width, const lbq_panel *panel, const lbq_activations *x,
            float *y)

@@ -1,12 +1,12 @@
-/* y of a panel while its steps are summed up. */
+/* Partial sums y of a panel, and the next step to add. */
 #ifndef LBQ_GEMV_AVX2_H
 #define LBQ_GEMV_AVX2_H
 
 #include "kernels/avx2/panel_avx2.h"
 
-/* y of some tokens as far as it is summed up, [half][token], and what the next step is multiplied
- * with: the panel's scales, offsets behind them, and the factors of the first of those tokens, of
- * activations of that width. */
+/* Partial sums y of some tokens, [half][token], and the factors of the next step: the panel's
+ * scales, followed by its offsets, and those of the first of these tokens, in activations of width
+ * `width`. */
 typedef struct {
     __m256 y[2][4];
     const uint8_t *scale;
@@ -23,7 +23,7 @@ start(const lbq_panel *panel, const float *factors, const ptrdiff_t width, const
     return sum;
 }
 
-/* The integer sums of a step, [half][token], into the halves of y from `first` on. */
+/* Adds the integer sums of a step, [half][token], to the halves of y, starting at `first`. */
 LBQ_INLINE void
 add_sums(progress *to, const lbq_panel *panel, const int tokens, const int first, const int halves,
          const __m256i *dot)

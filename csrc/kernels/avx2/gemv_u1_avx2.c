@@ -1,11 +1,10 @@
 /* 1-bit panels times int8 activations of a few tokens, by looking up sums of four activations.
  *
- * Four codes of a row are an index into the 16 sums that they can ask for (kernels.h), and vpshufb
- * looks up 16 rows at once. Sums come in two parts of at most 60, so that four of them add up in a
- * byte; low + 16 * high then goes to 16 bits by vpmaddubsw. The numbers are exact, unlike those of
- * J. Wei et al., "T-MAC: CPU Renaissance via Table Lookup for Low-Bit LLM Deployment on Edge",
- * 2024, whose tables are rounded to 8 bits. A block of 512 weights takes 26 instructions instead
- * of 54. */
+ * Four codes of a row index the 16 sums that they can select (list.h), and vpshufb looks up 16 rows
+ * at once. Sums come in two parts of at most 60, so that four of them fit in a byte; vpmaddubsw
+ * then widens low + 16 * high to 16 bits. The results are exact, unlike those of J. Wei et al.,
+ * "T-MAC: CPU Renaissance via Table Lookup for Low-Bit LLM Deployment on Edge", 2024, whose tables
+ * are rounded to 8 bits. A block of 512 weights takes 26 instructions instead of 54. */
 #include <stdbool.h>
 
 #include "kernels/avx2/avx2.h"
@@ -14,9 +13,9 @@
 enum {
     AHEAD = 4096,     /* bytes: the hardware prefetcher stops at page ends */
     COLUMNS = 32,     /* of a block */
-    SUMS = 256,       /* bytes that a block looks up */
-    HIGH = 128,       /* where their second part begins */
-    EXCESS = 16 * 256 /* what it adds to the sum of a block: 32 in each of 8 sums */
+    SUMS = 256,       /* bytes of sums for a block */
+    HIGH = 128,       /* where the second part begins */
+    EXCESS = 16 * 256 /* that it adds to a block's sum: 32 in each of 8 sums */
 };
 
 LBQ_INLINE __m256i
@@ -65,8 +64,8 @@ sum_step(const uint8_t *codes, const ptrdiff_t step, const uint8_t *sums, __m256
     }
 }
 
-/* A panel whose steps have `step` columns, times token t of x. A step's sums go into y after those
- * of the next step are made, as in gemv_avx2.c. */
+/* A panel whose steps have `step` columns, times token t of x. A step's sums are added to y after
+ * the next step's are computed, as in gemv_avx2.c. */
 LBQ_INLINE void
 multiply_token(const ptrdiff_t step, const lbq_panel *panel, const lbq_activations *x, ptrdiff_t t,
                float *y)
@@ -91,7 +90,7 @@ multiply_token(const ptrdiff_t step, const lbq_panel *panel, const lbq_activatio
     store(&sum, 1, y);
 }
 
-/* The fetch of instructions is what bounds the loop: with constant steps there are fewer. */
+/* Instruction fetch limits the loop, and constant steps need fewer instructions. */
 void
 lbq_gemv_u1_i8_avx2(const lbq_panel *panel, const lbq_activations *x, float *y)
 {

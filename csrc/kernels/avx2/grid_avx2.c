@@ -1,4 +1,4 @@
-/* Sums over sixteen groups and their codes, eight after eight, so that sums stay in registers. */
+/* Sums over sixteen groups and their codes, eight at a time, so that sums stay in registers. */
 #include <immintrin.h>
 
 #include "kernels/avx2/avx2.h"

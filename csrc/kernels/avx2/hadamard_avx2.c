@@ -1,8 +1,8 @@
 /* Hadamard transforms, eight numbers at a time.
  *
  * A block of up to 64 numbers stays in registers for six stages. Within a register a stage is one
- * shuffle and one exact fma, partner + sign * x. Longer transforms go on with passes of radix up to
- * 8, after the parts that fit the first-level cache are done. */
+ * shuffle and one exact fma, partner + sign * x. Longer transforms first do the parts that fit in
+ * the first-level cache, then passes of radix up to 8. */
 #include <immintrin.h>
 
 #include "kernels/avx2/avx2.h"
@@ -11,7 +11,7 @@
 
 enum { WIDTH = 8, BLOCK = 8 * WIDTH, CACHED = 4096 };
 
-/* The stages between registers of transforms over `span` of them; v holds count / span such. */
+/* The stages between registers of transforms of `span` registers; v holds count / span of them. */
 INLINE void
 between(const int count, const ptrdiff_t span, __m256 *v)
 {
@@ -26,7 +26,7 @@ between(const int count, const ptrdiff_t span, __m256 *v)
             }
 }
 
-/* The stages within a register that a transform of length n has. */
+/* The stages within a register, for a transform of length n. */
 INLINE __m256
 within(const ptrdiff_t n, __m256 x)
 {
@@ -227,7 +227,8 @@ tile(const int rows, const int vectors, const float *A, ptrdiff_t order, const f
         }
 }
 
-/* Up to `vectors` registers of lanes: their columns into scratch, then tiles of columns of A. */
+/* Up to `vectors` registers of lanes: copies their columns to scratch, then multiplies by tiles of
+ * columns of A. */
 INLINE void
 lane_block(const int vectors, const float *A, ptrdiff_t order, ptrdiff_t lanes, __m256i last,
            const float *before, const float *after, float *x, float *scratch)

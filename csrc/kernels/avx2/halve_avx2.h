@@ -1,4 +1,4 @@
-/* Eight numbers rounded to float16 by a direction, as round_f16 does. */
+/* Rounds eight numbers to float16 in a given direction, as round_f16 does. */
 #ifndef LBQ_HALVE_AVX2_H
 #define LBQ_HALVE_AVX2_H
 

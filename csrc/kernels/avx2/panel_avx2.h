@@ -1,4 +1,4 @@
-/* The scales of half a panel, one per lane; and what follows a step's integer sum. */
+/* The scales of half a panel, one per lane; the arithmetic after a step's integer sum. */
 #ifndef LBQ_PANEL_AVX2_H
 #define LBQ_PANEL_AVX2_H
 
@@ -10,10 +10,10 @@
 
 enum { HALF = LBQ_PANEL / 2 /* rows of a register */ };
 
-/* Keeps gcc from reordering a chain of sums, which would take registers it does not have. */
+/* Keeps gcc from reordering a chain of sums, which would need more registers than it has. */
 #define LBQ_BARRIER(sum) __asm__("" : "+x"(sum))
 
-/* Keeps the usual case in line, where gcc would jump to it and back. */
+/* Keeps the usual case inline; gcc would jump to it and back. */
 #define LBQ_LIKELY(condition) __builtin_expect(condition, 1)
 
 /* Four activations of one token in every lane: a load, no shuffle. */
@@ -25,7 +25,7 @@ broadcast_word(const int8_t *q)
     return _mm256_set1_epi32(word);
 }
 
-/* sum += codes * activations in 16 bits, two products to a lane. */
+/* sum += codes * activations in 16 bits, two products per lane. */
 LBQ_INLINE void
 add_products(__m256i *sum, __m256i codes, __m256i word)
 {
@@ -33,7 +33,7 @@ add_products(__m256i *sum, __m256i codes, __m256i word)
     LBQ_BARRIER(*sum);
 }
 
-/* Sums of 16 bits to 32, times `factor`. */
+/* Widens 16-bit sums to 32 bits, times `factor`. */
 LBQ_INLINE __m256i
 widen(__m256i sum, int factor)
 {
@@ -46,7 +46,7 @@ load_half(const uint8_t *at)
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)at));
 }
 
-/* The scales of rows 8 * half and up of a step, whose scales lie at `at`. */
+/* The scales of rows 8 * half and up, for the step whose scales start at `at`. */
 LBQ_INLINE __m256
 load_scale(const lbq_panel *panel, const uint8_t *at, const int half)
 {
@@ -66,7 +66,7 @@ load_scale(const lbq_panel *panel, const uint8_t *at, const int half)
     return _mm256_mul_ps(unit, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
 }
 
-/* y of a token and half a panel plus a step with integer sums `dot`; `factors` are the token's. */
+/* Adds a step's integer sums `dot` to y of a token and half a panel; `factors` are the token's. */
 LBQ_INLINE __m256
 add_step(const float *factors, ptrdiff_t width, __m256 scale, __m256i dot, __m256 y)
 {
@@ -75,7 +75,7 @@ add_step(const float *factors, ptrdiff_t width, __m256 scale, __m256i dot, __m25
     return _mm256_fmadd_ps(scale, sum, y);
 }
 
-/* y plus the offsets of a step. */
+/* Adds the offsets of a step to y. */
 LBQ_INLINE __m256
 add_offset(const float *factors, ptrdiff_t width, __m256 offset, __m256 y)
 {

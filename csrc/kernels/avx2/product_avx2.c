@@ -59,7 +59,7 @@ product(const bool bytes, ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A,
             tile(ROWS, bytes, k, A + r * lda, lda, B, c, ldb, add, C + r * ldc + c, ldc);
         const float *const rest = A + r * lda;
         float *const to = C + r * ldc + c;
-        switch (m - r) { /* groups of heads are small: what is left goes through B once */
+        switch (m - r) { /* groups of heads are small: the rest makes one pass over B */
         case 5:
             tile(5, bytes, k, rest, lda, B, c, ldb, add, to, ldc);
             break;

@@ -1,9 +1,9 @@
-/* Whatever needs exp: softmax, its sums, SwiGLU; tails by mask. */
+/* Everything that needs exp: softmax, its sums, SwiGLU; tails are masked. */
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/exp_avx2.h"
 #include "kernels/avx2/sum_avx2.h"
 
-/* The first `left` lanes, all of them from 8 on. */
+/* Mask of the first `left` lanes, all of them if left >= 8. */
 static inline __m256i
 lanes(ptrdiff_t left)
 {
@@ -27,7 +27,7 @@ lbq_max_f32_avx2(const float *x, ptrdiff_t count)
     return max;
 }
 
-/* x[i] = 2^(x[i] - shift); returns their sum, which zeros behind them would not change. */
+/* x[i] = 2^(x[i] - shift); returns their sum, which trailing zeros would not change. */
 static inline float
 weigh(float *x, ptrdiff_t count, float shift)
 {

@@ -1,5 +1,4 @@
-/* Rows of a matrix to lanes, eight columns of eight rows at a time, and back, sixteen of sixteen;
- * in registers. */
+/* Rows of a matrix to lanes, 8 x 8 at a time, and back, 16 x 16 at a time; in registers. */
 #include <immintrin.h>
 
 #include "kernels/avx2/avx2.h"
@@ -57,7 +56,7 @@ lbq_to_lanes_f32_avx2(const float *w, ptrdiff_t stride, ptrdiff_t rows, const in
     }
 }
 
-/* Four such rounds make columns of rows. */
+/* Four such rounds transpose 16 x 16 bytes. */
 static inline __attribute__((always_inline)) void
 shuffle_bytes(__m128i *x)
 {

@@ -1,4 +1,4 @@
-/* Activations to int8, sixteen steps at a time: what a step has one of fills a vector. */
+/* Activations to int8, sixteen steps at a time, so that one number per step fills a vector. */
 #include <math.h>
 #include <string.h>
 
@@ -21,7 +21,7 @@ plus(__m512i a, __m512i b)
     return _mm512_add_epi32(a, b);
 }
 
-/* Lane s of the result joins all lanes of v[s]. Four steps meet in each quarter, then quarters. */
+/* Lane s of the result combines all lanes of v[s]: four steps per quarter, then the quarters. */
 LBQ_INLINE __m512i
 join(operation op, const __m512i v[STEPS])
 {
@@ -42,7 +42,7 @@ join(operation op, const __m512i v[STEPS])
               _mm512_shuffle_i32x4(halves[0], halves[1], 0xdd));
 }
 
-/* At most 16 whole steps of this many vectors. */
+/* At most 16 whole steps of `vectors` vectors each. */
 LBQ_INLINE void
 quantize_steps(const float *x, ptrdiff_t steps, const int vectors, int limit, int8_t *q,
                float *scale, float *total)
@@ -65,7 +65,7 @@ quantize_steps(const float *x, ptrdiff_t steps, const int vectors, int limit, in
         for (int v = 0; v < vectors; v++) {
             const ptrdiff_t at = (s * vectors + v) * LANES;
             const __m512 times = _mm512_mul_ps(_mm512_loadu_ps(x + at), _mm512_set1_ps(inverse[s]));
-            /* Infinity times nothing becomes INT_MIN, whose low byte is the 0 that is wanted. */
+            /* Infinity * 0 becomes INT_MIN, whose low byte is 0, as required. */
             const __m512i code =
                 _mm512_cvt_roundps_epi32(times, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
             sum[s] = plus(sum[s], code);

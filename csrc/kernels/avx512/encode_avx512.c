@@ -1,5 +1,4 @@
-/* Ranges, grids and codes of the rows of a panel: vectors along a row, four rows joined at a time.
- */
+/* Ranges, grids and codes of a panel's rows: vectors along a row, joined four rows at a time. */
 #include <immintrin.h>
 #include <math.h>
 
@@ -7,8 +6,8 @@
 #include "kernels/avx512/lanes_avx512.h"
 #include "kernels/round.h"
 
-/* From vectors of four rows one that holds in every 128 bits an extreme of each; from two of those
- * the extremes of eight rows. */
+/* Reduces vectors of four rows to one that holds an extreme of each in every 128 bits, and two of
+ * these to the extremes of eight rows. */
 #define DEFINE_JOIN(name)                                                                          \
     static inline __m512 name##_of_four(const __m512 *row)                                         \
     {                                                                                              \
@@ -29,7 +28,7 @@
 DEFINE_JOIN(min)
 DEFINE_JOIN(max)
 
-/* The least and the most of four rows so far, and where neither of two of them had a NaN. */
+/* Running minimum and maximum of four rows, and for each pair of rows the lanes without a NaN. */
 typedef struct {
     __m512 least[4], most[4];
     __mmask16 numbers[2];
@@ -101,10 +100,10 @@ encode(const float *w, const float *grid, __m512 top)
 {
     const __m512 inverse = _mm512_set1_ps(grid[0]), offset = _mm512_set1_ps(grid[LBQ_ROWS]);
     const __m512 x = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(w), offset), inverse);
-    return _mm512_cvtps_epi32(_mm512_min_ps(x, top)); /* packing saturates what is negative */
+    return _mm512_cvtps_epi32(_mm512_min_ps(x, top)); /* packing turns negatives into 0 */
 }
 
-/* Sixteen columns of four rows, four of them in each 128 bits. */
+/* Sixteen columns of four rows, four columns in each 128 bits. */
 static inline __m512i
 encode_four(const float *w, ptrdiff_t stride, const float *grid, __m512 top)
 {
@@ -130,7 +129,7 @@ encode_block(const float *w, ptrdiff_t stride, const float *grid, __m512 top, ui
     }
 }
 
-/* The same for at most this many rows and columns. */
+/* The same for fewer rows or columns. */
 static __attribute__((noinline)) void
 encode_rest(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdiff_t columns, const float *grid,
             __m512 top, uint8_t *codes)
@@ -157,13 +156,13 @@ encode_rows(const float *w, ptrdiff_t stride, ptrdiff_t first, ptrdiff_t rows, p
     float steps[2 * LBQ_ROWS]; /* 1 / scale, offset */
     _mm256_storeu_ps(steps, _mm256_mask_div_ps(nearly_zero, some, one, scale));
     _mm256_storeu_ps(steps + LBQ_ROWS, _mm256_loadu_ps(grid + LBQ_PANEL + first));
-    __asm__("" : "+m"(steps)); /* else gcc takes them out of the vectors again, one by one */
+    __asm__("" : "+m"(steps)); /* else gcc extracts them from the vectors one by one */
     w += first * stride;
     codes += 4 * first;
     ptrdiff_t k = 0;
     for (; k < whole; k += 16) {
         const float *at = w + k;
-        __asm__("" : "+r"(at)); /* else gcc keeps a pointer to each row, most of them in memory */
+        __asm__("" : "+r"(at)); /* else gcc keeps one pointer per row, most of them in memory */
         for (int r = 0; r < LBQ_ROWS; r++)
             _mm_prefetch((const char *)(at + r * stride + ahead), _MM_HINT_T0);
         encode_block(at, stride, steps, limit, codes + k * LBQ_PANEL);

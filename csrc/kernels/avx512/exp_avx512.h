@@ -6,7 +6,7 @@
 
 #include "kernels/exp.h"
 
-/* For arguments that LBQ_EXP_HIGH bounds already. */
+/* For arguments already bounded by LBQ_EXP_HIGH. */
 static inline __m512
 lbq_exp_bounded_avx512(__m512 x)
 {
@@ -30,7 +30,7 @@ lbq_exp_avx512(__m512 x)
     return lbq_exp_bounded_avx512(_mm512_min_ps(_mm512_set1_ps(LBQ_EXP_HIGH), x));
 }
 
-/* Any x: of -infinity vreduceps makes 0 and vscalefps 2^-infinity. */
+/* Any x: for -infinity, vreduceps gives 0 and vscalefps 2^-infinity. */
 static inline __m512
 lbq_exp2_avx512(__m512 x)
 {

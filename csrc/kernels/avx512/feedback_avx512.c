@@ -1,11 +1,10 @@
-/* GPTQ's error feedback and rounding, sixteen rows in a vector; the moves
- * of coordinate descent. */
+/* GPTQ's error feedback and rounding, sixteen rows in a vector; moves of coordinate descent. */
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"
 #include "kernels/avx512/lanes_avx512.h"
 
-/* `columns` sums of sixteen rows, all in registers; without fma, as portable C rounds. */
+/* `columns` sums of sixteen rows, all in registers; without fma, to round as portable C does. */
 static inline __attribute__((always_inline)) void
 add_columns(const int columns, ptrdiff_t count, const float *R, ptrdiff_t stride, const float *e,
             ptrdiff_t pitch, float *sum)
@@ -40,7 +39,7 @@ lbq_feedback_f32_avx512(ptrdiff_t count, ptrdiff_t width, const float *R, ptrdif
         add_columns(1, count, R + j, stride, e, pitch, sum + j * pitch);
 }
 
-/* `columns` of them from `first` on, all in registers. */
+/* `columns` of them, starting at `first`, all in registers. */
 static inline __attribute__((always_inline)) void
 solve_columns(const int columns, ptrdiff_t first, const float *R, ptrdiff_t stride, float *x)
 {
@@ -91,7 +90,7 @@ lbq_round_f32_avx512(const float *grid, int top, const float *w, const float *sh
     _mm512_storeu_ps(e, _mm512_sub_ps(weight, _mm512_add_ps(value, offset)));
 }
 
-/* 16 * `vectors` sums, all in registers; the last vector as the mask has it. */
+/* 16 * `vectors` sums, all in registers; the last vector is masked. */
 static inline __attribute__((always_inline)) void
 add_rows(const int vectors, __mmask16 mask, ptrdiff_t count, const int32_t *row,
          const float *factor, const float *matrix, ptrdiff_t stride, float *y)

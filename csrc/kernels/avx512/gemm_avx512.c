@@ -1,7 +1,7 @@
 /* Two unpacked panels times a tile of eight tokens: sixteen sums in registers.
  *
- * Each broadcast activation word serves both panels, so loads stay below the two per cycle that
- * the core can do while vpdpbusd runs at its two. The float sums live in y, in the L1 cache. */
+ * Each broadcast activation word serves both panels, so loads stay below the core's two per cycle
+ * while vpdpbusd runs at its two per cycle. The float sums live in y, in the L1 cache. */
 #include <stdbool.h>
 
 #include "kernels/avx512/avx512.h"
@@ -23,8 +23,8 @@
 #define SUM(i) [sum##i] "=&v"(sum[i]),
 /* clang-format on */
 
-/* Integer sums of a step, [panel][token][row], the second panel `other` bytes behind the first. In
- * assembly, because gcc 12 copies half of the sums from register to register on every turn. */
+/* Integer sums of a step, [panel][token][row], the second panel `other` bytes after the first. In
+ * assembly, because gcc 12 copies half of the sums between registers in every iteration. */
 LBQ_INLINE void
 sum_step(const uint8_t *codes, ptrdiff_t other, const int8_t *q, ptrdiff_t columns,
          __m512i sum[2 * LBQ_TILE])
@@ -45,7 +45,7 @@ sum_step(const uint8_t *codes, ptrdiff_t other, const int8_t *q, ptrdiff_t colum
                      : "memory", "cc");
 }
 
-/* y of a panel, [token][row], plus a step with those integer sums, whose scales lie at `at`. */
+/* Adds a step with these integer sums and scales at `at` to y of a panel, [token][row]. */
 LBQ_INLINE void
 add_sums(const lbq_panel *panel, const bool has_offset, const uint8_t *at, const float *factors,
          const __m512i sum[LBQ_TILE], float *y)
@@ -61,7 +61,7 @@ add_sums(const lbq_panel *panel, const bool has_offset, const uint8_t *at, const
     }
 }
 
-/* Addresses are counted up: with products of s the next step's loads wait, 4 % of the time. */
+/* Addresses are incremented: computed from s they delay the next step's loads, 4 % of the time. */
 LBQ_INLINE void
 multiply(const lbq_panel *panel, const int count, const bool has_offset, const uint8_t *codes,
          ptrdiff_t first, ptrdiff_t end, const lbq_activations *x, float *y)
@@ -73,7 +73,7 @@ multiply(const lbq_panel *panel, const int count, const bool has_offset, const u
     const int8_t *q = x->values + first * step * LBQ_TILE;
     const float *factors = x->factors + 3 * first * LBQ_TILE;
     if (first == 0) {
-#pragma GCC unroll 16 /* else gcc calls on rep stos, 2 % of the time */
+#pragma GCC unroll 16 /* else gcc uses rep stos, 2 % of the time */
         for (int i = 0; i < count * LBQ_TILE; i++)
             _mm512_store_ps(y + i * LBQ_PANEL, _mm512_setzero_ps());
     }
@@ -105,8 +105,8 @@ lbq_gemm_u8_i8_avx512(const lbq_panel *panel, ptrdiff_t count, int bits, const u
         multiply(panel, 2, false, codes, first, end, x, y);
 }
 
-/* Rows lie pages apart, where the hardware prefetches nothing, so the next tile's lines are asked
- * for now: 10 to 16 % of the time of 49152 and 1536 rows. Streaming stores were slower. */
+/* Rows lie pages apart, where the hardware does not prefetch. Requesting the next tile's lines now
+ * saves 10 to 16 % of the time for 49152 and 1536 rows. Streaming stores were slower. */
 void
 lbq_store_tile_avx512(const float *sums, ptrdiff_t count, ptrdiff_t tokens, ptrdiff_t stride,
                       float *y)

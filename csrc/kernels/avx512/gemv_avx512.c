@@ -1,9 +1,9 @@
 /* Packed panels times int8 activations of one token or four, straight from the codes.
  *
- * A 64-byte block is one register with a row per lane. Planes are masked where they lie, at most
- * one shift per two planes: the sums of planes that lie 2 or 4 bits up come out 4 or 16 times too
- * large and are shifted back once per step. vpdpbusd takes activations broadcast by the load. Codes
- * of a table of levels become bytes by vpshufb. */
+ * A 64-byte block is one register with a row per lane. Planes are masked in place, with at most one
+ * shift per two planes: the sums of planes that lie 2 or 4 bits up are 4 or 16 times too large and
+ * are shifted back once per step. Loads broadcast the activations for vpdpbusd. vpshufb turns codes
+ * of a table of levels into bytes. */
 #include <stdbool.h>
 
 #include "kernels/avx512/avx512.h"
@@ -13,7 +13,7 @@ enum { AHEAD = 4096 /* bytes: the hardware prefetcher stops at page ends */ };
 
 #define MASK(bits) _mm512_set1_epi8((char)(bits))
 
-/* What is stored: bits of a code, plus 16 if codes stand for the bytes of a table. */
+/* Bits of a code, plus 16 if codes index the bytes of a table. */
 typedef enum { U1 = 1, U2, U3, U4, U8 = 8, T2 = 16 + 2, T3, T4 } code_kind;
 
 LBQ_INLINE int
@@ -22,8 +22,8 @@ bits_of(const code_kind kind)
     return kind % 16;
 }
 
-/* Integer sums of a step: of planes that lay in place, and of those that lay some bits up. One
- * token has two chains of each, so that the next vpdpbusd need not wait for the last. */
+/* Integer sums of a step: of planes in place, and of planes some bits up. One token has two chains
+ * of each, so that a vpdpbusd need not wait for the previous one. */
 typedef struct {
     __m512i low[4], high[4];
 } sums;
@@ -48,7 +48,7 @@ block_at(const uint8_t *codes, ptrdiff_t block)
     return planes;
 }
 
-/* From the 16 rows of each k-byte to the four k-bytes of each row. */
+/* Rearranges the 16 rows of each k-byte into the four k-bytes of each row. */
 LBQ_INLINE __m512i
 transposed(__m512i bytes)
 {
@@ -72,8 +72,8 @@ sum_u1(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int
     }
 }
 
-/* One token looks up sums of four activations, 16 rows at once, as the AVX2 kernel explains
- * (gemv_u1_avx2.c). Two blocks of them, one here, add up in bytes, low and high parts apart. */
+/* One token looks up sums of four activations, 16 rows at once, as gemv_u1_avx2.c explains. Up to
+ * two blocks are summed in bytes, low and high parts separately. */
 LBQ_INLINE void
 look_up_u1(const uint8_t *codes, const ptrdiff_t columns, const uint8_t *subsets, sums *sum)
 {
@@ -88,7 +88,7 @@ look_up_u1(const uint8_t *codes, const ptrdiff_t columns, const uint8_t *subsets
         high = _mm512_add_epi8(high, _mm512_shuffle_epi8(_mm512_loadu_si512(of + 2), n0));
         high = _mm512_add_epi8(high, _mm512_shuffle_epi8(_mm512_loadu_si512(of + 3), n1));
     }
-    /* The high part counts 16 times, but 32 were added to each of its 8 sums per block. */
+    /* The high part counts 16 times, and 32 was added to each of its 8 sums per block. */
     const __m512i excess = _mm512_set1_epi32((int)(columns / 32 * 16 * 8 * 32));
     sum->low[0] = _mm512_dpbusd_epi32(sum->low[0], transposed(low), MASK(1));
     sum->low[1] = _mm512_dpbusd_epi32(sum->low[1], transposed(high), MASK(16));
@@ -154,7 +154,7 @@ sum_u8(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int
     }
 }
 
-/* Bytes that a nibble stands for: of its code, or of one or the other of its two 2-bit codes. */
+/* Bytes that a nibble selects: by its code, or by the first and second of its two 2-bit codes. */
 typedef struct {
     __m512i first, second;
 } lookup;
@@ -256,15 +256,15 @@ sum_columns(const code_kind kind, const lookup *table, const uint8_t *codes,
     }
 }
 
-/* y of some tokens as far as it is summed up, and what the next step is multiplied with: the
- * panel's scales, offsets behind them, and the tokens' factors. */
+/* Partial sums y of some tokens, and the factors of the next step: the panel's scales, followed by
+ * its offsets, and the tokens' factors. */
 typedef struct {
     __m512 y[4];
     const uint8_t *scale;
     const float *factors;
 } progress;
 
-/* The integer sums of a step into y. */
+/* Adds the integer sums of a step to y. */
 LBQ_INLINE void
 add_sums(progress *to, const lbq_panel *panel, const int width, const __m512i *dot)
 {
@@ -285,13 +285,13 @@ LBQ_INLINE void
 sum_step(const code_kind kind, const ptrdiff_t step, const lookup *table, const uint8_t *codes,
          const lbq_activations *x, const int8_t *q, const int width, __m512i *dot)
 {
-    /* How far up the planes lay whose sums are `high`. */
+    /* How many bits up the planes of `high` lie. */
     const int up = kind == U1 ? 1 : kind == U4 ? 4 : kind == U2 || kind == U3 ? 2 : 0;
-    /* 1-bit codes fill bytes after 64 columns; the others take turns of as many. */
+    /* Byte sums of 1-bit codes are full after 64 columns; the others use pieces of that size. */
     const ptrdiff_t most = step < 64 ? step : 64, turn = width == 1 ? step : most;
     ptrdiff_t end = step;
     if (turn < step)
-        __asm__("" : "+r"(end)); /* or gcc unrolls these turns as well, for nothing */
+        __asm__("" : "+r"(end)); /* else gcc unrolls this loop as well, for no gain */
     sums sum;
     for (int t = 0; t < 4; t++)
         sum.low[t] = sum.high[t] = _mm512_setzero_si512();
@@ -310,8 +310,8 @@ sum_step(const code_kind kind, const ptrdiff_t step, const lookup *table, const 
         dot[t] = _mm512_add_epi32(sum.low[t], _mm512_srai_epi32(sum.high[t], up));
 }
 
-/* A panel whose steps have `step` columns. A step's sums go into y after those of the next step are
- * made: gemv_avx2.c says why. */
+/* A panel whose steps have `step` columns. A step's sums are added to y after the next step's are
+ * computed: gemv_avx2.c says why. */
 LBQ_INLINE void
 gemv(const code_kind kind, const ptrdiff_t step, const int width, const lbq_panel *panel,
      const lbq_activations *x, float *y)
@@ -340,7 +340,7 @@ gemv(const code_kind kind, const ptrdiff_t step, const int width, const lbq_pane
         _mm512_storeu_ps(y + t * LBQ_PANEL, sum.y[t]);
 }
 
-/* Every length of a step has its own copy, whose loop over the columns is unrolled. */
+/* Every step length has its own copy, with its loop over the columns unrolled. */
 LBQ_INLINE void
 gemv_steps(const code_kind kind, const int width, const lbq_panel *panel, const lbq_activations *x,
            float *y)

@@ -2,8 +2,8 @@
  *
  * A block of up to 256 numbers stays in registers for eight stages. Within a register a stage is
  * one shuffle and one exact fma, partner + sign * x; transposing 16 x 16 instead costs the same
- * shuffles. Longer transforms go on with passes of radix up to 16, after the parts that fit the
- * first-level cache are done. */
+ * shuffles. Longer transforms first do the parts that fit in the first-level cache, then passes of
+ * radix up to 16. */
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"
@@ -13,7 +13,7 @@
 
 enum { WIDTH = 16, BLOCK = 16 * WIDTH, CACHED = 4096 };
 
-/* The stages between registers of transforms over `span` of them; v holds count / span such. */
+/* The stages between registers of transforms of `span` registers; v holds count / span of them. */
 INLINE void
 between(const int count, const ptrdiff_t span, __m512 *v)
 {
@@ -28,7 +28,7 @@ between(const int count, const ptrdiff_t span, __m512 *v)
             }
 }
 
-/* The stages within a register that a transform of length n has. */
+/* The stages within a register, for a transform of length n. */
 INLINE __m512
 within(const ptrdiff_t n, __m512 x)
 {
@@ -233,7 +233,8 @@ tile(const int rows, const int vectors, const float *A, ptrdiff_t order, const f
         }
 }
 
-/* Up to `vectors` registers of lanes: their columns into scratch, then tiles of columns of A. */
+/* Up to `vectors` registers of lanes: copies their columns to scratch, then multiplies by tiles of
+ * columns of A. */
 INLINE void
 lane_block(const int vectors, const float *A, ptrdiff_t order, ptrdiff_t lanes, __mmask16 last,
            const float *before, const float *after, float *x, float *scratch)

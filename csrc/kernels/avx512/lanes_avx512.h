@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #include <stddef.h>
 
-/* The first `left` lanes, all of them from 16 on. */
+/* Mask of the first `left` lanes, all of them if left >= 16. */
 static inline __mmask16
 lbq_lanes_avx512(ptrdiff_t left)
 {

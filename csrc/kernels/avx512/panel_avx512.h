@@ -1,4 +1,4 @@
-/* The 16 scales and offsets of a step, one per lane; and what follows a step's integer sum. */
+/* The 16 scales and offsets of a step, one per lane; the arithmetic after a step's integer sum. */
 #ifndef LBQ_PANEL_AVX512_H
 #define LBQ_PANEL_AVX512_H
 
@@ -8,7 +8,7 @@
 
 #define LBQ_INLINE static inline __attribute__((always_inline))
 
-/* Keeps the usual case in line, where gcc would jump to it and back. */
+/* Keeps the usual case inline; gcc would jump to it and back. */
 #define LBQ_LIKELY(condition) __builtin_expect(condition, 1)
 
 /* Four activations of one token in every lane: a load, no shuffle. */
@@ -26,7 +26,7 @@ load_half(const uint8_t *at)
     return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)at));
 }
 
-/* The scales of a step, which lie at `at`. */
+/* The scales of the step whose scales start at `at`. */
 LBQ_INLINE __m512
 load_scale(const lbq_panel *panel, const uint8_t *at)
 {
@@ -46,7 +46,7 @@ load_scale(const lbq_panel *panel, const uint8_t *at)
     return _mm512_mul_ps(unit, _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)));
 }
 
-/* y of a token and a panel plus a step with the integer sums `dot`; `factors` are the token's. */
+/* Adds a step's integer sums `dot` to y of a token and a panel; `factors` are the token's. */
 LBQ_INLINE __m512
 add_step(const float *factors, ptrdiff_t width, __m512 scale, __m512i dot, __m512 y)
 {
@@ -55,7 +55,7 @@ add_step(const float *factors, ptrdiff_t width, __m512 scale, __m512i dot, __m51
     return _mm512_fmadd_ps(scale, sum, y);
 }
 
-/* y plus the offsets of a step. */
+/* Adds the offsets of a step to y. */
 LBQ_INLINE __m512
 add_offset(const float *factors, ptrdiff_t width, __m512 offset, __m512 y)
 {

@@ -27,8 +27,8 @@ prefetch(const bool bytes, const void *B, ptrdiff_t at)
                  _MM_HINT_T0);
 }
 
-/* Fewer rows than a whole tile's are mostly those of one token, which meet keys and values once,
- * straight from memory. */
+/* Fewer rows than a tile mostly belong to one token, which reads keys and values once, straight
+ * from memory. */
 static inline __attribute__((always_inline)) void
 tile(const int rows, const int vectors, const bool bytes, ptrdiff_t k, const float *A,
      ptrdiff_t lda, const void *B, ptrdiff_t at, ptrdiff_t ldb, int add, float *C, ptrdiff_t ldc)
@@ -71,7 +71,7 @@ columns(const int vectors, const bool bytes, ptrdiff_t m, ptrdiff_t k, const flo
         tile(ROWS, vectors, bytes, k, A + r * lda, lda, B, at, ldb, add, C + r * ldc, ldc);
     const float *const rest = A + r * lda;
     float *const to = C + r * ldc;
-    switch (m - r) { /* groups of heads are small: what is left goes through B once */
+    switch (m - r) { /* groups of heads are small: the rest makes one pass over B */
     case 5:
         tile(5, vectors, bytes, k, rest, lda, B, at, ldb, add, to, ldc);
         break;

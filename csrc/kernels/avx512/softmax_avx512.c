@@ -1,4 +1,4 @@
-/* Whatever needs exp: softmax, its sums, SwiGLU; tails by mask. */
+/* Everything that needs exp: softmax, its sums, SwiGLU; tails are masked. */
 #include "kernels/avx512/avx512.h"
 #include "kernels/avx512/exp_avx512.h"
 #include "kernels/avx512/lanes_avx512.h"
@@ -13,7 +13,7 @@ double_sum(__m512 x)
 float
 lbq_max_f32_avx512(const float *x, ptrdiff_t count)
 {
-    __m512 max[4]; /* four chains, for a maximum takes four cycles */
+    __m512 max[4]; /* four chains, since a maximum takes four cycles */
     for (int j = 0; j < 4; j++)
         max[j] = _mm512_set1_ps(x[0]);
     ptrdiff_t i = 0;
@@ -28,7 +28,7 @@ lbq_max_f32_avx512(const float *x, ptrdiff_t count)
     return _mm512_reduce_max_ps(_mm512_max_ps(max[0], _mm512_max_ps(max[2], max[3])));
 }
 
-/* x[i] = 2^(x[i] - shift); returns their sum, which zeros behind them would not change. */
+/* x[i] = 2^(x[i] - shift); returns their sum, which trailing zeros would not change. */
 static inline float
 weigh(float *x, ptrdiff_t count, float shift)
 {
@@ -51,7 +51,7 @@ weigh(float *x, ptrdiff_t count, float shift)
 }
 
 /* Sixteen rows at a time: first all maxima, then all exponentials. Row by row, one waits for the
- * other, and all takes twice as long. */
+ * other, which takes twice as long. */
 void
 lbq_softmax_f32_avx512(ptrdiff_t rows, ptrdiff_t count, float *x, ptrdiff_t stride, float *max,
                        float *sum, float *factor)

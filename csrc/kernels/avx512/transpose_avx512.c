@@ -1,4 +1,4 @@
-/* Columns of rows to lanes: sixteen neighbours of sixteen rows at a time, in registers. */
+/* Columns to lanes: 16 adjacent columns of 16 rows at a time, in registers. */
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"

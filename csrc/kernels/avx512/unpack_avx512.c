@@ -1,4 +1,4 @@
-/* Codes to bytes, a block at a time; bytes to those they stand for, and to float32 values. */
+/* Codes to bytes, a block at a time; bytes to the bytes of a table, and to float32 values. */
 #include <immintrin.h>
 
 #include "kernels/avx512/avx512.h"
@@ -6,7 +6,7 @@
 #define MASK(bits) _mm512_set1_epi8((char)(bits))
 
 /* A panel's codes are unpacked a few kilobytes at a time, with long products in between, so the
- * hardware does not look ahead: with this 8 tokens of a 4096 x 4096 layer take 5 % less. */
+ * hardware does not prefetch. Prefetching here saves 5 % for 8 tokens of a 4096 x 4096 layer. */
 static inline __m512i
 load_codes(const uint8_t *at)
 {

@@ -13,7 +13,7 @@ magnitude_bits(float value)
     return bits & 0x7fffffff;
 }
 
-/* Nearest integer, ties to even, of |value| < 2^22: the sum's last bit is worth one. */
+/* Nearest integer, ties to even, for |value| < 2^22: the last bit of the sum is worth 1. */
 static inline int32_t
 nearest(float value)
 {

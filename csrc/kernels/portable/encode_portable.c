@@ -1,4 +1,4 @@
-/* Ranges, grids and codes of the rows of a panel. */
+/* Ranges, grids and codes of a panel's rows. */
 #include <math.h>
 #include <stdbool.h>
 #include <string.h>
@@ -30,7 +30,7 @@ void
 lbq_cover_f16_portable(const float *low, const float *high, const lbq_cover *cover, float *grid)
 {
     for (int l = 0; l < LBQ_PANEL; l++) {
-        const float least = cover->clip * low[l] + 0.0f; /* a range may begin with -0 or with 0 */
+        const float least = cover->clip * low[l] + 0.0f; /* turns -0, a possible minimum, into 0 */
         const float most = cover->clip * high[l];
         const float start = cover->has_offset ? lbq_half_round(least, -1) : 0;
         const float up = (most - start) / cover->above, down = (start - least) / cover->below;
@@ -53,7 +53,7 @@ lbq_encode_f32_portable(const float *w, ptrdiff_t stride, ptrdiff_t rows, ptrdif
             float x = (w[r * stride + k] - offset) * inverse;
             x = x > 0 ? x : 0;
             x = x < limit ? x : limit;
-            x = (x + 0x1.8p23f) - 0x1.8p23f; /* whole, ties to even, without a call */
+            x = (x + 0x1.8p23f) - 0x1.8p23f; /* rounds, ties to even, without a call */
             codes[(k / 4 * LBQ_PANEL + r) * 4 + k % 4] = (uint8_t)(int32_t)x;
         }
     }

@@ -1,5 +1,4 @@
-/* GPTQ's error feedback and rounding of sixteen rows at a time; the moves
- * of coordinate descent. */
+/* GPTQ's error feedback and rounding, sixteen rows at a time; moves of coordinate descent. */
 #include <string.h>
 
 #include "kernels/portable/portable.h"
@@ -43,7 +42,7 @@ lbq_round_f32_portable(const float *grid, int top, const float *w, const float *
         float x = ((w[l] + shift[l]) - offset[l]) * inverse[l];
         x = x > 0 ? x : 0;
         x = x < limit ? x : limit;
-        level[l] = (x + 0x1.8p23f) - 0x1.8p23f; /* whole, ties to even, without a call */
+        level[l] = (x + 0x1.8p23f) - 0x1.8p23f; /* rounds, ties to even, without a call */
     }
     for (int l = 0; l < LBQ_PANEL; l++) {
         codes[l] = (uint8_t)level[l];

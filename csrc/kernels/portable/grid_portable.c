@@ -49,7 +49,7 @@ lbq_grid_sums_f32_portable(const float *w, const float *importance, ptrdiff_t co
             const float x = fmaf(w[k * LBQ_PANEL + l], grid[l], grid[LBQ_PANEL + l]);
             float v = x > 0 ? x : 0;
             v = v < limit ? v : limit;
-            v = (v + 0x1.8p23f) - 0x1.8p23f; /* whole, ties to even, without a call */
+            v = (v + 0x1.8p23f) - 0x1.8p23f; /* rounds, ties to even, without a call */
             const float r = x - v;
             const float hr = importance ? importance[k * LBQ_PANEL + l] * r : r;
             sum[0][l] += hr;

@@ -27,7 +27,7 @@ lbq_hadamard_sylvester_portable(ptrdiff_t n, ptrdiff_t count, const float *befor
     multiply(n * count, after, x);
 }
 
-/* sum += b x, rounded once; without fmaf, which may be a slow call, where b is a sign. */
+/* sum += b x, rounded once; if b is a sign, without fmaf, which may be a slow call. */
 static void
 add_multiple(float b, const float *x, ptrdiff_t lanes, float *sum)
 {

@@ -4,8 +4,7 @@
 
 #include "kernels/kernels.h"
 
-#define LBQ_PROTOTYPE(name, result, parameters) result lbq_##name##_portable parameters;
-LBQ_KERNELS(LBQ_PROTOTYPE)
-#undef LBQ_PROTOTYPE
+#define X(name, result, parameters) result lbq_##name##_portable parameters;
+#include "kernels/list.h"
 
 #endif

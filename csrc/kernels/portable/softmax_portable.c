@@ -1,4 +1,4 @@
-/* Whatever needs exp: softmax, its sums, SwiGLU. */
+/* Everything that needs exp: softmax, its sums, SwiGLU. */
 #include "kernels/portable/exp_portable.h"
 #include "kernels/portable/portable.h"
 
@@ -21,7 +21,7 @@ lbq_max_f32_portable(const float *x, ptrdiff_t count)
     return max;
 }
 
-/* x[i] = 2^(x[i] - shift); returns their sum, which zeros behind them would not change. */
+/* x[i] = 2^(x[i] - shift); returns their sum, which trailing zeros would not change. */
 static float
 weigh(float *x, ptrdiff_t count, float shift)
 {

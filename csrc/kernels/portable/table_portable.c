@@ -8,7 +8,8 @@
 void
 lbq_table_portable(lbq_kernels *table)
 {
-#define ENTRY(name, result, parameters) .name = lbq_##name##_portable,
-    *table = (lbq_kernels){LBQ_KERNELS(ENTRY)};
-#undef ENTRY
+    *table = (lbq_kernels){
+#define X(name, result, parameters) .name = lbq_##name##_portable,
+#include "kernels/list.h"
+    };
 }

@@ -1,4 +1,4 @@
-/* Codes to bytes, bytes to those they stand for, and to float32 values. */
+/* Codes to bytes, bytes to the bytes of a table, and to float32 values. */
 #include <math.h>
 
 #include "kernels/portable/portable.h"

@@ -21,19 +21,18 @@ multiply_vector(void *context, ptrdiff_t index, int worker)
     (void)worker;
     const vector_product *const p = context;
     const ptrdiff_t row = index * VECTOR_ROWS, cols = p->copy->cols;
-    LBQ_BLAS(cblas_sgemv,
-             CblasRowMajor,
-             CblasNoTrans,
-             (int)lbq_smaller(VECTOR_ROWS, p->copy->rows - row),
-             (int)cols,
-             1,
-             p->copy->dense + row * cols,
-             (int)cols,
-             p->x,
-             1,
-             p->beta,
-             p->y + row,
-             1);
+    LBQ_CBLAS(sgemv,
+              CblasNoTrans,
+              (int)lbq_smaller(VECTOR_ROWS, p->copy->rows - row),
+              (int)cols,
+              1,
+              p->copy->dense + row * cols,
+              (int)cols,
+              p->x,
+              1,
+              p->beta,
+              p->y + row,
+              1);
     return LBQ_OK;
 }
 

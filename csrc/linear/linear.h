@@ -58,7 +58,7 @@ bool lbq_linear_is_float(const lbq_linear *layer);
 /* y (tokens, rows) for x (tokens, cols), both finite; a NaN or infinity in a token's x makes that
  * token's y NaN. Copies are added in their order, then the adapter, then b. Where activations are
  * quantized and there is no adapter, y is equal bit for bit on every instruction set, for every
- * number of threads and regardless of the other tokens (kernels.h has the order of operations).
+ * number of threads and regardless of the other tokens (kernels/list.h: the order of operations).
  * LBQ_NO_MEMORY if there is none for scratch. */
 lbq_status lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y);
 

@@ -7,6 +7,7 @@
 #include "transformer/attention.h"
 #include "transformer/attention_backward.h"
 #include "transformer/decoder_backward.h"
+#include "transformer/head_backward.h"
 #include "transformer/rmsnorm.h"
 #include "transformer/rope.h"
 #include "transformer/swiglu.h"
@@ -334,6 +335,80 @@ LBQ_BINDING(embed_backward)
     LBQ_RUN(embed_backward(decoder, &tokens, &dx, &dense));
 }
 
+static lbq_status
+finish_backward(const lbq_decoder *decoder, const lbq_array *x, const lbq_array *g,
+                const lbq_array *final_norm, const lbq_array *dx)
+{
+    LBQ_TRY(lbq_check_axis(x, "x", 1, "hidden", decoder->hidden));
+    return lbq_finish_backward(decoder, x->dims[0], x->data, g->data, final_norm->data, dx->data);
+}
+
+LBQ_BINDING(finish_backward)
+{
+    const lbq_decoder *decoder;
+    lbq_array x, g, final_norm, dx;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_IN("x", &x, NPY_FLOAT32, "th"),
+        LBQ_IN("g", &g, NPY_FLOAT32, "th"),
+        LBQ_OUT_OR_NONE("final_norm", &final_norm, NPY_FLOAT32, "h"),
+        LBQ_OUT("dx", &dx, NPY_FLOAT32, "th"),
+    };
+    LBQ_PARSE("finish_backward", spec);
+    LBQ_RUN(finish_backward(decoder, &x, &g, &final_norm, &dx));
+}
+
+static lbq_status
+head_backward(const lbq_decoder *decoder, const lbq_objective *objective, const lbq_array *y,
+              const lbq_array *teacher_hidden, const lbq_linear_gradient *gradient,
+              const lbq_array *loss, const lbq_array *dy)
+{
+    LBQ_TRY(lbq_check_axis(y, "y", 1, "hidden", decoder->hidden));
+    LBQ_REQUIRE(!objective->teacher == !teacher_hidden->data,
+                LBQ_BAD_VALUE,
+                "only one of teacher and teacher_hidden is given");
+    if (objective->teacher)
+        LBQ_TRY(lbq_check_axis(
+            teacher_hidden, "teacher_hidden", 1, "hidden", objective->teacher->hidden));
+    LBQ_REQUIRE(!objective->target || !objective->uniform,
+                LBQ_BAD_VALUE,
+                "both target and uniform are given");
+    return lbq_head_backward(
+        decoder, objective, y->dims[0], y->data, gradient, loss->data, dy->data);
+}
+
+LBQ_BINDING(head_backward)
+{
+    const lbq_decoder *decoder, *teacher;
+    const lbq_linear_gradient *gradient;
+    lbq_array y, teacher_hidden, target, uniform, weight, loss, dy;
+    lbq_objective objective;
+    const lbq_arg spec[] = {
+        LBQ_HANDLE("decoder", &decoder, DECODER),
+        LBQ_IN("y", &y, NPY_FLOAT32, "th"),
+        LBQ_HANDLE_OR_NONE("teacher", &teacher, DECODER),
+        LBQ_IN_OR_NONE("teacher_hidden", &teacher_hidden, NPY_FLOAT32, "tk"),
+        LBQ_IN_OR_NONE("target", &target, NPY_INT32, "t"),
+        LBQ_IN_OR_NONE("uniform", &uniform, NPY_FLOAT64, "t"),
+        LBQ_IN_OR_NONE("weight", &weight, NPY_FLOAT32, "t"),
+        LBQ_HANDLE("gradient", &gradient, LINEAR_GRADIENT),
+        LBQ_OUT("loss", &loss, NPY_FLOAT64, "t"),
+        LBQ_OUT_OR_NONE("dy", &dy, NPY_FLOAT32, "th"),
+        LBQ_FLOAT("forward", &objective.loss.forward, 0, 1e6),
+        LBQ_FLOAT("reverse", &objective.loss.reverse, 0, 1e6),
+        LBQ_FLOAT("jensen_shannon", &objective.loss.jensen_shannon, 0, 1e6),
+        LBQ_FLOAT("cross_entropy", &objective.loss.cross_entropy, 0, 1e6),
+        LBQ_FLOAT("temperature", &objective.loss.temperature, 1e-3, 1e3),
+    };
+    LBQ_PARSE("head_backward", spec);
+    objective.target = target.data;
+    objective.uniform = uniform.data;
+    objective.teacher = teacher;
+    objective.teacher_hidden = teacher_hidden.data;
+    objective.weight = weight.data;
+    LBQ_RUN(head_backward(decoder, &objective, &y, &teacher_hidden, gradient, &loss, &dy));
+}
+
 PyMethodDef lbq_methods_backward[] = {
     LBQ_METHOD(rmsnorm_backward, "rmsnorm_backward(x, gain, g, dgain, dx, *, epsilon)\n"
                                  "Add the gradients of a norm, for g = dL/dy, to dgain and dx."),
@@ -362,5 +437,13 @@ PyMethodDef lbq_methods_backward[] = {
     LBQ_METHOD(embed_backward,
                "embed_backward(decoder, tokens, dx, dense)\n"
                "Add the gradient of looked-up rows to that of the embedding; dx is overwritten."),
+    LBQ_METHOD(finish_backward,
+               "finish_backward(decoder, x, g, final_norm, dx)\n"
+               "Through the last norm, for g = dL/dy; the gradient of its gains is added."),
+    LBQ_METHOD(head_backward,
+               "head_backward(decoder, y, teacher, teacher_hidden, target, uniform, weight, "
+               "gradient, loss, dy, *, forward, reverse, jensen_shannon, cross_entropy, "
+               "temperature)\n"
+               "Loss of each token, dL/dy, and the head's gradients, which are added."),
     LBQ_METHODS_END,
 };

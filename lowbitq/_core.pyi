@@ -242,6 +242,23 @@ def kl_divergence(
     same: NDArray[np.uint8],
     /,
 ) -> None: ...
+def loss_gradient(
+    logits: NDArray[np.float32],
+    teacher: NDArray[np.float32] | None,
+    target: NDArray[np.int32] | None,
+    weight: NDArray[np.float32] | None,
+    loss: NDArray[np.float64],
+    /,
+    *,
+    forward: float,
+    reverse: float,
+    jensen_shannon: float,
+    cross_entropy: float,
+    temperature: float,
+) -> None: ...
+def draw(
+    logits: NDArray[np.float32], uniform: NDArray[np.float64], target: NDArray[np.int32], /
+) -> None: ...
 def block(
     attention_norm: NDArray[np.float32] | None,
     mlp_norm: NDArray[np.float32] | None,

@@ -240,6 +240,7 @@ class Calls:
             values = np.sort(values) if a.name == "levels" else values
             values = abs(values) if a.name in ("counts", "weights", "importance") else values
             values = values.astype("f2") if a.name in ("scale", "offset") else values
+            values = values % 1 if a.name == "uniform" else values
         else:
             values = rng.integers(0, r.choice([2, 2, 16, 20, 120]), shape)
         size = int(np.prod(shape)) * dtype.itemsize

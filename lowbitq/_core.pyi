@@ -313,6 +313,8 @@ def decoder_block(
     o: NDArray[np.float32] | None,
     mlp: NDArray[np.float32] | None,
     down: NDArray[np.float32] | None,
+    log_sum: NDArray[np.float32] | None,
+    middle: NDArray[np.float32] | None,
     /,
     *,
     block: int,
@@ -339,3 +341,116 @@ def hadamard_rotation(
 def dense_rotation(matrix: NDArray[np.float32], /) -> Any: ...
 def rotate(rotation: Any, x: NDArray[np.float32], /) -> None: ...
 def rotate_back(rotation: Any, x: NDArray[np.float32], /) -> None: ...
+def rmsnorm_backward(
+    x: NDArray[np.float32],
+    gain: NDArray[np.float32] | None,
+    g: NDArray[np.float32],
+    dgain: NDArray[np.float32] | None,
+    dx: NDArray[np.float32],
+    /,
+    *,
+    epsilon: float,
+) -> None: ...
+def swiglu_backward(
+    gate: NDArray[np.float32],
+    up: NDArray[np.float32],
+    g: NDArray[np.float32],
+    dgate: NDArray[np.float32],
+    dup: NDArray[np.float32],
+    /,
+) -> None: ...
+def attention_backward(
+    q: NDArray[np.float32],
+    k: NDArray[np.float32],
+    v: NDArray[np.float32],
+    g: NDArray[np.float32],
+    dq: NDArray[np.float32],
+    dk: NDArray[np.float32],
+    dv: NDArray[np.float32],
+    /,
+) -> None: ...
+def copy_gradient(
+    dense: NDArray[np.float32] | None, fusion: NDArray[np.float32] | None, /
+) -> Any: ...
+def linear_gradient(
+    copies: tuple[Any, ...],
+    bias: NDArray[np.float32] | None,
+    U: NDArray[np.float32] | None,
+    V: NDArray[np.float32] | None,
+    /,
+) -> Any: ...
+def linear_backward(
+    layer: Any,
+    x: NDArray[np.float32],
+    g: NDArray[np.float32],
+    gradient: Any,
+    dx: NDArray[np.float32] | None,
+    /,
+) -> None: ...
+def block_gradient(
+    attention_norm: NDArray[np.float32] | None,
+    mlp_norm: NDArray[np.float32] | None,
+    query_norm: NDArray[np.float32] | None,
+    key_norm: NDArray[np.float32] | None,
+    q_proj: Any,
+    k_proj: Any,
+    v_proj: Any,
+    o_proj: Any,
+    gate_proj: Any,
+    up_proj: Any,
+    down_proj: Any,
+    /,
+) -> Any: ...
+def block_backward(
+    decoder: Any,
+    x: NDArray[np.float32],
+    o: NDArray[np.float32] | None,
+    log_sum: NDArray[np.float32] | None,
+    middle: NDArray[np.float32] | None,
+    gradient: Any,
+    q_proj: NDArray[np.float32] | None,
+    k_proj: NDArray[np.float32] | None,
+    v_proj: NDArray[np.float32] | None,
+    o_proj: NDArray[np.float32] | None,
+    gate_proj: NDArray[np.float32] | None,
+    up_proj: NDArray[np.float32] | None,
+    down_proj: NDArray[np.float32] | None,
+    dx: NDArray[np.float32],
+    /,
+    *,
+    block: int,
+) -> None: ...
+def embed_backward(
+    decoder: Any,
+    tokens: NDArray[np.int32],
+    dx: NDArray[np.float32],
+    dense: NDArray[np.float32],
+    /,
+) -> None: ...
+def finish_backward(
+    decoder: Any,
+    x: NDArray[np.float32],
+    g: NDArray[np.float32],
+    final_norm: NDArray[np.float32] | None,
+    dx: NDArray[np.float32],
+    /,
+) -> None: ...
+def head_backward(
+    decoder: Any,
+    y: NDArray[np.float32],
+    teacher: Any,
+    teacher_hidden: NDArray[np.float32] | None,
+    target: NDArray[np.int32] | None,
+    uniform: NDArray[np.float64] | None,
+    weight: NDArray[np.float32] | None,
+    gradient: Any,
+    loss: NDArray[np.float64],
+    dy: NDArray[np.float32] | None,
+    /,
+    *,
+    forward: float,
+    reverse: float,
+    jensen_shannon: float,
+    cross_entropy: float,
+    temperature: float,
+) -> None: ...

@@ -410,40 +410,40 @@ LBQ_BINDING(head_backward)
 }
 
 PyMethodDef lbq_methods_backward[] = {
-    LBQ_METHOD(rmsnorm_backward, "rmsnorm_backward(x, gain, g, dgain, dx, *, epsilon)\n"
+    LBQ_METHOD(rmsnorm_backward, "rmsnorm_backward(x, gain, g, dgain, dx, /, *, epsilon)\n--\n\n"
                                  "Add the gradients of a norm, for g = dL/dy, to dgain and dx."),
-    LBQ_METHOD(swiglu_backward, "swiglu_backward(gate, up, g, dgate, dup)\n"
+    LBQ_METHOD(swiglu_backward, "swiglu_backward(gate, up, g, dgate, dup, /)\n--\n\n"
                                 "Gradients of silu(gate) * up, for g = dL/dy."),
     LBQ_METHOD(attention_backward,
-               "attention_backward(q, k, v, g, dq, dk, dv)\n"
+               "attention_backward(q, k, v, g, dq, dk, dv, /)\n--\n\n"
                "Gradients of causal attention over a window of its own, for g = dL/do."),
     LBQ_METHOD(copy_gradient,
-               "copy_gradient(dense, fusion)\n"
+               "copy_gradient(dense, fusion, /)\n--\n\n"
                "Handle of the arrays to which gradients of a copy's weights are added."),
     LBQ_METHOD(linear_gradient,
-               "linear_gradient(copies, bias, U, V)\n"
+               "linear_gradient(copies, bias, U, V, /)\n--\n\n"
                "Handle of the arrays to which gradients of a layer's parts are added."),
-    LBQ_METHOD(linear_backward, "linear_backward(layer, x, g, gradient, dx)\n"
+    LBQ_METHOD(linear_backward, "linear_backward(layer, x, g, gradient, dx, /)\n--\n\n"
                                 "Gradients of a dense layer for g = dL/dy; dx is written."),
     LBQ_METHOD(block_gradient,
-               "block_gradient(attention_norm, mlp_norm, query_norm, key_norm, q_proj, k_proj, "
-               "v_proj, o_proj, gate_proj, up_proj, down_proj)\n"
+               "block_gradient(attention_norm, mlp_norm, query_norm, key_norm, q_proj, "
+               "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, /)\n--\n\n"
                "Handle of the arrays to which gradients of a block's parts are added."),
     LBQ_METHOD(block_backward,
-               "block_backward(decoder, x, o, log_sum, middle, gradient, q_proj, k_proj, v_proj, "
-               "o_proj, gate_proj, up_proj, down_proj, dx, *, block)\n"
-               "Take dL/dx behind a block to that before it; gradients of its layers' outputs are "
-               "written."),
-    LBQ_METHOD(embed_backward,
-               "embed_backward(decoder, tokens, dx, dense)\n"
-               "Add the gradient of looked-up rows to that of the embedding; dx is overwritten."),
+               "block_backward(decoder, x, o, log_sum, middle, gradient, q_proj, k_proj, "
+               "v_proj, o_proj, gate_proj, up_proj, down_proj, dx, /, *, block)\n--\n\n"
+               "Take dL/dx behind a block to that before it; gradients of its layers' outputs "
+               "are written."),
+    LBQ_METHOD(embed_backward, "embed_backward(decoder, tokens, dx, dense, /)\n--\n\n"
+                               "Add the gradient of looked-up rows to that of the embedding; dx is "
+                               "overwritten."),
     LBQ_METHOD(finish_backward,
-               "finish_backward(decoder, x, g, final_norm, dx)\n"
+               "finish_backward(decoder, x, g, final_norm, dx, /)\n--\n\n"
                "Through the last norm, for g = dL/dy; the gradient of its gains is added."),
     LBQ_METHOD(head_backward,
                "head_backward(decoder, y, teacher, teacher_hidden, target, uniform, weight, "
-               "gradient, loss, dy, *, forward, reverse, jensen_shannon, cross_entropy, "
-               "temperature)\n"
+               "gradient, loss, dy, /, *, forward, reverse, jensen_shannon, cross_entropy, "
+               "temperature)\n--\n\n"
                "Loss of each token, dL/dy, and the head's gradients, which are added."),
     LBQ_METHODS_END,
 };

@@ -78,10 +78,10 @@ norm_backward_task(void *context, ptrdiff_t index, int worker)
         row_sums(n, x, g, &squares, &product);
         const double mean = squares / (double)n->cols + (double)n->epsilon;
         const float s = (float)(1 / sqrt(mean));
-        const float along = (float)(product / (double)n->cols / mean / sqrt(mean));
+        const double along = product / (double)n->cols / mean / sqrt(mean);
         n->scale[r] = s;
         for (ptrdiff_t i = 0; i < n->cols; i++)
-            dx[i] += s * g[i] * (n->gain ? n->gain[i] : 1) - along * x[i];
+            dx[i] += s * g[i] * (n->gain ? n->gain[i] : 1) - (float)(along * (double)x[i]);
     }
     return LBQ_OK;
 }

@@ -241,7 +241,7 @@ class Model:
         """
         tokens = self._tokens(tokens)
         x = np.empty((len(tokens), self.config.hidden_size), np.float32)
-        _core.decoder_embed(self._decoder(), tokens, x)
+        _core.decoder_embed(self.handle, tokens, x)
         return x
 
     def block_forward(
@@ -276,7 +276,7 @@ class Model:
                 if tap not in taps:
                     taps[tap] = np.empty(shape, np.float32)
             buffers = [taps[tap] for tap in TAPS]
-        _core.decoder_block(self._decoder(), hidden, *buffers, block=index)
+        _core.decoder_block(self.handle, hidden, *buffers, None, None, block=index)
 
     def hidden(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Return the input of the head.
@@ -297,13 +297,13 @@ class Model:
         """
         tokens = self._tokens(tokens)
         hidden = np.empty((len(tokens), self.config.hidden_size), np.float32)
-        _core.decoder_forward(self._decoder(), tokens, None, hidden, None, past=0)
+        _core.decoder_forward(self.handle, tokens, None, hidden, None, past=0)
         return hidden
 
     def finish(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """Apply the last norm to the residual stream (t, hidden); undo the model's rotation."""
         result = np.empty_like(hidden)
-        _core.decoder_finish(self._decoder(), hidden, result)
+        _core.decoder_finish(self.handle, hidden, result)
         return result
 
     def head_logits(
@@ -324,7 +324,7 @@ class Model:
         """
         if out is None:
             out = np.empty((len(hidden), self.config.vocab_size), np.float32)
-        _core.decoder_head(self._decoder(), hidden, out)
+        _core.decoder_head(self.handle, hidden, out)
         return out
 
     def logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
@@ -347,7 +347,7 @@ class Model:
         """
         tokens = self._tokens(tokens)
         logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
-        _core.decoder_forward(self._decoder(), tokens, None, None, logits, past=0)
+        _core.decoder_forward(self.handle, tokens, None, None, logits, past=0)
         return logits
 
     def new_cache(self, capacity: int, *, bits: int = 32) -> Cache:
@@ -378,7 +378,7 @@ class Model:
             raise ValueError(f"capacity is {capacity}, expected at least 1")
         if bits not in (8, 32):
             raise ValueError(f"bits is {bits}, expected 8 or 32")
-        decoder = self._decoder()
+        decoder = self.handle
         handle, nbytes = _core.cache(decoder, capacity=capacity, bits=bits)
         return Cache(0, capacity, bits, nbytes, handle, decoder)
 
@@ -453,8 +453,9 @@ class Model:
         check_sliding_window(past + array.size, self.config)
         return array
 
-    def _decoder(self) -> Any:
-        """Return the C decoder of the model in its present state."""
+    @property
+    def handle(self) -> Any:
+        """The C decoder of the model in its present state, for `lowbitq._core`."""
         parts: list[Any] = [self.embedding, self.final_norm, self.head, self.residual_rotation]
         for block in self.blocks:
             parts += block._parts()

@@ -1,0 +1,324 @@
+"""Gradients of a loss with respect to a model's parameters, block by block.
+
+The way there keeps the input of each block; the way back computes the rest of a block again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lowbitq import _core
+from lowbitq.losses import Loss
+from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, OUTER, SLOTS, name_in_block
+
+Array = NDArray[np.float32]
+
+KINDS = ("weight", "bias", "norm", "output", "embedding", "head")
+
+
+class Differentiable(Protocol):
+    """The interface that gradients need; a `lowbitq.Model` of dense layers has it."""
+
+    config: Any
+    blocks: list[Any]
+    embedding: Any
+    head: Any
+    final_norm: Array
+
+    @property
+    def handle(self) -> Any: ...
+    def embed(self, tokens: ArrayLike) -> Array: ...
+    def finish(self, hidden: Array) -> Array: ...
+
+
+class Pass:
+    """One window's way through a model, kept for the way back.
+
+    Parameters
+    ----------
+    model : Model
+        Of dense layers. Its arrays are read again on the way back and must not change before.
+    tokens : array_like of shape (t,), integers
+    keep : bool, default=True
+        Whether to keep, besides each block's input (4 t hidden bytes), what makes the way back
+        cheaper: twice as much again. False: attention runs twice.
+
+    Attributes
+    ----------
+    hidden : ndarray of shape (t, hidden), float32
+        What the head reads.
+    dx : ndarray of shape (t, hidden), float32
+        Gradient of the residual stream where the way back has got to.
+
+    Examples
+    --------
+    >>> run = Pass(model, tokens)  # doctest: +SKIP
+    >>> losses = run.loss(Loss.parse("ce"), targets=targets)  # doctest: +SKIP
+    >>> for index in reversed(range(len(model.blocks))):  # doctest: +SKIP
+    ...     run.back(index, sink)
+    """
+
+    def __init__(self, model: Differentiable, tokens: ArrayLike, *, keep: bool = True) -> None:
+        self.model = model
+        self.tokens = np.ascontiguousarray(tokens, np.int32)
+        self._inputs: list[Array] = []
+        self._known: list[tuple[Array | None, Array | None, Array | None]] = []
+        count, config = len(self.tokens), model.config
+        x = model.embed(self.tokens)
+        for index in range(len(model.blocks)):
+            known: tuple[Array | None, ...] = (None, None, None)
+            if keep:
+                widths = config.heads * config.head_dim, config.heads, config.hidden_size
+                known = tuple(np.empty((count, width), np.float32) for width in widths)
+            self._inputs.append(x.copy())
+            o, log_sum, middle = known
+            _core.decoder_block(model.handle, x, None, o, None, None, log_sum, middle, block=index)
+            self._known.append((o, log_sum, middle))
+        self._last = x
+        self.hidden = model.finish(x)
+        self.dx = np.empty_like(x)
+
+    def loss(
+        self,
+        loss: Loss,
+        *,
+        targets: ArrayLike | None = None,
+        uniform: ArrayLike | None = None,
+        teacher: Differentiable | None = None,
+        teacher_hidden: Array | None = None,
+        weights: ArrayLike | None = None,
+        head: Array | None = None,
+        final_norm: Array | None = None,
+    ) -> NDArray[np.float64]:
+        """Compare the predictions and begin the way back.
+
+        Parameters
+        ----------
+        loss : Loss
+        targets : array_like of shape (t,), integers, default=None
+            The token that each position should predict; -1: none.
+        uniform : array_like of shape (t,), float64, default=None
+            Numbers in [0, 1) that draw the targets from the model's own prediction instead.
+        teacher, teacher_hidden : Model, ndarray of shape (t, hidden), float32, default=None
+            The model to come near to, and what its head reads for these tokens.
+        weights : array_like of shape (t,), default=None
+            Of each token's loss in the sum that is differentiated; None: ones.
+        head, final_norm : ndarray, float32, default=None
+            Where gradients of the head's weights (the embedding's, if there is no head) and of the
+            last norm's gains are added.
+
+        Returns
+        -------
+        ndarray of shape (t,), float64
+            The loss of each token, before its weight.
+
+        Raises
+        ------
+        ValueError
+            If arrays do not fit, or a logit is not finite.
+        """
+        losses = np.empty(len(self.tokens))
+        dy = np.empty_like(self.hidden)
+        _core.head_backward(
+            self.model.handle,
+            self.hidden,
+            None if teacher is None else teacher.handle,
+            teacher_hidden,
+            _given(targets, np.int32),
+            _given(uniform, np.float64),
+            _given(weights, np.float32),
+            linear_sink(head),
+            losses,
+            dy,
+            **vars(loss),
+        )
+        _core.finish_backward(self.model.handle, self._last, dy, final_norm, self.dx)
+        return losses
+
+    def back(self, index: int, sink: Any, outputs: dict[str, Array] | None = None) -> None:
+        """Take `dx` through a block, to its input.
+
+        Parameters
+        ----------
+        index : int
+            The last block first.
+        sink : capsule
+            Where gradients of the block's parts are added, from `block_sink`.
+        outputs : dict of str to ndarray of shape (t, rows), float32, default=None
+            By slot name: where the gradients of layers' outputs are written.
+        """
+        outputs = outputs or {}
+        _core.block_backward(
+            self.model.handle,
+            self._inputs[index],
+            *self._known[index],
+            sink,
+            *(outputs.get(slot.name) for slot in SLOTS),
+            self.dx,
+            block=index,
+        )
+
+    def back_to_embedding(self, gradient: Array) -> None:
+        """Add the gradient of the rows that were looked up to `gradient` (vocab, hidden)."""
+        _core.embed_backward(self.model.handle, self.tokens, self.dx.copy(), gradient)
+
+
+def linear_sink(
+    weight: Array | None = None,
+    bias: Array | None = None,
+    *,
+    fusion: Array | None = None,
+    adapter: tuple[Array, Array] | None = None,
+    more: Sequence[tuple[Array | None, Array | None]] = (),
+) -> Any:
+    """Make the handle of arrays to which the gradients of one layer are added.
+
+    Parameters
+    ----------
+    weight : ndarray of shape (rows, cols), float32, or None
+        Of the first copy; None: not wanted, as everywhere below.
+    bias : ndarray of shape (rows,), float32, or None
+    fusion : ndarray of shape (rows,), float32, or None
+        Of the first copy's fusion weights.
+    adapter : (ndarray of shape (rows, rank), ndarray of shape (cols, rank)), float32, or None
+        Of U and V.
+    more : sequence of (weight, fusion)
+        Of further copies.
+    """
+    copies = tuple(_core.copy_gradient(*copy) for copy in [(weight, fusion), *more])
+    return _core.linear_gradient(copies, bias, *(adapter or (None, None)))
+
+
+def block_sink(norms: dict[str, Array] | None = None, layers: dict[str, Any] | None = None) -> Any:
+    """Make the handle of a block's sinks: gains by their names in `NORMS`, layers by slot name."""
+    norms, layers = norms or {}, layers or {}
+    return _core.block_gradient(
+        *(norms.get(norm.name) for norm in NORMS), *(layers.get(slot.name) for slot in SLOTS)
+    )
+
+
+def gradients(
+    model: Differentiable,
+    tokens: ArrayLike,
+    loss: Loss | str = "ce",
+    *,
+    of: Iterable[str] = ("weight", "bias", "norm"),
+    teacher: Differentiable | None = None,
+    seed: int | None = None,
+    mean: bool = True,
+) -> Iterator[dict[str, Array]]:
+    """Yield gradients of a loss over windows of text, from the last layers to the first.
+
+    Parameters
+    ----------
+    model : Model
+        Of dense layers (see `QuantizedLinear.to_float`).
+    tokens : array_like of shape (t,) or (windows, t), integers
+        The next token is each position's target; the last position has none.
+    loss : Loss or str, default="ce"
+        As `Loss.parse` reads it; divergences need a teacher.
+    of : iterable of str, default=("weight", "bias", "norm")
+        ``"weight"``, ``"bias"`` of the blocks' layers, ``"norm"``, ``"embedding"`` (with the tied
+        head), ``"head"``; ``"output"``: of the outputs of each layer, of shape (windows, t, rows).
+    teacher : Model or None
+    seed : int or None, default=None
+        Not None: targets are drawn from the model's own prediction, which makes the outer product
+        of gradients the Fisher information.
+    mean : bool, default=True
+        Divide by the number of predicted tokens; False: the gradient of the sum.
+
+    Yields
+    ------
+    dict of str to ndarray, float32
+        By name, as in a Hugging Face checkpoint (``"model.layers.3.mlp.up_proj.weight"``): the last
+        norm and an untied head first, then block after block from the last one, then the embedding.
+        Outputs end in ``".output"``. A dict is the caller's to keep.
+
+    Raises
+    ------
+    ValueError
+        If a layer is not dense, a kind is unknown, or tokens do not fit the model.
+
+    Examples
+    --------
+    >>> for found in gradients(model, tokens, of=["weight"]):  # doctest: +SKIP
+    ...     for name, dw in found.items():
+    ...         print(name, np.linalg.norm(dw))
+    """
+    kinds = set(of)
+    if unknown := kinds - set(KINDS):
+        raise ValueError(f"of has {sorted(unknown)}, expected some of {', '.join(KINDS)}")
+    loss = Loss.parse(loss)
+    batch = np.atleast_2d(np.ascontiguousarray(tokens, np.int32))
+    scored = batch.shape[0] * (batch.shape[1] - 1)
+    runs = [Pass(model, row, keep=len(batch) == 1) for row in batch]
+    tied = model.head is None
+    table = np.zeros(model.embedding.shape, np.float32) if "embedding" in kinds else None
+    head = np.zeros(model.head.shape, np.float32) if "head" in kinds and not tied else None
+    last = np.zeros_like(model.final_norm) if "norm" in kinds else None
+    random = np.random.default_rng(seed)
+    for run in runs:
+        targets = np.append(run.tokens[1:], np.int32(-1))
+        weights = (targets >= 0) / np.float32(scored if mean else 1)
+        run.loss(
+            loss,
+            targets=targets if seed is None and loss.cross_entropy else None,
+            uniform=None if seed is None else random.random(len(targets)),
+            teacher=teacher,
+            teacher_hidden=None if teacher is None else _hidden(teacher, run.tokens),
+            weights=weights,
+            head=table if tied else head,
+            final_norm=last,
+        )
+    outer = {f"{OUTER['final_norm'].hf}.weight": last, f"{HEAD}.weight": head}
+    if found := {name: array for name, array in outer.items() if array is not None}:
+        yield found
+    for index in reversed(range(len(model.blocks))):
+        yield _block_gradients(model, runs, index, kinds)
+    if table is not None:
+        for run in runs:
+            run.back_to_embedding(table)
+        yield {f"{EMBEDDING}.weight": table}
+
+
+def _block_gradients(
+    model: Differentiable, runs: list[Pass], index: int, kinds: set[str]
+) -> dict[str, Array]:
+    block = model.blocks[index]
+    found: dict[str, Array] = {}
+    norms: dict[str, Array] = {}
+    layers: dict[str, Any] = {}
+    outputs: dict[str, Array] = {}
+    for norm in NORMS:
+        gain = getattr(block, norm.name)
+        if "norm" in kinds and gain is not None:
+            norms[norm.name] = found[f"{name_in_block(index, norm)}.weight"] = np.zeros_like(gain)
+    for slot in SLOTS:
+        linear, name = block.linears[slot.name], name_in_block(index, slot)
+        weight = bias = None
+        if "weight" in kinds:
+            weight = found[f"{name}.weight"] = np.zeros(linear.shape, np.float32)
+        if "bias" in kinds and linear.bias is not None:
+            bias = found[f"{name}.bias"] = np.zeros_like(linear.bias)
+        layers[slot.name] = linear_sink(weight, bias)
+        if "output" in kinds:
+            shape = len(runs), len(runs[0].tokens), linear.shape[0]
+            outputs[slot.name] = found[f"{name}.output"] = np.empty(shape, np.float32)
+    sink = block_sink(norms, layers)
+    for sample, run in enumerate(runs):
+        run.back(index, sink, {name: array[sample] for name, array in outputs.items()})
+    return found
+
+
+def _given(array: ArrayLike | None, dtype: Any) -> Any:
+    return None if array is None else np.ascontiguousarray(array, dtype)
+
+
+def _hidden(model: Differentiable, tokens: NDArray[np.int32]) -> Array:
+    x = np.empty((len(tokens), model.config.hidden_size), np.float32)
+    _core.decoder_forward(model.handle, tokens, None, x, None, past=0)
+    return x

@@ -39,11 +39,27 @@ check(const lbq_linear *layer, const lbq_linear_gradient *gradient)
     return LBQ_OK;
 }
 
+enum { DEPTH = 1 << 12 }; /* BLAS's tiles get smaller for longer sums */
+
 /* Y (m, n) (+)= A B or A B^T, and Y (m, n) += A^T B, for matrices without gaps. */
 static lbq_status
 product(ptrdiff_t m, ptrdiff_t n, ptrdiff_t k, const float *A, const float *B, bool add, float *Y)
 {
-    return lbq_sgemm(CblasNoTrans, CblasNoTrans, m, n, k, 1, A, k, B, n, add, Y, n);
+    for (ptrdiff_t i = 0; i < k; i += DEPTH)
+        LBQ_TRY(lbq_sgemm(CblasNoTrans,
+                          CblasNoTrans,
+                          m,
+                          n,
+                          lbq_smaller(DEPTH, k - i),
+                          1,
+                          A + i,
+                          k,
+                          B + i * n,
+                          n,
+                          add || i > 0,
+                          Y,
+                          n));
+    return LBQ_OK;
 }
 
 static lbq_status

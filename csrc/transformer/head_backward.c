@@ -4,9 +4,9 @@
 #include "core/memory.h"
 #include "core/threads.h"
 
-/* Logits of a tile. BLAS packs the head again for each: 64 MiB keep that below a tenth of the time
+/* Logits of a tile. BLAS packs the head again for each: 128 MiB keep that below a tenth of the time
  * for a vocabulary of 50,000. */
-enum { TILE_FLOATS = 1 << 24, LEAST_TOKENS = 32 };
+enum { TILE_FLOATS = 1 << 25, LEAST_TOKENS = 32 };
 
 typedef struct {
     float *logits, *teacher;

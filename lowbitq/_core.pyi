@@ -259,6 +259,21 @@ def loss_gradient(
 def draw(
     logits: NDArray[np.float32], uniform: NDArray[np.float64], target: NDArray[np.int32], /
 ) -> None: ...
+def adamw(
+    param: NDArray[np.float32],
+    gradient: NDArray[np.float32],
+    first: NDArray[np.float32],
+    second: NDArray[np.float32],
+    /,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    decay: float,
+    step: int,
+) -> None: ...
+def square_sum(x: NDArray[np.float32], /) -> float: ...
 def block(
     attention_norm: NDArray[np.float32] | None,
     mlp_norm: NDArray[np.float32] | None,

@@ -1,5 +1,6 @@
-/* Bindings of what training needs: losses. */
+/* Bindings of what training needs: losses, the optimizer. */
 #include "python/module.h"
+#include "transformer/adamw.h"
 #include "transformer/loss.h"
 
 LBQ_BINDING(loss_gradient)
@@ -41,6 +42,41 @@ LBQ_BINDING(draw)
     LBQ_RUN(lbq_draw(logits.dims[0], logits.dims[1], logits.data, uniform.data, target.data));
 }
 
+LBQ_BINDING(adamw)
+{
+    lbq_array param, gradient, first, second;
+    lbq_adamw how;
+    Py_ssize_t step;
+    const lbq_arg spec[] = {
+        LBQ_INOUT("param", &param, NPY_FLOAT32, "n*"),
+        LBQ_IN("gradient", &gradient, NPY_FLOAT32, "n*"),
+        LBQ_INOUT("first", &first, NPY_FLOAT32, "n*"),
+        LBQ_INOUT("second", &second, NPY_FLOAT32, "n*"),
+        LBQ_FLOAT("lr", &how.rate, 0, 1e6),
+        LBQ_FLOAT("beta1", &how.beta1, 0, 1),
+        LBQ_FLOAT("beta2", &how.beta2, 0, 1),
+        LBQ_FLOAT("epsilon", &how.epsilon, 0, 1),
+        LBQ_FLOAT("decay", &how.decay, 0, 1e6),
+        LBQ_INT("step", &step, 1, INT32_MAX),
+    };
+    LBQ_PARSE("adamw", spec);
+    LBQ_RUN(lbq_adamw_step(
+        &how, step, param.dims[0], param.data, gradient.data, first.data, second.data));
+}
+
+LBQ_BINDING(square_sum)
+{
+    lbq_array x;
+    const lbq_arg spec[] = {
+        LBQ_IN("x", &x, NPY_FLOAT32, "n*"),
+    };
+    LBQ_PARSE("square_sum", spec);
+    double sum;
+    lbq_status status;
+    LBQ_CALL(status, lbq_square_sum(x.dims[0], x.data, &sum));
+    return status == LBQ_OK ? PyFloat_FromDouble(sum) : lbq_result(module, status);
+}
+
 PyMethodDef lbq_methods_training[] = {
     LBQ_METHOD(loss_gradient,
                "loss_gradient(logits, teacher, target, weight, loss, /, *, forward, reverse, "
@@ -51,5 +87,12 @@ PyMethodDef lbq_methods_training[] = {
     LBQ_METHOD(draw, "draw(logits, uniform, target, /)\n--\n\n"
                      "Set target (t) to tokens of softmax(logits (t, v)), by inverting its "
                      "cumulative distribution at uniform (t)."),
+    LBQ_METHOD(adamw,
+               "adamw(param, gradient, first, second, /, *, lr, beta1, beta2, epsilon, decay, "
+               "step)\n--\n\n"
+               "Step number step of AdamW: move param (n) and its moments first and second (n) by "
+               "gradient (n)."),
+    LBQ_METHOD(square_sum, "square_sum(x, /)\n--\n\n"
+                           "The sum of squares of x (n), added in float64."),
     LBQ_METHODS_END,
 };

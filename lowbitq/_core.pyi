@@ -274,6 +274,31 @@ def adamw(
     step: int,
 ) -> None: ...
 def square_sum(x: NDArray[np.float32], /) -> float: ...
+<<<<<<< HEAD
+=======
+def code_gradient(
+    code: Any,
+    panels: NDArray[np.uint8],
+    dweight: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    dscale: NDArray[np.float32] | None,
+    doffset: NDArray[np.float32] | None,
+    dlevels: NDArray[np.float32] | None,
+    /,
+    *,
+    group: int,
+) -> None: ...
+def compose(
+    code: Any,
+    panels: NDArray[np.uint8],
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32] | None,
+    weight: NDArray[np.float32],
+    /,
+    *,
+    group: int,
+) -> None: ...
+>>>>>>> training-parts
 def block(
     attention_norm: NDArray[np.float32] | None,
     mlp_norm: NDArray[np.float32] | None,

@@ -8,6 +8,11 @@ class Loss:
     jensen_shannon: float = 0.0
     cross_entropy: float = 0.0
     temperature: float = 1.0
+
     @classmethod
     def parse(cls, text):
-        return text if isinstance(text, Loss) else {"ce": Loss(cross_entropy=1.0), "kl": Loss(forward=1.0)}[text]
+        return (
+            text
+            if isinstance(text, Loss)
+            else {"ce": Loss(cross_entropy=1.0), "kl": Loss(forward=1.0)}[text]
+        )

@@ -4,7 +4,6 @@
 #include <assert.h>
 #include <string.h>
 
-#include "core/memory.h"
 #include "core/pack.h"
 #include "core/threads.h"
 
@@ -30,10 +29,9 @@ unpacker_of(int bits)
     return bits == 8 ? copy_u8 : unpack[bits];
 }
 
-/* Words of a strip, over some steps. */
-static void
-unpack_strip(const lbq_matrix *matrix, const lbq_packed_geometry *g, ptrdiff_t panel,
-             ptrdiff_t first, ptrdiff_t end, uint8_t *words)
+void
+lbq_matrix_words(const lbq_matrix *matrix, const lbq_packed_geometry *g, ptrdiff_t panel,
+                 ptrdiff_t first, ptrdiff_t end, uint8_t *words)
 {
     const lbq_packed *const packed = &matrix->packed;
     const lbq_unpacker unpack = unpacker_of(packed->bits);
@@ -49,7 +47,7 @@ lbq_matrix_bytes(const lbq_matrix *matrix, const lbq_packed_geometry *geometry, 
                  ptrdiff_t first, ptrdiff_t end, uint8_t *bytes)
 {
     const lbq_code *const code = matrix->code;
-    unpack_strip(matrix, geometry, panel, first, end, bytes);
+    lbq_matrix_words(matrix, geometry, panel, first, end, bytes);
     if (code->kind->expand)
         code->kind->expand(code, (end - first) * geometry->step, bytes);
 }
@@ -72,42 +70,73 @@ lbq_decode_bytes(const lbq_code *code, const lbq_grid *grid, uint8_t *words, ptr
 }
 
 void
+lbq_matrix_decode(const lbq_matrix *matrix, const lbq_packed_geometry *geometry, ptrdiff_t panel,
+                  ptrdiff_t step, const float *lanes, ptrdiff_t stride, float *w)
+{
+    const lbq_code *const code = matrix->code;
+    const ptrdiff_t columns = geometry->step, left = matrix->packed.cols - step * columns;
+    uint8_t words[LBQ_MAX_STEP * LBQ_STRIP];
+    lbq_matrix_words(matrix, geometry, panel, step, step + 1, words);
+    const lbq_grid grid = {.rows = geometry->strip * LBQ_PANEL, .lanes = lanes};
+    code->kind->decode(code, &grid, words, columns, lbq_smaller(columns, left), stride, w);
+}
+
+void
 lbq_matrix_values(const lbq_matrix *matrix, const lbq_packed_geometry *geometry, ptrdiff_t panel,
                   ptrdiff_t step, ptrdiff_t stride, float *w)
 {
-    const lbq_code *const code = matrix->code;
-    const ptrdiff_t rows = geometry->strip * LBQ_PANEL, columns = geometry->step;
-    const ptrdiff_t left = matrix->packed.cols - step * columns;
-    uint8_t words[LBQ_MAX_STEP * LBQ_STRIP];
     float lanes[2 * LBQ_STRIP];
+    float *const scale = lanes, *const offset = lanes + geometry->strip * LBQ_PANEL;
     for (ptrdiff_t p = 0; p < geometry->strip; p++) {
         const lbq_panel view = lbq_packed_panel(&matrix->packed, geometry, panel + p);
-        lbq_panel_scale(&view, step, lanes + p * LBQ_PANEL);
-        lbq_panel_offset(&view, step, lanes + rows + p * LBQ_PANEL);
+        lbq_panel_scale(&view, step, scale + p * LBQ_PANEL);
+        lbq_panel_offset(&view, step, offset + p * LBQ_PANEL);
     }
-    unpack_strip(matrix, geometry, panel, step, step + 1, words);
-    const lbq_grid grid = {.rows = rows, .lanes = lanes};
-    code->kind->decode(code, &grid, words, columns, lbq_smaller(columns, left), stride, w);
+    lbq_matrix_decode(matrix, geometry, panel, step, lanes, stride, w);
 }
 
 /* --- values of whole rows --------------------------------------------------------------------- */
 
+/* A matrix with the scales and offsets stored, or with others. */
 typedef struct {
     const lbq_matrix *matrix;
     lbq_packed_geometry geometry;
+    const float *scale, *offset; /* (rows, groups); scale NULL: those stored; offset NULL: -zero *
+                                    scale */
     ptrdiff_t strips_per_task;
     float *weight;
 } dequantization;
 
-/* The rows [row, row + rows) of a strip, to weight (rows, cols). */
+/* Values of the `rows` rows from `first`, the beginning of a strip, with other scales and offsets.
+ */
 static void
-values_of_rows(const lbq_matrix *matrix, const lbq_packed_geometry *g, ptrdiff_t strip,
-               ptrdiff_t row, ptrdiff_t rows, float *weight)
+compose_step(const dequantization *d, ptrdiff_t first, ptrdiff_t rows, ptrdiff_t step, float *w)
 {
-    const ptrdiff_t cols = matrix->packed.cols, lanes = g->strip * LBQ_PANEL;
+    const lbq_matrix *const matrix = d->matrix;
+    const ptrdiff_t groups = lbq_matrix_groups(matrix), group = lbq_matrix_group_of(matrix, step);
+    const ptrdiff_t lane_count = d->geometry.strip * LBQ_PANEL;
+    float lanes[2 * LBQ_STRIP] = {0};
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const ptrdiff_t at = (first + r) * groups + group;
+        lanes[r] = d->scale[at];
+        lanes[lane_count + r] = d->offset ? d->offset[at] : -matrix->packed.zero * d->scale[at];
+    }
+    lbq_matrix_decode(matrix, &d->geometry, first / LBQ_PANEL, step, lanes, lane_count, w);
+}
+
+/* The rows [row, row + rows) of a strip, to weight (rows, cols); row = 0 if there is a scale. */
+static void
+values_of_rows(const dequantization *d, ptrdiff_t strip, ptrdiff_t row, ptrdiff_t rows,
+               float *weight)
+{
+    const lbq_packed_geometry *const g = &d->geometry;
+    const ptrdiff_t cols = d->matrix->packed.cols, lanes = g->strip * LBQ_PANEL;
     for (ptrdiff_t s = 0; s < g->steps; s++) {
         float w[LBQ_MAX_STEP * LBQ_STRIP];
-        lbq_matrix_values(matrix, g, strip * g->strip, s, lanes, w);
+        if (d->scale)
+            compose_step(d, strip * lanes, rows, s, w);
+        else
+            lbq_matrix_values(d->matrix, g, strip * g->strip, s, lanes, w);
         const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, cols - begin);
         for (ptrdiff_t r = 0; r < rows; r++)
             for (ptrdiff_t k = 0; k < count; k++)
@@ -119,40 +148,45 @@ static lbq_status
 dequantize_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
-    const dequantization *const job = context;
-    const lbq_packed *const packed = &job->matrix->packed;
-    const ptrdiff_t lanes = job->geometry.strip * LBQ_PANEL;
-    const ptrdiff_t begin = index * job->strips_per_task;
-    for (ptrdiff_t i = begin; i < begin + job->strips_per_task; i++) {
+    const dequantization *const d = context;
+    const lbq_packed *const packed = &d->matrix->packed;
+    const ptrdiff_t lanes = d->geometry.strip * LBQ_PANEL;
+    const ptrdiff_t begin = index * d->strips_per_task;
+    for (ptrdiff_t i = begin; i < begin + d->strips_per_task; i++) {
         const ptrdiff_t first = i * lanes, rows = lbq_smaller(lanes, packed->rows - first);
         if (rows > 0)
-            values_of_rows(
-                job->matrix, &job->geometry, i, 0, rows, job->weight + first * packed->cols);
+            values_of_rows(d, i, 0, rows, d->weight + first * packed->cols);
     }
     return LBQ_OK;
 }
 
 lbq_status
+lbq_matrix_compose(const lbq_matrix *matrix, const float *scale, const float *offset, float *weight)
+{
+    dequantization d = {.matrix = matrix, .scale = scale, .offset = offset, .weight = weight};
+    LBQ_TRY(lbq_packed_geometry_of(&matrix->packed, &d.geometry));
+    const ptrdiff_t lanes = d.geometry.strip * LBQ_PANEL;
+    d.strips_per_task = WORKSET / lanes / matrix->packed.cols + 1;
+    const ptrdiff_t strips = lbq_pieces(matrix->packed.rows, lanes);
+    return lbq_parallel(lbq_pieces(strips, d.strips_per_task), dequantize_task, &d);
+}
+
+lbq_status
 lbq_matrix_dequantize(const lbq_matrix *matrix, float *weight)
 {
-    dequantization job = {.matrix = matrix, .weight = weight};
-    LBQ_TRY(lbq_packed_geometry_of(&matrix->packed, &job.geometry));
-    const ptrdiff_t lanes = job.geometry.strip * LBQ_PANEL;
-    job.strips_per_task = WORKSET / lanes / matrix->packed.cols + 1;
-    const ptrdiff_t strips = lbq_pieces(matrix->packed.rows, lanes);
-    return lbq_parallel(lbq_pieces(strips, job.strips_per_task), dequantize_task, &job);
+    return lbq_matrix_compose(matrix, NULL, NULL, weight);
 }
 
 lbq_status
 lbq_matrix_rows(const lbq_matrix *matrix, ptrdiff_t count, const int32_t *row, float *weight)
 {
-    lbq_packed_geometry g;
-    LBQ_TRY(lbq_packed_geometry_of(&matrix->packed, &g));
-    const ptrdiff_t lanes = g.strip * LBQ_PANEL;
+    dequantization d = {.matrix = matrix};
+    LBQ_TRY(lbq_packed_geometry_of(&matrix->packed, &d.geometry));
+    const ptrdiff_t lanes = d.geometry.strip * LBQ_PANEL;
     for (ptrdiff_t i = 0; i < count; i++) {
         assert(row[i] >= 0 && row[i] < matrix->packed.rows);
         float *const to = weight + i * matrix->packed.cols;
-        values_of_rows(matrix, &g, row[i] / lanes, row[i] % lanes, 1, to);
+        values_of_rows(&d, row[i] / lanes, row[i] % lanes, 1, to);
     }
     return LBQ_OK;
 }

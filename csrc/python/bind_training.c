@@ -1,4 +1,10 @@
+<<<<<<< HEAD
 /* Bindings of what training needs: losses, the optimizer. */
+=======
+/* Bindings of what training needs: losses, the optimizer, gradients of codes. */
+#include "codes/gradient.h"
+#include "python/code_args.h"
+>>>>>>> training-parts
 #include "python/module.h"
 #include "transformer/adamw.h"
 #include "transformer/loss.h"
@@ -77,6 +83,73 @@ LBQ_BINDING(square_sum)
     return status == LBQ_OK ? PyFloat_FromDouble(sum) : lbq_result(module, status);
 }
 
+<<<<<<< HEAD
+=======
+static lbq_status
+code_gradient(const lbq_matrix *matrix, const lbq_array *dW, const lbq_array *scale,
+              const lbq_array *dscale, const lbq_array *doffset, const lbq_array *dlevels)
+{
+    LBQ_TRY(lbq_check_parts(&matrix->packed, &(lbq_array){0}, scale, scale));
+    const ptrdiff_t levels = lbq_level_count(matrix->code);
+    LBQ_TRY(lbq_check_axis(dlevels, "dlevels", 0, "levels", levels));
+    return lbq_code_gradient(
+        matrix, dW->data, scale->data, dscale->data, doffset->data, dlevels->data);
+}
+
+LBQ_BINDING(code_gradient)
+{
+    const lbq_code *code;
+    lbq_array panels, dW, scale, dscale, doffset, dlevels;
+    Py_ssize_t group;
+    const lbq_arg spec[] = {
+        LBQ_CODE(&code),
+        LBQ_IN("panels", &panels, NPY_UINT8, "b"),
+        LBQ_IN("dweight", &dW, NPY_FLOAT32, "rk"),
+        LBQ_IN("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_OUT_OR_NONE("dscale", &dscale, NPY_FLOAT32, "rg"),
+        LBQ_OUT_OR_NONE("doffset", &doffset, NPY_FLOAT32, "rg"),
+        LBQ_OUT_OR_NONE("dlevels", &dlevels, NPY_FLOAT32, "l"),
+        LBQ_GROUP(&group),
+    };
+    LBQ_PARSE("code_gradient", spec);
+    lbq_matrix matrix;
+    const lbq_status status = lbq_matrix_of(code, dW.dims[0], dW.dims[1], group, &panels, &matrix);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(code_gradient(&matrix, &dW, &scale, &dscale, &doffset, &dlevels));
+}
+
+static lbq_status
+compose(const lbq_matrix *matrix, const lbq_array *scale, const lbq_array *offset,
+        const lbq_array *weight)
+{
+    LBQ_TRY(lbq_check_parts(&matrix->packed, &(lbq_array){0}, scale, offset));
+    return lbq_matrix_compose(matrix, scale->data, offset->data, weight->data);
+}
+
+LBQ_BINDING(compose)
+{
+    const lbq_code *code;
+    lbq_array panels, scale, offset, weight;
+    Py_ssize_t group;
+    const lbq_arg spec[] = {
+        LBQ_CODE(&code),
+        LBQ_IN("panels", &panels, NPY_UINT8, "b"),
+        LBQ_IN("scale", &scale, NPY_FLOAT32, "rg"),
+        LBQ_IN_OR_NONE("offset", &offset, NPY_FLOAT32, "rg"),
+        LBQ_OUT("weight", &weight, NPY_FLOAT32, "rk"),
+        LBQ_GROUP(&group),
+    };
+    LBQ_PARSE("compose", spec);
+    lbq_matrix matrix;
+    const lbq_status status =
+        lbq_matrix_of(code, weight.dims[0], weight.dims[1], group, &panels, &matrix);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(compose(&matrix, &scale, &offset, &weight));
+}
+
+>>>>>>> training-parts
 PyMethodDef lbq_methods_training[] = {
     LBQ_METHOD(loss_gradient,
                "loss_gradient(logits, teacher, target, weight, loss, /, *, forward, reverse, "
@@ -94,5 +167,17 @@ PyMethodDef lbq_methods_training[] = {
                "gradient (n)."),
     LBQ_METHOD(square_sum, "square_sum(x, /)\n--\n\n"
                            "The sum of squares of x (n), added in float64."),
+<<<<<<< HEAD
+=======
+    LBQ_METHOD(code_gradient,
+               "code_gradient(code, panels, dweight, scale, dscale, doffset, dlevels, /, *, "
+               "group)\n--\n\n"
+               "Set dscale, doffset (rows, groups) and dlevels (l) to the gradients that dweight "
+               "(rows, cols), by the values of a packed matrix, is by them; outputs may be None."),
+    LBQ_METHOD(compose, "compose(code, panels, scale, offset, weight, /, *, group)\n--\n\n"
+                        "Values (rows, cols) of a packed matrix with other scales and offsets "
+                        "(rows, groups), not rounded to what can be stored; offset None: -zero * "
+                        "scale."),
+>>>>>>> training-parts
     LBQ_METHODS_END,
 };

@@ -1,0 +1,344 @@
+"""Students: quantized models whose codes stay as they are while other parameters are trained.
+
+A weight is scale * level + offset. Words give levels and do not change; training works on the dense
+weights that levels make with scales and offsets in float32. Parameters have no unit, so that one
+learning rate serves all of a kind:
+
+    scale    p in  scale = scale_0 p               starts at 1
+    offset   r in  offset = offset_0 + scale_0 r   0
+    norm     p in  gain = gain_0 p                 1
+    row      t in  y = t * (W x)                   1
+    bias     d in  bias = bias_0 + d               0
+    adapter  U, V in  y = W x + U V^T x            what the model has
+
+M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
+2024, trains the first two, end to end, with codes fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq import _core
+from lowbitq.gradients import Pass, block_sink, linear_sink
+from lowbitq.linears import QuantizedLinear
+from lowbitq.models.decoder import Block, Model
+from lowbitq.models.quantized import QuantizedModel
+from lowbitq.models.slots import NORMS, OUTER, SLOTS, name_in_block
+from lowbitq.tensors import QuantizedTensor
+
+Array = NDArray[np.float32]
+
+KINDS = ("scale", "offset", "norm", "row", "bias", "adapter")
+
+
+@dataclass(eq=False)
+class Parameter:
+    """An array that training changes in place.
+
+    Attributes
+    ----------
+    name, kind : str
+        Such as ``"model.layers.3.mlp.up_proj.scale"`` and ``"scale"``.
+    value, gradient, start : ndarray of one shape, float32
+        `start` is the value before training.
+    """
+
+    name: str
+    kind: str
+    value: Array
+    gradient: Array = field(init=False)
+    start: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gradient = np.zeros_like(self.value)
+        self.start = self.value.copy()
+
+
+class StudentLayer:
+    """A quantized layer of one copy, as training sees it; a model can call it.
+
+    Parameters
+    ----------
+    name : str
+    linear : QuantizedLinear
+
+    Attributes
+    ----------
+    weight : ndarray of shape (rows, cols), float32
+        What scales, offsets and levels make; `compose` rewrites it.
+    parameters : dict of str to Parameter
+        By kind, ``"adapter.U"`` and ``"adapter.V"``; only what the layer has.
+
+    Raises
+    ------
+    ValueError
+        If the layer has several copies.
+    """
+
+    def __init__(self, name: str, linear: QuantizedLinear) -> None:
+        if len(linear.copies) != 1:
+            raise ValueError(f"{name} has {len(linear.copies)} copies, expected one")
+        [copy] = linear.copies
+        self.linear, self.bias, self._tensor = linear, linear.bias, copy.tensor
+        self.weight = copy.tensor.dequantize()
+        format, rows = copy.tensor.format, linear.shape[0]
+        self._scale = copy.tensor.scale
+        self._offset = copy.tensor.offset if format.has_offsets else None
+        self._row = np.ones(rows, np.float32) if copy.weight is None else copy.weight
+        self.parameters = {}
+        shared = (1, 1) if format.per_tensor else self._scale.shape
+        self._add(name, "scale", np.ones(shared, np.float32))
+        if self._offset is not None:
+            self._add(name, "offset", np.zeros_like(self._scale))
+        self._add(name, "row", np.ones(rows, np.float32))
+        if linear.bias is not None:
+            self.bias = linear.bias.copy()
+            self._add(name, "bias", np.zeros_like(linear.bias))
+        for letter, array in zip("UV", linear.adapter or (), strict=False):
+            self._add(name, f"adapter.{letter}", array.copy())
+        self._fusion, self._fusion_gradient = self._row.copy(), np.zeros_like(self._row)
+        turns = (
+            None if turn is None else turn.handle for turn in (copy.rotation, copy.output_rotation)
+        )
+        dense = _core.copy_dense(self.weight, *turns, self._fusion)
+        adapter = (self._value(f"adapter.{letter}") for letter in "UV")
+        self.handle = _core.linear((dense,), self.bias, *adapter)
+
+    def _add(self, name: str, key: str, value: Array) -> None:
+        kind = key.partition(".")[0]
+        self.parameters[key] = Parameter(f"{name}.{key}", kind, value)
+
+    def _value(self, key: str) -> Array | None:
+        return self.parameters[key].value if key in self.parameters else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, cols)."""
+        return self.linear.shape
+
+    def sink(self, kinds: set[str], weight: Array) -> Any:
+        """Make the handle that takes gradients of these kinds; `weight` is a buffer for dL/dW."""
+        wanted = {key: p.gradient for key, p in self.parameters.items() if p.kind in kinds}
+        adapter = wanted.get("adapter.U"), wanted.get("adapter.V")
+        return linear_sink(
+            weight if {"scale", "offset"} & set(wanted) else None,
+            wanted.get("bias"),
+            fusion=self._fusion_gradient if "row" in wanted else None,
+            adapter=None if adapter[0] is None else adapter,  # type: ignore[arg-type]
+        )
+
+    def compose(self) -> None:
+        """Write the layer's arrays as the parameters have them now."""
+        scale, offset = self._grids()
+        self._call("compose", scale, offset, self.weight)
+        self._fusion[:] = self._row * self.parameters["row"].value
+        if self.bias is not None and self.linear.bias is not None:
+            self.bias[:] = self.linear.bias + self.parameters["bias"].value
+
+    def pull(self, kinds: set[str], weight: Array) -> None:
+        """Add to the gradients of scale, offset and row what a pass has left behind."""
+        if {"scale", "offset"} & kinds:
+            dscale, doffset = np.empty_like(self._scale), None
+            if self._offset is not None:
+                doffset = np.empty_like(self._scale)
+            self._call("code_gradient", weight, self._grids()[0], dscale, doffset, None)
+            scale = self.parameters["scale"].gradient
+            if self._tensor.format.per_tensor:
+                scale += (dscale * self._scale).sum()
+            else:
+                scale += dscale * self._scale
+            if doffset is not None:
+                self.parameters["offset"].gradient += doffset * self._scale
+        if "row" in kinds:
+            self.parameters["row"].gradient += self._fusion_gradient * self._row
+            self._fusion_gradient[:] = 0
+
+    def finish(self) -> QuantizedLinear:
+        """Return the layer with its parameters as they are stored; rows go into the scales."""
+        [copy] = self.linear.copies
+        row = self.parameters["row"].value[:, None]
+        scale, offset = self._grids()
+        tensor = _stored(self._tensor, scale * row, None if offset is None else offset * row)
+        if self._tensor.format.per_tensor and (row != 1).any():
+            copy = replace(copy, weight=_half(self._fusion))
+        adapter = None
+        if self.linear.adapter is not None:
+            U, V = (_half(self.parameters[f"adapter.{letter}"].value) for letter in "UV")
+            adapter = U, V
+        bias = None if self.bias is None else self.bias.copy()
+        return QuantizedLinear((replace(copy, tensor=tensor),), bias, adapter)
+
+    def _grids(self) -> tuple[Array, Array | None]:
+        scale = self._scale * self.parameters["scale"].value
+        if self._offset is None:
+            return scale, None
+        return scale, self._offset + self._scale * self.parameters["offset"].value
+
+    def _call(self, name: str, *arrays: Array | None) -> None:
+        group = self._tensor.format.group or max(self._tensor.cols, 1)
+        getattr(_core, name)(self._tensor.handle, self._tensor.panels, *arrays, group=group)
+
+
+def _half(x: Array) -> Array:
+    limit = np.finfo(np.float16).max
+    return np.clip(x, -limit, limit).astype(np.float16).astype(np.float32)
+
+
+def _stored(tensor: QuantizedTensor, scale: Array, offset: Array | None) -> QuantizedTensor:
+    """The same words with other scales and offsets, rounded to what the format stores."""
+    format, unit = tensor.format, tensor.unit
+    stored: Array | None
+    if format.per_tensor:
+        stored, unit = None, float(np.float32(scale.mean()))
+    elif format.scale_bits == 16:
+        stored = _half(scale)
+    else:
+        most = (1 << format.scale_bits) - 1
+        multiple = np.clip(np.rint(scale / np.float32(unit)), 1, most)
+        stored = multiple.astype(np.float32) * np.float32(unit)
+    return QuantizedTensor.pack(
+        format,
+        tensor.codes,
+        stored,
+        None if offset is None else _half(offset),
+        levels=tensor.levels,
+        unit=unit,
+        shape=tensor.shape,
+    )
+
+
+class Student:
+    """A quantized model on its way through training.
+
+    Parameters
+    ----------
+    quantized : QuantizedModel
+        Left unchanged.
+    learn : iterable of str
+        Kinds of parameters, of `KINDS`.
+
+    Attributes
+    ----------
+    model : Model
+        The dense model that is trained, in float32; it shares the arrays of the parameters.
+    parameters : list of Parameter
+        What learns.
+
+    Raises
+    ------
+    ValueError
+        If a kind is unknown, or a layer is not quantized or has several copies.
+    """
+
+    def __init__(self, quantized: QuantizedModel, learn: Iterable[str]) -> None:
+        self._kinds = set(learn)
+        if unknown := self._kinds - set(KINDS):
+            raise ValueError(f"learn has {sorted(unknown)}, expected some of {', '.join(KINDS)}")
+        self._quantized = quantized
+        self._layers: dict[int, StudentLayer] = {}
+        self._gains: list[tuple[Parameter, Array, Array]] = []  # gradient and start of the gain
+        self.parameters: list[Parameter] = []
+        self._buffers: dict[str, Array] = {}
+        pairs = [self._block(i, block) for i, block in enumerate(quantized.blocks)]
+        blocks, self._sinks = [b for b, _ in pairs], [s for _, s in pairs]
+        final = self._gain(OUTER["final_norm"].hf, quantized.final_norm)
+        assert final is not None
+        self._final_gradient = self._gains[-1][1] if "norm" in self._kinds else None
+        self.model = Model(
+            quantized.config,
+            quantized.tokenizer,
+            quantized.embedding.to_float(),
+            blocks,
+            final,
+            None if quantized.head is None else quantized.head.to_float(),
+            quantized.residual_rotation,
+        )
+        for layer in self._layers.values():
+            self.parameters += [p for p in layer.parameters.values() if p.kind in self._kinds]
+
+    def _gain(self, name: str, gain: Array | None, size: int = 0) -> Array | None:
+        if "norm" not in self._kinds:
+            return gain
+        start = np.ones(size, np.float32) if gain is None else gain
+        parameter = Parameter(f"{name}.norm", "norm", np.ones_like(start))
+        self.parameters.append(parameter)
+        self._gains.append((parameter, np.zeros_like(start), start))
+        return start.copy()
+
+    def _block(self, index: int, block: Block) -> tuple[Block, Any]:
+        gains: dict[str, Array] = {}
+        before = len(self._gains)
+        norms: dict[str, Any] = {}
+        for norm in NORMS:
+            gain = getattr(block, norm.name)
+            learns = gain is not None or norm.size == "hidden"
+            name = name_in_block(index, norm)
+            size = self._quantized.config.hidden_size
+            norms[norm.name] = self._gain(name, gain, size) if learns else None
+            if len(self._gains) > before + len(gains):
+                gains[norm.name] = self._gains[-1][1]
+        linears: dict[str, Any] = {}
+        sinks: dict[str, Any] = {}
+        for slot in SLOTS:
+            linear = block.linears[slot.name]
+            name = name_in_block(index, slot)
+            if not isinstance(linear, QuantizedLinear):
+                raise ValueError(f"{name} is a {type(linear).__name__}, expected a quantized layer")
+            layer = self._layers.setdefault(id(linear), StudentLayer(name, linear))
+            buffer = self._buffers.setdefault(slot.name, np.zeros(linear.shape, np.float32))
+            linears[slot.name], sinks[slot.name] = layer, layer.sink(self._kinds, buffer)
+        return replace(block, **norms, linears=linears), block_sink(gains, sinks)
+
+    def compose(self) -> None:
+        """Write the model's arrays as the parameters have them now."""
+        for layer in self._layers.values():
+            layer.compose()
+        for (parameter, _, start), gain in zip(self._gains, self._gain_arrays(), strict=True):
+            gain[:] = start * parameter.value
+
+    def _gain_arrays(self) -> list[Array]:
+        if "norm" not in self._kinds:
+            return []
+        gains = [getattr(b, n.name) for b in self.model.blocks for n in NORMS]
+        return [gain for gain in gains if gain is not None] + [self.model.final_norm]
+
+    def backward(self, runs: Sequence[Pass]) -> None:
+        """Take passes whose loss is known back through the blocks; gradients are added."""
+        for index in reversed(range(len(self.model.blocks))):
+            for buffer in self._buffers.values():
+                buffer[:] = 0
+            for run in runs:
+                run.back(index, self._sinks[index])
+            for name, layer in self.model.blocks[index].linears.items():
+                assert isinstance(layer, StudentLayer)
+                layer.pull(self._kinds, self._buffers[name])
+        for parameter, gradient, start in self._gains:
+            parameter.gradient += gradient * start
+            gradient[:] = 0
+
+    @property
+    def final_norm_gradient(self) -> Array | None:
+        """Where a pass adds the gradient of the last norm's gains; None: it does not learn."""
+        return self._final_gradient
+
+    def finish(self) -> QuantizedModel:
+        """Return the quantized model with the parameters as they are stored."""
+        self.compose()
+        finished = {key: layer.finish() for key, layer in self._layers.items()}
+        blocks = []
+        for before, now in zip(self._quantized.blocks, self.model.blocks, strict=True):
+            norms = {n.name: _stored_gain(getattr(now, n.name)) for n in NORMS}
+            linears = {name: finished[id(linear)] for name, linear in before.linears.items()}
+            blocks.append(replace(before, **norms, linears=linears))
+        final = _stored_gain(self.model.final_norm)
+        return replace(self._quantized, blocks=blocks, final_norm=final)
+
+
+def _stored_gain(gain: Array | None) -> Array | None:
+    return None if gain is None else _half(gain)

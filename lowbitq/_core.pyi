@@ -274,8 +274,6 @@ def adamw(
     step: int,
 ) -> None: ...
 def square_sum(x: NDArray[np.float32], /) -> float: ...
-<<<<<<< HEAD
-=======
 def code_gradient(
     code: Any,
     panels: NDArray[np.uint8],
@@ -298,7 +296,6 @@ def compose(
     *,
     group: int,
 ) -> None: ...
->>>>>>> training-parts
 def block(
     attention_norm: NDArray[np.float32] | None,
     mlp_norm: NDArray[np.float32] | None,

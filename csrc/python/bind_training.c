@@ -1,10 +1,6 @@
-<<<<<<< HEAD
-/* Bindings of what training needs: losses, the optimizer. */
-=======
 /* Bindings of what training needs: losses, the optimizer, gradients of codes. */
 #include "codes/gradient.h"
 #include "python/code_args.h"
->>>>>>> training-parts
 #include "python/module.h"
 #include "transformer/adamw.h"
 #include "transformer/loss.h"
@@ -83,8 +79,6 @@ LBQ_BINDING(square_sum)
     return status == LBQ_OK ? PyFloat_FromDouble(sum) : lbq_result(module, status);
 }
 
-<<<<<<< HEAD
-=======
 static lbq_status
 code_gradient(const lbq_matrix *matrix, const lbq_array *dW, const lbq_array *scale,
               const lbq_array *dscale, const lbq_array *doffset, const lbq_array *dlevels)
@@ -149,7 +143,6 @@ LBQ_BINDING(compose)
     LBQ_RUN(compose(&matrix, &scale, &offset, &weight));
 }
 
->>>>>>> training-parts
 PyMethodDef lbq_methods_training[] = {
     LBQ_METHOD(loss_gradient,
                "loss_gradient(logits, teacher, target, weight, loss, /, *, forward, reverse, "
@@ -167,8 +160,6 @@ PyMethodDef lbq_methods_training[] = {
                "gradient (n)."),
     LBQ_METHOD(square_sum, "square_sum(x, /)\n--\n\n"
                            "The sum of squares of x (n), added in float64."),
-<<<<<<< HEAD
-=======
     LBQ_METHOD(code_gradient,
                "code_gradient(code, panels, dweight, scale, dscale, doffset, dlevels, /, *, "
                "group)\n--\n\n"
@@ -178,6 +169,5 @@ PyMethodDef lbq_methods_training[] = {
                         "Values (rows, cols) of a packed matrix with other scales and offsets "
                         "(rows, groups), not rounded to what can be stored; offset None: -zero * "
                         "scale."),
->>>>>>> training-parts
     LBQ_METHODS_END,
 };

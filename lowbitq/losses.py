@@ -9,6 +9,7 @@ class Loss:
     cross_entropy: float = 0.0
     temperature: float = 1.0
 
+    def __str__(self): return "kl" if self.forward else "ce"
     @classmethod
     def parse(cls, text):
         return (

@@ -480,7 +480,7 @@ PyMethodDef lbq_methods_transformer[] = {
                         "It keeps alive what it is made from."),
     LBQ_METHOD(decoder_embed, "decoder_embed(decoder, tokens, x, /)\n--\n\n"
                               "x (t, hidden): the residual stream that enters block 0."),
-    LBQ_METHOD(decoder_block, "decoder_block(decoder, x, qkv, o, mlp, down, /, *, "
+    LBQ_METHOD(decoder_block, "decoder_block(decoder, x, qkv, o, mlp, down, log_sum, middle, /, *, "
                               "block)\n--\n\n"
                               "One block on x (t, hidden) in place; the others "
                               "(or None) get the inputs of its layers."),

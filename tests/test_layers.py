@@ -31,7 +31,8 @@ HAVE_LOCKS = {f"core/{name}.c" for name in ["threads", "memory", "blas"]}
 # the root ("") below everything but the command line, which uses what every program uses.
 # fmt: off
 PYTHON_ORDER = [
-    "version", "_core", "formats", "tensors", "grids", "quantizers", "gptq", "rotations", "linears",
+    "version", "_core", "formats", "tensors", "grids", "quantizers", "gptq", "losses", "rotations",
+    "linears",
     "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors",
     "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
     "checkpoints", "plans",

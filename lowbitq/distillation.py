@@ -253,11 +253,12 @@ def distill(
     >>> small = distill(small, model, "train.txt", steps=200)  # doctest: +SKIP
     >>> small.provenance["distillation"]["validation"]  # doctest: +SKIP
     """
-    for name, count, least in [
-        ("steps", steps, 1), ("batch", batch, 1), ("window", window, 2),
-        ("validation", validation, 1), ("every", every, 1), ("warmup", warmup, 0), ("seed", seed, 0),
-    ]:  # fmt: skip
-        check_count(name, count, least)
+    at_least_one = {"steps": steps, "batch": batch, "validation": validation, "every": every}
+    for name, count in at_least_one.items():
+        check_count(name, count, 1)
+    check_count("window", window, 2)
+    check_count("warmup", warmup, 0)
+    check_count("seed", seed, 0)
     if teacher.config.vocab_size != model.config.vocab_size:
         found, expected = teacher.config.vocab_size, model.config.vocab_size
         raise ValueError(f"teacher has a vocabulary of {found}, the model of {expected}")

@@ -151,16 +151,9 @@ class Pass:
         outputs : dict of str to ndarray of shape (t, rows), float32, default=None
             By slot name: where the gradients of layers' outputs are written.
         """
-        outputs = outputs or {}
-        _core.block_backward(
-            self.model.handle,
-            self._inputs[index],
-            *self._known[index],
-            sink,
-            *(outputs.get(slot.name) for slot in SLOTS),
-            self.dx,
-            block=index,
-        )
+        seen = [(outputs or {}).get(slot.name) for slot in SLOTS]
+        arrays: list[Any] = [self._inputs[index], *self._known[index], sink, *seen, self.dx]
+        _core.block_backward(self.model.handle, *arrays, block=index)
 
     def back_to_embedding(self, gradient: Array) -> None:
         """Add the gradient of the rows that were looked up to `gradient` (vocab, hidden)."""

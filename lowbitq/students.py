@@ -91,7 +91,7 @@ class StudentLayer:
         self._scale = copy.tensor.scale
         self._offset = copy.tensor.offset if format.has_offsets else None
         self._row = np.ones(rows, np.float32) if copy.weight is None else copy.weight
-        self.parameters = {}
+        self.parameters: dict[str, Parameter] = {}
         shared = (1, 1) if format.per_tensor else self._scale.shape
         self._add(name, "scale", np.ones(shared, np.float32))
         if self._offset is not None:
@@ -103,12 +103,10 @@ class StudentLayer:
         for letter, array in zip("UV", linear.adapter or (), strict=False):
             self._add(name, f"adapter.{letter}", array.copy())
         self._fusion, self._fusion_gradient = self._row.copy(), np.zeros_like(self._row)
-        turns = (
-            None if turn is None else turn.handle for turn in (copy.rotation, copy.output_rotation)
-        )
-        dense = _core.copy_dense(self.weight, *turns, self._fusion)
-        adapter = (self._value(f"adapter.{letter}") for letter in "UV")
-        self.handle = _core.linear((dense,), self.bias, *adapter)
+        R, P = (None if r is None else r.handle for r in (copy.rotation, copy.output_rotation))
+        dense = _core.copy_dense(self.weight, R, P, self._fusion)
+        U, V = (self._value(f"adapter.{letter}") for letter in "UV")
+        self.handle = _core.linear((dense,), self.bias, U, V)
 
     def _add(self, name: str, key: str, value: Array) -> None:
         kind = key.partition(".")[0]
@@ -333,12 +331,10 @@ class Student:
         finished = {key: layer.finish() for key, layer in self._layers.items()}
         blocks = []
         for before, now in zip(self._quantized.blocks, self.model.blocks, strict=True):
-            norms = {n.name: _stored_gain(getattr(now, n.name)) for n in NORMS}
-            linears = {name: finished[id(linear)] for name, linear in before.linears.items()}
-            blocks.append(replace(before, **norms, linears=linears))
-        final = _stored_gain(self.model.final_norm)
-        return replace(self._quantized, blocks=blocks, final_norm=final)
-
-
-def _stored_gain(gain: Array | None) -> Array | None:
-    return None if gain is None else _half(gain)
+            changes: dict[str, Any] = {
+                norm.name: None if gain is None else _half(gain)
+                for norm, gain in zip(NORMS, now.norms, strict=True)
+            }
+            changes["linears"] = {name: finished[id(x)] for name, x in before.linears.items()}
+            blocks.append(replace(before, **changes))
+        return replace(self._quantized, blocks=blocks, final_norm=_half(self.model.final_norm))

@@ -38,10 +38,10 @@ PYTHON_ORDER = [
     "checkpoints", "plans",
     "models.rope", "models.families", "models.config", "models.config_hf", "models.config_gguf",
     "models.sandbox", "models.chat", "models.vocabulary", "models.tokenizer_folder",
-    "models.tokenizer", "models.tokens", "generation", "models.slots", "models.decoder",
-    "models.stored", "models.quantized", "models.finite", "models.rotating",
+    "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
+    "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
-    "texts", "calibration", "encoding", "compression", "evaluation",
+    "texts", "calibration", "encoding", "compression", "students", "distillation", "evaluation",
     "timing", "roofline", "plots", "", "cli", "__main__",
 ]
 # fmt: on

@@ -276,7 +276,8 @@ class Model:
                 if tap not in taps:
                     taps[tap] = np.empty(shape, np.float32)
             buffers = [taps[tap] for tap in TAPS]
-        _core.decoder_block(self.handle, hidden, *buffers, None, None, block=index)
+        qkv, o, mlp, down = buffers
+        _core.decoder_block(self.handle, hidden, qkv, o, mlp, down, None, None, block=index)
 
     def hidden(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Return the input of the head.

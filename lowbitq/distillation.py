@@ -278,7 +278,7 @@ def distill(
         regularization,
         seed,
     )
-    rows = _rows(model, text, window, validation + batch)
+    rows = training_rows(model, text, window, validation + batch)
     run = _Run(model, teacher, options, rows)
     folder = None if work_dir is None else Path(work_dir)
     if folder is not None:
@@ -291,8 +291,18 @@ def distill(
     return run.finish()
 
 
-def _rows(model: Model, text: Text, window: int, least: int) -> NDArray[np.int32]:
-    """The text in windows one after the other."""
+def training_rows(model: Model, text: Text, window: int, least: int) -> NDArray[np.int32]:
+    """Cut a text into windows, one after the other.
+
+    Returns
+    -------
+    ndarray of shape (windows, window), int32
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than `least`.
+    """
     tokens = tokenize(model.tokenizer, text, model.config.vocab_size, axes=(1, 2))
     if tokens.ndim == 1:
         count = len(tokens) // window

@@ -35,6 +35,49 @@ class Differentiable(Protocol):
     def finish(self, hidden: Array) -> Array: ...
 
 
+class BlockPass:
+    """One window's way through one block, kept for the way back.
+
+    Parameters
+    ----------
+    model : Model
+        Of dense layers. Its arrays are read again on the way back and must not change before.
+    index : int
+        The block.
+    x : ndarray of shape (t, hidden), float32
+        The residual stream, which is taken through the block in place; its input is kept.
+    keep : bool, default=True
+        Whether to keep what makes the way back cheaper, too: twice as much again. False: attention
+        runs twice.
+    """
+
+    def __init__(self, model: Differentiable, index: int, x: Array, *, keep: bool = True) -> None:
+        self.model, self.index, self._input = model, index, x.copy()
+        self._known: list[Array | None] = [None, None, None]
+        if keep:
+            config = model.config
+            widths = config.heads * config.head_dim, config.heads, config.hidden_size
+            self._known = [np.empty((len(x), width), np.float32) for width in widths]
+        o, log_sum, middle = self._known
+        _core.decoder_block(model.handle, x, None, o, None, None, log_sum, middle, block=index)
+
+    def back(self, sink: Any, dx: Array, outputs: dict[str, Array] | None = None) -> None:
+        """Take the gradient of the residual stream through the block, in place.
+
+        Parameters
+        ----------
+        sink : capsule
+            Where gradients of the block's parts are added, from `block_sink`.
+        dx : ndarray of shape (t, hidden), float32
+            Behind the block; on return, before it.
+        outputs : dict of str to ndarray of shape (t, rows), float32, default=None
+            By slot name: where the gradients of layers' outputs are written.
+        """
+        seen = [(outputs or {}).get(slot.name) for slot in SLOTS]
+        arrays: list[Any] = [self._input, *self._known, sink, *seen, dx]
+        _core.block_backward(self.model.handle, *arrays, block=self.index)
+
+
 class Pass:
     """One window's way through a model, kept for the way back.
 
@@ -44,8 +87,7 @@ class Pass:
         Of dense layers. Its arrays are read again on the way back and must not change before.
     tokens : array_like of shape (t,), integers
     keep : bool, default=True
-        Whether to keep, besides each block's input (4 t hidden bytes), what makes the way back
-        cheaper: twice as much again. False: attention runs twice.
+        As for `BlockPass`; the inputs of all blocks take ``4 t hidden blocks`` bytes.
 
     Attributes
     ----------
@@ -65,19 +107,8 @@ class Pass:
     def __init__(self, model: Differentiable, tokens: ArrayLike, *, keep: bool = True) -> None:
         self.model = model
         self.tokens = np.ascontiguousarray(tokens, np.int32)
-        self._inputs: list[Array] = []
-        self._known: list[tuple[Array | None, Array | None, Array | None]] = []
-        count, config = len(self.tokens), model.config
         x = model.embed(self.tokens)
-        for index in range(len(model.blocks)):
-            known: tuple[Array | None, ...] = (None, None, None)
-            if keep:
-                widths = config.heads * config.head_dim, config.heads, config.hidden_size
-                known = tuple(np.empty((count, width), np.float32) for width in widths)
-            self._inputs.append(x.copy())
-            o, log_sum, middle = known
-            _core.decoder_block(model.handle, x, None, o, None, None, log_sum, middle, block=index)
-            self._known.append((o, log_sum, middle))
+        self._blocks = [BlockPass(model, i, x, keep=keep) for i in range(len(model.blocks))]
         self._last = x
         self.hidden = model.finish(x)
         self.dx = np.empty_like(x)
@@ -140,20 +171,8 @@ class Pass:
         return losses
 
     def back(self, index: int, sink: Any, outputs: dict[str, Array] | None = None) -> None:
-        """Take `dx` through a block, to its input.
-
-        Parameters
-        ----------
-        index : int
-            The last block first.
-        sink : capsule
-            Where gradients of the block's parts are added, from `block_sink`.
-        outputs : dict of str to ndarray of shape (t, rows), float32, default=None
-            By slot name: where the gradients of layers' outputs are written.
-        """
-        seen = [(outputs or {}).get(slot.name) for slot in SLOTS]
-        arrays: list[Any] = [self._inputs[index], *self._known[index], sink, *seen, self.dx]
-        _core.block_backward(self.model.handle, *arrays, block=index)
+        """Take `dx` through block `index`, the last one first; see `BlockPass.back`."""
+        self._blocks[index].back(sink, self.dx, outputs)
 
     def back_to_embedding(self, gradient: Array) -> None:
         """Add the gradient of the rows that were looked up to `gradient` (vocab, hidden)."""

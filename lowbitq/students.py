@@ -17,7 +17,8 @@ M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large L
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -293,9 +294,17 @@ class Student:
             linears[slot.name], sinks[slot.name] = layer, layer.sink(self._kinds, buffer)
         return replace(block, **norms, linears=linears), block_sink(gains, sinks)
 
-    def compose(self) -> None:
-        """Write the model's arrays as the parameters have them now."""
-        for layer in self._layers.values():
+    def block_parameters(self, index: int) -> list[Parameter]:
+        """What learns in a block."""
+        prefix = f"model.layers.{index}."
+        return [p for p in self.parameters if p.name.startswith(prefix)]
+
+    def compose(self, index: int | None = None) -> None:
+        """Write the arrays of the model, or of one block, as the parameters have them now."""
+        blocks = self.model.blocks if index is None else [self.model.blocks[index]]
+        layers = {id(x): x for block in blocks for x in block.linears.values()}
+        for layer in layers.values():
+            assert isinstance(layer, StudentLayer)
             layer.compose()
         for (parameter, _, start), gain in zip(self._gains, self._gain_arrays(), strict=True):
             gain[:] = start * parameter.value
@@ -309,13 +318,19 @@ class Student:
     def backward(self, runs: Sequence[Pass]) -> None:
         """Take passes whose loss is known back through the blocks; gradients are added."""
         for index in reversed(range(len(self.model.blocks))):
-            for buffer in self._buffers.values():
-                buffer[:] = 0
-            for run in runs:
-                run.back(index, self._sinks[index])
-            for name, layer in self.model.blocks[index].linears.items():
-                assert isinstance(layer, StudentLayer)
-                layer.pull(self._kinds, self._buffers[name])
+            with self.collecting(index) as sink:
+                for run in runs:
+                    run.back(index, sink)
+
+    @contextmanager
+    def collecting(self, index: int) -> Iterator[Any]:
+        """Yield the sink of a block; what it takes is added to the gradients of parameters."""
+        for buffer in self._buffers.values():
+            buffer[:] = 0
+        yield self._sinks[index]
+        for name, layer in self.model.blocks[index].linears.items():
+            assert isinstance(layer, StudentLayer)
+            layer.pull(self._kinds, self._buffers[name])
         for parameter, gradient, start in self._gains:
             parameter.gradient += gradient * start
             gradient[:] = 0

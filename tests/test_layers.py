@@ -41,7 +41,8 @@ PYTHON_ORDER = [
     "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
-    "texts", "calibration", "encoding", "compression", "students", "distillation", "evaluation",
+    "texts", "calibration", "encoding", "compression", "students", "distillation",
+    "reconstruction", "evaluation",
     "timing", "roofline", "plots", "", "cli", "__main__",
 ]
 # fmt: on

@@ -1,0 +1,160 @@
+"""reconstruct(): train a quantized model block by block, each to give the output of the float block.
+
+The first of two stages; `lowbitq.distillation` is the second. A block is a thirtieth of a network
+and needs no head, so its steps are cheap, and what is wrong in one is mended before the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lowbitq.distillation import RATES, AdamW, cosine, training_rows
+from lowbitq.gradients import BlockPass
+from lowbitq.models.decoder import Model
+from lowbitq.models.quantized import QuantizedModel
+from lowbitq.models.tokens import check_count
+from lowbitq.students import Student
+from lowbitq.texts import Text
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What is known of a block after its training.
+
+    Attributes
+    ----------
+    block, blocks : int
+        Its index, and the number of all.
+    before, after : float
+        Relative error of its output: mean over tokens of ``||x - target||^2 / ||target||^2``.
+    """
+
+    block: int
+    blocks: int
+    before: float
+    after: float
+
+
+def reconstruct(
+    model: QuantizedModel,
+    teacher: Model,
+    text: Text,
+    *,
+    learn: Iterable[str] = ("scale", "offset", "norm"),
+    steps: int = 16,
+    batch: int = 2,
+    samples: int = 16,
+    window: int = 1024,
+    inputs: str = "quantized",
+    rates: Mapping[str, float] | None = None,
+    seed: int = 0,
+    progress: Callable[[Rebuilt], object] | None = None,
+) -> QuantizedModel:
+    """Train each block of a quantized model to give what the float model's gives.
+
+    Parameters
+    ----------
+    model : QuantizedModel
+        Of layers of one copy. Left unchanged.
+    teacher : Model
+        The float model, of the same shape.
+    text : str, path, sequence of str or of paths, or array_like of int
+        Calibration text, as for `lowbitq.texts.windows`.
+    learn : iterable of str
+        Kinds of parameters, see `lowbitq.students`.
+    steps, batch : int
+        Steps of AdamW for each block, and windows per step.
+    samples, window : int
+        Windows of the text that are used, and tokens per window.
+    inputs : {"quantized", "float"}, default="quantized"
+        What enters a block: the output of the trained blocks before it, whose errors it then mends
+        as well, or of the float blocks.
+    rates : mapping of str to float, default=None
+        Learning rates of some kinds; see `lowbitq.distillation.RATES`.
+    seed : int, default=0
+        Of the choice of windows.
+    progress : callable, default=None
+        Called with a `Rebuilt` after each block.
+
+    Returns
+    -------
+    QuantizedModel
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range, or models and text do not fit.
+
+    References
+    ----------
+    M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
+    2024, section 3.2. Y. Li et al., "BRECQ: Pushing the limit of post-training quantization by
+    block reconstruction", 2021.
+
+    Examples
+    --------
+    >>> small = reconstruct(small, model, "train.txt")  # doctest: +SKIP
+    """
+    for name, count in {"steps": steps, "batch": batch, "samples": samples}.items():
+        check_count(name, count, 1)
+    if inputs not in ("quantized", "float"):
+        raise ValueError(f"inputs is {inputs!r}, expected 'quantized' or 'float'")
+    rows = training_rows(model, text, window, 1)
+    random = np.random.default_rng(seed)
+    rows = rows[np.sort(random.permutation(len(rows))[:samples])]
+    student = Student(model, learn)
+    streams = [student.model.embed(row) for row in rows]
+    plain = [teacher.embed(row) for row in rows]
+    for index in range(len(model.blocks)):
+        if inputs == "float":
+            streams = [_turned(student.model, x) for x in plain]
+        for x in plain:
+            teacher.block_forward(index, x)
+        targets = [_turned(student.model, x) for x in plain]
+        optimizer = AdamW(student.block_parameters(index), RATES | dict(rates or {}))
+        errors = []
+        for step in range(1, steps + 1):
+            student.compose(index)
+            chosen = random.choice(len(rows), min(batch, len(rows)), replace=False)
+            errors.append(_step(student, index, [(streams[i], targets[i]) for i in chosen]))
+            optimizer.step(cosine(step, steps, 2))
+        student.compose(index)
+        ends = []
+        for x, target in zip(streams, targets, strict=True):
+            student.model.block_forward(index, x)
+            ends.append(_error(x, target)[0])
+        if progress is not None:
+            progress(Rebuilt(index, len(model.blocks), errors[0], float(np.mean(ends))))
+    return student.finish()
+
+
+def _step(student: Student, index: int, pairs: list[tuple[Array, Array]]) -> float:
+    """Add the gradients of the mean error over some windows; return that error."""
+    total = 0.0
+    with student.collecting(index) as sink:
+        for x, target in pairs:
+            y = x.copy()
+            run = BlockPass(student.model, index, y)
+            error, dy = _error(y, target)
+            total += error / len(pairs)
+            run.back(sink, dy / np.float32(len(pairs)))
+    return total
+
+
+def _error(x: Array, target: Array) -> tuple[float, Array]:
+    """Mean over tokens of the relative squared error, and its gradient by x."""
+    difference = x - target
+    size = np.square(target).sum(1, keepdims=True) * np.float32(len(x))
+    error = float((np.square(difference) / size).sum(dtype=np.float64))
+    return error, 2 * difference / size
+
+
+def _turned(model: Model, x: Array) -> Array:
+    """The residual stream of a model that is not rotated, as `model` has it."""
+    return x.copy() if model.residual_rotation is None else model.residual_rotation.apply(x)

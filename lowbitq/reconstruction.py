@@ -1,4 +1,4 @@
-"""reconstruct(): train a quantized model block by block, each to give the output of the float block.
+"""reconstruct(): train a quantized model block by block, each towards its float block's output.
 
 The first of two stages; `lowbitq.distillation` is the second. A block is a thirtieth of a network
 and needs no head, so its steps are cheap, and what is wrong in one is mended before the next.

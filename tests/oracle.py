@@ -11,7 +11,7 @@ U = 2.0**-24  # half the distance between 1 and the next float32
 
 
 def splitmix64(state):
-    """The finaliser of SplitMix64 of each uint64."""
+    """SplitMix64's finaliser, elementwise."""
     z = np.asarray(state, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -19,20 +19,20 @@ def splitmix64(state):
 
 
 def random_bits(count, seed, stream):
-    """The first `count` uint64 of a (seed, stream)."""
+    """The first `count` uint64 of the stream (seed, stream)."""
     with np.errstate(over="ignore"):
         key = splitmix64(splitmix64(np.array([seed], np.uint64)) ^ np.uint64(stream))
         return splitmix64(key ^ np.arange(count, dtype=np.uint64))
 
 
 def random_normal(count, seed, stream):
-    """Box and Muller on pairs of uniform numbers with 53 bits."""
+    """Box-Muller on pairs of 53-bit uniform numbers."""
     u, v = (random_bits(2 * count, seed, stream) >> np.uint64(11)).reshape(count, 2).T * 2.0**-53
     return np.sqrt(-2 * np.log(1 - u)) * np.cos(2 * np.pi * v)
 
 
 def per_column(values, group, cols):
-    """Values (rows, groups), one for each column of a group, as (rows, cols)."""
+    """Values (rows, groups) repeated for each column of a group: (rows, cols)."""
     return np.repeat(values, group, axis=1)[:, :cols]
 
 
@@ -55,7 +55,7 @@ def trellis_levels(codes, bits=2, cols=1):
 
 
 def lattice_magnitudes():
-    """Twice the magnitudes (256, 8): all of norm up to 40, every other one of 48 without a 5."""
+    """Twice the magnitudes (256, 8): all of norm up to 40, every other one of norm 48 without 5."""
     sizes = list(itertools.product((1, 3, 5), repeat=8))
     norms = [sum(x * x for x in size) for size in sizes]
     small = [size for size, norm in zip(sizes, norms, strict=True) if norm <= 40]
@@ -64,7 +64,7 @@ def lattice_magnitudes():
 
 
 def lattice_levels(codes):
-    """Levels of 2-bit codes (rows, 8 n): words of 16 bits, a point of E8 + 1/4 each."""
+    """Levels of 2-bit codes (rows, 8 n): each 16-bit word is a point of E8 + 1/4."""
     digits = codes.reshape(len(codes), -1, 8).astype(np.int64)
     word = (digits << 2 * np.arange(8)).sum(2)
     size = lattice_magnitudes()[word & 255]
@@ -75,14 +75,14 @@ def lattice_levels(codes):
 
 
 def normal_quantiles(count):
-    """`count` numbers that stand for equal shares of a normal variable, each its share's mean."""
+    """Means of `count` equally probable intervals of a normal variable."""
     edges = np.array([NormalDist().inv_cdf(i / count) for i in range(1, count)])
     density = np.concatenate([[0], np.exp(-(edges**2) / 2), [0]]) / np.sqrt(2 * np.pi)
     return -np.diff(density) * count
 
 
 def best_grid_error(weight, count, symmetric):
-    """Least squared error of each row over a mesh of uniform grids, each refitted once."""
+    """Smallest squared error of each row over a mesh of uniform grids, each refitted once."""
     best = np.full(len(weight), np.inf)
     w = weight.astype(float)
     width = np.ptp(w, axis=1, keepdims=True)
@@ -102,7 +102,7 @@ def best_grid_error(weight, count, symmetric):
 
 
 def kmeans_error(values, count, weights=None):
-    """Least weighted squared error of `count` clusters, by trying every last interval."""
+    """Smallest weighted squared error of `count` clusters, trying every last interval."""
     order = np.argsort(values)
     x, w = values[order], (np.ones(len(values)) if weights is None else weights[order])
 
@@ -117,7 +117,7 @@ def kmeans_error(values, count, weights=None):
 
 
 def packed_codes(codes, bits):
-    """Codes (16, step) of one step as the bytes of its blocks, straight from the table."""
+    """Codes (16, step) of one step as the bytes of its blocks, straight from packed.h's table."""
     if bits == 3:
         parts = np.split(codes, codes.shape[1] // 32, axis=1)
         return b"".join(_blocks(p & 3, 2).tobytes() + _blocks(p >> 2, 1).tobytes() for p in parts)
@@ -185,7 +185,7 @@ def quantized_linear(codes, scale, offset, group, x, bias, limit, levels=None):
 
 
 def float_linear(weight, x, bias):
-    """y (t, rows) in float64, and the bound of any order of cols float32 products and sums."""
+    """y (t, rows) in float64, and a bound for cols float32 products and sums in any order."""
     weight, x = weight.astype(np.float64), x.astype(np.float64)
     bias = np.zeros(len(weight)) if bias is None else bias.astype(np.float64)
     size = abs(x) @ abs(weight).T + abs(bias)
@@ -231,7 +231,7 @@ def gptq_grid(x, bits, search, norm=2.4, grid=100, maxshrink=0.8):
 
 
 def gptq_values(x, scale, zero, maxq):
-    """What quantize() of the same file returns."""
+    """The result of quantize() in the same file."""
     scale, zero = scale[:, None], zero[:, None]
     return scale * (np.clip(np.round(x / scale) + zero, 0, maxq) - zero)
 
@@ -271,7 +271,7 @@ def rmsnorm(x, gain, epsilon):
 
 
 def swiglu(gate, up):
-    """exp is good to 4 units, four roundings follow; exp(-gate) is infinite from 88.7 on."""
+    """exp is good to 4 units, four roundings follow; exp(-gate) overflows at -gate = 88.7."""
     gate, up = gate.astype(float), up.astype(float)
     y = gate / (1 + np.exp(-gate)) * up
     beyond = np.where(gate < -88, abs(gate) * np.exp(-88.0), 0) * abs(up)
@@ -328,7 +328,7 @@ def cross_entropy(logits, target):
 
 
 def kl_divergence(p, q):
-    """Nats and bound, row by row; the rounded differences of logits and the exponentials count."""
+    """Nats and bound, row by row; both logit differences and exponentials are rounded."""
     a, b = (x.astype(float) - x.max(-1, keepdims=True) for x in (p, q))
     p_sum, q_sum = np.exp(a).sum(-1), np.exp(b).sum(-1)
     P = np.exp(a) / p_sum[:, None]
@@ -349,10 +349,10 @@ def kronecker(bases, power, x):
 
 
 def decoder(network, tokens):
-    """Logits of a network in float64, one token after the other as the formulas stand.
+    """Logits of a network in float64, straight from the formulas.
 
     `network` has embedding, final_norm, head, frequency, heads, kv_heads, epsilon and blocks, each
-    a dict of norms (arrays or None), of linear layers, (weight, bias or None), and of scales.
+    a dict of norms (arrays or None), linear layers (weight, bias or None) and scales.
     """
     heads, kv_heads, epsilon = network["heads"], network["kv_heads"], network["epsilon"]
 
@@ -381,7 +381,7 @@ def decoder(network, tokens):
 
 
 def gram(cols, seed, decay=1.0):
-    """X^T X / n of correlated inputs, whose variances fall as a power."""
+    """X^T X / n of correlated inputs whose variances fall as a power law."""
     rng = np.random.default_rng([seed, cols])
     basis = np.linalg.qr(rng.standard_normal((cols, cols)))[0]
     spread = np.arange(1, cols + 1) ** (-decay / 2)

@@ -1,14 +1,14 @@
-/* The clipping range with the least loss of information, after S. Migacz, "8-bit inference with
+/* The clipping range that loses the least information, after S. Migacz, "8-bit inference with
  * TensorRT", GTC 2017. */
 #include <math.h>
 
 #include "codes/code.h"
 #include "core/interrupt.h"
 
-/* Sum over the bins of P log(P / Q) when the first `kept` bins are cut into `levels` runs. P is
- * the histogram with all that lies beyond moved into the last bin kept; Q spreads the mass of each
- * run evenly over those of its bins that P uses, and is normalised again. A run that P uses and
- * that holds nothing makes it infinite. */
+/* Sum over the bins of P log(P / Q) when the first `kept` bins are cut into `levels` runs. P is the
+ * histogram with all counts beyond the last kept bin moved into it; Q spreads the mass of each run
+ * evenly over its bins with P > 0 and is normalised again. Infinite if a run without mass has a bin
+ * with P > 0. */
 static double
 divergence(const double *counts, int kept, int levels, double total, double beyond)
 {
@@ -44,7 +44,7 @@ lbq_entropy_range(const double *counts, int bins, int levels, int *kept)
     for (int i = 0; i < bins; i++) {
         LBQ_REQUIRE(counts[i] >= 0 && isfinite(counts[i]),
                     LBQ_BAD_VALUE,
-                    "counts[%d] is %g, expected finite numbers from 0",
+                    "counts[%d] is %g, expected finite numbers >= 0",
                     i,
                     counts[i]);
         total += counts[i];

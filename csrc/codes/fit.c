@@ -1,12 +1,12 @@
-/* Finding scales and offsets: by the range of a group, or by its least squared error; sixteen
- * groups at once, in the lanes of vectors.
+/* Finds scales and offsets by a group's range or by minimum squared error, for sixteen groups at
+ * once in the lanes of vectors.
  *
- * For a fixed choice of codes v the error is a parabola in scale and offset, and its minimum
- * follows from sums of v and of what rounding leaves over, r = (w - offset) / scale - v
- * (S. Lloyd, "Least squares quantization in PCM", 1982, with levels tied to a grid). So a candidate
- * range is judged by the error after that refit, which one pass over the group yields; from the
- * best one refits and small moves of the two ends descend until nothing helps. Sums of r keep
- * their digits where sums of w would cancel: float32 is enough for 8 bits. */
+ * For fixed codes v the error is quadratic in scale and offset, and its minimum follows from sums
+ * of v and of the residual r = (w - offset) / scale - v (S. Lloyd, "Least squares quantization in
+ * PCM", 1982, with levels tied to a grid). So a candidate range is judged by its error after that
+ * refit, which takes one pass over the group; then refits and small moves of the two ends improve
+ * the best candidate until nothing helps. Sums of r keep digits that sums of w would lose to
+ * cancellation: float32 is enough for 8 bits. */
 #include "codes/code.h"
 
 #include <assert.h>
@@ -22,31 +22,31 @@
 
 /* --- the groups, and sums over their codes --------------------------------------------------- */
 
-enum { LANES = LBQ_PANEL, BLOCK = 256 /* weights of a lane that are summed in float32 */ };
+enum { LANES = LBQ_PANEL, BLOCK = 256 /* weights per lane summed in float32 */ };
 
 typedef float lanes[LANES];
 
-/* Weights are changed to (weight - shift) / unit, to avoid cancellation and overflow; scales and
- * offsets of the search are those of the changed weights. */
+/* Weights are normalised to (weight - shift) / unit, to avoid cancellation and overflow; the search
+ * works on normalised scales and offsets. */
 typedef struct {
     const lbq_code *code;
     const lbq_groups *in;
     double norm;
-    const float *importance; /* NULL if it is nothing but zeros */
-    bool dominated;          /* as importance.h says; then it is not NULL */
+    const float *importance; /* NULL if all zero */
+    bool dominated;          /* see importance.h; implies importance */
     lanes low, high, unit, shift;
-    float h[4][LANES]; /* sums of importance times 1, w, w^2; and one over the first */
-    lanes error;       /* of the grids that were searched for; else 0 */
+    float h[4][LANES]; /* sums of importance times 1, w, w^2; and 1 / h[0] */
+    lanes error;       /* of the grids found by the search; else 0 */
     float first, last; /* levels */
     float middle[LBQ_MAX_LEVELS], jump[LBQ_MAX_LEVELS]; /* between neighbouring levels */
 } groups;
 
-/* Sums of importance times r, r v, r^2 over the codes at one scale and offset; POWER: of importance
- * |scale r|^norm. */
+/* Sums of importance times r, r v and r^2 at one scale and offset; POWER: sum of importance |scale
+ * r|^norm. */
 enum { R, RV, RR, POWER, SUMS };
 typedef float sums[SUMS][LANES];
 
-/* What grid_sums_f32 and table_sums_f32 do, for any norm. */
+/* grid_sums_f32 and table_sums_f32 for any norm. */
 static void
 sum_slowly(const groups *g, ptrdiff_t count, const float *w, const float *h, const float *grid,
            const float *scale, sums s)
@@ -79,7 +79,7 @@ sum_slowly(const groups *g, ptrdiff_t count, const float *w, const float *h, con
     }
 }
 
-/* Adds up the lanes where they are parts of one group. */
+/* Adds up the lanes if they are parts of one group. */
 static void
 join(const groups *g, double *x)
 {
@@ -139,15 +139,15 @@ sum_groups(const groups *g, const float *grid, const float *scale, sums s)
     }
 }
 
-/* A grid as the kernels take it, and what its sums follow from. */
+/* A grid; the kernels take inverse and start. */
 typedef struct {
     lanes inverse, start, scale, offset;
 } grid;
 
-/* What follows from the sums at one grid. */
+/* Derived from the sums at one grid. */
 typedef struct {
     lanes error;         /* sum importance |w - q|^norm */
-    lanes scale, offset; /* the least squares refit for these codes; scale 0: there is none */
+    lanes scale, offset; /* least squares refit for these codes; scale 0: none */
     lanes refit_error;   /* its sum of squares */
 } trial;                 /* as refit_f32 fills it */
 
@@ -208,15 +208,15 @@ try(const groups *g, const grid *at, trial *t)
 
 typedef struct {
     lanes error, scale, offset;    /* as improve_f32 keeps them */
-    lanes next_scale, next_offset; /* under another norm than 2: the refit, to be tried next */
+    lanes next_scale, next_offset; /* norm != 2 or dominated: the refit to try next */
 } best_fit;
 
-/* Below it a step is not worth its time. */
+/* Stop when a step improves the error by less than this factor. */
 #define ENOUGH (1 - 1e-5f)
 
-/* Keeps what a trial yields where that is better: its refit, or under another norm than 2 the grid
- * itself. In dominated groups the error of a refit is measured too: it cannot be foretold from sums
- * over the grid before it, in which the large shares leave no digits to the others. */
+/* Keeps the result of a trial where it is better: its refit, or the grid itself if norm != 2. In
+ * dominated groups the refit's error is measured: sums at the previous grid cannot predict it,
+ * because the large shares leave no digits for the small ones. */
 static bool
 improves(const groups *g, const float *scale, const float *offset, best_fit *best)
 {
@@ -264,10 +264,9 @@ descend(const groups *g, int steps, best_fit *best)
     }
 }
 
-/* Moves the ends of the grid, by itself each or, about a fixed zero, both. Steps in the unit of the
- * scale: of first ones of 0.15 to 1.4 for an end by itself, 0.2 was best for 4 levels, 0.5 for 8
- * and 0.6 for 16, by 0.2 to 1 % of the error. A descent after each move that helps gains nothing.
- */
+/* Moves the ends of the grid, one at a time or, about a fixed zero, both. Steps are in units of the
+ * scale. Of first steps from 0.15 to 1.4 for a single end, 0.2 was best for 4 levels, 0.5 for 8 and
+ * 0.6 for 16, by 0.2 to 1 % of the error. A descent after each successful move gains nothing. */
 static void
 move_ends(const groups *g, best_fit *best)
 {
@@ -291,7 +290,7 @@ move_ends(const groups *g, best_fit *best)
         }
 }
 
-/* The power of two above |x| >= 2^-101; 2^-100 below it, but 1 for 0. */
+/* The next power of two above |x|, at least 2^-100; 1 for 0. */
 static inline float
 power_above(float x)
 {
@@ -304,7 +303,7 @@ power_above(float x)
     return x;
 }
 
-/* Changes the weights as `groups` says, and finds the sums that no scale changes. */
+/* Normalises the weights, and computes the sums that do not depend on the scale. */
 static void
 centre(groups *g)
 {
@@ -348,7 +347,7 @@ centre(groups *g)
     g->dominated = g->importance && lbq_dominated(in, g->importance, (double)g->h[0][0]);
 }
 
-/* The candidate ranges, and from the best of them downhill. */
+/* Tries the candidate ranges, then descends from the best one. */
 static void
 search(const groups *g, const lbq_search *range, best_fit *best)
 {
@@ -360,8 +359,7 @@ search(const groups *g, const lbq_search *range, best_fit *best)
     }
     lbq_grids_over(g->code, low, high, scales, offsets);
     for (int l = 0; l < LANES; l++) {
-        /* Ranges shrink towards zero, or where they do not hold it, towards their end next to it.
-         */
+        /* Ranges shrink towards zero, or towards their nearer end if they do not contain it. */
         const float zero = -g->shift[l] / g->unit[l];
         origin[l] = fminf(fmaxf(zero, g->low[l]), g->high[l]);
         whole_scale[l] = (float)scales[l];
@@ -374,7 +372,7 @@ search(const groups *g, const lbq_search *range, best_fit *best)
         const float factor = (float)(1 - range->shrink * i / range->candidates);
         lanes scale, offset;
         for (int l = 0; l < LANES; l++) {
-            /* A lone value has no range: whatever is tried there fails. */
+            /* A single value has no range: every trial fails. */
             scale[l] = whole_scale[l] > 0 ? factor * whole_scale[l] : 1;
             offset[l] = g->code->symmetric ? factor * whole_offset[l]
                                            : origin[l] + factor * (whole_offset[l] - origin[l]);
@@ -386,13 +384,13 @@ search(const groups *g, const lbq_search *range, best_fit *best)
     descend(g, 20, best);
 }
 
-/* Scales near the best one that dominated groups try: each leaves another rest when its offset is
- * rounded, and the smallest of 13 is a tenth of one alone. Apart by some steps of a float16. */
+/* Scales near the best one that dominated groups try, a few float16 steps apart. Each leaves a
+ * different error when its offset is rounded; the smallest of 13 is a tenth of one alone. */
 enum { NEARBY = 6 };
 #define APART (1.0 / 512)
 
-/* The best grid as stored: its scale rounded down (way 1), up (2), or to others nearby, about the
- * level `pivot`, whose value stays. */
+/* The best grid in stored form, its scale rounded down (way 1), up (2) or to one nearby, while the
+ * level `pivot` keeps its value. */
 static void
 store_best(const groups *g, const best_fit *best, int way, const double *pivot, double *s,
            double *o)
@@ -411,7 +409,7 @@ store_best(const groups *g, const best_fit *best, int way, const double *pivot, 
     lbq_store_offsets(g->code, s, LBQ_NEAREST, o);
 }
 
-/* The middle level; in dominated groups that of the large shares. */
+/* The middle level; in dominated groups the level of the large shares. */
 static void
 find_pivot(const groups *g, const best_fit *best, double *pivot)
 {
@@ -428,7 +426,7 @@ find_pivot(const groups *g, const best_fit *best, double *pivot)
     memcpy(pivot, at_best.level, sizeof at_best.level);
 }
 
-/* Grids (s, o) as grids of the changed weights. */
+/* Normalises grids (s, o). */
 static void
 narrow_grid(const groups *g, const double *s, const double *o, float *scale, float *offset)
 {
@@ -472,8 +470,8 @@ fit_least_error(groups *g, const lbq_search *range, float *scale, float *offset)
     memcpy(g->error, least, sizeof least);
 }
 
-/* Grids that zeros may be better than: coarse ones, and those found for groups whose important
- * weights are zeros. */
+/* Marks grids that may be worse than zeros: coarse ones, and grids of groups whose important
+ * weights are zero. */
 static bool
 find_doubtful(const groups *g, const float *scale, bool *doubtful)
 {
@@ -488,8 +486,9 @@ find_doubtful(const groups *g, const float *scale, bool *doubtful)
     return any;
 }
 
-/* Replaces grids that are worse than zeros; in float16 also coarse ones that gain less than a tenth
- * on them, which GPTQ would lose again by what it feeds to a few weights of one step. */
+/* Replaces grids that are worse than zeros by zeros. In float16 also replaces coarse grids that are
+ * less than 10 % better: GPTQ would lose that gain when it feeds errors to a few weights of one
+ * step. */
 static void
 prefer_zeros(const groups *g, float *scale, float *offset)
 {
@@ -506,7 +505,7 @@ prefer_zeros(const groups *g, float *scale, float *offset)
     }
     lbq_judge_grid(g->code, g->in, g->importance, g->norm, s, o, &found);
     lbq_judge_value(g->in, g->importance, g->norm, origin, zeros);
-    if (g->code->scale_bits != 16 && !g->code->symmetric) /* an offset is kept as zero * scale */
+    if (g->code->scale_bits != 16 && !g->code->symmetric) /* offsets are -zero * scale */
         lbq_store_scales(g->code, LBQ_NEAREST, none);
     for (int l = 0; l < LANES; l++) {
         const double gain = g->code->scale_bits == 16 && scale[l] <= coarse ? 0.9 : 1;

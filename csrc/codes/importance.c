@@ -6,14 +6,14 @@
 
 enum {
     LANES = LBQ_PANEL,
-    FEW = 4, /* columns that a grid can come close to meeting at once */
+    FEW = 4, /* columns that a grid can fit closely at the same time */
 };
 
-/* float32 finds the best grids up to this ratio; from 2^24 on it loses the smaller shares. */
+/* float32 finds the best grids down to this ratio of shares; at 2^-24 it loses the smaller ones. */
 #define SMALL 0x1p-20f
 
-/* Smaller shares, zeros too, count as this one, so that no column is ignored: stored scales do not
- * meet the large ones more exactly. */
+/* Smaller shares, including 0, are raised to this one, so that no column is ignored. Stored scales
+ * cannot fit the large shares more exactly anyway. */
 #define LEAST_SHARE 0x1p-40
 
 lbq_status
@@ -22,7 +22,7 @@ lbq_check_importance(ptrdiff_t cols, const float *importance)
     for (ptrdiff_t k = 0; k < cols; k++)
         LBQ_REQUIRE(importance[k] >= 0 && isfinite(importance[k]),
                     LBQ_BAD_VALUE,
-                    "importance[%td] is %g, expected finite numbers from 0",
+                    "importance[%td] is %g, expected finite numbers >= 0",
                     k,
                     (double)importance[k]);
     return LBQ_OK;
@@ -58,7 +58,7 @@ size_of(const lbq_groups *groups)
 bool
 lbq_dominated(const lbq_groups *groups, const float *shares, double total)
 {
-    /* The large shares alone add up to no more. */
+    /* A quick test: FEW large shares and many small ones add up to no more. */
     if (!(total <= FEW + 1))
         return false;
     const ptrdiff_t size = size_of(groups), step = groups->together ? 1 : LANES;
@@ -80,7 +80,7 @@ power(double x, double norm)
     return norm == 2 ? x * x : pow(fabs(x), norm);
 }
 
-/* Adds up the lanes where they are parts of one group. */
+/* Adds up the lanes if they are parts of one group. */
 static void
 join(const lbq_groups *groups, double *x)
 {
@@ -91,7 +91,7 @@ join(const lbq_groups *groups, double *x)
         x[l] = total;
 }
 
-/* A weight's nearest level v, and the rest r = (w - offset) / scale - v. */
+/* A weight's nearest level v, and the residual r = (w - offset) / scale - v. */
 typedef struct {
     double v, r;
 } place;
@@ -104,8 +104,7 @@ place_of(const lbq_code *code, double w, double scale, double offset)
     return (place){v, (w - offset) / scale - v};
 }
 
-/* The weight that sums are taken about: that of the largest share. Its own terms vanish, however
- * large they would be. */
+/* Sums are taken about the weight with the largest share: its terms, possibly large, vanish. */
 static ptrdiff_t
 anchor_of(const lbq_groups *groups, const float *shares, int lane)
 {

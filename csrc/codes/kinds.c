@@ -1,4 +1,4 @@
-/* The table of codes: a new one is one row here, lbq_kind_<name>, and a file of its own. */
+/* The table of codes. A new one needs a row here and a file that defines lbq_kind_<name>. */
 #include <limits.h>
 #include <math.h>
 #include <stdlib.h>
@@ -25,7 +25,7 @@ KINDS(DECLARE)
 const lbq_code_kind *const lbq_code_kinds[] = {KINDS(ADDRESS) NULL};
 #undef ADDRESS
 
-/* The kind and the rate of a code, as text; NULL behind the last. */
+/* The kind of code number `index`, and its rate as text; NULL past the last. */
 static const lbq_code_kind *
 kind_at(int index, const char **rate)
 {
@@ -53,7 +53,7 @@ lbq_code_name(int index, char name[LBQ_NAME])
     return true;
 }
 
-/* Columns that share a word, times "2" or "1.5" bits. */
+/* Bits of a word: a rate such as "2" or "1.5" times the columns that share the word. */
 static int
 bits_of_word(const lbq_code_kind *kind, const char *rate)
 {
@@ -89,7 +89,7 @@ lbq_code_find(const char *name, lbq_code *code)
 
 /* Levels of a table are rounded to multiples of 1/127 of the largest, as activations are, and 128
  * is added because the integer kernels take unsigned codes: off by at most half a step, and exact
- * where a level is zero. Two levels are base + step * code itself. */
+ * for a zero level. Two levels are exactly base + step * code. */
 static lbq_byte_levels
 bytes_of(const lbq_code *code)
 {
@@ -174,7 +174,7 @@ lbq_code_check(const lbq_code *code, const lbq_search *search)
                 code->kind->name);
     LBQ_REQUIRE(!search || code->symmetric || code->kind->offsets,
                 LBQ_BAD_VALUE,
-                "codes of kind %s have no offsets to be fitted",
+                "codes of kind %s have no offsets to fit",
                 code->kind->name);
     return code->kind->check ? code->kind->check(code) : LBQ_OK;
 }

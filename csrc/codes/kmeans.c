@@ -1,11 +1,11 @@
 /* One-dimensional k-means: the table of levels that fits a set of numbers best.
  *
- * Sorted, clusters are intervals, and the best k intervals of the first i points extend the best
- * k - 1 of fewer: a dynamic programme, whose split points rise with i, so that divide and conquer
- * needs O(k n log n) (H. Wang, M. Song, "Ckmeans.1d.dp: Optimal k-means clustering in one
- * dimension by dynamic programming", 2011; X. Wu, "Optimal quantization by matrix searching",
- * 1991). Many points are first gathered in bins; Lloyd's iteration on prefix sums, O(k log n) a
- * step, then settles the borders between single points. */
+ * After sorting, clusters are intervals, and the best k intervals of the first i points extend the
+ * best k - 1 intervals of fewer points. This is a dynamic programme whose split points rise with i,
+ * so divide and conquer takes O(k n log n) (H. Wang, M. Song, "Ckmeans.1d.dp: Optimal k-means
+ * clustering in one dimension by dynamic programming", 2011; X. Wu, "Optimal quantization by matrix
+ * searching", 1991). Many points are first gathered into bins; Lloyd's iteration on prefix sums,
+ * O(k log n) per step, then moves the boundaries between single points. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -17,7 +17,7 @@
 enum {
     BINS = 2048,
     LLOYD_STEPS = 200,
-    DIGIT_BITS = 11, /* whose counts fit a first-level cache; six digits, an even number */
+    DIGIT_BITS = 11, /* counts fit in the first-level cache; six digits, an even number */
     DIGIT_MASK = (1 << DIGIT_BITS) - 1,
 };
 
@@ -25,7 +25,7 @@ typedef struct {
     double value, weight;
 } point;
 
-/* An unsigned integer with the same order as the double. */
+/* An unsigned integer that sorts like the double. */
 static inline uint64_t
 order_of(double x)
 {
@@ -34,8 +34,8 @@ order_of(double x)
     return bits >> 63 ? ~bits : bits | UINT64_C(1) << 63;
 }
 
-/* Sorts by value, digit by digit from the lowest one on, `room` for as many points: a quarter of
- * the time of qsort, which calls a function for each comparison. */
+/* Radix sort by value, lowest digit first; `room` holds n points. It takes a quarter of the time of
+ * qsort, which calls a function for each comparison. */
 static lbq_status
 sort(point *points, point *room, ptrdiff_t n)
 {
@@ -73,7 +73,7 @@ cost(const prefix *sum, ptrdiff_t begin, ptrdiff_t end)
 
 typedef struct {
     const prefix *sum;
-    const double *before; /* best error of the first i points with one cluster less */
+    const double *before; /* best error of the first i points with one cluster fewer */
     double *error;
     int *split; /* where the last cluster of the first i points begins */
 } layer;
@@ -146,8 +146,8 @@ first_from(const point *points, ptrdiff_t n, double value)
     return low;
 }
 
-/* Means of the intervals that end at `ends`, kept between their points in spite of rounding, so
- * that they ascend; an empty one takes the point where it stands. */
+/* Means of the intervals that end at `ends`, clamped to their points in case of rounding errors, so
+ * that they ascend. An empty interval takes the point at its position. */
 static void
 means(const prefix *sum, const point *points, ptrdiff_t n, double mean, int count,
       const ptrdiff_t *ends, double *levels)

@@ -1,12 +1,11 @@
-/* A lattice: eight columns of a row are one of 2^16 points near the origin of E8 + 1/4, in a word
- * of 16 bits that lies as eight 2-bit words.
+/* A lattice: eight columns of a row are one of 2^16 points near the origin of E8 + 1/4, in a 16-bit
+ * word stored as eight 2-bit words.
  *
  * A. Tseng, J. Chee, Q. Sun, V. Kuleshov, C. De Sa, "QuIP#: Even Better LLM Quantization with
  * Hadamard Incoherence and Lattice Codebooks", 2024, section 4.2 (E8P): a point of D8 + 1/2 with
- * even sum, which is the magnitudes of one of 256 and seven signs, the eighth following from the
- * sum; and 1/4 more or less in all of them. The distortion of a normal variable is 0.092. Levels
- * are twice the coordinates, and half an odd number, hence whole numbers from 0 to 11 about 5.5.
- */
+ * even sum, given by one of 256 vectors of magnitudes and seven signs (the sum determines the
+ * eighth), plus or minus 1/4 in all coordinates. The distortion of a normal variable is 0.092.
+ * Levels are twice the coordinates plus 5.5, which makes them integers from 0 to 11. */
 #include <math.h>
 #include <string.h>
 
@@ -16,11 +15,11 @@
 
 enum { COLS = 8, COUNT = 256, SIGNS = 8 /* the lowest bit of the signs */, SHIFT = 15 };
 
-/* Standard deviation of a normal variable that the points err least on. */
+/* Standard deviation of the normal variable that the points fit best. */
 #define DEVIATION 2.1
 
-/* Magnitudes m = 0, 1, 2, for 1/2, 3/2, 5/2, two bits a coordinate: all 227 of a norm up to 10, and
- * 29 of norm 12. */
+/* Magnitudes m = 0, 1, 2, for 1/2, 3/2, 5/2, two bits per coordinate: all 227 with norm up to 10,
+ * and 29 with norm 12. */
 static const uint16_t MAGNITUDES[COUNT] = {
     0x0000, 0x4000, 0x8000, 0x1000, 0x5000, 0x9000, 0x2000, 0x6000, 0x0400, 0x4400, 0x8400, 0x1400,
     0x5400, 0x2400, 0x0800, 0x4800, 0x1800, 0x0100, 0x4100, 0x8100, 0x1100, 0x5100, 0x2100, 0x0500,
@@ -45,7 +44,8 @@ static const uint16_t MAGNITUDES[COUNT] = {
     0x5411, 0x4511, 0x5051, 0x1451, 0x1151, 0x5405, 0x4505, 0x5045, 0x1445, 0x1145, 0x5015, 0x1415,
     0x1115, 0x4055, 0x0455, 0x0155};
 
-/* Twice the magnitude of a coordinate; whether the sum of all asks for an odd number of signs. */
+/* Twice the magnitude of a coordinate; whether the sum of all requires an odd number of minus
+ * signs. */
 static inline int
 magnitude(int index, int c)
 {
@@ -74,7 +74,7 @@ levels_of(uint32_t word, uint8_t *level)
     }
 }
 
-/* What all rows share: magnitudes as numbers, their squares and parities. */
+/* Shared by all rows: magnitudes as floats, their squared norms and parities. */
 typedef struct {
     float size[COLS][COUNT], norm[COUNT];
     int odd[COUNT];
@@ -87,8 +87,8 @@ scratch(const lbq_code *code)
     return sizeof(points);
 }
 
-/* The point next to x, in levels about zero. For given magnitudes the signs are those of x; if that
- * makes the sum odd, the coordinate that loses least by it gets the other one. */
+/* The point nearest to x, in levels about zero. For given magnitudes, signs are taken from x; if
+ * that makes the sum odd, the sign that costs least is flipped. */
 static uint32_t
 nearest(const points *p, const float *x)
 {

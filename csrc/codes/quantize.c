@@ -1,4 +1,4 @@
-/* Rounding a matrix: scales of each group of a strip, then its words. */
+/* Rounds a matrix strip by strip: for each group the scales, then the words. */
 #include "codes/quantize.h"
 
 #include <math.h>
@@ -24,23 +24,24 @@ lbq_range_method_find(const char *name, lbq_range_method *method)
         LBQ_BAD_VALUE, "method is '%s', expected 'minmax', 'percentile' or 'mse'", name);
 }
 
-/* A group of at least this many weights is a whole matrix: it is spread over the lanes when its
- * scale is searched. Shorter ones are rows, whose sums must not depend on other rows. */
+/* A single row and group of at least this many weights is a whole matrix, and the search for its
+ * scale spreads it over the lanes. Shorter ones are rows, whose sums must not depend on other
+ * rows. */
 enum { LONG = 1 << 15 };
 
-/* Rounding a matrix: to codes, or to panels. */
+/* The rounding of a matrix, to codes or to panels. */
 typedef struct {
     const lbq_code *code;
     const lbq_search *search;
     ptrdiff_t rows, cols, group, groups;
-    ptrdiff_t strip; /* rows of one */
+    ptrdiff_t strip; /* rows per strip */
     ptrdiff_t step;  /* columns encoded at a time */
     bool fixed;
     const float *W;
-    const float *importance; /* (cols, LBQ_PANEL); together (cols) */
+    const float *importance; /* (cols, LBQ_PANEL), or (cols) if together */
     float *tiles;            /* (threads, tile) */
     ptrdiff_t tile;
-    char *scratch; /* (threads, scratch_bytes), of the code's kind */
+    char *scratch; /* (threads, scratch_bytes), for the code's kind */
     size_t scratch_bytes;
     bool together; /* the matrix is one row and one group, LONG or longer */
     uint8_t *codes;
@@ -50,14 +51,14 @@ typedef struct {
     uint8_t *panels;
 } quantization;
 
-/* A group of +-largest has a scale of twice that if it is binary. */
+/* A binary group of +-largest has a scale of twice that. */
 static float
 largest_weight(int scale_bits)
 {
     return scale_bits == 16 ? 65504.0f / 2 : 1e30f;
 }
 
-/* The rows [first, end) of W. */
+/* Checks rows [first, end) of W. */
 static lbq_status
 check_weight_rows(int scale_bits, ptrdiff_t first, ptrdiff_t end, ptrdiff_t cols, const float *W)
 {
@@ -118,7 +119,7 @@ check_rows(const quantization *job, panel_rows rows)
     return check_weight_rows(job->code->scale_bits, rows.first, end, job->cols, job->W);
 }
 
-/* The only group of a matrix that is one row, spread over all lanes. */
+/* Fits the only group of a one-row matrix, spread over all lanes. */
 static void
 fit_together(const quantization *job, float *tile, float *scale, float *offset)
 {
@@ -135,7 +136,7 @@ fit_together(const quantization *job, float *tile, float *scale, float *offset)
     job->code->kind->fit(job->code, job->search, &groups, scale, offset);
 }
 
-/* Scales and offsets of the group from column `begin` on, whose weights are checked on the way. */
+/* Fits scales and offsets of the group that starts at column `begin`, and checks its weights. */
 static lbq_status
 fit_rows(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t count, int worker,
          float *scale, float *offset)
@@ -170,7 +171,7 @@ fit_rows(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t co
     return LBQ_OK;
 }
 
-/* Grids of a strip: [3][rows of the strip], scale, offset, 1 / scale. */
+/* Grids of a strip: scale, offset and 1 / scale as [3][rows of the strip]. */
 typedef float grids[3 * LBQ_STRIP];
 
 static lbq_status
@@ -209,7 +210,7 @@ encode_blocks(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff
     }
 }
 
-/* Words of `count` columns from `begin` on, at most those of a step; 0 behind them. */
+/* Words of `count` columns starting at `begin`, at most a step, which zeros fill up. */
 static void
 encode_step(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t count,
             ptrdiff_t ahead, const float *lanes, int worker, uint8_t *words)
@@ -230,7 +231,7 @@ encode_step(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t
         encode_blocks(job, rows, begin, count, &grid, worker, words);
 }
 
-/* Writes words of a strip from column `begin` on to the codes. */
+/* Writes words of a strip, starting at column `begin`, to the codes. */
 static void
 store_codes(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t count,
             const uint8_t *words)
@@ -260,7 +261,7 @@ pack_words(const quantization *job, uint8_t *panels, ptrdiff_t step, const uint8
                        panels + p * to->panel_bytes + step * to->step_bytes);
 }
 
-/* Scales and offsets of a panel's group; what further rows have is 0. */
+/* Packs scales and offsets of a panel's group; missing rows get 0. */
 static lbq_status
 pack_scales(const quantization *job, panel_rows rows, ptrdiff_t group, const float *scale,
             uint8_t *panel)
@@ -301,7 +302,7 @@ store_grid(const quantization *job, panel_rows rows, ptrdiff_t group, const floa
     return LBQ_OK;
 }
 
-/* Those given. */
+/* Loads the given scales and offsets. */
 static void
 load_grid(const quantization *job, panel_rows rows, ptrdiff_t group, float *grid)
 {
@@ -313,8 +314,8 @@ load_grid(const quantization *job, panel_rows rows, ptrdiff_t group, float *grid
     }
 }
 
-/* Whether a packed group is finished: none of its scales is the smallest float16 there is, where
- * zeros may fit better. */
+/* Whether a packed group is finished: no scale is the smallest float16, for which zeros may be
+ * better. */
 static bool
 finished(const quantization *job, ptrdiff_t group, const uint8_t *panel)
 {
@@ -334,7 +335,7 @@ round_strip(void *context, ptrdiff_t strip, int worker)
     const panel_rows rows = rows_of(job, strip);
     uint8_t *const panels = job->panels + strip * job->geometry.strip * job->geometry.panel_bytes;
     const float *const W = job->W + rows.first * job->cols;
-    /* Where a row has one scale, its range has brought it to the caches; next come others. */
+    /* With one scale per row, finding the range has cached these rows: prefetch the next ones. */
     const ptrdiff_t ahead = job->groups == 1 ? LBQ_PANEL * job->cols : 0;
     const float limit = largest_weight(code->scale_bits);
     bool fit = !job->fixed;
@@ -369,7 +370,7 @@ round_strip(void *context, ptrdiff_t strip, int worker)
     return LBQ_OK;
 }
 
-/* Checks what is common, makes room, and runs the task for every panel. */
+/* Checks the arguments, allocates scratch, and rounds all strips. */
 static lbq_status
 over_strips(quantization *job, const float *importance)
 {

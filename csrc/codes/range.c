@@ -37,7 +37,7 @@ lbq_groups_range(const lbq_groups *groups, float *low, float *high)
     }
 }
 
-/* An integer with the same order as the float. */
+/* An integer that sorts like the float. */
 static int32_t
 order_of(float x)
 {
@@ -55,7 +55,7 @@ of_order(int32_t bits)
     return x;
 }
 
-/* How many weights of each group do not exceed its pivot. */
+/* Number of weights in each group that do not exceed its pivot. */
 static void
 count_up_to(const lbq_groups *in, const float *pivot, ptrdiff_t *count)
 {
@@ -72,7 +72,7 @@ count_up_to(const lbq_groups *in, const float *pivot, ptrdiff_t *count)
         count[l] = all;
 }
 
-/* The order statistic `rank`, found by bisection over the bits of a float, which takes neither
+/* The order statistic `rank`, found by bisection over the bits of a float, which needs neither
  * scratch nor a sort. */
 static void
 find_rank(const lbq_groups *groups, const float *least, const float *most, ptrdiff_t rank,

@@ -4,10 +4,10 @@
 
 #include "codes/code.h"
 
-/* Minimum and maximum (LBQ_PANEL) of each group: those it comes with, if any. */
+/* Minimum and maximum (LBQ_PANEL) of each group, copied if the group comes with them. */
 void lbq_groups_range(const lbq_groups *groups, float *low, float *high);
 
-/* Quantiles between order statistics as NumPy's "linear" has them; low and high are the ranges. */
+/* Quantiles by NumPy's method "linear"; low and high are the ranges. */
 void lbq_groups_quantile(const lbq_groups *groups, const float *low, const float *high,
                          double percent, float *found);
 

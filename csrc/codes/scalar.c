@@ -1,4 +1,4 @@
-/* Kinds whose words are levels of a grid or of a table, one weight each. */
+/* Kinds with one word per weight: a level of a grid or of a table. */
 #include <math.h>
 #include <string.h>
 
@@ -64,7 +64,7 @@ encode_uniform_rows(const lbq_code *code, const lbq_grid *grid, const float *w, 
     lbq_kernel.encode_f32(w, stride, grid->rows, count, grid->lanes, code->count - 1, ahead, words);
 }
 
-/* The kernel knows grids of float16 over the range. */
+/* The kernel supports float16 grids over the range. */
 static ptrdiff_t
 pack_uniform(const lbq_code *code, const lbq_search *search, const lbq_packed *packed,
              const float *W, float limit, uint8_t *panel, bool *fit)

@@ -1,5 +1,5 @@
-/* Rounding scales and offsets to what is stored, of LBQ_PANEL groups at once, and grids that cover
- * the ranges of groups. */
+/* Rounds scales and offsets of LBQ_PANEL groups to stored form, and finds grids that cover the
+ * groups' ranges. */
 #include "codes/stored.h"
 
 #include <float.h>
@@ -101,8 +101,8 @@ lbq_store_offsets(const lbq_code *code, const double *scale, int direction, doub
     }
 }
 
-/* How far the levels reach to both sides of the fixed zero, infinitely where there is none: that
- * side asks for nothing. */
+/* How far the levels reach above and below the fixed zero; infinity on a side without levels, so
+ * that it needs no scale. */
 static void
 reach_of(const lbq_code *code, float *above, float *below)
 {
@@ -146,8 +146,8 @@ lbq_grids_over(const lbq_code *code, const double *low, const double *high, doub
     }
 }
 
-/* As they are stored in float32. An offset is kept as zero * scale there, so it cannot reach a lone
- * value by itself: its grid starts from 0. */
+/* The same, rounded for float32. Offsets are -zero * scale there and cannot reach a single value
+ * without a scale: its grid starts from 0. */
 static void
 lone_grids_over(const lbq_code *code, const double *low, const double *high, double *scale,
                 double *offset)
@@ -203,7 +203,7 @@ lbq_range_fit(const lbq_code *code, double clip, const float *low, const float *
     }
 }
 
-/* Sums of importance (NULL: ones) and of importance w^2, of each lane. */
+/* Sums of importance (NULL: ones) and of importance w^2 in each lane. */
 static void
 second_moments(const lbq_groups *in, const float *importance, double *total, double *squares)
 {
@@ -230,7 +230,7 @@ lbq_fit_deviation(const lbq_code *code, const lbq_groups *groups, double deviati
 {
     wide total, squares, s, o = {0};
     second_moments(groups, groups->importance, total, squares);
-    if (total[0] == 0) /* importance is nothing but zeros */
+    if (total[0] == 0) /* importance is all zero */
         second_moments(groups, NULL, total, squares);
     for (int l = 0; l < LANES; l++)
         s[l] = sqrt(squares[l] / total[l]) / deviation;

@@ -1,4 +1,4 @@
-/* Tables of levels that are fixed: NF4 and signed powers of two. */
+/* Fixed tables of levels: NF4 and signed powers of two. */
 #include "codes/code.h"
 
 #include <math.h>

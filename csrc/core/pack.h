@@ -22,7 +22,7 @@ lbq_store_word(uint8_t *to, uint32_t word)
     memcpy(to, &word, sizeof word);
 }
 
-/* Where unpacked codes, [k / 4][row][k % 4], have that of column k and row r of a panel. */
+/* Index of column k and row r of a panel in unpacked codes, [k / 4][row][k % 4]. */
 static inline ptrdiff_t
 lbq_word_at(ptrdiff_t k, ptrdiff_t r)
 {
@@ -36,8 +36,7 @@ lbq_low_bits(int bits)
     return 0x01010101u * ((1u << bits) - 1);
 }
 
-/* `bits` bits from `shift` on of the codes of as many columns as make up a block; `rows` of its
- * lanes. */
+/* Packs `bits` bits, starting at bit `shift`, of the codes of a block; its first `rows` lanes. */
 static inline void
 lbq_pack_lanes(int bits, const uint8_t *restrict codes, int shift, int rows,
                uint8_t *restrict lanes)
@@ -52,7 +51,7 @@ lbq_pack_lanes(int bits, const uint8_t *restrict codes, int shift, int rows,
     }
 }
 
-/* The inverse of lbq_step_unpack, for codes below 2^bits, of `rows` rows from `first` on. */
+/* The inverse of lbq_step_unpack, for codes below 2^bits and `rows` rows starting at `first`. */
 static inline void
 lbq_rows_pack(int bits, const uint8_t *codes, ptrdiff_t columns, int first, int rows, uint8_t *out)
 {

@@ -1,7 +1,7 @@
 /* Packing and unpacking, panel by panel, four codes of a row at a time.
  *
- * A lane of a block is a 32-bit word of four bytes that never exchange bits, so the words of four
- * consecutive codes are shifted and joined whole, on machines of either byte order. */
+ * The four bytes of a 32-bit lane never exchange bits, so four consecutive codes are shifted and
+ * combined as one word, on machines of either byte order. */
 #include "core/packed.h"
 
 #include <assert.h>
@@ -43,7 +43,7 @@ lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
                 group);
     LBQ_REQUIRE(group >= cols || group % lbq_packed_multiple(packed) == 0,
                 LBQ_BAD_VALUE,
-                "codes of %g bits come in groups of whole %td columns, not of %td",
+                "codes of %g bits need groups of a multiple of %td columns, got %td",
                 (double)bits / packed->word_cols,
                 lbq_packed_multiple(packed),
                 group);
@@ -140,7 +140,7 @@ lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_PANEL]
         offset[r] = offset_of(panel, step, r);
 }
 
-/* The word of a row in a block: four bytes side by side, or `spread` with those of 16 rows. */
+/* A row's word in a block: four adjacent bytes, or bytes 16 apart if `spread`. */
 static inline uint32_t
 load_lane(const uint8_t *block, int row, bool spread)
 {
@@ -263,7 +263,7 @@ pack_half(float value, const char *name, ptrdiff_t row, ptrdiff_t group, uint8_t
     const uint16_t half = lbq_half_narrow(value);
     LBQ_REQUIRE(isfinite(value) && lbq_half_widen(half) == value,
                 LBQ_BAD_VALUE,
-                "%s of row %td, group %td is %.9g, which is no float16",
+                "%s of row %td, group %td is %.9g, which is not a float16",
                 name,
                 row,
                 group,
@@ -279,7 +279,7 @@ pack_multiple(const lbq_packed *packed, float value, ptrdiff_t row, ptrdiff_t gr
     const float multiple = packed->unit != 0 ? rintf(value / packed->unit) : 0;
     LBQ_REQUIRE(multiple >= 0 && multiple <= (float)largest && packed->unit * multiple == value,
                 LBQ_BAD_VALUE,
-                "scale of row %td, group %td is %.9g, no multiple from 0 to %d of unit = %.9g",
+                "scale of row %td, group %td is %.9g, not 0 to %d times unit = %.9g",
                 row,
                 group,
                 (double)value,

@@ -1,4 +1,4 @@
-/* AdaRound in the Gram form: rows are independent, so all share one matrix product a step. */
+/* AdaRound in Gram form: rows are independent, so all of them share one matrix product per step. */
 #include "gptq/adaround.h"
 
 #include <math.h>
@@ -9,13 +9,13 @@
 #include "core/threads.h"
 #include "gptq/hessian.h"
 
-enum { WARM_UP = 5, SWEEPS = 20 }; /* a fifth of the steps goes without the penalty */
+enum { WARM_UP = 5, SWEEPS = 20 }; /* the first fifth of the steps has no penalty */
 
 typedef struct {
     const lbq_code *code;
     ptrdiff_t cols, group, groups;
     const float *W, *scale, *offset;
-    uint8_t *codes;            /* the lower neighbour, in the end the result */
+    uint8_t *codes;            /* the lower neighbour; finally the result */
     double *H, *diagonal;      /* (cols, cols), both triangles; (cols) */
     float *narrow;             /* H in float32 */
     float *rest, *gap;         /* w - lower, upper - lower */
@@ -43,7 +43,7 @@ soft_bit(double V, double *slope)
     return clamp(h, 0, 1);
 }
 
-/* Brackets each weight between two neighbouring values and starts V at its place there. */
+/* Brackets each weight by two neighbouring values and starts V at its position between them. */
 static lbq_status
 bracket_row(void *context, ptrdiff_t row, int worker)
 {
@@ -104,7 +104,7 @@ step_row(void *context, ptrdiff_t row, int worker)
     return LBQ_OK;
 }
 
-/* A row of bits x, its error e and H e; `turn` is what flipping a bit adds to e. */
+/* A row's error e, H e, and `turn`, what flipping each bit adds to e. */
 typedef struct {
     const double *H, *diagonal;
     ptrdiff_t cols;
@@ -220,7 +220,7 @@ run(job *j, const lbq_adaround_options *options, ptrdiff_t rows, const double *H
     double sum = 0;
     for (ptrdiff_t at = 0; at < rows * cols; at++)
         sum += (double)j->gap[at] * j->gap[at] * j->diagonal[at % cols];
-    /* An error of rounding is uniform over the gap: its square is a twelfth. */
+    /* Rounding errors are uniform over the gap, so their mean square is gap^2 / 12. */
     j->unit = sum > 0 ? sum / 12 / (double)(rows * cols) : 1;
     j->rate = options->rate;
     const int warm_up = options->steps / WARM_UP;

@@ -1,5 +1,5 @@
-/* Right-looking Cholesky factorisation by tiles: a tile of the diagonal, the tiles below it, and
- * what these take from the rest, tile by tile. */
+/* Right-looking Cholesky factorisation by tiles: factors a diagonal tile, solves the tiles below
+ * it, and subtracts their products from the rest. */
 #include "gptq/cholesky.h"
 
 #include "core/blas.h"
@@ -7,12 +7,12 @@
 
 enum {
     TILE = 512,
-    WHOLE = 2048, /* columns that LAPACK factors at once, in 60 ms of float32 on a slow core */
+    WHOLE = 2048, /* columns that LAPACK factors at once, in 60 ms in float32 on a slow core */
 };
 
 typedef struct {
     ptrdiff_t n;
-    ptrdiff_t done, rest; /* columns before the rest of the matrix, and where that begins */
+    ptrdiff_t done, rest; /* first column of the diagonal tile, and of the rest */
     void *A;
 } factoring;
 

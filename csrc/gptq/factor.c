@@ -10,11 +10,11 @@
 #include "core/threads.h"
 #include "gptq/cholesky.h"
 
-enum { SIDE = 64 /* of the tiles in which H is put in order */ };
+enum { SIDE = 64 /* of the tiles in which H is reordered */ };
 
-/* Of float32's pivots, relative to the diagonal of H. Those above were right to 0.06 %, and the
- * entries of R as well, on Hessians of 512 and 1536 columns whose spectra fall as powers up to 3,
- * damped by 1e-1 to 1e-5. */
+/* Smallest float32 pivot accepted, relative to the diagonal of H. Larger pivots and the entries of
+ * R were accurate to 0.06 % on Hessians of 512 and 1536 columns, damped by 1e-1 to 1e-5, whose
+ * spectra fall as powers up to 3. */
 #define LEAST_PIVOT 0x1p-14
 
 lbq_status
@@ -68,7 +68,7 @@ check_hessian(ptrdiff_t cols, const double *H)
         for (ptrdiff_t j = i; j < cols; j++)
             LBQ_REQUIRE(isfinite(H[i * cols + j]) && (i != j || H[i * cols + j] >= 0),
                         LBQ_BAD_VALUE,
-                        "hessian H[%td, %td] is %g, expected finite numbers, on the diagonal >= 0",
+                        "hessian H[%td, %td] is %g, expected finite numbers, >= 0 on the diagonal",
                         i,
                         j,
                         H[i * cols + j]);
@@ -76,9 +76,8 @@ check_hessian(ptrdiff_t cols, const double *H)
     return LBQ_OK;
 }
 
-/* A power of four that brings the largest diagonal entry to between 1/4 and 1: whatever the scale
- * of H, float32 holds it. The roots of pivots change by a power of two, and R does not change at
- * all. */
+/* A power of four that brings the largest diagonal entry to between 1/4 and 1, so that float32
+ * holds H at any scale. Square roots of pivots change by a power of two, and R not at all. */
 static double
 unit_of(ptrdiff_t cols, const double *H)
 {
@@ -95,7 +94,7 @@ typedef struct {
     ptrdiff_t cols;
     const double *H;
     const int64_t *order;
-    double unit;    /* of what is factored: */
+    double unit;    /* the matrix to factor is */
     double damping; /* unit H + damping I */
     void *R;        /* (cols, cols), of floats or doubles */
     bool failed;
@@ -108,8 +107,8 @@ damped(const factoring *job, ptrdiff_t column)
     return (diagonal > 0 ? job->unit * diagonal : 1) + job->damping;
 }
 
-/* The damped matrix in reversed order, up to its diagonal; by tiles, since an order that keeps
- * groups together finds those of a tile near each other. */
+/* The lower triangle of the damped matrix in reversed order. It goes by tiles: if the order keeps
+ * groups together, a tile's entries are close in memory. */
 #define REVERSE(name, real)                                                                        \
     static void name(const factoring *job, real *R)                                                \
     {                                                                                              \
@@ -131,8 +130,8 @@ REVERSE(reverse_f32, float)
 REVERSE(reverse_f64, double)
 #undef REVERSE
 
-/* The lower factor C of the matrix in reversed order: then R[i, j] = C[n-1-i, n-1-j] / C[n-1-j,
- * n-1-j], since reversing rows and columns turns lower triangles into upper ones. */
+/* Finds the lower factor C of the matrix in reversed order. R[i, j] = C[n-1-i, n-1-j] / C[n-1-j,
+ * n-1-j], since reversing rows and columns turns a lower triangle into an upper one. */
 static lbq_status
 factor_f64(factoring *job)
 {
@@ -143,10 +142,10 @@ factor_f64(factoring *job)
     return LBQ_OK;
 }
 
-/* The same in float32, which fails as well where a pivot has lost its digits. What rounding does
- * amounts to changing each entry of H by some 2^-24 times the diagonals of its row and its column
- * (N. Higham, "Accuracy and Stability of Numerical Algorithms", 2002, theorem 10.5). Next to a
- * damping of 1 % that is nothing, but a pivot far below the diagonal would be noise. */
+/* The same in float32, which also fails if a pivot has lost its digits. The effect of rounding is
+ * that of changing H_ij by some 2^-24 sqrt(H_ii H_jj) (N. Higham, "Accuracy and Stability of
+ * Numerical Algorithms", 2002, theorem 10.5). That is negligible next to a damping of 1 %, but a
+ * pivot far below the diagonal would be noise. */
 static lbq_status
 factor_f32(factoring *job)
 {
@@ -163,8 +162,8 @@ factor_f32(factoring *job)
     return LBQ_OK;
 }
 
-/* C, lower, to R, upper: entry (i, j) moves to (n-1-i, n-1-j), in place since the two triangles
- * meet only in the diagonal. `diagonal` (n) is scratch. */
+/* Turns C, lower, into R, upper: entry (i, j) moves to (n-1-i, n-1-j), in place because the two
+ * triangles share only the diagonal. `diagonal` (n) is scratch. */
 #define TURN_OVER(name, real)                                                                      \
     static void name(ptrdiff_t n, real *R, real *diagonal)                                         \
     {                                                                                              \
@@ -181,7 +180,7 @@ TURN_OVER(turn_over_f32, float)
 TURN_OVER(turn_over_f64, double)
 #undef TURN_OVER
 
-/* In float64; the result, in float32, in R. */
+/* Factors in float64 and narrows the result to float32 in R. */
 static lbq_status
 factor_narrowed(factoring *job)
 {
@@ -252,7 +251,7 @@ lbq_gptq_factor(ptrdiff_t cols, const double *H, const int64_t *order, double da
         job.damping = job.damping > 0 ? 10 * job.damping : 1e-8 * typical;
         if (job.damping > 10 * mean)
             status = lbq_fail(LBQ_NOT_POSITIVE_DEFINITE,
-                              "hessian H is not positive definite, not even with %g added to its "
+                              "hessian H is not positive definite, even with %g added to its "
                               "diagonal",
                               report->damping);
     }

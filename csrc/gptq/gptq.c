@@ -1,5 +1,5 @@
-/* GPTQ in LDL form, once H is factored: tiles of rows, each from the first column to the last
- * without waiting for the others. */
+/* GPTQ in LDL form, for a factored H. Tiles of rows run from the first column to the last without
+ * waiting for each other. */
 #include "gptq/gptq.h"
 
 #include <float.h>
@@ -17,7 +17,7 @@
 
 enum {
     LANES = LBQ_PANEL,
-    /* Rows of a task: every product packs R again. */
+    /* Rows of the largest task; every product packs R again, so small tasks are slower. */
     MAX_TILE = 1024,
     FEW = 8, /* columns whose sums stay in registers */
 };
@@ -25,19 +25,19 @@ enum {
 typedef struct {
     const lbq_gptq_problem *problem;
     ptrdiff_t groups;
-    ptrdiff_t strip, run;  /* rows and columns that are rounded together */
-    ptrdiff_t code_rows;   /* rows in whole blocks */
-    size_t encoding_bytes; /* of scratch */
-    ptrdiff_t tile, pitch; /* rows of a task; an odd number of cache lines that holds them */
+    ptrdiff_t strip, run;  /* rows and columns rounded together */
+    ptrdiff_t code_rows;   /* rows, padded to whole blocks */
+    size_t encoding_bytes; /* scratch of the code's kind */
+    ptrdiff_t tile, pitch; /* rows of a task; the same padded to an odd number of cache lines */
     ptrdiff_t blocks;
     const ptrdiff_t *block_begin; /* (blocks + 1) */
     ptrdiff_t width;              /* columns of the widest block */
     bool refit;
-    const int64_t *order, *group_of; /* (cols): which column is at a place, and its group */
-    const int64_t *ascending;        /* (cols): the columns of each block, ascending, */
-    const int64_t *place;            /* (cols): and the places of these in the block */
-    const float *importance;         /* (cols, LANES) in order: shares; or NULL */
-    const uint8_t *still;            /* (rows, groups): whether it absorbs nothing; NULL: none */
+    const int64_t *order, *group_of; /* (cols): the column at each place, and its group */
+    const int64_t *ascending;        /* (cols): the columns of each block, sorted; */
+    const int64_t *place;            /* (cols): and their places in the block */
+    const float *importance;         /* (cols, LANES): shares in that order, or NULL */
+    const uint8_t *still; /* (rows, groups): whether the group absorbs no errors; NULL: none */
     const float *W;
     uint8_t *codes;
     float *scale, *offset;
@@ -45,7 +45,7 @@ typedef struct {
     size_t scratch_bytes;
 } run_state;
 
-/* A strip of one block: which rows, and the place of the block's first column in the order. */
+/* A strip of one block: its rows, and the place of the block's first column in the order. */
 typedef struct {
     ptrdiff_t row, rows, column;
 } lanes;
@@ -70,7 +70,7 @@ solve_f64(ptrdiff_t count, const double *R, ptrdiff_t stride, double *x)
                 x[j * LANES + l] -= R[i * stride + j] * x[i * LANES + l];
 }
 
-/* A block by the code's kind; e is the feedback before. */
+/* Encodes a block with the code's kind; e holds the feedback, then the errors. */
 static void
 encode_f32(const run_state *state, ptrdiff_t rows, const float *lanes_of, const float *w,
            uint8_t *words, float *e, void *scratch)
@@ -103,8 +103,8 @@ encode_f64(const run_state *state, ptrdiff_t rows, const double *lanes_of, const
         e[i / strip * state->pitch + i % strip] = (double)e_f32[i];
 }
 
-/* That the grids of a group, fitted to what feedback has made of its weights in rows from `row` on,
- * reach them. */
+/* Checks that the grids of a group, in the rows starting at `row`, cover its weights with
+ * feedback. */
 static lbq_status
 check_fit(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t group,
           const lbq_groups *groups, const float *scale, const float *offset)
@@ -147,15 +147,15 @@ check_fit(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t group
 #undef FEEDBACK
 #undef SOLVE
 
-/* Columns that no block may part: a group whose scale is to be fitted, or those of a word. */
+/* Columns that blocks must not split: a group if its scale is fitted, else a word. */
 static ptrdiff_t
 unit_of(const run_state *state)
 {
     return state->refit ? state->problem->group : state->run;
 }
 
-/* What is known before the first row is rounded: the order and what follows from it. `at` (cols) is
- * scratch. */
+/* Computed before the first row is rounded: the order and everything derived from it. `at` (cols)
+ * is scratch. */
 typedef struct {
     int64_t *order, *group_of, *ascending, *place, *at;
     ptrdiff_t *block_begin;
@@ -163,7 +163,7 @@ typedef struct {
     uint8_t *seen, *still;
 } order_plan;
 
-/* Bytes of the plan; the plan itself once there is memory for it. */
+/* Returns the size of the plan; lays it out at `base` unless `plan` is NULL. */
 static size_t
 order_plan_of(const run_state *state, char *base, order_plan *plan)
 {
@@ -198,8 +198,8 @@ order_plan_of(const run_state *state, char *base, order_plan *plan)
     return at[9];
 }
 
-/* Cuts the order into blocks of about p->block columns, of whole groups if groups are to be fitted
- * and of whole runs in any case; returns their number, or 0 if the order scatters a group. */
+/* Cuts the order into blocks of about p->block columns, in whole groups if these are fitted and
+ * always in whole runs. Returns the number of blocks, or 0 if the order scatters a group. */
 static ptrdiff_t
 cut_blocks(const run_state *state, order_plan *plan)
 {
@@ -225,7 +225,7 @@ cut_blocks(const run_state *state, order_plan *plan)
     return blocks;
 }
 
-/* That the columns of a word stand together, ascending. */
+/* Checks that the columns of a word are adjacent and ascending. */
 static lbq_status
 check_runs(const run_state *state, const int64_t *order)
 {
@@ -269,9 +269,9 @@ sort_blocks(ptrdiff_t blocks, const order_plan *plan)
     }
 }
 
-/* Finds the groups that absorb no errors: those of zeros, which stay so, and those of no more than
- * two of the smallest scales, which could not follow what is fed to them. Rows that share their
- * scale with others can, unless all are that small. */
+/* Finds the groups that absorb no errors: groups of zeros, which stay zero, and groups whose
+ * weights are at most twice the smallest scale, which could not follow the feedback. Rows that
+ * share one scale for the whole matrix can, unless all weights are that small. */
 static bool
 find_still(const run_state *state, uint8_t *still)
 {
@@ -293,7 +293,7 @@ find_still(const run_state *state, uint8_t *still)
     return any;
 }
 
-/* One group per row: scale and offset of the weights as they are. */
+/* One group per row: fits scale and offset to the original weights. */
 static lbq_status
 fit_rows(void *context, ptrdiff_t index, int worker)
 {

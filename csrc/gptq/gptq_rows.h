@@ -1,19 +1,20 @@
-/* The rounding of one tile of rows, in the arithmetic REAL; included once for each by gptq.c.
+/* Rounds one tile of rows in REAL arithmetic; gptq.c includes it for float and for double.
  *
- * Everything is transposed, a column's rows being neighbours, so that sums run over whole vectors
- * of rows. The blocks of columns are halved: the left half is rounded, one matrix product adds its
- * errors to what the right half is fed, and the right half is rounded; so most products are large.
- * In a block the rows of a strip go together and what is summed stays in the first-level cache. */
+ * Everything is transposed: a column's rows are adjacent, so that sums run over whole vectors of
+ * rows. The sequence of blocks is halved recursively: the left half is rounded, one matrix product
+ * adds its errors to the feedback of the right half, and the right half is rounded; so most
+ * products are large. Within a block the rows of a strip are rounded together, and the sums stay in
+ * the first-level cache. */
 
 /* Scratch of one thread, in bytes; and its parts. */
 typedef struct {
-    REAL *errors;   /* (cols, pitch): w - q, and before that the feedback, errors times R */
-    REAL *square;   /* (width, width): the block's own part of R */
+    REAL *errors;   /* (cols, pitch): first the feedback, errors times R; then w - q */
+    REAL *square;   /* (width, width): the diagonal block of R */
     REAL *w;        /* (width, strip) */
     REAL *x;        /* (width, LANES) */
     float *values;  /* (width, LANES) */
     uint8_t *codes; /* (width, strip) */
-    void *encoding; /* of the code's kind */
+    void *encoding; /* for the code's kind */
 } NAME(scratch);
 
 static size_t
@@ -45,7 +46,7 @@ NAME(scratch_of)(const run_state *state, char *base, NAME(scratch) * scratch)
     return at[7];
 }
 
-/* Takes back what is fed to a column of groups that absorb nothing, in rows from `row` on. */
+/* Clears the feedback to a column of groups that absorb no errors, in rows starting at `row`. */
 static void
 NAME(keep_still)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t group,
                  REAL *shift)
@@ -55,9 +56,9 @@ NAME(keep_still)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_
             shift[l] = 0;
 }
 
-/* Scale and offset of the columns [begin, end) of the block, for each row of a panel of the strip,
- * from the weights as published GPTQ would have changed them by now: w + x with x R_gg = feedback,
- * R_gg the group's own square of R. */
+/* Fits scale and offset of columns [begin, end) of the block, for each row of a panel of the strip,
+ * to the weights as published GPTQ would have updated them by now: w + x with x R_gg = feedback,
+ * where R_gg is the group's diagonal block of R. */
 static lbq_status
 NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t panel, ptrdiff_t begin,
                 ptrdiff_t end, const REAL *e, const NAME(scratch) * s)
@@ -93,7 +94,7 @@ NAME(fit_group)(const run_state *state, const lanes *at, ptrdiff_t panel, ptrdif
     return LBQ_OK;
 }
 
-/* The grids of one group, as lbq_grid has them. */
+/* Loads the grids of one group in the layout of lbq_grid. */
 static void
 NAME(load_grid)(const run_state *state, const lanes *at, ptrdiff_t group, REAL *grid)
 {
@@ -105,7 +106,7 @@ NAME(load_grid)(const run_state *state, const lanes *at, ptrdiff_t group, REAL *
     }
 }
 
-/* Adds the errors of the columns [begin, end) of the block to what [first, last) are fed. */
+/* Adds the errors of columns [begin, end) of the block to the feedback of [first, last). */
 static void
 NAME(feed)(const run_state *state, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t first, ptrdiff_t last,
            REAL *e, const NAME(scratch) * s)
@@ -121,8 +122,8 @@ NAME(feed)(const run_state *state, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t fir
                  e + first * pitch + l);
 }
 
-/* Rounds the columns [begin, end) of the block, a few at a time: sums over all columns before
- * those few stay in registers. Inside a run nothing is fed forward. */
+/* Rounds columns [begin, end) of the block, a few at a time, so that sums over all earlier columns
+ * stay in registers. Nothing is fed forward within a run. */
 static void
 NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, ptrdiff_t end,
                     REAL *e, const NAME(scratch) * s)
@@ -154,7 +155,7 @@ NAME(round_columns)(const run_state *state, const lanes *at, ptrdiff_t begin, pt
     }
 }
 
-/* One block for the rows of the strip. */
+/* Rounds one block of columns for the rows of the strip. */
 static lbq_status
 NAME(round_strip)(const run_state *state, const lanes *at, ptrdiff_t width, REAL *e,
                   const NAME(scratch) * s)
@@ -202,7 +203,7 @@ NAME(round_strip)(const run_state *state, const lanes *at, ptrdiff_t width, REAL
     return LBQ_OK;
 }
 
-/* The columns from the block `first` up to the block `last`, for `rows` rows from `row` on. */
+/* Rounds the blocks [first, last) for `rows` rows starting at `row`. */
 static lbq_status
 NAME(round_blocks)(const run_state *state, ptrdiff_t row, ptrdiff_t rows, ptrdiff_t first,
                    ptrdiff_t last, const NAME(scratch) * s)

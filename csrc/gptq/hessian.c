@@ -1,8 +1,8 @@
 /* H += X^T diag(w) X by single-threaded BLAS on tiles of the upper triangle, one task each.
  *
  * The tile's edge balances two costs: OpenBLAS packs both operands again for every tile, and few
- * tiles share out badly among threads. At 2048 columns an edge of 192 takes 1.35 times as long as
- * one syrk of the whole, 384 1.15, 512 1.02. */
+ * tiles balance badly across threads. At 2048 columns, edges of 192, 384 and 512 take 1.35, 1.15
+ * and 1.02 times as long as a single syrk. */
 #include "gptq/hessian.h"
 
 #include <float.h>
@@ -17,10 +17,10 @@
 
 enum {
     MAX_EDGE = 512,
-    LEAST_TILES = 3, /* side by side, so that there are six tasks */
+    LEAST_TILES = 3, /* per side, which makes six tasks */
     TOKENS = 2048,
-    MAX_ROWS = 512, /* of a task that measures errors: every product packs H again */
-    SLAB = 256,     /* columns that it takes at once */
+    MAX_ROWS = 512, /* of the largest task of lbq_hessian_error; every product packs H again */
+    SLAB = 256,     /* columns that such a task multiplies at once */
 };
 
 typedef struct {
@@ -28,7 +28,7 @@ typedef struct {
     const float *X;
     double *H;
     ptrdiff_t edge;
-    float *tiles; /* edge * edge numbers for each thread */
+    float *tiles; /* edge * edge numbers per thread */
 } adding;
 
 static lbq_status
@@ -120,7 +120,7 @@ lbq_hessian_add(ptrdiff_t tokens, ptrdiff_t cols, const float *X, const float *w
     const lbq_status status = add_blocks(tokens, cols, X, weights, H, edge, tiles, scaled);
     lbq_arena_close(&arena);
     LBQ_TRY(status);
-    /* Whatever is wrong in column k of X shows in H[k,k]. */
+    /* Any bad number in column k of X shows up in H[k,k]. */
     for (ptrdiff_t k = 0; k < cols; k++)
         LBQ_REQUIRE(isfinite(H[k * cols + k]),
                     LBQ_BAD_VALUE,
@@ -133,11 +133,11 @@ typedef struct {
     ptrdiff_t rows, cols, tile;
     const double *H;
     const float *E;
-    double *scratch; /* tile * (cols + SLAB) numbers for each thread */
-    double *sums;    /* one for each task */
+    double *scratch; /* tile * (cols + SLAB) numbers per thread */
+    double *sums;    /* one per task */
 } measuring;
 
-/* e H e^T slab by slab of columns: what stands above the diagonal of H counts twice. */
+/* e H e^T, one slab of columns at a time; entries above the diagonal of H count twice. */
 static lbq_status
 measure_rows(void *context, ptrdiff_t index, int worker)
 {
@@ -211,7 +211,7 @@ lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *
     return LBQ_OK;
 }
 
-/* By tiles, each through a copy: entries of a column of H share few sets of a cache. */
+/* By tiles, each via a copy, because the entries of a column of H map to few cache sets. */
 lbq_status
 lbq_hessian_unfold(ptrdiff_t cols, const double *H, double damping, double *full)
 {

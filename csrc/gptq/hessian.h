@@ -1,8 +1,8 @@
 /* The Hessian of a layer's output error: H = sum_t w_t x_t x_t^T over the layer's inputs x_t.
  *
- * Only the upper triangle is kept (row-major, i <= j); what lies below the diagonal is neither
- * read nor written. Sums run in float32 over at most 2048 tokens of a tile and in float64 beyond,
- * over tiles that do not depend on the number of threads: equal bits for any number. */
+ * Only the upper triangle is kept (row-major, i <= j); entries below the diagonal are neither read
+ * nor written. Sums are float32 over at most 2048 tokens of a tile and float64 beyond. Tiles do not
+ * depend on the number of threads, so results are bit-identical for any number. */
 #ifndef LBQ_HESSIAN_H
 #define LBQ_HESSIAN_H
 
@@ -11,12 +11,12 @@
 #include "core/status.h"
 
 /* H (cols, cols) += X^T diag(w) X for X (tokens, cols) and w (tokens), or NULL: all 1.
- * LBQ_BAD_VALUE for a negative weight, and for a NaN or infinity in X (H is then spoilt). */
+ * LBQ_BAD_VALUE for a negative weight, and for a NaN or infinity in X (H is then invalid). */
 lbq_status lbq_hessian_add(ptrdiff_t tokens, ptrdiff_t cols, const float *X,
                            const float *weights /* (tokens) or NULL */, double *H);
 
-/* *value = tr(E H E^T) for E (rows, cols): the squared error of the outputs, summed over rows and
- * tokens, that the weight error E causes. */
+/* *value = tr(E H E^T) for E (rows, cols): the squared output error, summed over rows and tokens,
+ * caused by the weight error E. */
 lbq_status lbq_hessian_error(ptrdiff_t rows, ptrdiff_t cols, const double *H, const float *E,
                              double *value);
 

@@ -1,10 +1,11 @@
 /* Coordinate descent on codes, by tiles of rows.
  *
- * A move of column k adds its turn times row k of H to the product of the row's error with H. That
- * is done at once inside a block of columns and later elsewhere, halves of the columns in turn, as
- * GPTQ feeds errors forward; but few codes move, so what is added are those rows of H and not a
- * matrix product. The products are float32. Where their rounding could decide whether a move helps,
- * the product is computed again in float64, so that codes are those of float64 throughout. */
+ * A move of column k adds `turn` times row k of H to the product of the row's error with H. This
+ * happens at once within a block of columns and later elsewhere, recursively by halves of the
+ * columns, as GPTQ feeds errors forward; but since few codes move, single rows of H are added
+ * instead of a matrix product. Products are float32. If their rounding could decide whether a move
+ * helps, the product is recomputed in float64, so that the codes equal those of a float64
+ * descent. */
 #include "gptq/refine.h"
 
 #include <limits.h>
@@ -18,16 +19,16 @@
 #include "kernels/kernels.h"
 
 enum {
-    MAX_TILE = 1024, /* rows of a task: every product packs H again */
-    BLOCK = 128,     /* columns between which moves are felt at once: 64 KiB of H */
-    /* Rows and columns of H that are added for all rows of a tile before others: 512 KiB. */
+    MAX_TILE = 1024, /* rows of the largest task; every product packs H again */
+    BLOCK = 128,     /* columns within which moves take effect at once: 64 KiB of H */
+    /* Rows and columns of H added for all rows of a tile before the next ones: 512 KiB. */
     DEEP = 4 * BLOCK,
     WIDE = 256,
 };
 
-/* What float32 may err by in the product of an error e with column k of H, relative to the root of
- * H_kk times the sum of |e_i| times the root of H_ii: some 25 times what it does err by where
- * products of random signs add up, about as much as for products of one sign. */
+/* Bound on the float32 error of the product of an error e with column k of H, relative to
+ * sqrt(H_kk) sum_i |e_i| sqrt(H_ii). Some 25 times the actual error for products of random signs,
+ * and about the actual error for products of one sign. */
 #define NOISE 0x1p-22f
 
 typedef struct {
@@ -35,7 +36,7 @@ typedef struct {
     ptrdiff_t rows, cols, group, groups, blocks, tile;
     const float *W, *scale, *offset;
     const double *H;        /* both triangles, damped */
-    const float *narrow;    /* the same */
+    const float *narrow;    /* the same in float32 */
     const double *diagonal; /* of H, */
     const float *root;      /* and its square roots */
     float least_gap;        /* between neighbouring levels */
@@ -46,15 +47,15 @@ typedef struct {
     size_t scratch_bytes;
 } job;
 
-/* Some rows, and the scratch of a thread. */
+/* A tile of rows, and the scratch of a thread. */
 typedef struct {
     const job *job;
     ptrdiff_t row, rows;
     float *error, *product; /* (rows, cols): w - q, and its product with H */
     float *noise;           /* (rows): NOISE times the sum over a row */
-    int32_t *column;        /* (rows, cols): the columns that moved in this sweep, ascending, */
-    float *turn;            /* and what that adds to the error */
-    ptrdiff_t *begin;       /* (rows, blocks + 1): where those of each block begin */
+    int32_t *column;        /* (rows, cols): the columns that moved in this sweep, ascending; */
+    float *turn;            /* what each move adds to the error */
+    ptrdiff_t *begin;       /* (rows, blocks + 1): where the moves of each block begin */
 } tile;
 
 static size_t
@@ -124,15 +125,15 @@ exact_product(const job *j, ptrdiff_t row, ptrdiff_t k)
     return sum;
 }
 
-/* The move of column k to a neighbouring level that lowers the row's error most: -1, +1, or 0; and
- * what it adds to the error of the weight. */
+/* The move of column k, by -1, 0 or +1 levels, that lowers the row's error most; *turn is what it
+ * adds to the weight's error. */
 static int
 best_move(const job *j, ptrdiff_t row, ptrdiff_t g, ptrdiff_t k, double product, double *turn)
 {
     const double curvature = j->diagonal[k];
     const int code = j->codes[row * j->cols + k];
     const double here = value_of(j, row, g, code);
-    /* What a free weight could gain here; rounding must not pass for progress. */
+    /* 1e-9 of what an unquantized weight could gain: rounding must not pass for progress. */
     double least = curvature > 0 ? -1e-9 * product * product / curvature : 0;
     int best = 0;
     for (int way = -1; way <= 1; way += 2) {
@@ -149,8 +150,8 @@ best_move(const job *j, ptrdiff_t row, ptrdiff_t g, ptrdiff_t k, double product,
     return best;
 }
 
-/* Moves the columns [begin, end) of row r, all in one group. Most are turned down by the smallest
- * step there is, since a move by t helps only if |t| H_kk < 2 |product|. */
+/* Moves columns [begin, end) of row r, all in one group. Most are rejected by testing the smallest
+ * step, since a move by t helps only if |t| H_kk < 2 |product|. */
 static ptrdiff_t
 move_columns(const tile *t, ptrdiff_t r, ptrdiff_t begin, ptrdiff_t end, ptrdiff_t block,
              ptrdiff_t moved)
@@ -267,7 +268,7 @@ descend_rows(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* What is derived from H, in a unit that float32 can hold. */
+/* Derives everything from H, scaled so that float32 can hold it. */
 static lbq_status
 prepare(job *j, const double *H, double damping, double *full, float *narrow, double *diagonal,
         float *root)

@@ -1,4 +1,4 @@
-/* Dense weights go to BLAS. Packed ones are decoded a few panels at a time and go to BLAS too: the
+/* Dense weights go to BLAS. Packed ones are decoded first, a few panels at a time; this is the
  * reference. */
 #include "linear/decoded.h"
 
@@ -6,7 +6,7 @@
 #include "core/memory.h"
 #include "core/threads.h"
 
-/* The product of one token: a task takes some rows. */
+/* The product with one token; a task takes some rows. */
 typedef struct {
     const lbq_copy *copy;
     const float *x;
@@ -57,7 +57,7 @@ typedef struct {
     const lbq_packed_geometry *geometry;
     ptrdiff_t first;  /* panel */
     ptrdiff_t stride; /* 16 * panels decoded at a time */
-    float *weight;    /* (cols, stride): transposed, so that a panel's 16 rows lie together */
+    float *weight;    /* (cols, stride): transposed, so that a panel's 16 rows are adjacent */
 } decoding;
 
 static lbq_status

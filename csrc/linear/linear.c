@@ -1,4 +1,4 @@
-/* Forward pass of linear layers: copies of equal inputs go together through one of two products.
+/* Forward pass of linear layers: copies with equal inputs go together through one of two products.
  *
  * Integer activations (quantized.c) are the fast path, which rotates token by token as it
  * quantizes. Float32 activations (decoded.c) are rotated first and go to BLAS. */
@@ -39,7 +39,7 @@ check_activation(const lbq_activation *activation)
     const float scale = activation->scale;
     LBQ_REQUIRE(!bits || scale == 0 || (scale >= 0x1p-100f && isfinite(scale)),
                 LBQ_BAD_VALUE,
-                "scale is %g, expected 0 or a finite number from 2^-100",
+                "scale is %g, expected 0 or a finite number >= 2^-100",
                 (double)scale);
     LBQ_REQUIRE(!isinf(activation->zero),
                 LBQ_BAD_VALUE,
@@ -100,7 +100,7 @@ lbq_linear_is_float(const lbq_linear *layer)
 
 /* --- forward ---------------------------------------------------------------------------------- */
 
-/* A layer on its way: its copies before `next` are in y. */
+/* Progress of a layer: y holds the sum of its copies before `next`. */
 typedef struct {
     const lbq_linear *layer;
     float *y;
@@ -146,7 +146,7 @@ fill_rows(ptrdiff_t tokens, ptrdiff_t rows, const float *bias, float *y)
         memcpy(y + t * rows, bias, sizeof(float) * (size_t)rows);
 }
 
-/* A float term: BLAS adds to what is in y, the bias of a lone copy included. */
+/* A float term: BLAS adds to y, which already holds the bias if there is only one copy. */
 static lbq_status
 add_float_term(const lbq_term *term, ptrdiff_t tokens, const float *x)
 {
@@ -167,7 +167,7 @@ add_float_term(const lbq_term *term, ptrdiff_t tokens, const float *x)
     return status;
 }
 
-/* Terms of equal activations: of x after `hadamard`, where that is not NULL. */
+/* Terms with equal activations, of `hadamard` x if that is not NULL, else of x. */
 static lbq_status
 multiply(ptrdiff_t count, const lbq_term *terms, const lbq_hadamard *hadamard, ptrdiff_t tokens,
          const float *x)
@@ -200,8 +200,8 @@ rotate_and_multiply(ptrdiff_t count, const lbq_term *terms, ptrdiff_t tokens, co
     return status;
 }
 
-/* The same where copies may have output rotations: their products go to scratch, are rotated back
- * and then added. */
+/* The same for copies that may have output rotations: their products go to scratch, are rotated
+ * back and then added. */
 static lbq_status
 add_terms(ptrdiff_t count, lbq_term *terms, ptrdiff_t tokens, const float *x)
 {
@@ -234,7 +234,7 @@ add_terms(ptrdiff_t count, lbq_term *terms, ptrdiff_t tokens, const float *x)
     return status;
 }
 
-/* Whether a product can add the bias: of the last copy, with nothing to be added after it. */
+/* Whether a product can add the bias: it is the last copy's, and nothing is added after it. */
 static bool
 takes_bias(const lbq_linear *layer, ptrdiff_t index)
 {
@@ -243,8 +243,8 @@ takes_bias(const lbq_linear *layer, ptrdiff_t index)
            (copy->activation.bits || (index == 0 && !copy->weight));
 }
 
-/* Takes copies that come next and quantize x alike: as that of the layer which lags behind most, so
- * that layers wait for each other. 0 if all are done. */
+/* Takes the next copies that quantize x like the next copy of the layer furthest behind, so that
+ * layers wait for each other. Returns their number, 0 if all are done. */
 static ptrdiff_t
 gather(progress *all, ptrdiff_t layers, lbq_term *terms)
 {
@@ -257,7 +257,8 @@ gather(progress *all, ptrdiff_t layers, lbq_term *terms)
     const lbq_copy *const lead = &least->layer->copies[least->next];
     ptrdiff_t count = 0;
     for (progress *at = all; at < all + layers; at++) {
-        bool open = true; /* what is added after a rotation back is the last of its layer */
+        bool open = true; /* a product to be rotated back is added late, so it must be the layer's
+                             last here */
         while (open && count < LBQ_SHARED && at->next < at->layer->count) {
             const lbq_copy *const copy = &at->layer->copies[at->next];
             if (copy != lead && !same_activations(lead, copy))
@@ -359,7 +360,7 @@ lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, fl
 
 /* --- rows ------------------------------------------------------------------------------------- */
 
-/* The rows of one copy, into `weight` or, by way of it, added to `sum`. */
+/* The rows of one copy, written to `weight` or, via `weight`, added to `sum`. */
 static lbq_status
 copy_rows(const lbq_copy *copy, ptrdiff_t count, const int32_t *row, float *weight, float *sum)
 {

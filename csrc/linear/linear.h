@@ -3,8 +3,8 @@
  *     y  =  sum_i  weight_i * P_i^T ( W_i act_i( R_i x ) )   +   U V^T x   +   b
  *
  * A copy has an input rotation R, an output rotation P, weights that are dense or packed, an
- * activation quantizer act and a fusion weight per row. A table of levels is rounded to 8 bits
- * where activations are integers (lbq_byte_levels). One copy is the ordinary case. */
+ * activation quantizer act and a fusion weight per row. With integer activations a table of levels
+ * is rounded to 8 bits (lbq_byte_levels). Most layers have one copy. */
 #ifndef LBQ_LINEAR_H
 #define LBQ_LINEAR_H
 
@@ -18,15 +18,14 @@
 
 enum { LBQ_LAYERS = 8 /* that one call takes */ };
 
-/* How x is rounded, step by step of the packed weight:
+/* How x is rounded, in each step of the packed weight:
  *
- *     x ~ scale * q + zero,   |q| <= 2^(bits-1) - 1,   scale = clip * max |x - zero| / limit
- */
+ *     x ~ scale * q + zero,   |q| <= 2^(bits-1) - 1,   scale = clip * max |x - zero| / limit */
 typedef struct {
     int bits;    /* 8 or 4; 0: x stays float32 */
-    float clip;  /* part of a step's range that is kept, 0 < clip <= 1 */
-    float scale; /* of every step; 0: by the formula, of each token */
-    float zero;  /* read where the copy has `sums`. NaN: the middle of each token's range */
+    float clip;  /* fraction of a step's range to keep, 0 < clip <= 1 */
+    float scale; /* of every step; 0: by the formula, for each token */
+    float zero;  /* read if the copy has `sums`. NaN: the middle of each token's range */
 } lbq_activation;
 
 typedef struct {
@@ -57,14 +56,14 @@ bool lbq_linear_is_float(const lbq_linear *layer);
 
 /* y (tokens, rows) for x (tokens, cols), both finite; a NaN or infinity in a token's x makes that
  * token's y NaN. Copies are added in their order, then the adapter, then b. Where activations are
- * quantized and there is no adapter, y is equal bit for bit on every instruction set, for every
- * number of threads and regardless of the other tokens (kernels/list.h: the order of operations).
- * LBQ_NO_MEMORY if there is none for scratch. */
+ * quantized and there is no adapter, y is bit-identical on every instruction set, for any number of
+ * threads and regardless of the other tokens (kernels/list.h: the order of operations).
+ * LBQ_NO_MEMORY if scratch cannot be allocated. */
 lbq_status lbq_linear_forward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, float *y);
 
-/* The same for `count` <= LBQ_LAYERS layers of one x: y[i] is the output of layers[i]. Copies of
- * equal input rotation, activation and step, of one layer or several, quantize x once and split
- * their panels over the threads together. The bits are those of one call per layer. */
+/* The same for `count` <= LBQ_LAYERS layers with the same x: y[i] is the output of layers[i].
+ * Copies with equal input rotation, activation and step, in one layer or several, quantize x once,
+ * and threads share all their panels. Results are bit-identical to one call per layer. */
 lbq_status lbq_linears_forward(ptrdiff_t count, const lbq_linear *const *layers, ptrdiff_t tokens,
                                const float *x, float *const *y);
 

@@ -1,12 +1,11 @@
-/* Packed weights times int8 activations: quantize all tokens, then panels in parallel.
+/* Packed weights times int8 activations: quantizes all tokens, then multiplies panels in parallel.
  *
  * A token is rotated and quantized while it is in the L1 cache, once for all layers that read it;
- * what depends on a weight's grid is kept once per grid. Up to four tokens a panel is read once,
- * straight from its codes (gemv), if their kind can. More come in tiles of LBQ_TILE tokens: a pair
- * of panels, or a strip if that is more, is expanded to bytes some hundred columns at a time into
- * the L1 cache, where it meets tile after tile (gemm), whose sums go from there to their place. The
- * order of the float operations is the same.
- */
+ * factors that depend on a weight's grid are stored once per grid. For up to four tokens, a panel
+ * is read once, straight from its codes (gemv), if their kind has such a kernel. More tokens come
+ * in tiles of LBQ_TILE: a pair of panels, or a strip if that is more, is expanded to bytes in the
+ * L1 cache, some hundred columns at a time, and multiplied with tile after tile (gemm); the sums
+ * are then stored to y. Both ways have the same order of float operations. */
 #include "linear/quantized.h"
 
 #include <assert.h>
@@ -29,17 +28,17 @@ enum {
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
 };
 
-/* One of the terms. Threads do not share a unit: a panel for gemv, a band for gemm.
- * Units of all terms are counted together; a term that is added to the one before it has none of
- * its own, since it follows that one panel by panel, while its sums are in cache. */
+/* One of the terms. Its unit, which threads do not share, is a panel for gemv and a band for gemm.
+ * Units of all terms are numbered together. A term added to the previous one has no units: it
+ * follows that one panel by panel, while the sums are in cache. */
 typedef struct {
     const lbq_matrix *matrix;
     lbq_packed_geometry geometry;
-    lbq_gemv gemv; /* NULL: there is none */
+    lbq_gemv gemv; /* NULL: none */
     ptrdiff_t rows;
     ptrdiff_t together; /* panels expanded at a time */
     const lbq_term *term;
-    ptrdiff_t factors; /* where those with its levels begin */
+    ptrdiff_t factors; /* where the factors for its levels begin */
     ptrdiff_t units, first_unit;
 } part;
 
@@ -50,13 +49,13 @@ typedef struct {
 
 typedef struct {
     const lbq_hadamard *hadamard;     /* before quantizing, or NULL */
-    const lbq_activation *activation; /* how */
+    const lbq_activation *activation; /* how to quantize */
     bool centred;                     /* x - zero is quantized */
     ptrdiff_t tokens, cols, step, steps;
     const float *x;
     part parts[LBQ_SHARED];
     ptrdiff_t count, units; /* of all parts */
-    grid grids[LBQ_SHARED]; /* of the parts, equal ones once */
+    grid grids[LBQ_SHARED]; /* of the parts, without duplicates */
     ptrdiff_t grid_count;   /* sets of factors */
     ptrdiff_t width, tiles; /* tokens per tile */
     ptrdiff_t padded;       /* columns in whole steps */
@@ -64,10 +63,10 @@ typedef struct {
     ptrdiff_t tile_factors; /* steps * 3 * width */
     int8_t *values;         /* per tile as in lbq_activations */
     float *factors;         /* likewise, [grid][tile] */
-    size_t sums_bytes;      /* of subset sums: 8 per value, if a part has 1-bit codes to look up */
+    size_t sums_bytes;      /* of subset sums: 8 per value, if a part looks up 1-bit codes */
     uint8_t *sums;
     float *zeros;       /* (tokens), if centred */
-    ptrdiff_t per_task; /* tiles, units or blocks of units, in the loop that runs */
+    ptrdiff_t per_task; /* tiles, units or blocks of units, depending on the loop */
 } product;
 
 static lbq_activations
@@ -81,7 +80,7 @@ tile_at(const product *job, const part *of, ptrdiff_t tile)
     };
 }
 
-/* Scratch of a task that quantizes. */
+/* Scratch of a quantizing task. */
 typedef struct {
     int8_t *values;       /* of a tile's tokens, one after the other */
     float *scale, *total; /* of one token */
@@ -106,7 +105,7 @@ open_workspace(const product *job, lbq_arena *arena, workspace *w)
     return LBQ_OK;
 }
 
-/* Moves x to around zero; returns what was subtracted. */
+/* Centres x about zero; returns the number subtracted. */
 static float
 centre(const product *job, float *x)
 {
@@ -215,7 +214,7 @@ following(const product *job, const part *of)
     return next < job->parts + job->count && next->units == 0 ? next : NULL;
 }
 
-/* The bias of the rows of some panels, for some tokens. */
+/* Adds the bias to the rows of some panels, for some tokens. */
 static void
 add_bias(const part *of, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t token, ptrdiff_t tokens)
 {
@@ -227,14 +226,14 @@ add_bias(const part *of, ptrdiff_t panel, ptrdiff_t panels, ptrdiff_t token, ptr
             of->term->y[t * of->rows + r] += bias[r];
 }
 
-/* Whether sums are what y is to hold. */
+/* Whether the sums go to y unchanged. */
 static bool
 is_plain(const part *of)
 {
     return !of->term->add && !of->term->weight && !of->term->copy->sums;
 }
 
-/* Sums of some rows and one token, into y. */
+/* Stores the sums of some rows and one token to y. */
 static void
 store_sums(const product *job, const part *of, ptrdiff_t token, ptrdiff_t row, ptrdiff_t rows,
            const float *sums)
@@ -264,7 +263,7 @@ panel_at(const part *of, ptrdiff_t index)
     return panel;
 }
 
-/* Some panels of a part times a few tokens. */
+/* Multiplies some panels of a part by a few tokens. */
 static void
 multiply_panels(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels)
 {
@@ -305,7 +304,7 @@ gemv_task(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* Sums of a tile, [panel][token][row], into the rows and tokens of y that there are. */
+/* Stores the sums of a tile, [panel][token][row], to y, without padding rows and tokens. */
 static void
 store_tile(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels, ptrdiff_t tile,
            const float *sums)
@@ -325,7 +324,8 @@ store_tile(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels
     }
 }
 
-/* Panels from `first` on, those expanded together, times `tiles` tiles; bytes, sums are scratch. */
+/* Multiplies the panels expanded together, starting at `first`, by `tiles` tiles; bytes and sums
+ * are scratch. */
 static void
 multiply_together(const product *job, const part *of, ptrdiff_t first, ptrdiff_t first_tile,
                   ptrdiff_t tiles, uint8_t *bytes, float *sums)
@@ -397,7 +397,7 @@ gemm_task(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* Runs `task` over `count` pieces of `work` operations each, on one thread if that is little. */
+/* Runs `task` over `count` pieces of `work` operations each, on one thread if few. */
 static lbq_status
 split(product *job, lbq_task task, ptrdiff_t count, double work)
 {
@@ -412,8 +412,8 @@ run(product *job)
 {
     const double row = (double)job->padded; /* multiplications of one row and token */
     const double width = (double)job->width;
-    /* Quantizing a number takes about as long as sixteen multiplications, an addition of its
-     * rotation as three. */
+    /* Quantizing a number takes about as long as sixteen multiplications, an addition in its
+     * rotation as long as three. */
     const double rotating = job->hadamard ? 3 * (double)job->hadamard->cost : 0;
     LBQ_TRY(split(job, quantize_task, job->tiles, (16 + rotating) * row * width));
     if (job->width < LBQ_TILE)
@@ -430,7 +430,7 @@ gemv_of(const lbq_copy *copy)
     return code->kind->gemv ? code->kind->gemv(code) : NULL;
 }
 
-/* Puts the term behind the parts that are there. */
+/* Appends the term to the parts. */
 static lbq_status
 add_part(product *job, const lbq_term *term)
 {

@@ -1,4 +1,4 @@
-/* Products of packed matrices and the quantized activations that they share. */
+/* Products of packed matrices with the quantized activations that they share. */
 #ifndef LBQ_QUANTIZED_H
 #define LBQ_QUANTIZED_H
 
@@ -20,9 +20,9 @@ typedef struct {
     bool add;
 } lbq_term;
 
-/* `count` terms whose copies quantize x alike: it is rotated and quantized once, each step to
- * integers of activation.bits. Terms of one y are neighbours. `hadamard` is R (NULL: identity); the
- * copies' own input rotations are ignored, as are their output rotations. */
+/* `count` terms whose copies quantize x in the same way: x is rotated and quantized once, to
+ * integers of activation.bits. Terms with the same y are adjacent. `hadamard` is R (NULL:
+ * identity); the copies' own input rotations are ignored, as are their output rotations. */
 lbq_status lbq_multiply_quantized(ptrdiff_t count, const lbq_term *terms,
                                   const lbq_hadamard *hadamard, ptrdiff_t tokens, const float *x);
 

@@ -13,7 +13,7 @@ import pytest
 CSRC = Path(__file__).parents[2] / "csrc"
 FILES = ["status", "interrupt", "threads", "memory", "blas"]
 
-# In place of OpenBLAS: cblas_sgemv holds a buffer and hands its jobs over where it has two threads;
+# Replaces OpenBLAS: cblas_sgemv holds a buffer and, with two threads, calls the callback;
 # cblas_sgemm takes alpha seconds.
 FAKE_BLAS = """
 #include <stdatomic.h>
@@ -54,7 +54,7 @@ void fake_cblas_dgemm(int order, int transa, int transb, int m, int n, int k, do
 
 @pytest.fixture(scope="session")
 def core(tmp_path_factory) -> ctypes.CDLL:
-    """FILES, compiled with whatever sanitizers _core has."""
+    """FILES, compiled with the same sanitizers as _core."""
     compiler = shutil.which("cc")
     if not compiler:
         pytest.skip("no C compiler")

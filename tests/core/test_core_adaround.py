@@ -1,4 +1,4 @@
-"""csrc/gptq/adaround.c: rounding up or down by the outputs."""
+"""csrc/gptq/adaround.c: rounding up or down to fit the outputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rounded(weight, hessian, scale, offset, group=None, **options):
     options = {"steps": 300, "rate": 0.1, "strength": 10.0} | options
     codes = np.full((len(weight) + 2, weight.shape[1]), 255, np.uint8)
     group = group or weight.shape[1]
-    upper = np.where(np.tri(len(hessian), k=-1), np.nan, hessian)  # the rest is not read
+    upper = np.where(np.tri(len(hessian), k=-1), np.nan, hessian)  # must not be read
     softness = _core.adaround(
         code_of(Format("int2")), upper, weight, scale, offset, codes[1:-1], group=group, **options
     )

@@ -1,5 +1,5 @@
-"""Attention against float64, in sizes around its panels of 64 and blocks of 256 keys, and where
-few tokens have their keys cut into several runs."""
+"""Attention against float64, in sizes around its panels of 64 and blocks of 256 keys, and for
+few tokens, whose keys are split into several runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def random_inputs(tokens, keys, heads, kv_heads, d):
 
 
 def rounded(x):
-    """What 8 bits keep of x: int8 times max |x| / 127 for each position and head, and the step."""
+    """x rounded to 8 bits, int8 times max |x| / 127 per position and head; and the step."""
     top = abs(x).max(-1, keepdims=True)
     q = np.rint(x * (np.float32(127) / top))
     step = top / np.float32(127)
@@ -70,7 +70,7 @@ def transformed(x):
 
 
 def transformed_inputs(q, k):
-    """H q exactly, and H k / n in float32, as 8 bits round it."""
+    """Exact H q, and H k / n in float32, rounded to 8 bits."""
     order = k.shape[-1] & -k.shape[-1]
     return transformed(q.astype(float)), transformed(k / np.float32(order)), order
 
@@ -82,7 +82,7 @@ def test_8_bits_match_attention_over_rounded_keys_and_values(isa, tokens, keys, 
     kept = rounded(hk)[0]
     expected, bound = oracle.attention(hq, kept, rounded(v)[0])
     # Each of log2(order) sums in H q is off by a unit of at most the sum of |q|, which moves a
-    # weight by twice the error of its score. Scales are products of their own: one more rounding of
+    # weight by twice the error of its score. Scales are multiplied separately: one more rounding of
     # each score, weight and value.
     sums = np.log2(order) * oracle.UNIT * abs(q).sum(-1).max() * abs(kept).sum(-1).max()
     bound += 2 * sums / d**0.5 * abs(v).max()
@@ -103,8 +103,8 @@ def test_8_bits_give_every_channel_the_same_step(isa):
 
 
 def test_8_bits_cost_half_a_step():
-    """Against unrounded keys and values: scores are off by half a step of the keys times |H q|,
-    which moves a weight by at most twice as much, and values by half of theirs."""
+    """Against unrounded keys and values: scores are off by half a key step times |H q|, which
+    moves a weight by at most twice as much, and values by half a step of theirs."""
     q, k, v = random_inputs(20, 300, 6, 2, 64)
     exact, bound = oracle.attention(q, k, v)
     hq, hk, _ = transformed_inputs(q, k)
@@ -133,7 +133,7 @@ def test_8_bits_of_zeros(isa):
 
 
 def test_a_maximum_that_grows_late(isa):
-    """The last keys outweigh all before: what was summed must be scaled away."""
+    """The last keys outweigh all earlier ones, whose sums must be scaled away."""
     rng = np.random.default_rng(0)
     q = np.ones((4, 2, 16), np.float32)
     k, v = rng.standard_normal((2, 700, 2, 16), dtype=np.float32)

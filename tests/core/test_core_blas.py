@@ -1,4 +1,4 @@
-"""OpenBLAS's buffers, forks meanwhile, and products cut into tiles."""
+"""OpenBLAS's buffers, forks during its calls, and products cut into tiles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ multi_threaded = pytest.mark.filterwarnings(
 
 
 def busy(core, seconds):
-    """One product that takes so long; `core` has an OpenBLAS that only sleeps."""
+    """One product that takes `seconds`; `core` has an OpenBLAS that only sleeps."""
     size, empty = ctypes.c_ssize_t(1), ctypes.c_void_p()
     alpha = ctypes.c_float(seconds)
     core.lbq_sgemm(
@@ -54,7 +54,7 @@ def test_there_is_a_buffer_for_each_call_before_it_begins(core):
 
 @multi_threaded
 def test_a_fork_waits_for_calls_under_way(core):
-    """A child would inherit the locks that they hold."""
+    """Otherwise a child would inherit the locks that they hold."""
     busy(core, 0)
     for _ in range(5):
         callers = [threading.Thread(target=busy, args=(core, 0.05)) for _ in range(3)]
@@ -72,7 +72,7 @@ def test_a_fork_waits_for_calls_under_way(core):
             caller.join()
 
 
-# The limit is what is mapped and a little more.
+# The limit is slightly above what is already mapped.
 LIMITED = """
 import os, resource, threading
 import numpy as np
@@ -131,7 +131,7 @@ def test_without_memory_there_is_a_memory_error(megabytes, threads):
     [(1, 1, 1), (1, 700, 33), (2, 1030, 9), (3, 100, 600), (513, 511, 40), (1100, 70, 300)],
 )
 def test_tiles_make_up_the_product(threads, tokens, rows, cols):
-    """And are the same for any number of threads."""
+    """Results are the same for any number of threads."""
     rng = np.random.default_rng([tokens, rows, cols])
     x = rng.standard_normal((tokens, cols), dtype=np.float32)
     weight = rng.standard_normal((rows, cols), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""csrc/codes: encoding, ranges, and the search for the least error."""
+"""csrc/codes: encoding, ranges, and the search for the smallest error."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_search_comes_close_to_the_best_grid_there_is(count, symmetric):
 
 
 def candidates_error(w, count, symmetric, h, steps=10, shrink=0.9):
-    """Least of the candidate ranges' squared errors, each grid refitted to its codes."""
+    """Smallest squared error of the candidate ranges, each grid refitted to its codes."""
     best = np.inf
     for factor in 1 - shrink * np.arange(steps) / steps:
         low, high = factor * min(w.min(), 0), factor * max(w.max(), 0)
@@ -168,7 +168,7 @@ def candidates_error(w, count, symmetric, h, steps=10, shrink=0.9):
     "shape", [(1, 15), (1, 16), (1, 1000), (1, 32783), (1, 32784), (19, 33), (3, 600)]
 )
 def test_the_search_in_float32_misses_no_candidate(isa, shape, count, symmetric):
-    """Against the candidates in float64: sums of float32 err by some 1e-6 of the error."""
+    """Against the candidates in float64: float32 sums are off by some 1e-6 of the error."""
     if count == 3 and not symmetric:
         pytest.skip("ternary stores no offsets")
     weight = normal(*shape, seed=count)
@@ -180,7 +180,7 @@ def test_the_search_in_float32_misses_no_candidate(isa, shape, count, symmetric)
         h = np.ones(shape[1]) if importance is None else importance.astype(float)
         found = (h * (values - weight) ** 2).sum(1)
         best = [candidates_error(w, count, symmetric, h) for w in weight.astype(float)]
-        # A grid that meets all weights is right to the rounding of its scale to float32.
+        # A grid that fits all weights is exact up to the rounding of its scale to float32.
         exact = count * 2.0**-23 * abs(weight).max()
         assert (found <= np.array(best) * (1 + 1e-5) + h.sum() * exact**2).all()
 
@@ -191,7 +191,7 @@ def test_every_instruction_set_finds_the_same(isa, levels):
     for given in (None, importance):
         _core.use_isa(isa=isa)
         found = quantize(weight, levels=levels, count=8, importance=given, group=64)
-        _core.use_isa(isa="portable")  # the fixture brings back what was in use
+        _core.use_isa(isa="portable")  # the fixture restores the previous one
         expected = quantize(weight, levels=levels, count=8, importance=given, group=64)
         assert all((a == b).all() for a, b in zip(found, expected, strict=True))
 
@@ -210,7 +210,7 @@ def test_least_error_is_never_worse_than_minmax(options):
 
 
 def quantize_packed(weight, levels=None, importance=None, count=None, group=None, **options):
-    """Panels by _core.quantize_packed, between guards; and what quantize and pack give."""
+    """Panels by _core.quantize_packed, between guards; and the result of quantize and pack."""
     search = {"method": "mse", "clip": 1.0, "percentile": 99.0}
     search |= {name: options.pop(name) for name in search if name in options}
     search |= {"candidates": 10, "shrink": 0.9, "norm": 2.0}
@@ -287,7 +287,7 @@ def test_packed_codes_of_every_kind(isa, scale_bits):
 
 
 def test_ranges_and_scales_are_the_same_everywhere(isa):
-    """The whole range of float32, where halves are subnormal, and the last ones before 65504."""
+    """The whole range of float32, subnormal halves, and the last ones before 65504."""
     rng = np.random.default_rng(3)
     size = np.exp2(rng.uniform(-149, 14.9, (320, 1)))
     weight = (rng.uniform(-1, 1, (320, 37)) * size).astype(np.float32)
@@ -297,7 +297,7 @@ def test_ranges_and_scales_are_the_same_everywhere(isa):
             options = {"count": 4, "symmetric": symmetric, "method": "minmax", "clip": clip}
             _core.use_isa(isa=isa)
             found = quantize(weight, group=16, **options)
-            _core.use_isa(isa="portable")  # the fixture brings back what was in use
+            _core.use_isa(isa="portable")  # the fixture restores the previous one
             expected = quantize(weight, group=16, **options)
             for a, b in zip(found, expected, strict=True):
                 assert a.tobytes() == b.tobytes()
@@ -368,7 +368,7 @@ def test_constant_groups(value, method):
         else:
             assert ((scale > 0) | (value == 1e-9)).all()
         assert np.isfinite(offset).all()
-        # Scale and offset of float16 each err by 2^-11, and nothing is below 2^-24.
+        # float16 scale and offset are each off by 2^-11, and nothing is below 2^-24.
         assert abs(values - weight).max() <= 2**-9 * abs(value) + 2**-24 * 1.5
 
 
@@ -392,7 +392,7 @@ def test_one_thread_and_many_agree():
 @pytest.mark.parametrize("clip", [1.0, 0.7])
 @pytest.mark.parametrize("count", [2, 3, 16, 256])
 def test_grids_of_halves_are_the_finest_that_cover(isa, count, clip):
-    """But for two roundings of float32 each, a difference and a quotient."""
+    """Up to two float32 roundings each, of a difference and a quotient."""
     weight, top, slack = spread(320, 24), count - 1, 2.0**-22
     low = np.float32(clip) * weight.reshape(960, 8).min(1)
     high = np.float32(clip) * weight.reshape(960, 8).max(1)
@@ -403,7 +403,7 @@ def test_grids_of_halves_are_the_finest_that_cover(isa, count, clip):
         finer = np.nextafter(scale, np.float16(0))
         reach = 2 * np.maximum(high, -low) if symmetric else high - offset.astype(float)
         zeros = scale == 0
-        if symmetric:  # the smallest scale would have covered them, but zeros are nearer
+        if symmetric:  # the smallest scale would have covered them, but zeros are closer
             groups = weight.reshape(960, 8).astype(float)[zeros]
             nearest = (np.clip(np.rint(groups * 2**24 + top / 2), 0, top) - top / 2) * 2.0**-24
             assert (reach[zeros] <= top * 2.0**-24).all()

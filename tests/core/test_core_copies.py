@@ -41,7 +41,7 @@ class Copy:
         self.handle = packed_copy(panels, self.spec, weight=self.weight, **handles, **how)
 
     def rounded(self, x):
-        """What the matrix is multiplied by, from the formula of linear.h, and its zero."""
+        """What the matrix is multiplied by, from the formula in linear.h, and the zero."""
         x = x if self.input is None else self.input.apply(x)
         bits = self.how.get("bits", 8)
         if not bits:
@@ -60,7 +60,7 @@ class Copy:
         return result + zero, zero
 
     def forward(self, x):
-        """In float64, and the sum of all magnitudes that were added up."""
+        """The result in float64, and the sum of all magnitudes added."""
         rounded, zero = self.rounded(x)
         y = rounded @ self.matrix.T
         size = (abs(rounded - zero) + abs(zero)) @ abs(self.matrix).T
@@ -83,7 +83,7 @@ def forward(handle, x, rows=ROWS):
 
 
 def check(copies, x, bias=None, U=None, V=None):
-    """The sum, within the rounding of as many additions as a row has."""
+    """The sum, within the rounding errors of a row's additions."""
     y = forward(layer_of(copies, bias, U, V), x)
     parts = [copy.forward(x) for copy in copies]
     expected, size = sum(p[0] for p in parts), sum(p[1] for p in parts)
@@ -121,7 +121,7 @@ def test_copies_are_summed(isa, kinds, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_float_copies_join_in(isa, tokens):
-    """Dense and decoded ones, beside quantized ones, with and without weights."""
+    """Dense and decoded ones next to quantized ones, with and without weights."""
     dense = normal(ROWS, COLS, seed=7)
     x, bias, weight = normal(tokens, COLS), normal(ROWS), normal(ROWS, seed=9)
     copies = [Copy(0), Copy(1, input=TURN, weighted=True)]
@@ -160,7 +160,7 @@ def test_activations_are_clipped_shifted_and_scaled(isa, how, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 4, 19])
 def test_layers_of_several_copies_share_their_activations(isa, threads, tokens):
-    """Together they give the bits that each gives alone, whatever they have in common."""
+    """Layers give the same bits together as alone, regardless of what they share."""
     again = Rotation(COLS, seed=1)  # TURN by value
     layers = [
         [Copy(0), Copy(1, input=TURN)],
@@ -180,7 +180,7 @@ def test_layers_of_several_copies_share_their_activations(isa, threads, tokens):
 
 
 def test_equal_rotations_are_told_by_value():
-    """As after load, where no two layers have one object."""
+    """As after load, where no two layers share an object."""
     turns = [Rotation(COLS, seed=1) for _ in range(3)]
     layers = [layer_of([Copy(2 * i), Copy(2 * i + 1, input=turns[i])]) for i in range(3)]
     assert _core.linears_inputs(tuple(layers)) == 2

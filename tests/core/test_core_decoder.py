@@ -47,7 +47,7 @@ def close(found, expected):
 
 
 def test_halves_of_a_block_are_added_by_their_scales(isa):
-    """Of the same layers twice, each time by half: a block that stands twice."""
+    """The first block runs twice, with its halves scaled by 0.5 and -2."""
     network = network_of(30, blocks=2)
     network["blocks"][0] |= {"attention_scale": 0.5, "mlp_scale": -2.0}
     network["blocks"] = [network["blocks"][0], *network["blocks"]]
@@ -96,14 +96,14 @@ def test_a_cache_of_garbage_stands_for_the_tokens_before(isa, bits, options):
     found, expected = continued(decoder, tokens, cache), oracle.decoder(network, tokens)[62:]
     if bits == 32:
         assert close(found, expected)
-    else:  # keys and values are off by half a step, 1 / 254 of the largest, at most
+    else:  # keys and values are off by at most half a step, 1 / 254 of the largest
         error = abs(found - expected).max(-1) / abs(expected).max(-1)
         assert LIMIT < error.max() < 1 / 127
 
 
 def biased_network(pair, size, head_norms):
-    """Keys and values with constants of `size`, read by small weights, so that all scores and
-    outputs stay as large as without."""
+    """Keys and values with constants of `size`, read by small weights, so that scores and outputs
+    are as large as without constants."""
     network = network_of(15, biases=True, head_norms=head_norms)
     for block in network["blocks"]:
         (query, query_bias), (output, _) = block["q_proj"], block["o_proj"]
@@ -124,7 +124,7 @@ def test_biases_of_keys_and_values_cost_8_bits_nothing(isa, pair, size):
     tokens = tokens_of(150)
     exact, found = (continued(decoder, tokens, cache_of(decoder, 192, bits)) for bits in (32, 8))
     error = abs(found - exact).max(-1) / abs(exact).max(-1)
-    assert LIMIT < error.max() < 1 / 127  # as without
+    assert LIMIT < error.max() < 1 / 127  # as without biases
 
 
 def test_a_bias_before_a_norm_of_keys_is_no_constant(isa):
@@ -144,7 +144,7 @@ def test_a_cache_of_8_bits_takes_a_quarter():
 
 
 def test_a_residual_rotation_is_undone():
-    """Rotated layers of a rotated stream: the rotation must go in and out where it should."""
+    """Rotated layers of a rotated stream: each is applied and undone in its place."""
     network, rotation = network_of(2, norms=False), Rotation(HIDDEN, seed=3)
     R = rotation.matrix().astype(np.float32)
     turned = network | {"blocks": []}
@@ -171,7 +171,7 @@ PACKED = [
 
 
 def packed_embedding(spec, levels=None, activation_bits=0):
-    """A layer and the weights it stands for."""
+    """A layer and the weights it represents."""
     panels = pack(spec, *random_parts(spec))
     weight = np.empty((VOCAB, HIDDEN), np.float32)
     _core.packed_dequantize(code_of(spec, levels), panels, weight, group=spec["group"])
@@ -226,7 +226,7 @@ def test_a_packed_head_quantizes_its_input_as_any_layer(isa, tokens):
 
 
 def quantized_decoder(**options):
-    """Two blocks of 2-bit layers that quantize what they read."""
+    """Two blocks of 2-bit layers that quantize their inputs."""
     network = network_of(12, **options)
     blocks = []
     for i, block in enumerate(network["blocks"]):

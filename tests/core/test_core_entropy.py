@@ -1,4 +1,4 @@
-"""csrc/codes/entropy.c: the range with the least loss of information."""
+"""csrc/codes/entropy.c: the range that loses the least information."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Random calls of every function of _core, made from its argument tables and then damaged.
 
-Whatever comes, the call ends with a result or with one of four exceptions, writes nothing but its
-outputs, and leaves its inputs as they are. Under sanitizers the same calls find what stays silent.
+Every call ends with a result or with one of four exceptions, writes only its outputs, and leaves
+its inputs unchanged. Under sanitizers the same calls find errors that are silent otherwise.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TEXTS = [
 SPECIAL = [np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 1e-30, 3e38, -3e38]
 # Numbers that decide how long a call takes.
 LASTING = {"steps": 9, "sweeps": 9, "candidates": 30, "threads": 4, "capacity": 99, "first": 99}
-# Values that fit others more often than any do.
+# Values that are more likely to fit the others than random ones.
 USUAL = {"heads": [4], "kv_heads": [2], "block": [0, 1]}
 USUAL |= {"levels": [1, 2, 3], "bits": [1, 2, 3, 4, 8], "scale_bits": [0, 4, 8, 16, 16, 16]}
 USUAL |= {"activation_bits": [0, 4, 8], "group": [16, 32, 64, 128, 2**40], "past": [0, 1, 30]}
@@ -94,7 +94,7 @@ def decoder(blocks: tuple[Any, ...], rotation: Any) -> tuple[Any, dict[str, int]
 
 
 class Calls:
-    """Random calls; equal seeds make equal ones."""
+    """Random calls; equal seeds make equal calls."""
 
     def __init__(self) -> None:
         eye = _core.dense_rotation(np.eye(HIDDEN, dtype=np.float32))
@@ -165,7 +165,7 @@ class Calls:
     def relate(
         r: random.Random, name: str, sizes: dict[str, Any], keywords: dict[str, Any]
     ) -> None:
-        """Give the sizes that follow from others: letters mean the same in every table."""
+        """Set the sizes that follow from others: letters mean the same in every table."""
         if r.random() < 0.05:
             return
         sizes["r"] = keywords.get("rows", sizes.get("r", 1))
@@ -349,7 +349,7 @@ def run(calls: Calls, seed: int, outcomes: Counter[tuple[str, str]]) -> None:
 
 @pytest.fixture
 def settings(threads):
-    """Threads and instruction set, which some of the calls change, as they were."""
+    """Restore threads and instruction set, which some of the calls change."""
     isa = _core.config()["isa"]
     _core.set_num_threads(threads=2)
     yield

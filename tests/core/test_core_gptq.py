@@ -1,4 +1,4 @@
-"""GPTQ against the published algorithm in float64 NumPy, and what holds of it in any case."""
+"""GPTQ against the published algorithm in float64 NumPy, and properties that always hold."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(
     hessian, weight, group, code="int3", order=None, damping=0.01, median=False,
     importance=None, scales=None, block=128, float64=True, **search
 ):  # fmt: skip
-    """Codes, scale and offset (both (rows, groups)) and the report of C."""
+    """Codes, scale and offset (both (rows, groups)) and the C report."""
     factor = np.full(hessian.shape, np.nan, np.float64 if float64 else np.float32)
     report = _core.gptq_factor(hessian, order, factor, damping=damping, median=median)
     groups = -(-weight.shape[1] // group)
@@ -142,7 +142,7 @@ def test_every_instruction_set_rounds_alike(isa, code, cols):
     """One column and one row more or less than vectors hold, groups that do not fill a block."""
     hessian, weight = layer(33, cols, 0)
     found = run(hessian, weight, 24, code, block=50, float64=False)
-    _core.use_isa(isa="portable")  # the fixture brings back what was in use
+    _core.use_isa(isa="portable")  # the fixture restores the previous one
     expected = run(hessian, weight, 24, code, block=50, float64=False)
     for one, two in zip(found[:3], expected[:3], strict=True):
         assert np.array_equal(one, two)
@@ -157,8 +157,8 @@ def test_float32_loses_nothing_that_matters(seed):
     for codes, scale, offset, _ in (found, expected):
         error = (weight - decode(codes, scale, offset, 64)).astype(np.float32)
         errors.append(_core.hessian_error(hessian, error))
-    # Rounding changes only codes at a tie, and what later columns are fed after them: some rows
-    # of 64 take another path, whose error is a few percent more or less.
+    # Rounding changes only codes at a tie, and the feedback to later columns after them: some of
+    # 64 rows take another path, whose error is a few percent larger or smaller.
     assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
@@ -269,7 +269,7 @@ def test_a_singular_hessian_is_damped_until_it_can_be_factored():
 
 
 def test_damping_is_raised_tenfold():
-    """The least eigenvalue of H is -0.05, the mean of its diagonal 1."""
+    """The smallest eigenvalue of H is -0.05, the mean of its diagonal 1."""
     hessian = np.eye(40)
     hessian[0, 1] = hessian[1, 0] = 1.05
     for damping, retries in ((0.01, 1), (0.04, 1), (0.06, 0), (0.001, 2), (1e-4, 3)):
@@ -308,7 +308,7 @@ def test_weights_whose_scale_would_not_fit_are_named(bad, group):
 
 @pytest.mark.parametrize("float64", [False, True])
 def test_a_scale_that_feedback_drives_out_of_range_is_named(float64):
-    """The first column errs by 1e4, and R has -30 for what the 33rd makes of that."""
+    """The first column has an error of 1e4, which R feeds to the 33rd with a factor of -30."""
     hessian = np.eye(64)
     hessian[0, 0], hessian[0, 32] = 1000, -30
     weight = np.ones((20, 64), np.float32)
@@ -345,7 +345,7 @@ def test_unfit_importance_is_named():
 
 
 def test_a_column_that_dominates_is_met():
-    """By grids that are as good for the others as where it weighs no more than float32 can tell."""
+    """Its grids fit the other columns as well as with an importance that float32 can resolve."""
     weight = layer(32, 128, 9)[1]
     for code in ("int3", "int2sym"):
         errors = []
@@ -426,7 +426,7 @@ PUBLISHED = {
     [pytest.param(*k, marks=[pytest.mark.slow] * (k[1] > 2)) for k in PUBLISHED],
 )
 def test_errors_of_the_synthetic_layer(outliers, bits):
-    """Ours with the repository's grid is what was published; with our own it is less."""
+    """With the repository's grid our error is the published one; with our own it is smaller."""
     rng = np.random.default_rng(0)
     cols, rows, tokens, group = 512, 256, 4096, 128
     basis = np.linalg.qr(rng.standard_normal((cols, cols)))[0]
@@ -456,7 +456,7 @@ def test_errors_of_the_synthetic_layer(outliers, bits):
 
         scales = scale.astype(np.float32), (-scale * zero).astype(np.float32)
         same, s, o, _ = run(H, W, group, grid, scales=scales)
-        # Scales rounded to float32 decide ties otherwise, whose columns then go their own way.
+        # Scales rounded to float32 break ties differently, and later columns then diverge.
         assert relative_error(decode(same, s, o, group)) == pytest.approx(reference, rel=0.01)
 
         own, s, o, _ = run(H, W, group, grid)

@@ -142,7 +142,7 @@ def test_long_transform_matches_the_definition(isa, n):
 
 @pytest.mark.parametrize("orders", [[3, 5], [5, 33], [12, 36], [36, 12], [3, 31, 2, 8], [7, 9]])
 def test_any_number_of_lanes(isa, orders):
-    """Lanes beside, below and above whole registers, which no order of model sizes has."""
+    """Lane counts around whole registers, which no order of a model size has."""
     check_transform(math.prod(orders), 3, orders)
 
 

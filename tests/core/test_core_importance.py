@@ -1,4 +1,4 @@
-"""csrc/codes/importance.c: only ratios matter, and columns that matter most are met."""
+"""csrc/codes/importance.c: only ratios matter, and the most important columns are fitted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rounding import NF4, normal, quantize
 
 
 def anchored_grid_error(w, h, levels):
-    """Of the float16 grids over the range whose offset meets the most important weight."""
+    """Error of float16 grids over the range whose offset fits the most important weight."""
     k = h.argmax()
     low, high = w.min(1, keepdims=True), w.max(1, keepdims=True)
     scale = np.float16((high - low) / (levels - 1)).astype(float)
@@ -28,14 +28,14 @@ def test_a_column_that_dominates_is_met(isa, count, norm):
         values = quantize(weight, count=count, symmetric=False, importance=h, norm=norm)[3]
         found = (h.astype(float) * (values - weight) ** 2).sum()
         assert found <= 1.05 * anchored_grid_error(weight.astype(float), h.astype(float), count)
-        # The others are rounded about as well as without it.
+        # The others are rounded about as well as without importance.
         plain = quantize(weight, count=count, symmetric=False)[3]
         assert ((values - weight) ** 2).sum() <= 1.5 * ((plain - weight) ** 2).sum()
 
 
 @pytest.mark.parametrize("options", [{"count": 8, "symmetric": False}, {"count": 8}])
 def test_two_columns_that_dominate(options):
-    """Never worse than with importance that float32 can weigh, within what float16 stores."""
+    """Never worse than with importance that float32 can resolve, up to float16 rounding."""
     weight = normal(64, 64)
     for power in (7, 8, 10, 12):
         h = np.ones(64, np.float32)
@@ -55,7 +55,7 @@ def test_only_ratios_of_importance_matter():
         scaled = importance * np.float32(2.0**power)
         found = quantize(weight, count=8, group=32, importance=scaled)
         assert all((a == b).all() for a, b in zip(found, expected, strict=True))
-    # Within a group: the first is 2^-100 of the others, and fitted as well.
+    # Ratios between groups do not matter: the first group's importance is scaled by 2^-100.
     scaled = np.where(np.arange(96) < 32, importance * np.float32(2.0**-100), importance)
     found = quantize(weight, count=8, group=32, importance=scaled)
     assert all((a == b).all() for a, b in zip(found, expected, strict=True))

@@ -24,7 +24,7 @@ SIDE = 2048
 
 @contextlib.contextmanager
 def signals(number, every, handler=None):
-    """Send a signal to this process again and again; its handler as it was afterwards."""
+    """Send a signal to this process again and again, then restore its handler."""
     stop = threading.Event()
 
     def send():
@@ -42,7 +42,7 @@ def signals(number, every, handler=None):
         stop.set()
         sender.join()
         with contextlib.suppress(KeyboardInterrupt):
-            time.sleep(0.001)  # one that was on its way
+            time.sleep(0.001)  # a signal that is still pending
         signal.signal(number, before)
 
 
@@ -176,7 +176,7 @@ def test_a_handler_that_returns_lets_the_work_go_on():
 
 
 def test_a_handler_may_call_what_it_interrupts(threads):
-    """The pool is not to be had then: the inner call works in its thread."""
+    """The pool is busy then: the inner call works in its own thread."""
     _core.set_num_threads(threads=2)
     inner, outer = normal(300, 300), normal(3000, 3000)
     expected = np.zeros((300, 300))
@@ -254,7 +254,7 @@ class Watch(ctypes.Structure):
 
 @pytest.fixture
 def watch(core):
-    """A watch of this thread that ends the call as soon as its `answers` say so."""
+    """A watch on this thread that ends the call as soon as its `answers` say so."""
     watch = Watch()
     watch.answers, watch.asked = [], []
 

@@ -1,4 +1,4 @@
-"""csrc/codes/kinds.c: the table of codes, and what does not fit together."""
+"""csrc/codes/kinds.c: the table of codes, and properties that do not fit together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""csrc/codes/lattice.c: points of E8, and the nearest of them."""
+"""csrc/codes/lattice.c: points of E8, and the nearest one."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ CODES = [
 
 
 class Layer:
-    """A packed layer with random parts, and what the oracle needs to know of them."""
+    """A packed layer with random parts, and its result by the oracle."""
 
     def __init__(self, rows, cols, group, code, activation_bits=8, levels=None, rotation=None):
         bits, scale_bits, has_offset, zero = code
@@ -69,14 +69,14 @@ class Layer:
 
 
 def random_levels(bits):
-    """Levels of very different size, one of them zero."""
+    """Levels of very different sizes, one of them zero."""
     levels = np.random.default_rng(bits).normal(size=1 << bits).astype(np.float32) ** 3
     levels[1] = 0
     return levels
 
 
 def activations(tokens, cols, seed=0):
-    """Tokens of very different size, at an address that is no multiple of 8."""
+    """Tokens of very different sizes, at an address that is not a multiple of 8."""
     rng = np.random.default_rng([seed, tokens, cols])
     buffer = np.zeros(tokens * cols + 1, np.float32)
     x = buffer[1:].reshape(tokens, cols)
@@ -140,7 +140,7 @@ def test_a_token_does_not_depend_on_its_neighbours(isa, code):
 
 @pytest.mark.parametrize("code", CODES)
 def test_results_repeat_on_two_threads(threads, code):
-    """Work enough for the pool: one token, a few and many."""
+    """Enough work for the pool: one token, a few and many."""
     layer = Layer(4100, 1030, 64, code)
     for tokens in (1, 4, 20):
         x = activations(tokens, 1030)
@@ -251,7 +251,7 @@ def dense(rows, cols, rotation=None):
 
 
 def check_shared(handles, rows, x):
-    """Layers together give the bits that each gives alone, and write nothing else."""
+    """Layers give the same bits together as alone, and write nothing else."""
     tokens = len(x)
     y = np.full(tokens * sum(rows) + 2, np.nan, np.float32)
     _core.linears_forward(tuple(handles), x, y[1:-1])
@@ -268,7 +268,7 @@ def check_shared(handles, rows, x):
 @pytest.mark.parametrize("tokens", [0, 1, 3, 8, 21])
 @pytest.mark.parametrize(("cols", "group"), [(1, 32), (200, 64), (576, 64), (1100, None)])
 def test_layers_of_one_input_share_its_activations(isa, cols, group, tokens):
-    """Of one step, but of other widths, levels and numbers of rows: four and two at a time."""
+    """One step, but different widths, levels and numbers of rows: four and two at a time."""
     rows = [1, 16, 40, 17, 300, 15]
     table = np.linspace(-2, 1, 16, dtype=np.float32)
     layers = [Layer(r, cols, group, code) for r, code in zip(rows[:5], CODES[:5], strict=True)]
@@ -279,7 +279,7 @@ def test_layers_of_one_input_share_its_activations(isa, cols, group, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 2, 9])
 def test_layers_of_one_input_that_cannot_share(isa, tokens):
-    """Another group, activation width, kind of layer or rotation between layers that could."""
+    """A different group, activation width, kind or rotation between layers that could share."""
     code, turn, other = CODES[4], Rotation(96, seed=1), Rotation(96, seed=2)
     layers = [
         Layer(20, 96, 32, code),
@@ -318,7 +318,7 @@ def test_a_rotated_input_is_quantized_as_if_rotated_before(isa, cols, activation
 
 
 def test_shared_layers_repeat_on_two_threads(threads):
-    """Work enough for the pool, split across the boundary between the layers."""
+    """Enough work for the pool, split across the boundary between the layers."""
     rotation = Rotation(1024, seed=1)
     rows = [2100, 70, 1990]
     layers = [

@@ -39,7 +39,7 @@ def span(arena):
     return arena.base, arena.base + arena.size
 
 
-# Under sanitizers every arena is a block of its own.
+# Under sanitizers every arena is a separate block.
 kept = pytest.mark.skipif("LOWBITQ_SANITIZE" in os.environ, reason="sanitizers: no stack is kept")
 
 

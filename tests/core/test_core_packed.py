@@ -1,4 +1,4 @@
-"""The packed layout: the bytes it promises, and what comes back from them."""
+"""The packed layout: the bytes that packed.h promises, and unpacking them."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_threads_do_not_matter(threads):
         ({"group": 48}, "group is 48, expected 16, 32, 64, 128 or at least the 100 columns"),
         ({"scale_bits": 12}, "scale_bits is 12"),
         ({"scale_bits": 0}, "groups of 64 columns need stored scales"),
-        ({"bits": 3, "group": 16}, "codes of 3 bits come in groups of whole 32 columns"),
+        ({"bits": 3, "group": 16}, "codes of 3 bits need groups of a multiple of 32 columns"),
         ({"rows": 0}, "rows is 0, expected 1 to"),
     ],
 )
@@ -102,7 +102,7 @@ def test_what_cannot_be_stored_exactly_is_refused():
     codes, scale, offset = random_parts(spec)
     for name, position, value, message in [
         ("codes", (3, 70), 4, "code of row 3, column 70 is 4, expected at most 3"),
-        ("scale", (17, 1), 0.1, "scale of row 17, group 1 is 0.1.*, which is no float16"),
+        ("scale", (17, 1), 0.1, "scale of row 17, group 1 is 0.1.*, which is not a float16"),
         ("scale", (0, 0), np.nan, "scale of row 0, group 0 is .*nan"),
         ("offset", (2, 1), 1e6, "offset of row 2, group 1 is 1000000"),
         ("offset", (2, 1), np.inf, "offset of row 2, group 1 is inf"),
@@ -112,7 +112,7 @@ def test_what_cannot_be_stored_exactly_is_refused():
         with pytest.raises(ValueError, match=message):
             pack(spec, **parts)
     spec = description(20, 100, 2, 64, scale_bits=8, unit=0.5)
-    with pytest.raises(ValueError, match=r"no multiple from 0 to 255 of unit = 0\.5"):
+    with pytest.raises(ValueError, match=r"not 0 to 255 times unit = 0\.5"):
         pack(spec, codes, np.full_like(scale, 0.25), None)
 
 

@@ -18,7 +18,7 @@ def refined(weight, hessian, tensor, damping=0.0, sweeps=50):
     scale, offset = tensor.scale, tensor.offset
     codes = np.full((len(weight) + 2, weight.shape[1]), 255, np.uint8)
     codes[1:-1] = tensor.codes
-    upper = np.where(np.tri(len(hessian), k=-1), np.nan, hessian)  # the rest is not read
+    upper = np.where(np.tri(len(hessian), k=-1), np.nan, hessian)  # must not be read
     options = {"group": group, "damping": damping, "sweeps": sweeps}
     moves = _core.refine(tensor.handle, upper, weight, scale, offset, codes[1:-1], **options)
     assert (codes[[0, -1]] == 255).all(), "wrote outside codes"
@@ -77,7 +77,7 @@ def descend(weight, hessian, tensor, sweeps):
 @pytest.mark.parametrize("text", ["int2g64", "nf4g32", "int3sym"])
 @pytest.mark.parametrize("unit", [1.0, 1e100, 1e-100])
 def test_codes_are_those_of_float64(isa, text, unit):
-    """Several blocks of columns and tiles of rows, in units that float32 lacks."""
+    """Several blocks of columns and tiles of rows, in units beyond float32's range."""
     rng = np.random.default_rng(4)
     weight = rng.standard_normal((13, 300), np.float32)
     hessian = oracle.gram(300, 4) + np.outer(*2 * [rng.uniform(0.5, 1, 300)])
@@ -88,7 +88,7 @@ def test_codes_are_those_of_float64(isa, text, unit):
 
 
 def test_close_calls_are_those_of_float64(isa):
-    """Weights halfway between two levels, but for their rounding to float32."""
+    """Weights halfway between two levels, up to rounding to float32."""
     rng = np.random.default_rng(5)
     tensor = quantize(rng.standard_normal((13, 300), np.float32), "nf4g64")
     ways = np.where(tensor.codes < 8, 1, -1).astype(np.int8)

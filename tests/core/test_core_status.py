@@ -1,4 +1,4 @@
-"""Statuses: the message of a failure, and the exception that it becomes."""
+"""Statuses: the message of a failure, and the exception it becomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""csrc/codes/stored.c: weights about the smallest numbers that scales and offsets can hold."""
+"""csrc/codes/stored.c: weights near the smallest numbers that scales and offsets can hold."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_no_group_is_worse_than_zeros_however_small(isa, code, scale_bits):
 @pytest.mark.parametrize("scale_bits", [16, 8, 4, 0])
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 def test_zeros_stay_zeros(isa, scale_bits, method):
-    """Of both signs, among groups that are none; the scale is the smallest, or 0 if it must be."""
+    """Zeros of both signs, among other groups; the scale is the smallest, or 0 if no level is 0."""
     weight = normal(21, 96)
     weight[:, 32:64] = np.where(np.arange(32) % 2, 0.0, -0.0)
     weight[3] = 0
@@ -59,7 +59,7 @@ def test_zeros_stay_zeros(isa, scale_bits, method):
 
 @pytest.mark.parametrize(("offset", "width"), [(1000, 1e-3), (-300, 1e-4), (3e4, 1.0), (0.1, 1e-5)])
 def test_a_spread_below_the_steps_of_an_offset(offset, width):
-    """At least as good as the grid over the range, all of it rounded to float16."""
+    """At least as good as the grid over the range, rounded to float16."""
     weight = (offset + width * normal(16, 64).astype(float)).astype(np.float32)
     for count in (2, 4, 16):
         w = weight.astype(float)

@@ -1,4 +1,4 @@
-"""csrc/codes/table.c: the tables that are fixed."""
+"""csrc/codes/table.c: the fixed tables."""
 
 from __future__ import annotations
 

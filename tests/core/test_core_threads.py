@@ -25,7 +25,7 @@ def parallel(core, count, task):
 
 @pytest.fixture(params=[1, 2, 5])
 def pool(request, core):
-    """The test's own pool with so many threads."""
+    """The test's own pool, with the parameter's number of threads."""
     assert core.lbq_set_threads(request.param) == 0
     assert core.lbq_threads() == request.param
     yield core
@@ -62,7 +62,7 @@ def test_workers_take_part(core):
 
 @pytest.mark.parametrize("pause", [0, 2e-5, 1e-3])
 def test_tasks_may_wait_for_one_another(core, pause):
-    """As OpenBLAS's do: every worker has to come, from its spin or from its sleep."""
+    """As OpenBLAS's tasks do: every worker has to join, whether spinning or asleep."""
     core.lbq_set_threads(3)
     barrier = threading.Barrier(3, timeout=30)
 
@@ -80,7 +80,7 @@ def test_tasks_may_wait_for_one_another(core, pause):
 def test_failure_of_the_lowest_index_is_the_result(pool):
     def task(_, index, worker):
         if index in (3, 17, 40):
-            # The lowest fails last, so that it has to replace the others.
+            # The lowest fails last, so it has to replace the others.
             time.sleep(0.03 if index == 3 else 0)
             return pool.lbq_fail(1 + index % 2, b"task %d failed", index)
         return 0
@@ -164,7 +164,7 @@ def widened():
     return reports[0][0]
 
 
-# Python 3.12 and later warn of any fork while threads run; the pool is what is tested here.
+# Python 3.12 and later warn about any fork while threads run; this tests the pool.
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_pool_works_in_child_processes(threads, method):
@@ -206,7 +206,7 @@ def test_fork_while_another_thread_uses_the_pool(threads):
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_starts_workers_of_its_own(core):
-    """Though the parent's, which it has not, were in a region when it was made."""
+    """Even if the parent's workers, which it does not inherit, were in a region at the fork."""
     core.lbq_set_threads(3)
     stop, barrier = threading.Event(), threading.Barrier(3, timeout=10)
 
@@ -231,7 +231,7 @@ def test_a_child_starts_workers_of_its_own(core):
 
 
 def test_a_caller_with_scratch_for_some_threads_gets_no_others(core):
-    """Though another thread starts more of them meanwhile."""
+    """Even if another thread starts more of them meanwhile."""
     core.lbq_set_threads(2)
     core.lbq_settle_threads(2)
     larger = threading.Thread(target=core.lbq_set_threads, args=(8,))

@@ -347,9 +347,13 @@ class Student:
         blocks = []
         for before, now in zip(self._quantized.blocks, self.model.blocks, strict=True):
             changes: dict[str, Any] = {
-                norm.name: None if gain is None else _half(gain)
+                norm.name: self._finished_gain(gain)
                 for norm, gain in zip(NORMS, now.norms, strict=True)
             }
             changes["linears"] = {name: finished[id(x)] for name, x in before.linears.items()}
             blocks.append(replace(before, **changes))
-        return replace(self._quantized, blocks=blocks, final_norm=_half(self.model.final_norm))
+        final = self._finished_gain(self.model.final_norm)
+        return replace(self._quantized, blocks=blocks, final_norm=final)
+
+    def _finished_gain(self, gain: Any) -> Any:
+        return gain if gain is None or "norm" not in self._kinds else _half(gain)

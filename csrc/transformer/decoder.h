@@ -73,14 +73,18 @@ lbq_status lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdif
 lbq_status lbq_decoder_turns(const lbq_decoder *decoder, ptrdiff_t tokens, float *cosine,
                              float *sine);
 
-/* First step of an attention half, of x (tokens, hidden): n = norm(x), alike, and its queries, keys
- * and values (tokens, heads or kv_heads, head_dim), without the biases that the store leaves out
- * (NULL: none). Queries and keys are turned; as they were before their norms, where a block has
- * such, go to raw_q and raw_k unless NULL. */
+/* What an attention half computes first: n = norm(x) (tokens, hidden), and its queries, keys and
+ * values (tokens, heads or kv_heads, head_dim), with queries and keys turned. raw_q and raw_k,
+ * unless NULL, are queries and keys before their own norms, of blocks that have these. */
+typedef struct {
+    const float *cosine, *sine; /* (tokens, head_dim / 2) */
+    float *n, *q, *k, *v, *raw_q, *raw_k;
+} lbq_projection;
+
+/* Fills a projection of x (tokens, hidden), without the biases that a store leaves out (NULL: with
+ * all). */
 lbq_status lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
-                             const float *x, const float *cosine, const float *sine,
-                             const lbq_store_bias *bias, float *n, float *q, float *k, float *v,
-                             float *raw_q, float *raw_k);
+                             const float *x, const lbq_store_bias *bias, const lbq_projection *to);
 
 /* First step of a feed-forward half: n = norm(x), and gate and up of it (tokens, intermediate). */
 lbq_status lbq_block_gate(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,

@@ -167,19 +167,9 @@ attention_half_backward(const pass *p)
     const lbq_heads *const heads = &decoder->heads;
     const ptrdiff_t tokens = p->tokens;
     LBQ_TRY(lbq_decoder_turns(decoder, tokens, p->cosine, p->sine));
-    LBQ_TRY(lbq_block_project(decoder,
-                              block,
-                              tokens,
-                              p->x,
-                              p->cosine,
-                              p->sine,
-                              NULL,
-                              p->n,
-                              p->q,
-                              p->k,
-                              p->v,
-                              p->raw_q,
-                              p->raw_k));
+    const lbq_projection projection = {
+        p->cosine, p->sine, p->n, p->q, p->k, p->v, p->raw_q, p->raw_k};
+    LBQ_TRY(lbq_block_project(decoder, block, tokens, p->x, NULL, &projection));
     const float *const da = scaled(p, block->attention_scale);
     LBQ_TRY(layer_backward(p, LBQ_OUTPUT, p->output, da, false, p->dout));
     LBQ_TRY(lbq_attention_backward(

@@ -13,7 +13,7 @@ from lowbitq.quantizers import quantize
 
 def all_of(model, tokens, **options):
     found = {}
-    for part in gradients(model, tokens, **options):
+    for part in model.gradients(tokens, **options):
         found |= part
     return found
 

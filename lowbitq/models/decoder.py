@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lowbitq import _core, generation
+from lowbitq import _core, generation, gradients
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, name_in_block
@@ -445,6 +445,17 @@ class Model:
             cache_bits=cache_bits,
             on_token=on_token,
         )
+
+    def gradients(
+        self,
+        tokens: ArrayLike,
+        loss: Any = "ce",
+        *,
+        of: Iterable[str] = ("weight", "bias", "norm"),
+        **options: Any,
+    ) -> Iterator[dict[str, NDArray[np.float32]]]:
+        """Yield gradients of a loss, block by block; see `lowbitq.gradients.gradients`."""
+        return gradients.gradients(self, tokens, loss, of=of, **options)
 
     def _tokens(self, tokens: ArrayLike, past: int = 0) -> NDArray[np.int32]:
         """Return tokens as the C decoder expects them."""

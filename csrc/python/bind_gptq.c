@@ -4,6 +4,7 @@
 #include "gptq/gptq.h"
 #include "gptq/hessian.h"
 #include "gptq/refine.h"
+#include "gptq/sensitivity.h"
 #include "python/code_args.h"
 #include "python/module.h"
 
@@ -194,12 +195,92 @@ LBQ_BINDING(refine)
                   PyLong_FromSsize_t(moved));
 }
 
+LBQ_BINDING(weight_sums)
+{
+    lbq_array W, Q, h, G;
+    const lbq_arg spec[] = {
+        LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
+        LBQ_IN("quantized", &Q, NPY_FLOAT32, "rk"),
+        LBQ_IN_OR_NONE("importance", &h, NPY_FLOAT32, "k"),
+        LBQ_IN_OR_NONE("gradient", &G, NPY_FLOAT32, "rk"),
+    };
+    LBQ_PARSE("weight_sums", spec);
+    lbq_weight_sums sums;
+    LBQ_RUN_VALUE(lbq_weights_sum(W.dims[0], W.dims[1], W.data, Q.data, h.data, G.data, &sums),
+                  Py_BuildValue("{s:d,s:d,s:d,s:d,s:d,s:d}",
+                                "error",
+                                sums.error,
+                                "weight",
+                                sums.weight,
+                                "weighted_error",
+                                sums.weighted_error,
+                                "weighted_weight",
+                                sums.weighted_weight,
+                                "gradient",
+                                sums.gradient,
+                                "fisher",
+                                sums.fisher));
+}
+
+LBQ_BINDING(input_sums)
+{
+    lbq_array x;
+    double tau;
+    const lbq_arg spec[] = {
+        LBQ_IN("x", &x, NPY_FLOAT32, "t*k"),
+        LBQ_FLOAT("tau", &tau, 0, 1e300),
+    };
+    LBQ_PARSE("input_sums", spec);
+    lbq_input_sums sums;
+    LBQ_RUN_VALUE(lbq_inputs_sum(x.dims[0], x.dims[1], x.data, tau, &sums),
+                  Py_BuildValue("{s:n,s:d,s:d,s:d,s:d}",
+                                "above",
+                                (Py_ssize_t)sums.above,
+                                "magnitude",
+                                sums.magnitude,
+                                "squares",
+                                sums.squares,
+                                "squares_above",
+                                sums.squares_above,
+                                "largest",
+                                sums.largest));
+}
+
+static lbq_status
+magnitude_counts(const lbq_array *x, const lbq_array *counts)
+{
+    LBQ_TRY(lbq_check_axis(counts, "counts", 0, "magnitudes", LBQ_MAGNITUDES));
+    return lbq_magnitudes_count(x->dims[0], x->dims[1], x->data, counts->data);
+}
+
+LBQ_BINDING(magnitude_counts)
+{
+    lbq_array x, counts;
+    const lbq_arg spec[] = {
+        LBQ_IN("x", &x, NPY_FLOAT32, "t*k"),
+        LBQ_INOUT("counts", &counts, NPY_INT64, "b"),
+    };
+    LBQ_PARSE("magnitude_counts", spec);
+    LBQ_RUN(magnitude_counts(&x, &counts));
+}
+
 PyMethodDef lbq_methods_gptq[] = {
     LBQ_METHOD(
         refine,
         "refine(code, hessian, weight, scale, offset, codes, /, *, group, damping, sweeps)\n--\n\n"
         "Move codes (r, k) to neighbouring levels while that lowers the outputs' error; "
         "returns how many moves it made."),
+    LBQ_METHOD(weight_sums,
+               "weight_sums(weight, quantized, importance, gradient, /)\n--\n\n"
+               "Sums over weight W, quantized Q and gradient G (r, k) with importance h (k): error "
+               "(W - Q)^2, weight W^2, both weighted by h, gradient G^2 and fisher G^2 (W - Q)^2."),
+    LBQ_METHOD(input_sums,
+               "input_sums(x, /, *, tau)\n--\n\n"
+               "Count |x| > tau in x (t, k); sum |x|, x^2 and those x^2; find the largest |x|."),
+    LBQ_METHOD(magnitude_counts,
+               "magnitude_counts(x, counts, /)\n--\n\n"
+               "Add to counts (32768) how many x (t, k) have each magnitude, as the upper 16 bits "
+               "of |x|."),
     LBQ_METHOD(adaround,
                "adaround(code, hessian, weight, scale, offset, codes, /, *, group, steps, rate, "
                "strength)\n--\n\n"

@@ -191,6 +191,8 @@ class Calls:
             sizes["l"] = CODES[stored["code"]]["level_count"]
         if name in ("kmeans", "fixed_levels"):
             sizes["l"] = r.choice([2, 4, 16])
+        if name == "magnitude_counts":
+            sizes["b"] = 1 << 15
         if name == "decoder":
             sizes |= {"h": HIDDEN, "f": HEAD // 2}
         if name == "decoder_forward":

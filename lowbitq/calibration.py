@@ -287,7 +287,7 @@ def calibrate(
     )
     stream = Stream(model, tokens)
     stats = Statistics(tokens, {}, {}, [])
-    report = _reporter(progress, len(model.blocks))
+    report = reporter(progress, len(model.blocks), title="calibrate", unit="block")
     for index in stream:
         seen: dict[str, _Seen] = {}
         for sample, taps in enumerate(stream.taps(advance=True)):
@@ -308,14 +308,25 @@ def calibrate(
     return stats
 
 
-def _reporter(progress: bool | Progress, blocks: int) -> Progress:
+def reporter(progress: bool | Progress, total: int, *, title: str, unit: str) -> Progress:
+    """Return the function to call after each step: the caller's, one that moves a bar, or none.
+
+    Parameters
+    ----------
+    progress : bool or callable
+        True: a bar with the remaining time on standard error.
+    total : int
+        Number of steps. The bar closes after the last one.
+    title, unit : str
+        Texts of the bar.
+    """
     if callable(progress):
         return progress
     if not progress:
         return lambda done, total: None
     from tqdm import tqdm  # here, because it takes a tenth of the package's import time
 
-    bar = tqdm(total=blocks, unit="block", desc="calibrate")
+    bar = tqdm(total=total, unit=unit, desc=title)
 
     def report(done: int, total: int) -> None:
         bar.update()

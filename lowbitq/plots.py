@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -88,4 +89,39 @@ def roofline(found: Roofline, axes: Any = None) -> Any:
         title="{isa}, threads {threads}".format(**found.machine),
     )
     axes.legend(loc="lower right", fontsize="small")
+    return axes
+
+
+def over_blocks(lines: Mapping[str, Mapping[int, float]], label: str, axes: Any = None) -> Any:
+    """Draw numbers of a model's layers over the blocks.
+
+    Parameters
+    ----------
+    lines : mapping of str to mapping of int to float
+        Values by block, one line for each name; no legend if it is empty.
+    label : str
+        Of the vertical axis.
+    axes : matplotlib.axes.Axes, default=None
+        Where to draw. None: a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        If `axes` is None and matplotlib is not installed.
+
+    Examples
+    --------
+    >>> over_blocks({"mlp": {0: 1.0, 1: 0.5}}, "score")  # doctest: +SKIP
+    <Axes: xlabel='block', ylabel='score'>
+    """
+    axes = new_axes() if axes is None else axes
+    for name, values in lines.items():
+        axes.plot(list(values), list(values.values()), ".-", linewidth=1, label=name)
+    axes.set(xlabel="block", ylabel=label)
+    if any(lines):
+        axes.legend(fontsize="small")
     return axes

@@ -37,6 +37,8 @@ from lowbitq.models.rotating import rotate
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.quantizers import dequantize, quantize
 from lowbitq.rotations import Rotation
+from lowbitq.scores import Sensitivity, weights_for_bits
+from lowbitq.sensitivity import sensitivity
 from lowbitq.tensors import QuantizedTensor
 from lowbitq.version import __version__ as __version__
 
@@ -60,6 +62,7 @@ __all__ = [
     "QuantizedTensor",
     "Rotation",
     "Rounding",
+    "Sensitivity",
     "Statistics",
     "Tokenizer",
     "agreement",
@@ -72,8 +75,10 @@ __all__ = [
     "perplexity",
     "quantize",
     "rotate",
+    "sensitivity",
     "set_num_threads",
     "show_config",
+    "weights_for_bits",
 ]
 
 

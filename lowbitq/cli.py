@@ -1,4 +1,4 @@
-"""The command line: lowbitq inspect | quantize | evaluate | generate | bench | demo.
+"""The command line: lowbitq inspect | quantize | evaluate | sensitivity | generate | bench | demo.
 
 Results go to standard output, as text or with --json as one JSON object; progress and errors go to
 standard error. Exit codes: 0 ok, 1 error, 2 usage, 3 model unsupported, 4 interrupted (the message
@@ -28,6 +28,7 @@ from lowbitq import plots, roofline
 from lowbitq.checkpoints.blocks import block_files, remove_blocks
 from lowbitq.checkpoints.packed import check_replaceable
 from lowbitq.compression import leftovers
+from lowbitq.scores import LEVELS
 from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
@@ -137,6 +138,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
         "inspect": (inspect, _model_argument, "Describe a model."),
         "quantize": (quantize, _quantize_arguments, "Quantize a model and save it."),
         "evaluate": (evaluate, _evaluate_arguments, "Measure perplexity, size and speed."),
+        "sensitivity": (
+            sensitivity,
+            _sensitivity_arguments,
+            "Rank the layers of a float model by how much quantization harms them.",
+        ),
         "generate": (generate, _generate_arguments, "Continue a text."),
         "bench": (
             bench,
@@ -183,6 +189,18 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _text_option(parser, "to predict")
     parser.add_argument("--window", type=_positive, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=_positive, help="number of windows (default: all)")
+
+
+def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    formats = "formats to round to, separated by commas"
+    parser.add_argument("--formats", type=_formats, default="int2g64", help=formats)
+    _text_option(parser, "to calibrate on")
+    _calibration_options(parser, samples=16, window=512)
+    levels = "what to rank: linear layers, attention and MLP, or blocks"
+    parser.add_argument("--level", choices=LEVELS, default="linear", help=levels)
+    measured = "also quantize each alone and measure the KL divergence on this many of the windows"
+    parser.add_argument("--measure", type=_positive, metavar="N", help=measured)
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -253,6 +271,10 @@ def _format(text: str) -> lq.Format:
         return lq.Format.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _formats(text: str) -> list[lq.Format]:
+    return [_format(name) for name in text.split(",")]
 
 
 def _embedding(text: str) -> lq.Format | None:
@@ -378,6 +400,24 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             model, text, reference, options.window, options.windows, progress=progress
         )
     return found.to_dict(), str(found)
+
+
+def sensitivity(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Score the layers of a model."""
+    text = read_texts(options.text).calibration
+    model = _load(options.model)
+    cut = {"samples": options.samples, "window": options.window, "seed": options.seed}
+    stats = lq.calibrate(model, text, **cut)
+    with _bar("scoring", unit="step") as progress:
+        found = lq.sensitivity(
+            model,
+            stats,
+            options.formats,
+            level=options.level,
+            measure=options.measure or False,
+            progress=progress,
+        )
+    return {**found.to_dict(), "correlations": found.correlations}, str(found)
 
 
 def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -39,7 +39,8 @@ def test_runs_as_a_module():
 
 
 @pytest.mark.parametrize(
-    "command", ["inspect", "quantize", "evaluate", "generate", "bench", "demo"]
+    "command",
+    ["inspect", "quantize", "evaluate", "sensitivity", "generate", "bench", "demo"],
 )
 def test_help_shows_every_default(capsys, command):
     code, out, _ = run(capsys, command, "--help")
@@ -57,6 +58,8 @@ def test_help_shows_every_default(capsys, command):
         (["evaluate", "m", "--windows", "0"], "0 is not positive"),
         (["quantize", "m", "o", "--format", "int9g64"], "unknown format 'int9g64'"),
         (["quantize", "m", "o", "--embedding", "no"], "unknown format 'no'"),
+        (["sensitivity", "m", "--formats", "int2g64,int9"], "unknown format 'int9'"),
+        (["sensitivity", "m", "--level", "layer"], "invalid choice"),
         (["generate", "m", "p", "--top-k", "two"], "invalid"),
         (["bench", "--plot", "roof.txt"], "roof.txt does not end in .png, .svg or .pdf"),
     ],
@@ -317,6 +320,22 @@ def test_evaluate(capsys, tiny_folder, text_file, quantize):
     assert result["perplexity"] == expected.to_dict()["perplexity"]
     code, shown, _ = run(capsys, *arguments)
     assert "ln ratio" in shown
+
+
+def test_sensitivity(capsys, tiny_folder, text_file):
+    arguments = ["sensitivity", tiny_folder, "--text", text_file, "--samples", 3, "--window", 64]
+    arguments += ["--formats", "int2g32,int4g32"]
+    code, shown, err = run(capsys, *arguments, "--measure", 2, "--level", "half", "--json")
+    assert (code, err) == (0, [])
+    result = json.loads(shown)
+    model = lq.load(tiny_folder)
+    stats = lq.calibrate(model, text_file, samples=3, window=64)
+    expected = lq.sensitivity(model, stats, ["int2g32", "int4g32"], level="half", measure=2)
+    assert result["rows"] == expected.to_dict()["rows"]
+    assert result["correlations"] == expected.correlations
+    code, shown, _ = run(capsys, *arguments)
+    assert shown.count("self_attn.q_proj") == 2 * model.config.layers
+    assert "Spearman" not in shown
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["quantize", "out"]])

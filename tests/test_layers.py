@@ -43,7 +43,7 @@ PYTHON_ORDER = [
     "models.loading", "models",
     "texts", "calibration", "encoding", "compression", "students", "distillation",
     "reconstruction", "evaluation",
-    "timing", "roofline", "plots", "ranks", "scores", "", "cli", "__main__",
+    "timing", "roofline", "plots", "ranks", "scores", "sensitivity", "", "cli", "__main__",
 ]
 # fmt: on
 

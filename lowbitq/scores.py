@@ -282,7 +282,7 @@ class Sensitivity:
             If the layers differ, or a metric was not computed.
         """
         found = {}
-        for format in self.weights.keys() & other.weights.keys():
+        for format in (format for format in self.weights if format in other.weights):
             if [row.layer for row in self.of(format)] != [row.layer for row in other.of(format)]:
                 raise ValueError("the results have different layers")
             pair = self._values(format, by), other._values(format, by)

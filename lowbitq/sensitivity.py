@@ -133,6 +133,21 @@ def sensitivity(
         Hessians, the gradients are not those of the linear layers, the inputs of a layer overflow,
         or an option is out of range.
 
+    Notes
+    -----
+    Spearman's rank correlation with the measured divergence, of SmolLM2-135M (4-bit at the source)
+    in int2g64, 4 windows of 512 tokens of WikiText-2 for everything, cross-entropy gradients:
+
+    =============  ======  ========  =====  ======  =======  =====
+    level          fisher  gradient  quant  output  massive  score
+    =============  ======  ========  =====  ======  =======  =====
+    linear (210)     0.77      0.54   0.26    0.55     0.23   0.41
+    block (30)       0.74      0.65   0.17    0.37     0.37   0.48
+    =============  ======  ========  =====  ======  =======  =====
+
+    The relative error of the weights is nearly the same in all layers, so it says little; the
+    elementwise Fisher form predicts best.
+
     References
     ----------
     M. Sun et al., "Massive Activations in Large Language Models", 2024 (S_massive). S. Kim et al.,

@@ -110,11 +110,10 @@ def sensitivity(
     gradients : callable, default=None
         ``gradients(model, tokens)`` yields the name and the gradient (rows, cols), float32, of the
         loss with respect to each linear layer's weight, in any order, for tokens
-        (samples, window). None: no S_grad, and alpha and beta share its weight. With
-        `lowbitq.gradients`:
+        (samples, window). None: no S_grad, and alpha and beta share its weight. From the model:
 
             def by_layer(model, tokens):
-                for found in gradients(model, tokens, of=["weight"]):
+                for found in model.gradients(tokens, of=["weight"]):
                     for name, gradient in found.items():
                         yield name.removesuffix(".weight"), gradient
 

@@ -93,6 +93,22 @@ def test_metrics_of_weights_match_numpy(model, turned):
             assert row.output == pytest.approx(norm(E * D) / norm(W * D), rel=1e-5)
 
 
+def by_layer(model, tokens):
+    for found in model.gradients(tokens, of=["weight"]):
+        for name, gradient in found.items():
+            yield name.removesuffix(".weight"), gradient
+
+
+def test_gradients_of_the_model_fit(model, stats):
+    found = rows_of(sensitivity(model, stats, "int2g32", gradients=by_layer))
+    for name, gradient in by_layer(model, stats.tokens):
+        weight = dict(model.linears())[name].weight
+        error = np.linalg.norm(weight - quantize(weight, "int2g32").dequantize())
+        expected = np.linalg.norm(gradient) * error
+        assert found[name].gradient == pytest.approx(expected, rel=1e-5)
+        assert found[name].fisher > 0
+
+
 def test_quantization_error_does_not_depend_on_the_unit(model, stats):
     before = rows_of(sensitivity(model, stats, "int2g32"))
     for factor, tolerance in ((4.0, 0), (0.37, 2e-3)):  # other scales round to other float16

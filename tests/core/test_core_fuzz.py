@@ -93,6 +93,28 @@ def decoder(blocks: tuple[Any, ...], rotation: Any) -> tuple[Any, dict[str, int]
     return made, {"h": HIDDEN, "a": HIDDEN, "i": FEED_FORWARD, "v": VOCAB}
 
 
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.float32)
+
+
+def gradients() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
+    """Handles of arrays that take gradients."""
+    shapes = [(HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (VOCAB, HIDDEN)]
+    copies = [(_core.copy_gradient(zeros(*s), zeros(s[0])), {"r": s[0], "k": s[1]}) for s in shapes]
+    empty = _core.linear_gradient((_core.copy_gradient(None, None),), None, None, None)
+    layers = [(_core.linear_gradient((one,), zeros(n["r"]), None, None), n) for one, n in copies]
+    nothing = [None] * 7
+    blocks = [
+        _core.block_gradient(zeros(HIDDEN), None, zeros(HEAD), None, *nothing),
+        _core.block_gradient(None, None, None, None, layers[0][0], *nothing[1:]),
+    ]
+    return {
+        "copy_gradient": copies,
+        "linear_gradient": [*layers, (empty, {"r": HIDDEN, "k": HIDDEN})],
+        "block_gradient": [(one, {}) for one in blocks],
+    }
+
+
 class Calls:
     """Random calls; equal seeds make equal calls."""
 
@@ -115,6 +137,7 @@ class Calls:
                 (_core.copy_dense(np.ones(s, np.float32), None, None, None), {"r": s[0], "k": s[1]})
                 for s in ((HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (VOCAB, HIDDEN))
             ],
+            **gradients(),
             "rotation": [(eye, {"n": HIDDEN})],
             "block": [(made, {}) for made in blocks],
             "decoder": decoders,
@@ -142,7 +165,12 @@ class Calls:
                 sizes |= chosen[0][1] if chosen else {}
                 sizes["e"] = sum(extent.get("r", 0) for _, extent in chosen)
             elif a.kind == "HANDLE":
-                handle, extent = r.choice(self.handles[a.what])
+                among = self.handles[a.what]
+                if name == "linear_backward" and r.random() < 0.5:
+                    among = among[:1]  # a dense layer and gradients of its shape
+                if name == "head_backward" and a.what == "linear_gradient":
+                    among = among[-2:]  # of the head, or none
+                handle, extent = r.choice(among)
                 given[a.name] = None if a.or_none and r.random() < 0.8 else handle
                 sizes |= extent
         letters = {c for a in table for c in a.shape if c != "*"}
@@ -154,6 +182,8 @@ class Calls:
         for a in table:
             if a.kind in ARRAYS:
                 absent = a.or_none and r.random() < 0.25
+                if name == "head_backward" and a.name in ("uniform", "teacher_hidden"):
+                    absent = r.random() < 0.9
                 if a.name == "V" and r.random() < 0.9:  # with U or not at all
                     absent = given["U"] is None
                 if name == "code" and keywords["name"] in CODES and r.random() < 0.9:
@@ -195,6 +225,13 @@ class Calls:
             sizes["b"] = 1 << 15
         if name == "decoder":
             sizes |= {"h": HIDDEN, "f": HEAD // 2}
+        if name in ("decoder_block", "block_backward"):
+            sizes |= {"n": 4, "q": HIDDEN, "k": 16}
+        if name == "head_backward":
+            sizes |= {"k": HIDDEN}
+            keywords |= dict.fromkeys(("forward", "reverse", "jensen_shannon"), 0.0)
+        if name == "attention_backward":
+            sizes["h"] = sizes["j"] * r.choice([1, 2, 3])
         if name == "decoder_forward":
             sizes["r"] = r.choice([0, 1, sizes["t"]])
         if name == "hadamard_rotation":

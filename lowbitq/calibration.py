@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from lowbitq import _core
 from lowbitq._core import FormatError, NumericalError
 from lowbitq.checkpoints.archives import load_arrays, save_arrays
+from lowbitq.fisher import output_squares, token_weights
+from lowbitq.models.config import ModelConfig
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.slots import TAPS, name_in_block
 from lowbitq.models.tokens import check_count
+from lowbitq.plans import Sampling
 from lowbitq.texts import Text, windows
 
 Array = NDArray[np.float32]
@@ -25,6 +28,9 @@ Array = NDArray[np.float32]
 # An activation is massive if it exceeds its layer's typical magnitude by this factor. Sun et al.
 # require a magnitude of 100 and 1000 times the median; the root mean square is about 1.5 medians.
 MASSIVE = 500
+
+# Fields of Statistics that hold one array for each layer.
+_BY_LAYER = ("mean_square", "max_abs", "hessians", "token_weights", "output_squares")
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,13 @@ class Statistics:
     massive : list of Massive
         Channels whose activations far exceed all others.
     hessians : dict of str to ndarray of shape (in, in), float64
-        ``sum x x^T`` over the inputs of each layer, symmetric; empty unless asked for. Layers with
-        the same input share one array.
+        ``sum w x x^T`` over the inputs of each layer, symmetric; empty unless asked for. Layers
+        with the same input share one array, unless `token_weights` give each its own.
+    token_weights : dict of str to ndarray of shape (samples, window), float32
+        Mean over each layer's outputs of the squared gradient of ``-log p(label)``, not yet
+        clipped; empty unless asked for. See `lowbitq.fisher`.
+    output_squares : dict of str to ndarray of shape (out,), float32
+        Mean over all tokens of the same squares, by output; empty unless asked for.
     """
 
     tokens: NDArray[np.int32] = field(repr=False)
@@ -75,6 +86,8 @@ class Statistics:
     max_abs: dict[str, Array] = field(repr=False)
     massive: list[Massive]
     hessians: dict[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
+    token_weights: dict[str, Array] = field(default_factory=dict, repr=False)
+    output_squares: dict[str, Array] = field(default_factory=dict, repr=False)
 
     @property
     def token_count(self) -> int:
@@ -95,7 +108,7 @@ class Statistics:
             If the file cannot be written; the message names it.
         """
         arrays: dict[str, Any] = {"tokens": self.tokens}
-        for kind in ("mean_square", "max_abs", "hessians"):
+        for kind in _BY_LAYER:
             for name, array in getattr(self, kind).items():
                 arrays[f"{kind}/{name}"] = array
         names = [m.layer for m in self.massive]
@@ -107,14 +120,14 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Statistics:
-        """Read what `save` wrote.
+        """Read what `save` wrote; of an older version, too.
 
         Raises
         ------
         FormatError
             If the file is not a complete ``.npz`` with the right arrays.
         """
-        parts: dict[str, dict[str, Any]] = {"mean_square": {}, "max_abs": {}, "hessians": {}}
+        parts: dict[str, dict[str, Any]] = {kind: {} for kind in _BY_LAYER}
         arrays = load_arrays(_with_suffix(path))
         try:
             for key, array in arrays.items():
@@ -210,25 +223,85 @@ class Stream:
         self.index += 1
 
 
-class Hessian:
-    """Sum of ``w x x^T`` over a layer's inputs; w weights the first tokens of each window."""
+class Hessians:
+    """Sums of ``w x x^T`` over the inputs of a block's layers, with a weight w for each token.
 
-    def __init__(self, columns: int, window: int, first_tokens: int, first_weight: float) -> None:
-        self.total = np.zeros((columns, columns))
-        self._weights: Array | None = None
-        if first_tokens > 0 and first_weight != 1:
-            self._weights = np.ones(window, np.float32)
-            self._weights[:first_tokens] = first_weight
+    Parameters
+    ----------
+    config : ModelConfig
+    index : int
+        Index of the block.
+    shape : (int, int)
+        Number of windows, and tokens per window.
+    sampling : Sampling
+    squares : mapping of str to ndarray of shape (samples, window), float32
+        By layer: `Statistics.token_weights`, from which `sampling` makes the weights, a sum for
+        each layer. Empty: layers with the same input share a sum, and only the first tokens of a
+        window have another weight.
 
-    def add(self, x: Array) -> None:
-        """Add the inputs x (window, columns) of one window."""
-        _core.hessian_add(x, self._weights, self.total)
+    Attributes
+    ----------
+    totals : dict of str to ndarray of shape (in, in), float64
+        Upper triangles, by the names of `Block.linears`; `complete` fills in the lower ones.
 
-    def complete(self) -> NDArray[np.float64]:
-        """Fill in the lower triangle and return the matrix."""
-        rows, columns = np.tril_indices(len(self.total), -1)
-        self.total[rows, columns] = self.total[columns, rows]
-        return self.total
+    Raises
+    ------
+    ValueError
+        If there are squares, but none of that shape for a layer.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        index: int,
+        shape: tuple[int, int],
+        sampling: Sampling,
+        squares: Mapping[str, Array],
+    ) -> None:
+        self.totals: dict[str, NDArray[np.float64]] = {}
+        self._sums: dict[str, list[tuple[NDArray[np.float64], Array | None]]] = {}
+        first = None if squares else _first_weights(shape, sampling)
+        for tap, slots in TAPS.items():
+            sums: list[tuple[NDArray[np.float64], Array | None]] = []
+            for slot in slots:
+                if squares or not sums:
+                    columns = slot.shape(config)[1]
+                    name = name_in_block(index, slot)
+                    weights = _own_weights(squares, name, shape, sampling) if squares else first
+                    sums.append((np.zeros((columns, columns)), weights))
+                self.totals[slot.name] = sums[-1][0]
+            self._sums[tap] = sums
+
+    def add(self, sample: int, tap: str, x: Array) -> None:
+        """Add the inputs x (window, in) of one window; the layers that read it have this tap."""
+        for total, weights in self._sums[tap]:
+            _core.hessian_add(x, None if weights is None else weights[sample], total)
+
+    def complete(self) -> dict[str, NDArray[np.float64]]:
+        """Fill in the lower triangles and return `totals`."""
+        for sums in self._sums.values():
+            for total, _ in sums:
+                rows, columns = np.tril_indices(len(total), -1)
+                total[rows, columns] = total[columns, rows]
+        return self.totals
+
+
+def _first_weights(shape: tuple[int, int], sampling: Sampling) -> Array | None:
+    if sampling.first_tokens == 0 or sampling.first_weight == 1:
+        return None
+    weights = np.ones(shape[1], np.float32)
+    weights[: sampling.first_tokens] = sampling.first_weight
+    return np.broadcast_to(weights, shape)
+
+
+def _own_weights(
+    squares: Mapping[str, Array], name: str, shape: tuple[int, int], sampling: Sampling
+) -> Array:
+    found = squares.get(name)
+    if found is None or found.shape != shape:
+        seen = None if found is None else found.shape
+        raise ValueError(f"token_weights[{name!r}] has shape {seen}, expected {shape}")
+    return token_weights(found, first_tokens=sampling.first_tokens, clip=sampling.clip)
 
 
 Progress = Callable[[int, int], object]
@@ -244,6 +317,8 @@ def calibrate(
     hessians: bool = False,
     first_tokens: int = 4,
     first_weight: float = 16.0,
+    fisher: bool = False,
+    clip: float = 20.0,
     progress: bool | Progress = False,
 ) -> Statistics:
     """Run a model on text and collect statistics of each linear layer's inputs.
@@ -254,14 +329,22 @@ def calibrate(
     ----------
     model : Model
     text, samples, window, seed
-        As for `windows`. The text should be formatted like the text of the intended use.
+        As for `windows`. The text should be formatted like the text of the intended use. `seed`
+        also draws the labels of `fisher`.
     hessians : bool, default=False
         Also keep ``sum x x^T`` of every layer: 8 in^2 bytes each.
     first_tokens, first_weight : int, float
         The first `first_tokens` tokens of a window count `first_weight` times in these sums.
+    fisher : bool, default=False
+        Also take every window back through the model, whose layers must be dense, and keep the
+        squared gradients at the outputs of the layers. Tokens of Hessians are then weighted by
+        these, each layer by its own, instead of by `first_weight`: ``sum w x x^T`` is the
+        curvature of the model's loss rather than of the layer's squared error.
+    clip : float, default=20.0
+        Largest of these weights, in medians, after the first `first_tokens` tokens of a window.
     progress : bool or callable, default=False
         True: a bar with the remaining time. A function is called with the number of finished blocks
-        and of all blocks.
+        and of all blocks, where each window that is taken back counts as a block.
 
     Returns
     -------
@@ -270,10 +353,16 @@ def calibrate(
     Raises
     ------
     ValueError
-        If the model has a NaN or an infinity, or text and `window` do not fit the model (as for
-        `windows`).
+        If the model has a NaN or an infinity, text and `window` do not fit the model (as for
+        `windows`), or an option is out of range.
     NumericalError
-        If the input of a layer has a NaN, an infinity or a number too large to square in float32.
+        If the input of a layer, or a gradient at its output, has a NaN, an infinity or a number too
+        large to square in float32.
+
+    References
+    ----------
+    J. Kim et al., "GuidedQuant: Large Language Model Quantization via Exploiting End Loss
+    Guidance", 2025.
 
     Examples
     --------
@@ -281,30 +370,43 @@ def calibrate(
     >>> stats.max_abs["model.layers.11.mlp.down_proj"].max()  # doctest: +SKIP
     """
     check_count("first_tokens", first_tokens, 0)
+    sampling = Sampling(first_tokens, first_weight, clip)
     check_finite(model)
     tokens = windows(
         model.tokenizer, text, samples=samples, window=window, seed=seed, config=model.config
     )
-    stream = Stream(model, tokens)
     stats = Statistics(tokens, {}, {}, [])
-    report = reporter(progress, len(model.blocks), title="calibrate", unit="block")
+    back, blocks = len(tokens) * fisher, len(model.blocks)
+    report = reporter(progress, back + blocks, title="calibrate", unit="block")
+    if fisher:
+        found = output_squares(
+            model, tokens, seed=seed, progress=lambda done: report(done, back + blocks)
+        )
+        stats.token_weights.update(found[0])
+        stats.output_squares.update(found[1])
+    stream = Stream(model, tokens)
     for index in stream:
         seen: dict[str, _Seen] = {}
+        sums = None
+        if hessians:
+            sums = Hessians(model.config, index, tokens.shape, sampling, stats.token_weights)
         for sample, taps in enumerate(stream.taps(advance=True)):
             for tap, x in taps.items():
                 if tap not in seen:
                     seen[tap] = _Seen(name_in_block(index, TAPS[tap][0]), x.shape[1])
-                    if hessians:
-                        seen[tap].hessian = Hessian(x.shape[1], len(x), first_tokens, first_weight)
                 seen[tap].add(sample, x)
-        for tap, found in seen.items():
-            for reader in (name_in_block(index, slot) for slot in TAPS[tap]):
-                stats.mean_square[reader] = found.mean_square()
-                stats.max_abs[reader] = found.max_abs
-                if found.hessian:
-                    stats.hessians[reader] = found.hessian.complete()
-            stats.massive.extend(found.massive)
-        report(index + 1, len(model.blocks))
+                if sums:
+                    sums.add(sample, tap, x)
+        totals = sums.complete() if sums else {}
+        for tap, known in seen.items():
+            for slot in TAPS[tap]:
+                reader = name_in_block(index, slot)
+                stats.mean_square[reader] = known.mean_square()
+                stats.max_abs[reader] = known.max_abs
+                if totals:
+                    stats.hessians[reader] = totals[slot.name]
+            stats.massive.extend(known.massive)
+        report(back + index + 1, back + blocks)
     return stats
 
 
@@ -345,7 +447,6 @@ class _Seen:
         self.squares = np.zeros(columns)
         self.max_abs = np.zeros(columns, np.float32)
         self.massive: list[Massive] = []
-        self.hessian: Hessian | None = None
 
     def add(self, sample: int, x: Array) -> None:
         with np.errstate(over="ignore"):
@@ -365,8 +466,6 @@ class _Seen:
         self.tokens += len(x)
         self.squares += squares
         np.maximum(self.max_abs, largest, out=self.max_abs)
-        if self.hessian:
-            self.hessian.add(x)
 
     def mean_square(self) -> Array:
         return (self.squares / self.tokens).astype(np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.calibration import Hessian, Statistics, Stream
+from lowbitq.calibration import Hessians, Statistics, Stream
 from lowbitq.checkpoints.archives import digest
 from lowbitq.checkpoints.blocks import Blocks, differences, read_fingerprint
 from lowbitq.encoding import LayerInputs, Record, encode
@@ -31,7 +31,8 @@ from lowbitq.tensors import QuantizedTensor
 from lowbitq.texts import Text, fallback_texts, windows
 from lowbitq.version import __version__
 
-Inputs = dict[str, LayerInputs]  # by tap
+Array = NDArray[np.float32]
+Inputs = dict[str, LayerInputs]  # by the names of Block.linears
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def compress(
     stats : Statistics, default=None
         From `calibrate`. If it has Hessians, they are used as they are: nothing is run, and layers
         are rounded for their inputs in the float model. Otherwise its tokens are the calibration
-        text.
+        text, weighted by its `token_weights` if it has them, each layer's by its own.
     text : str, path, sequence of str or of paths, or array_like of int, default=None
         Calibration text, as for `lowbitq.texts.windows`. None: half of Python's own
         ``pydoc_data.topics``, English about Python that every machine has, enough for about 30
@@ -290,7 +291,8 @@ def _fingerprint(
         "scales": [[block.attention_scale, block.mlp_scale] for block in model.blocks],
         "weights": digest(arrays),
         "tokens": None if tokens is None else digest({"tokens": tokens}),
-        "hessians": digest(stats.hessians) if stats is not None and stats.hessians else None,
+        "hessians": digest(stats.hessians) if stats and stats.hessians else None,
+        "token weights": digest(stats.token_weights) if stats and stats.token_weights else None,
     }
 
 
@@ -342,41 +344,48 @@ def _walk(
     else:
         prefix = source.copy()
         prefix.embedding = result.embedding
+        weights = stats.token_weights if stats else {}
         stream = Stream(prefix, tokens)
         for index in stream:
-            yield index, partial(_seen_inputs, stream, result.plan.sampling)
+            yield index, partial(_seen_inputs, stream, result.plan.sampling, weights)
             if index + 1 < len(source.blocks):
                 _advance(stream, result)
 
 
-def _seen_inputs(stream: Stream, sampling: Sampling) -> Inputs:
+def _seen_inputs(stream: Stream, sampling: Sampling, weights: dict[str, Array]) -> Inputs:
     """Collect the inputs of the block that the stream enters next."""
-    linears = stream.model.blocks[stream.index].linears
-    readers = {tap: linears[slots[0].name] for tap, slots in TAPS.items()}
-    window = stream.hidden.shape[1]
-    sums = {
-        tap: Hessian(linear.shape[1], window, sampling.first_tokens, sampling.first_weight)
-        for tap, linear in readers.items()
-    }
-    for taps in stream.taps():
-        for tap, total in sums.items():
-            total.add(readers[tap].rotate_input(taps[tap]))
-    return {tap: LayerInputs(total.total) for tap, total in sums.items()}
+    model, index = stream.model, stream.index
+    linears = model.blocks[index].linears
+    sums = Hessians(model.config, index, stream.hidden.shape[:2], sampling, weights)
+    for sample, taps in enumerate(stream.taps()):
+        for tap, slots in TAPS.items():
+            sums.add(sample, tap, linears[slots[0].name].rotate_input(taps[tap]))
+    return _inputs(sums.totals)
 
 
 def _known_inputs(model: Model, source: Model, index: int, stats: Statistics, seed: int) -> Inputs:
     """Rotate the Hessians that `calibrate` found in the model."""
     hessians = {}
-    for tap, slots in TAPS.items():
-        name, columns = name_in_block(index, slots[0]), slots[0].shape(model.config)[1]
-        found = stats.hessians.get(name)
-        if found is None or found.shape != (columns, columns):
-            shape = None if found is None else found.shape
-            expected = f"({columns}, {columns})"
-            raise ValueError(f"stats.hessians[{name!r}] has shape {shape}, expected {expected}")
-        hessians[tap] = found
+    for slots in TAPS.values():
+        for slot in slots if stats.token_weights else slots[:1]:
+            name, columns = name_in_block(index, slot), slot.shape(model.config)[1]
+            found = stats.hessians.get(name)
+            if found is None or found.shape != (columns, columns):
+                shape = None if found is None else found.shape
+                expected = f"({columns}, {columns})"
+                raise ValueError(f"stats.hessians[{name!r}] has shape {shape}, expected {expected}")
+            hessians[slot.name] = found
     turned = rotate_hessians(model, source, index, hessians, seed)
-    return {tap: LayerInputs(hessian) for tap, hessian in turned.items()}
+    for slots in TAPS.values():
+        for slot in slots:
+            turned.setdefault(slot.name, turned[slots[0].name])
+    return _inputs(turned)
+
+
+def _inputs(hessians: dict[str, NDArray[np.float64]]) -> Inputs:
+    """Layers with the same Hessian share what is made of it."""
+    made = {id(hessian): LayerInputs(hessian) for hessian in hessians.values()}
+    return {name: made[id(hessian)] for name, hessian in hessians.items()}
 
 
 def _layer_of(tensor: QuantizedTensor, source: Model, name: str, plan: Plan) -> QuantizedLinear:
@@ -393,7 +402,7 @@ def _encode_block(
     for slot in SLOTS:
         name, linear = name_in_block(index, slot), block.linears[slot.name]
         assert isinstance(linear, Linear)
-        yield name, *encode(linear, inputs.get(slot.tap, LayerInputs()), plan.layers[name])
+        yield name, *encode(linear, inputs.get(slot.name, LayerInputs()), plan.layers[name])
 
 
 def _advance(stream: Stream, result: QuantizedModel) -> None:

@@ -280,16 +280,21 @@ class Sampling:
     first_tokens : int, default=4
         Number of tokens at the start of a window that have another weight.
     first_weight : float, default=16.0
-        Their weight in the Hessian. They carry the massive activation that all later tokens attend
-        to.
+        Their weight in the Hessian, unless Fisher information weights the tokens. They carry the
+        massive activation that all later tokens attend to.
+    clip : float, default=20.0
+        Largest weight by Fisher information of the tokens after these, in medians.
     """
 
     first_tokens: int = 4
     first_weight: float = 16.0
+    clip: float = 20.0
 
     def __post_init__(self) -> None:
         _check_at_least_zero("first_tokens", self.first_tokens)
         _check_at_least_zero("first_weight", self.first_weight)
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}, expected a positive number")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ from random_model import random_model, random_tokens
 
 from lowbitq._core import FormatError, NumericalError
 from lowbitq.calibration import Statistics, Stream, calibrate
-from lowbitq.linears import Linear
+from lowbitq.fisher import output_squares, token_weights
+from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.models.slots import SLOTS, TAPS, name_in_block
 from lowbitq.quantizers import quantize
 
 
@@ -50,6 +52,56 @@ def test_calibrate_sees_the_inputs_of_every_layer():
             assert np.array_equal(stats.hessians[name], stats.hessians[name].T)
 
 
+def test_fisher_weights_each_layers_hessian():
+    model, tokens = random_model(layers=2), random_tokens(60).reshape(3, 20)
+    done = []
+    options = {"first_tokens": 2, "clip": 3, "seed": 4}
+    stats = calibrate(
+        model,
+        tokens,
+        hessians=True,
+        fisher=True,
+        progress=lambda *counts: done.append(counts),
+        **options,
+    )
+    assert done == [(i, 5) for i in range(1, 6)]
+    squares, outputs = output_squares(model, tokens, seed=4)
+    inputs = Stream(model, tokens)
+    for index in inputs:
+        taps = {tap: [] for tap in TAPS}
+        for seen in inputs.taps():
+            for tap, x in seen.items():
+                taps[tap].append(x.astype(float))
+        for slot in SLOTS:
+            name, x = name_in_block(index, slot), np.stack(taps[slot.tap])
+            assert np.array_equal(stats.token_weights[name], squares[name])
+            assert np.array_equal(stats.output_squares[name], outputs[name])
+            weights = token_weights(squares[name], first_tokens=2, clip=3)
+            expected = np.einsum("st,sti,stj->ij", weights, x, x)
+            scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+            assert (abs(stats.hessians[name] - expected) <= 1e-5 * scale).all()
+            assert np.array_equal(stats.hessians[name], stats.hessians[name].T)
+    plain = calibrate(model, tokens, seed=4)
+    assert not plain.token_weights
+    assert not plain.hessians
+    for name, array in plain.mean_square.items():
+        assert np.array_equal(array, stats.mean_square[name])
+
+
+def test_hessians_without_fisher_are_shared():
+    stats = calibrate(random_model(layers=1), random_tokens(40).reshape(2, 20), hessians=True)
+    q, k, v = (stats.hessians[f"model.layers.0.self_attn.{x}_proj"] for x in "qkv")
+    assert q is k is v
+
+
+def test_fisher_needs_dense_layers():
+    model = random_model(layers=1)
+    name, linear = next(iter(model.linears()))
+    model.replace_linear(name, QuantizedLinear.of(quantize(linear.weight, "int4g64")))
+    with pytest.raises(ValueError, match="copy 0 is packed"):
+        calibrate(model, random_tokens(40).reshape(2, 20), fisher=True)
+
+
 def test_calibrate_shows_a_bar_if_asked(capsys):
     tokens = random_tokens(40).reshape(2, 20)
     calibrate(random_model(), tokens, progress=True)
@@ -63,6 +115,8 @@ def test_bad_counts_are_refused():
         ((name, value),) = options.items()
         with pytest.raises(ValueError, match=f"{name} is {value}, expected at least"):
             calibrate(random_model(), random_tokens(40), **options)
+    with pytest.raises(ValueError, match="clip is 0, expected a positive number"):
+        calibrate(random_model(), random_tokens(40), clip=0)
 
 
 def test_a_massive_activation_is_found():
@@ -88,19 +142,37 @@ def test_an_input_beyond_float32_is_named(gain):
         calibrate(model, random_tokens(40).reshape(2, 20))
 
 
+BY_LAYER = ("mean_square", "max_abs", "hessians", "token_weights", "output_squares")
+
+
+@pytest.mark.parametrize("fisher", [False, True])
 @pytest.mark.parametrize("hessians", [False, True])
-def test_statistics_survive_a_file(tmp_path, hessians):
+def test_statistics_survive_a_file(tmp_path, hessians, fisher):
     model = random_model(layers=1)
     model.blocks[0].attention_norm[7] = 1e5
-    stats = calibrate(model, random_tokens(40).reshape(2, 20), hessians=hessians)
+    tokens = random_tokens(40).reshape(2, 20)
+    stats = calibrate(model, tokens, hessians=hessians, fisher=fisher)
     stats.save(tmp_path / "stats")
     found = Statistics.load(tmp_path / "stats.npz")
     assert np.array_equal(found.tokens, stats.tokens)
     assert found.massive == stats.massive
-    for kind in ("mean_square", "max_abs", "hessians"):
+    for kind in BY_LAYER:
         a, b = getattr(found, kind), getattr(stats, kind)
-        assert a.keys() == b.keys()
+        assert list(a) == list(b)
         assert all(np.array_equal(a[name], b[name]) for name in a)
+        assert all(a[name].dtype == b[name].dtype for name in a)
+
+
+def test_a_file_of_an_older_version_is_read(tmp_path):
+    """As it was before there were token weights."""
+    tokens = random_tokens(40).reshape(2, 20)
+    arrays = {"tokens": tokens, "massive_layers": np.array([], dtype=str)}
+    arrays |= {"massive": np.zeros((0, 5)), "mean_square/up": np.ones(3, np.float32)}
+    np.savez(tmp_path / "stats.npz", **arrays)
+    found = Statistics.load(tmp_path / "stats.npz")
+    assert np.array_equal(found.tokens, tokens)
+    assert list(found.mean_square) == ["up"]
+    assert found.token_weights == found.output_squares == found.hessians == {}
 
 
 def test_statistics_have_the_name_that_was_given(tmp_path):

@@ -277,6 +277,65 @@ def test_hessians_that_do_not_fit_are_refused(tmp_path):
         compress(model, "int3g32", stats)
 
 
+def test_fisher_weights_reach_the_layers():
+    """Either in Hessians or beside the text, which is the same for the first block."""
+    model = random_model(layers=2)
+    plain = calibrate(model, TOKENS, hessians=True)
+    options = {"rotation": "none", "embedding": None, "first_tokens": 2, "clip": 5}
+    stats = calibrate(model, TOKENS, fisher=True, first_tokens=2, clip=5)
+    weighted = calibrate(model, TOKENS, fisher=True, hessians=True, first_tokens=2, clip=5)
+    unweighted, seen, known, clipped = (
+        compress(model, "int3g32", given, **options | more).records
+        for given, more in ((plain, {}), (stats, {}), (weighted, {}), (stats, {"clip": 1}))
+    )
+    for name, record in seen.items():
+        assert record["sha256"] not in (unweighted[name]["sha256"], clipped[name]["sha256"])
+        same = record["sha256"] == known[name]["sha256"]
+        assert same == name.startswith("model.layers.0.")
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "orthogonal"])
+def test_weighted_hessians_are_turned_with_the_model(rotation):
+    model = random_model(layers=1)
+    model.blocks[0].attention_norm[:] = np.linspace(0.5, 2, 64)
+    options = {"rotation": rotation, "embedding": None}
+    seen, known = (
+        compress(model, "int3g32", calibrate(model, MUCH, fisher=True, hessians=h), **options)
+        for h in (False, True)
+    )
+    for name, record in seen.records.items():
+        assert known.records[name]["damping"] == pytest.approx(record["damping"], rel=1e-3)
+        close = pytest.approx(record["relative_error"], rel=0.03)
+        assert known.records[name]["relative_error"] == close
+
+
+def test_weighted_hessians_lower_the_weighted_error():
+    model = random_model(layers=2)
+    stats = [calibrate(model, MUCH, hessians=True, fisher=fisher) for fisher in (False, True)]
+    errors = []
+    for found in stats:
+        small = dict(compress(model, "int3g32", found, rotation="none").linears())
+        errors.append(0.0)
+        for name, linear in model.linears():
+            difference = small[name].tensor.dequantize() - linear.weight
+            errors[-1] += _core.hessian_error(stats[1].hessians[name], difference)
+    assert errors[1] < errors[0]
+
+
+def test_token_weights_that_do_not_fit_are_refused(tmp_path):
+    model = random_model(layers=1)
+    stats = calibrate(model, TOKENS, fisher=True)
+    compress(model, "int3g32", stats, work_dir=tmp_path)
+    other = calibrate(model, TOKENS, fisher=True, seed=1)
+    with pytest.raises(ValueError, match="with different token weights"):
+        compress(model, "int3g32", other, work_dir=tmp_path)
+    name = "model.layers.0.self_attn.o_proj"
+    stats.token_weights[name] = stats.token_weights[name][1:]
+    message = rf"{name}'\] has shape \(7, 64\), expected \(8, 64\)"
+    with pytest.raises(ValueError, match=message):
+        compress(model, "int3g32", stats)
+
+
 def test_progress_reports_each_layer():
     steps = []
     small = compress(random_model(), "int4g32", text=TOKENS, progress=steps.append)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from golden import tiny_models
 from random_model import random_model, random_tokens
 
 from lowbitq.gradients import gradients
+from lowbitq.models.loading import load
 from lowbitq.models.rotating import rotate
 from lowbitq.quantizers import quantize
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "gradients.npz")
+STRIDE = 7  # of the numbers kept by make_gradients.py
 
 
 def all_of(model, tokens, **options):
@@ -23,6 +30,21 @@ def loss_of(model, tokens):
     logits -= logits.max(1, keepdims=True)
     chosen = logits[np.arange(len(logits)), tokens[1:]]
     return (np.log(np.exp(logits).sum(1)) - chosen).mean()
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(key.split("/")[0] for key in GOLDEN))
+def test_gradients_are_those_of_torch(name, tmp_path):
+    model = load(tiny_models.write_folder(name, tmp_path))
+    kinds = ["weight", "bias", "norm", "embedding", "head"]
+    found = all_of(model, tiny_models.tokens_of(name), of=kinds)
+    stored = {
+        key.removeprefix(f"{name}/"): GOLDEN[key] for key in GOLDEN if key.startswith(f"{name}/")
+    }
+    largest = {key: stored.pop(f"{key}/largest") for key in found}
+    assert stored.keys() == found.keys()
+    for key, gradient in found.items():
+        assert abs(gradient).max() == pytest.approx(largest[key], rel=1e-4)
+        assert abs(gradient.reshape(-1)[::STRIDE] - stored[key]).max() <= 1e-4 * largest[key], key
 
 
 def test_names_are_those_of_a_checkpoint():

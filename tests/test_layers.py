@@ -41,7 +41,7 @@ PYTHON_ORDER = [
     "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
-    "texts", "calibration", "encoding", "compression", "students", "distillation",
+    "texts", "fisher", "calibration", "encoding", "compression", "students", "distillation",
     "reconstruction", "evaluation",
     "timing", "roofline", "plots", "ranks", "scores", "sensitivity", "", "cli", "__main__",
 ]

@@ -220,5 +220,5 @@ def test_bad_json_is_refused(text, message):
 
 def test_defaults_are_in_the_json():
     written = json.loads(Plan({}).to_json())
-    assert written["sampling"] == {"first_tokens": 4, "first_weight": 16.0}
+    assert written["sampling"] == {"first_tokens": 4, "first_weight": 16.0, "clip": 20.0}
     assert written["rounding"]["damping_by"] == "median"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from lowbitq.linears import Linear
 from lowbitq.models.decoder import Block, Model
+from lowbitq.models.slots import SLOTS
 from lowbitq.rotations import Rotation
 
 Float32 = NDArray[np.float32]
@@ -96,14 +97,15 @@ def rotate_hessians(
     index : int
         Index of the block.
     hessians : mapping of str to ndarray of shape (in, in), float64
-        ``sum x x^T`` over the inputs of the block's layers in `model`, symmetric, by tap.
+        ``sum x x^T`` over the inputs of layers in `model`, symmetric, by the names of
+        `Block.linears`.
     seed : int
 
     Returns
     -------
     dict of str to ndarray of shape (in, in), float64
-        Hessians of the rotated layers' inputs: ``A H A^T`` with ``A = R diag(1 / gain)`` for qkv
-        and mlp, P for o, Q for down.
+        Hessians of the rotated layers' inputs: ``A H A^T`` with ``A = R diag(1 / gain)`` for q, k,
+        v, gate and up, P for o, Q for down.
 
     Raises
     ------
@@ -122,9 +124,10 @@ def rotate_hessians(
     changes["o"] = np.asarray(np.kron(np.eye(model.config.heads), head), np.float64)
     inner = rotated.blocks[index].linears["down_proj"].rotation
     changes["down"] = np.eye(model.config.intermediate_size) if inner is None else _matrix(inner)
+    by_layer = {slot.name: changes[slot.tap] for slot in SLOTS}
     return {
-        tap: np.ascontiguousarray(changes[tap] @ hessian @ changes[tap].T)
-        for tap, hessian in hessians.items()
+        name: np.ascontiguousarray(by_layer[name] @ hessian @ by_layer[name].T)
+        for name, hessian in hessians.items()
     }
 
 

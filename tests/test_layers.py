@@ -41,8 +41,8 @@ PYTHON_ORDER = [
     "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
-    "texts", "calibration", "encoding", "compression", "students", "distillation", "evaluation",
-    "timing", "roofline", "plots", "", "cli", "__main__",
+    "texts", "calibration", "adapters", "encoding", "compression", "students", "distillation",
+    "evaluation", "timing", "roofline", "plots", "", "cli", "__main__",
 ]
 # fmt: on
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from lowbitq import _core
 from lowbitq.calibration import Hessians, Statistics, Stream
 from lowbitq.checkpoints.archives import digest
-from lowbitq.checkpoints.blocks import Blocks, differences, read_fingerprint
-from lowbitq.encoding import LayerInputs, Record, encode
+from lowbitq.checkpoints.blocks import Blocks, Made, differences, read_fingerprint
+from lowbitq.encoding import LayerInputs, Record, check_plan, encode, layer_of
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import Model
@@ -27,7 +27,6 @@ from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, name_in_bl
 from lowbitq.models.tokens import token_array
 from lowbitq.plans import Plan, Sampling
 from lowbitq.rotations import Rotation
-from lowbitq.tensors import QuantizedTensor
 from lowbitq.texts import Text, fallback_texts, windows
 from lowbitq.version import __version__
 
@@ -79,7 +78,8 @@ def compress(
     model : Model
         In float32. Left unchanged.
     plan : Plan, Format or str
-        A format stands for ``Plan.uniform(names, format, **options)``.
+        A format or layer plan, such as ``"int2g64 + rank16"``, stands for
+        ``Plan.uniform(names, format, **options)``.
     stats : Statistics, default=None
         From `calibrate`. If it has Hessians, they are used as they are: nothing is run, and layers
         are rounded for their inputs in the float model. Otherwise its tokens are the calibration
@@ -105,8 +105,8 @@ def compress(
     QuantizedModel
         With a record of each matrix: ``format``; ``relative_error`` of the layer's outputs on the
         calibration text (of its weights if it is rounded to nearest); the ``damping`` added to the
-        diagonal and the ``retries`` it took; ``dead`` inputs; ``seconds``; ``sha256`` of the packed
-        codes and scales.
+        diagonal and the ``retries`` it took; ``dead`` inputs; ``rank`` of the adapter, if there is
+        one; ``seconds``; ``sha256`` of the packed codes and scales, and the adapter.
 
     Raises
     ------
@@ -159,13 +159,16 @@ def compress(
             if found is None:
                 made = {}
                 for name, layer, record in _encode_block(index, source, inputs(), plan):
-                    made[name] = layer.tensor, record
+                    made[name] = Made(layer.tensor, layer.adapter, record)
                     finish(name, layer, record)
                 if store:
                     store.save(index, made)
             else:
-                for name, (tensor, record) in found.items():
-                    finish(name, _layer_of(tensor, source, name, plan), record)
+                linears = dict(source.linears())
+                for name, (tensor, adapter, record) in found.items():
+                    linear = linears[name]
+                    assert isinstance(linear, Linear)
+                    finish(name, layer_of(tensor, adapter, linear, plan.layers[name]), record)
     return result
 
 
@@ -174,9 +177,12 @@ def _check(model: Model, plan: Plan) -> None:
     if set(names) != set(plan.layers):
         missing = sorted(set(names) - set(plan.layers)) or sorted(set(plan.layers) - set(names))
         raise ValueError(f"the plan is for another model: {missing[0]!r} is in only one of them")
-    for _, linear in [*_outer(model, plan), *model.linears()]:
+    for name, linear in [*_outer(model, plan), *model.linears()]:
         if not isinstance(linear, Linear):
             raise ValueError("model is quantized already; compress the float original")
+        layer_plan = plan.layers.get(name, plan.embedding)
+        assert layer_plan is not None
+        check_plan(layer_plan, linear.shape, name)
     check_finite(model)
 
 
@@ -386,13 +392,6 @@ def _inputs(hessians: dict[str, NDArray[np.float64]]) -> Inputs:
     """Layers with the same Hessian share what is made of it."""
     made = {id(hessian): LayerInputs(hessian) for hessian in hessians.values()}
     return {name: made[id(hessian)] for name, hessian in hessians.items()}
-
-
-def _layer_of(tensor: QuantizedTensor, source: Model, name: str, plan: Plan) -> QuantizedLinear:
-    """Restore the layer that `encode` returned with these codes."""
-    linear = dict(source.linears())[name]
-    bits = plan.layers[name].copies[0].activation_bits
-    return QuantizedLinear.of(tensor, linear.bias, linear.rotation, bits)
 
 
 def _encode_block(

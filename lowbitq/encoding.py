@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lowbitq import _core
+from lowbitq.adapters import as_stored, low_rank
 from lowbitq.formats import Format
 from lowbitq.gptq import Feedback, feedback, gptq
-from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.linears import Activation, Adapter, Copy, Linear, QuantizedLinear
 from lowbitq.plans import LayerPlan, Rounding
 from lowbitq.quantizers import quantize, relative_error
 from lowbitq.tensors import QuantizedTensor
@@ -38,6 +40,7 @@ class LayerInputs:
     def __init__(self, hessian: NDArray[np.float64] | None = None) -> None:
         self.hessian = hessian
         self._factors: dict[tuple[object, ...], Feedback] = {}
+        self._damped: dict[float, NDArray[np.float64]] = {}
 
     def feedback(self, format: Format, rounding: Rounding) -> Feedback:
         """Return the factored Hessian, computed once for each group, run and way to factor it.
@@ -60,6 +63,27 @@ class LayerInputs:
             )
         return self._factors[key]
 
+    def damped(self, known: Feedback) -> NDArray[np.float64]:
+        """Return the whole Hessian, both triangles, with the damping of `known`."""
+        if known.damping not in self._damped:
+            full = np.triu(known.hessian) + np.triu(known.hessian, 1).T
+            full[np.diag_indices_from(full)] += known.damping
+            self._damped[known.damping] = full
+        return self._damped[known.damping]
+
+
+def check_plan(plan: LayerPlan, shape: tuple[int, int], name: str = "the layer") -> None:
+    """Raise ValueError unless `encode` can follow the plan for weights of this shape."""
+    if len(plan.copies) != 1 or plan.copies[0].rotation is not None:
+        raise ValueError(
+            f"{name}: plan is '{plan}', expected one copy in the rotation of the model"
+        )
+    if plan.rank > min(shape):
+        raise ValueError(
+            f"{name}: rank is {plan.rank}, expected at most {min(shape)} for {shape[0]} x "
+            f"{shape[1]} weights"
+        )
+
 
 def encode(linear: Linear, inputs: LayerInputs, plan: LayerPlan) -> tuple[QuantizedLinear, Record]:
     """Quantize one layer.
@@ -78,12 +102,19 @@ def encode(linear: Linear, inputs: LayerInputs, plan: LayerPlan) -> tuple[Quanti
     record : dict
         ``format``; ``relative_error`` of the outputs on the calibration inputs (of the weights if
         they are rounded to nearest); the ``damping`` added to the diagonal and the ``retries`` it
-        took; ``dead`` inputs; ``seconds``; ``sha256`` of the packed codes and scales.
+        took; ``dead`` inputs; ``rank`` of the adapter, if there is one; ``seconds``; ``sha256`` of
+        the packed codes and scales, and the adapter.
 
     Raises
     ------
     ValueError
-        If the weights have a NaN or an infinity, or shapes do not fit.
+        If the weights have a NaN or an infinity, shapes do not fit, or the plan has several copies
+        or a rank above ``min(rows, cols)``.
+
+    References
+    ----------
+    R. Saha et al., "Compressing Large Language Models using Low Rank and Low Precision
+    Decomposition" (CALDERA), 2024 (the alternation; its factors are quantized, ours float16).
 
     Examples
     --------
@@ -92,16 +123,33 @@ def encode(linear: Linear, inputs: LayerInputs, plan: LayerPlan) -> tuple[Quanti
     >>> layer.shape, record["relative_error"] < 0.01
     ((16, 64), True)
     """
-    if len(plan.copies) != 1 or plan.rank or plan.copies[0].rotation is not None:
-        raise ValueError(f"plan is '{plan}', expected one copy in the rotation of the model")
+    check_plan(plan, linear.shape)
     started = time.perf_counter()
+    adapter = None
+    if plan.rank:
+        tensor, adapter, record = _round_with_adapter(linear, inputs, plan)
+    else:
+        tensor, record = _round(linear.weight, inputs, _format(plan), plan.rounding)
+    digest = hashlib.sha256(tensor.panels.data)
+    for array in adapter or ():
+        digest.update(array.data)
+    record |= {"seconds": round(time.perf_counter() - started, 4), "sha256": digest.hexdigest()}
+    return layer_of(tensor, adapter, linear, plan), record
+
+
+def layer_of(
+    tensor: QuantizedTensor, adapter: Adapter | None, linear: Linear, plan: LayerPlan
+) -> QuantizedLinear:
+    """Return the layer that `encode` makes of a tensor and an adapter."""
     [copy] = plan.copies
-    tensor, record = _round(linear.weight, inputs, Format.parse(copy.format), plan.rounding)
-    record |= {
-        "seconds": round(time.perf_counter() - started, 4),
-        "sha256": hashlib.sha256(tensor.panels.data).hexdigest(),
-    }
-    return QuantizedLinear.of(tensor, linear.bias, linear.rotation, copy.activation_bits), record
+    activation = Activation(copy.activation_bits)
+    return QuantizedLinear(
+        (Copy(tensor, linear.rotation, activation=activation),), linear.bias, adapter
+    )
+
+
+def _format(plan: LayerPlan) -> Format:
+    return Format.parse(plan.copies[0].format)
 
 
 def _round(
@@ -124,3 +172,57 @@ def _round(
     )
     record |= {"damping": known.damping, "retries": known.retries}
     return tensor, record | {"dead": int(known.dead.sum()), "relative_error": error}
+
+
+def _round_with_adapter(
+    linear: Linear, inputs: LayerInputs, plan: LayerPlan
+) -> tuple[QuantizedTensor, Adapter, Record]:
+    """Round and fit the adapter in turns; return the turn with the smallest recorded error.
+
+    A turn may increase the error: rounding does not minimise it exactly.
+    """
+    how, format = plan.rounding, _format(plan)
+    weight, hessian, damped = linear.weight, None, None
+    if how.method != "rtn":
+        known = inputs.feedback(format, how)
+        weight = np.where(known.dead, np.float32(0), weight)
+        hessian, damped = known.hessian, inputs.damped(known)
+    size = _squares(weight, hessian)
+    best: tuple[QuantizedTensor, Adapter, Record] | None = None
+    rest = weight
+    for _ in range(1 + how.alternations):
+        tensor, record = _round(rest, inputs, format, how)
+        error = weight - tensor.dequantize()
+        adapter = _adapter(error, damped, plan.rank, linear)
+        product = _as_weights(adapter, linear)
+        found = _squares(error - product, hessian) / size if size > 0 else 0.0
+        if best is not None and found >= best[2]["relative_error"]:
+            break
+        best = tensor, adapter, record | {"rank": plan.rank, "relative_error": found}
+        rest = weight - product
+    assert best is not None
+    return best
+
+
+def _adapter(
+    error: NDArray[np.float32], hessian: NDArray[np.float64] | None, rank: int, linear: Linear
+) -> Adapter:
+    """Fit an adapter to the error of the weights; V is turned back, for the layer's raw input."""
+    U, V = low_rank(error, hessian, rank)
+    rows = np.ascontiguousarray(V.T, np.float32)
+    if linear.rotation is not None:
+        rows = linear.rotation.inverse(rows)
+    return as_stored(U), as_stored(rows.T)
+
+
+def _as_weights(adapter: Adapter, linear: Linear) -> NDArray[np.float32]:
+    """Return U V^T for inputs as the weights see them."""
+    U, V = adapter
+    return U @ linear.rotate_input(np.ascontiguousarray(V.T))
+
+
+def _squares(error: NDArray[np.float32], hessian: NDArray[np.float64] | None) -> float:
+    """Return tr(E H E^T)."""
+    if hessian is None:
+        return float(np.square(error, dtype=np.float64).sum())
+    return _core.hessian_error(hessian, error)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lowbitq.rotations import Rotation
 
 
+Adapter = tuple[NDArray[np.float32], NDArray[np.float32]]
+
+
 class _Layer:
     """Common base of both kinds of layer."""
 
@@ -338,9 +341,7 @@ class QuantizedLinear(_Layer):
 
     copies: tuple[Copy, ...]
     bias: NDArray[np.float32] | None = field(default=None, repr=False)
-    adapter: tuple[NDArray[np.float32], NDArray[np.float32]] | None = field(
-        default=None, repr=False
-    )
+    adapter: Adapter | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "copies", tuple(self.copies))
@@ -387,10 +388,11 @@ class QuantizedLinear(_Layer):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of packed weights, output factors and adapter; a bias is not counted."""
+        """Bytes of packed weights, output factors and adapter as stored; without the bias."""
         tensors = {id(copy.tensor): copy.tensor for copy in self.copies}
-        vectors = [copy.weight for copy in self.copies if copy.weight is not None]
-        return sum(part.nbytes for part in [*tensors.values(), *vectors, *(self.adapter or ())])
+        arrays = [copy.weight for copy in self.copies if copy.weight is not None]
+        arrays += self.adapter or ()
+        return sum(x.nbytes for x in tensors.values()) + sum(map(_stored_bytes, arrays))
 
     @property
     def bits_per_weight(self) -> float:
@@ -415,3 +417,11 @@ class QuantizedLinear(_Layer):
         if plain and not others:
             return Linear(first.tensor.dequantize(), self.bias, first.rotation)
         return Linear(self.dequantize(), self.bias)
+
+
+def _stored_bytes(values: NDArray[np.float32]) -> int:
+    """Bytes in a file, which holds 16-bit floats where they are exact."""
+    with np.errstate(over="ignore"):
+        half = (values.astype(np.float16) == values).all()
+    brain = not (values.view(np.uint32) & 0xFFFF).any()
+    return values.nbytes // 2 if half or brain else values.nbytes

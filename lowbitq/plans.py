@@ -68,6 +68,9 @@ class Rounding:
         ====================  =====  =====  =====
     arithmetic : {"float32", "float64"}, default="float32"
         Precision of the error feedback.
+    alternations : int, default=0
+        How often a layer with an adapter is rounded again, less the adapter, and the adapter fitted
+        again; it ends early when the error of the outputs no longer falls.
 
     Raises
     ------
@@ -89,6 +92,7 @@ class Rounding:
     order: str = "group"
     sweeps: int | None = None
     arithmetic: str = "float32"
+    alternations: int = 0
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, ("gptq", "rtn"))
@@ -97,6 +101,7 @@ class Rounding:
         _check_choice("order", self.order, ORDERS)
         _check_choice("arithmetic", self.arithmetic, ("float32", "float64"))
         _check_at_least_zero("damping", self.damping)
+        _check_at_least_zero("alternations", self.alternations)
         if self.sweeps is not None:
             _check_at_least_zero("sweeps", self.sweeps)
         if not self.norm > 0:
@@ -203,7 +208,9 @@ class LayerPlan:
         At least one; their outputs are summed.
     rounding : Rounding
     rank : int, default=0
-        Rank of an adapter ``U V^T`` added to the copies; 0: none.
+        Rank of an adapter ``U V^T`` added to the copies; 0: none. It is the best for the error that
+        rounding leaves in the layer's outputs, or with method ``"rtn"`` in its weights, and is
+        stored in float16: 16 rank (rows + cols) bits.
 
     Raises
     ------

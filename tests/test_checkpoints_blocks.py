@@ -13,26 +13,36 @@ from test_tensors import random_tensor
 from lowbitq import FormatError
 from lowbitq.checkpoints import blocks
 from lowbitq.checkpoints.archives import load_arrays, save_arrays
-from lowbitq.checkpoints.blocks import Blocks, block_files, read_fingerprint, remove_blocks
+from lowbitq.checkpoints.blocks import Blocks, Made, block_files, read_fingerprint, remove_blocks
 
 MARK = {"version": "1", "plan": {"seed": 1, "norm": 2.0, "layers": {"a": "int4", "b": "int2"}}}
 NAMES = ["up", "down"]
 
 
 def block(seed=0):
+    random = np.random.default_rng(seed)
+    adapter = tuple(random.standard_normal((n, 3), np.float32) for n in (17, 100))
     return {
-        name: (random_tensor(text, 17, 100, seed)[0], {"relative_error": 0.25, "format": text})
-        for name, text in zip(NAMES, ["kmeans3g32", "int4g32s8"], strict=True)
+        name: Made(
+            random_tensor(text, 17, 100, seed)[0], given, {"relative_error": 0.25, "format": text}
+        )
+        for name, text, given in zip(
+            NAMES, ["kmeans3g32", "int4g32s8"], [None, adapter], strict=True
+        )
     }
 
 
 def assert_same(found, expected):
     assert list(found) == list(expected)
-    for name, (tensor, record) in expected.items():
-        assert found[name][1] == record
-        assert found[name][0].format == tensor.format
-        assert np.array_equal(found[name][0].dequantize(), tensor.dequantize())
-        assert found[name][0].panels.ctypes.data % 64 == 0
+    for name, (tensor, adapter, record) in expected.items():
+        assert found[name].record == record
+        assert found[name].tensor.format == tensor.format
+        assert np.array_equal(found[name].tensor.dequantize(), tensor.dequantize())
+        assert found[name].tensor.panels.ctypes.data % 64 == 0
+        assert (found[name].adapter is None) == (adapter is None)
+        for array, given in zip(found[name].adapter or (), adapter or (), strict=True):
+            assert np.array_equal(array, given)
+            assert array.dtype == np.float32
 
 
 def test_blocks_come_back(tmp_path):
@@ -109,6 +119,7 @@ DAMAGE = {
     "a list": changed(lambda arrays: arrays.update(fingerprint=np.array("[]"))),
     "no digest": changed(lambda arrays: arrays.pop("sha256")),
     "one array less": changed(lambda arrays: arrays.pop("up/levels")),
+    "adapter": changed(lambda arrays: arrays["down/U"].__iadd__(1)),
 }
 
 

@@ -195,6 +195,49 @@ def test_formats_follow_the_plan():
         assert str(linear.tensor.format) == expected == small.records[name]["format"]
 
 
+@pytest.mark.parametrize("rotation", ["none", "hadamard"])
+def test_layers_have_adapters(tmp_path, rotation):
+    model, options = random_model(), {"text": MUCH, "rotation": rotation}
+    plain = compress(model, "int2g32", **options)
+    small = compress(model, "int2g32 + rank16", **options)
+    small.save(tmp_path / "small")
+    loaded = load(tmp_path / "small")
+    assert np.array_equal(loaded.logits(HELD_OUT), small.logits(HELD_OUT))
+    assert (loaded.plan, loaded.records.keys()) == (small.plan, small.records.keys())
+
+    added = sum(16 * 16 * sum(linear.shape) for _, linear in small.linears())
+    weights = sum(np.prod(linear.shape) for _, linear in small.linears())
+    assert small.bits_per_weight == pytest.approx(plain.bits_per_weight + added / weights)
+    assert loaded.bits_per_weight == small.bits_per_weight
+    assert divergence(small, model) < divergence(plain, model)
+    first = "model.layers.0.self_attn.q_proj"  # later layers see other inputs
+    assert small.records[first]["relative_error"] < plain.records[first]["relative_error"]
+    assert {small.records[name].get("rank") for name, _ in small.linears()} == {16}
+
+
+def test_ranks_that_do_not_fit_are_refused_before_work_begins():
+    message = (
+        r"model.layers.0.self_attn.k_proj: rank is 33, expected at most 32 for 32 x 64 weights"
+    )
+    with pytest.raises(ValueError, match=message):
+        compress(random_model(), "int4g32 + rank33", text=TOKENS)
+    plan = Plan.uniform(names_of(random_model()), "int4g32", embedding="int4g32 + rank65")
+    with pytest.raises(ValueError, match="embed_tokens: rank is 65, expected at most 64"):
+        compress(random_model(), plan, text=TOKENS)
+
+
+def test_the_embedding_may_have_an_adapter(tmp_path):
+    model = random_model()
+    kept = {"text": TOKENS, "activation_bits": None}
+    plain, small = (
+        compress(model, "int8g32", embedding=f"int2g32{more}", **kept) for more in ("", " + rank32")
+    )
+    assert divergence(small, model) < divergence(plain, model)
+    small.save(tmp_path / "small")
+    loaded = load(tmp_path / "small")
+    assert np.array_equal(loaded.logits(HELD_OUT), small.logits(HELD_OUT))
+
+
 def test_records_hold_the_errors_of_the_outputs():
     """Of block 0, whose inputs are those of the float model with the packed embedding."""
     model = random_model()
@@ -455,29 +498,30 @@ def progress(step):
     if step.done == 16:  # in the third block, the second being on disk
         os.kill(os.getpid(), signal.SIGKILL)
 
-compress(random_model(layers=4), "int3g32", text=TOKENS, work_dir=sys.argv[1], progress=progress)
+compress(random_model(layers=4), sys.argv[3], text=TOKENS, work_dir=sys.argv[1], progress=progress)
 """
 
 
-def test_a_killed_run_goes_on_to_the_same_result(tmp_path):
+@pytest.mark.parametrize("layer", ["int3g32", "int2g32 a4 + rank3"])
+def test_a_killed_run_goes_on_to_the_same_result(tmp_path, layer):
     model = random_model(layers=4)
     work = tmp_path / "work"
     tests = str(Path(__file__).parent)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(work), tests], env=environment, check=False
+        [sys.executable, "-c", KILLED, str(work), tests, layer], env=environment, check=False
     )
     assert killed.returncode == -signal.SIGKILL
     assert sorted(p.name for p in work.glob("*.npz")) == ["block_0000.npz", "block_0001.npz"]
 
     before = (work / "block_0001.npz").stat().st_mtime_ns
-    resumed = compress(model, "int3g32", text=TOKENS, work_dir=work)
+    resumed = compress(model, layer, text=TOKENS, work_dir=work)
 
     assert (work / "block_0001.npz").stat().st_mtime_ns == before
-    whole = compress(model, "int3g32", text=TOKENS)
+    whole = compress(model, layer, text=TOKENS)
     assert_same(resumed, whole)
     assert np.array_equal(resumed.logits(HELD_OUT), whole.logits(HELD_OUT))
-    assert_same(compress(model, "int3g32", text=TOKENS, work_dir=work), whole)
+    assert_same(compress(model, layer, text=TOKENS, work_dir=work), whole)
 
 
 def biased_model(value, layers=1):

@@ -41,8 +41,8 @@ PYTHON_ORDER = [
     "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
-    "texts", "fisher", "calibration", "encoding", "compression", "students", "distillation",
-    "reconstruction", "evaluation",
+    "texts", "fisher", "calibration", "adapters", "encoding", "compression",
+    "students", "distillation", "reconstruction", "evaluation",
     "timing", "roofline", "plots", "ranks", "scores", "sensitivity", "", "cli", "__main__",
 ]
 # fmt: on

@@ -10,6 +10,7 @@ import oracle
 import pytest
 from test_tensors import random_tensor
 
+from lowbitq.checkpoints.packed import narrowest
 from lowbitq.grids import UniformGrid, fit_grid
 from lowbitq.linears import Activation, Copy, Linear, QuantizedLinear
 from lowbitq.rotations import Rotation
@@ -229,6 +230,15 @@ def test_everything_stored_is_counted_once():
     expected = one.tensor.nbytes + two.tensor.nbytes + 4 * 33 + 4 * 3 * (33 + 192)
     assert layer.nbytes == expected
     assert layer.bits_per_weight == 8 * expected / (33 * 192)
+
+
+@pytest.mark.parametrize(("value", "size"), [(0.5, 2), (2.0**100, 2), (1 + 2.0**-20, 4)])
+def test_an_adapter_counts_as_many_bits_as_a_file_takes(value, size):
+    tensor = layer_of_copies().copies[0].tensor
+    adapter = tuple(np.full((n, 3), value, np.float32) for n in (33, 192))
+    layer = QuantizedLinear((Copy(tensor),), None, adapter)
+    assert layer.nbytes == tensor.nbytes + size * 3 * (33 + 192)
+    assert size == narrowest(adapter[0]).dtype.itemsize
 
 
 def test_what_only_one_copy_has():

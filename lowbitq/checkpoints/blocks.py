@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +24,21 @@ from lowbitq.checkpoints.archives import digest, load_arrays, save_arrays
 from lowbitq.checkpoints.mapping import MappedFile
 from lowbitq.checkpoints.packed import json_text
 from lowbitq.checkpoints.writing import make_folder, new_file, remove
+from lowbitq.linears import Adapter
 from lowbitq.tensors import QuantizedTensor, aligned
 
 Record = dict[str, Any]
-Finished = dict[str, tuple[QuantizedTensor, Record]]
+
+
+class Made(NamedTuple):
+    """What is kept of a layer."""
+
+    tensor: QuantizedTensor
+    adapter: Adapter | None
+    record: Record
+
+
+Finished = dict[str, Made]
 
 FINGERPRINT = "fingerprint.json"
 
@@ -83,13 +94,14 @@ class Blocks:
         Parameters
         ----------
         index : int
-        finished : dict
-            Layer and record by the layer's name.
+        finished : dict of str to Made
+            By the layer's name.
         """
         arrays: dict[str, Any] = {}
         about: dict[str, Any] = {}
-        for name, (tensor, record) in finished.items():
+        for name, (tensor, adapter, record) in finished.items():
             parts, metadata = tensor.to_arrays()
+            parts |= dict(zip("UV", adapter or (), strict=False))
             arrays |= {f"{name}/{part}": array for part, array in parts.items()}
             about[name] = {"metadata": metadata, "record": record}
         arrays["about"] = np.array(json.dumps(about))
@@ -123,8 +135,9 @@ class Blocks:
                     if key.rpartition("/")[0] == name
                 }
                 parts["panels"] = aligned(parts["panels"])
+                adapter = (parts.pop("U"), parts.pop("V")) if "U" in parts else None
                 tensor = QuantizedTensor.from_arrays(parts, item["metadata"])
-                finished[name] = tensor, item["record"]
+                finished[name] = Made(tensor, adapter, item["record"])
         return finished
 
     def _path(self, index: int) -> Path:

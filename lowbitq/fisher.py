@@ -116,11 +116,25 @@ def output_squares(
 def token_weights(squares: NDArray[Any], *, first_tokens: int = 4, clip: float = 20.0) -> Array:
     """Turn one layer's squared gradients into the weights of tokens in its Hessian.
 
-    They have heavy tails. Left as they are, a few tokens make up the Hessian of thousands of
-    inputs: of 12,288 tokens of SmolLM2 650 to 2700 count in gate and up, 44 to 200 in the first
-    layers' v, by ``(sum w)^2 / sum w^2``; clipped at ten medians, about 5000. Only the first
-    tokens of a window, to which all others attend, keep their weight: most of it in k and v,
-    hardly any elsewhere.
+    They have heavy tails, so that unclipped a few tokens make up a Hessian of many inputs. Only the
+    first tokens of a window, to which all others attend, keep their weight; it matters to k and v
+    only. Medians over SmolLM2's layers, of 16 windows of 1024 tokens of WikiText-2 (validation),
+    with effective tokens ``(sum w)^2 / sum w^2``:
+
+    ============================  =====  =====  =====  =====  =====  =====  =====
+    layer                             q      k      v      o   gate     up   down
+    ============================  =====  =====  =====  =====  =====  =====  =====
+    share of the first 4 tokens   0.003  0.277  0.753  0.008  0.006  0.006  0.008
+    effective tokens, as found     1646    139     27   4174   2591   3297   4254
+    least of any layer              230     43     16    826    574    638    945
+    effective tokens, clip = 20    4690     89     22   5293   5014   5262   5587
+    least of any layer             2230     35     15   3933   4174   4206   4259
+    ============================  =====  =====  =====  =====  =====  =====  =====
+
+    By themselves these weights are a tie with ``first_weight`` at int2g64 after those 16 windows:
+    KL 1.201 against 1.207 nats, ln perplexity ratio 1.150 against 1.137, means of three rotation
+    seeds that differ by 0.05, on 4 held-out windows. Damping by the median over tokens of
+    ``w |x|^2``, a hundredth of the diagonal's in v, was no better (1.224 against 1.211, one seed).
 
     Parameters
     ----------

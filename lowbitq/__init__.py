@@ -20,6 +20,7 @@ except ImportError as error:
 from lowbitq import _core
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
+from lowbitq.distillation import distill
 from lowbitq.evaluation import (
     Divergence,
     Estimate,
@@ -69,6 +70,7 @@ __all__ = [
     "calibrate",
     "compress",
     "dequantize",
+    "distill",
     "evaluate",
     "kl_divergence",
     "load",

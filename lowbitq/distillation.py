@@ -11,25 +11,29 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.checkpoints.archives import digest, load_arrays, save_arrays
+from lowbitq.checkpoints.blocks import differences
 from lowbitq.gradients import Pass, linear_sink
 from lowbitq.losses import Loss
 from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel
+from lowbitq.models.stored import LayerWriter
 from lowbitq.models.tokens import check_count
 from lowbitq.students import KINDS, Parameter, Student
-from lowbitq.texts import Text, tokenize
+from lowbitq.texts import Text, check_positions, tokenize
+from lowbitq.version import __version__
 
 Array = NDArray[np.float32]
 
-# Learning rates of dimensionless parameters; see lowbitq.students. TODO measured where.
+# Learning rates of dimensionless parameters, see lowbitq.students; orders of magnitude, not tuned.
 RATES = {
     "scale": 2e-3,
     "offset": 4e-3,
@@ -166,6 +170,7 @@ class _Options:
     decay: float
     regularization: float
     seed: int
+    every: int
 
 
 def distill(
@@ -264,6 +269,12 @@ def distill(
         raise ValueError(f"teacher has a vocabulary of {found}, the model of {expected}")
     if unknown := set(rates or ()) - set(KINDS):
         raise ValueError(f"rates has {sorted(unknown)}, expected some of {', '.join(KINDS)}")
+    if patience is not None:
+        check_count("patience", patience, 1)
+    rows = training_rows(model, text, window, validation + batch)
+    window = rows.shape[1]
+    check_positions(window, model.config)
+    check_positions(window, teacher.config, of="teacher")
     options = _Options(
         tuple(sorted(set(learn))),
         str(Loss.parse(loss)),
@@ -277,22 +288,25 @@ def distill(
         decay,
         regularization,
         seed,
+        every,
     )
-    rows = training_rows(model, text, window, validation + batch)
     run = _Run(model, teacher, options, rows)
     folder = None if work_dir is None else Path(work_dir)
+    fingerprint = {}
     if folder is not None:
-        run.resume(folder)
+        fingerprint = _fingerprint(model, teacher, options, rows)
+        run.resume(folder, fingerprint)
     with _Reporting(progress, steps, run.done) as report:
         while run.done < steps and not run.exhausted(patience, seconds):
-            report(run.step(every))
-            if folder is not None and (run.done % every == 0 or run.done == steps):
-                run.save(folder)
+            done = run.step()
+            if folder is not None and done.validation is not None:
+                run.save(folder, fingerprint)
+            report(done)
     return run.finish()
 
 
 def training_rows(model: Model, text: Text, window: int, least: int) -> NDArray[np.int32]:
-    """Cut a text into windows, one after the other.
+    """Cut a text into windows, one after the other; windows that were given stay.
 
     Returns
     -------
@@ -309,9 +323,36 @@ def training_rows(model: Model, text: Text, window: int, least: int) -> NDArray[
         tokens = tokens[: count * window].reshape(count, window)
     if len(tokens) < least:
         raise ValueError(
-            f"text has {len(tokens)} windows of {window} tokens, expected at least {least}"
+            f"text has {len(tokens)} windows of {tokens.shape[1]} tokens, expected at least {least}"
         )
     return np.ascontiguousarray(tokens)
+
+
+def _fingerprint(
+    model: QuantizedModel, teacher: Model, options: _Options, rows: NDArray[np.int32]
+) -> dict[str, Any]:
+    """Everything that determines the result, as JSON reads it back."""
+    known = {
+        "version": __version__,
+        "instruction set": _core.config()["isa"],
+        "options": asdict(options),
+        "text": digest({"rows": rows}),
+        "model": digest(_arrays(model)),
+        "teacher": digest(_arrays(teacher)),
+    }
+    return dict(json.loads(json.dumps(known)))
+
+
+def _arrays(model: Model) -> dict[str, NDArray[Any]]:
+    """The arrays of a model, by name."""
+    writer = LayerWriter()
+    entries = {name: writer.layer(name, linear) for name, linear in model.matrices()}
+    arrays = writer.arrays | {"final_norm": model.final_norm}
+    for index, block in enumerate(model.blocks):
+        gains = {f"{index}.{i}": gain for i, gain in enumerate(block.norms) if gain is not None}
+        arrays |= gains
+    about = [entries, repr(model.config), repr(model.residual_rotation)]
+    return arrays | {"about": np.array(json.dumps(about))}
 
 
 class _Run:
@@ -332,8 +373,6 @@ class _Run:
         self.best: list[Array] = []
         self.started, self.before = time.monotonic(), 0.0
         self._teacher_hidden: dict[int, Array] = {}
-        parts = [options, [p.name for p in self.student.parameters], digest({"rows": rows})]
-        self.fingerprint = json.dumps(repr(parts))
 
     @property
     def done(self) -> int:
@@ -353,7 +392,7 @@ class _Run:
         values = [value for _, value in self.validations]
         return len(values) - 1 - int(np.argmin(values)) >= patience
 
-    def step(self, every: int) -> Round:
+    def step(self) -> Round:
         """One step of AdamW; before the first one, validation of the start."""
         if not self.validations:
             self._validate()
@@ -379,7 +418,7 @@ class _Run:
             p.gradient += np.float32(2 * options.regularization) * (p.value - p.start)
         norm = self.optimizer.step(cosine(step, options.steps, options.warmup))
         validation = None
-        if self.done % every == 0 or self.done == options.steps:
+        if self.done % options.every == 0 or self.done == options.steps:
             validation = self._validate()
         self.history.append({"step": step, "loss": total, "norm": norm})
         return Round(step, options.steps, total, validation, norm, self.seconds)
@@ -421,7 +460,9 @@ class _Run:
         return total
 
     def finish(self) -> QuantizedModel:
-        """The quantized model with the best parameters."""
+        """The quantized model with the best parameters, the present ones among them."""
+        if not self.validations or self.validations[-1][0] < self.done:
+            self._validate()
         for parameter, value in zip(self.student.parameters, self.best, strict=True):
             parameter.value[:] = value
         result = self.student.finish()
@@ -429,11 +470,11 @@ class _Run:
         known = {**curve, "validation": self.validations, "seconds": round(self.seconds, 1)}
         return replace(result, provenance=result.provenance | {"distillation": known})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         """Write everything that `resume` needs, atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         known = {
-            "fingerprint": self.fingerprint,
+            "fingerprint": fingerprint,
             "steps": self.done,
             "history": self.history,
             "validations": self.validations,
@@ -443,15 +484,18 @@ class _Run:
         text = np.frombuffer(json.dumps(known).encode(), np.uint8)
         save_arrays(folder / "training.npz", {"known": text, **self.optimizer.state(), **best})
 
-    def resume(self, folder: Path) -> None:
+    def resume(self, folder: Path, fingerprint: dict[str, Any]) -> None:
         """Continue from the state in a folder, if there is one."""
         path = folder / "training.npz"
         if not path.exists():
             return
         arrays = load_arrays(path)
         known = json.loads(arrays["known"].tobytes())
-        if known["fingerprint"] != self.fingerprint:
-            raise ValueError(f"work_dir {folder} belongs to training with other arguments or text")
+        if different := differences(known["fingerprint"], fingerprint):
+            raise ValueError(
+                f"{path} is from another run, with different {' and '.join(different)}; "
+                "remove it or choose another work_dir"
+            )
         self.optimizer.restore(arrays, known["steps"])
         self.history, self.before = known["history"], known["seconds"]
         self.validations = [(int(step), float(value)) for step, value in known["validations"]]

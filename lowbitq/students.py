@@ -172,19 +172,30 @@ class StudentLayer:
             self._fusion_gradient[:] = 0
 
     def finish(self) -> QuantizedLinear:
-        """Return the layer with its parameters as they are stored; rows go into the scales."""
+        """Return the layer with its parameters as they are stored; rows go into the scales.
+
+        What has not changed keeps its bits.
+        """
         [copy] = self.linear.copies
-        row = self.parameters["row"].value[:, None]
+        changed = {p.kind for p in self.parameters.values() if (p.value != p.start).any()}
         scale, offset = self._grids()
-        tensor = _stored(self._tensor, scale * row, None if offset is None else offset * row)
-        if self._tensor.format.per_tensor and (row != 1).any():
-            copy = replace(copy, weight=_half(self._fusion))
-        adapter = None
-        if self.linear.adapter is not None:
+        if "row" in changed:
+            # A factor of each output is one of the weights' row only if nothing lies between.
+            if self._tensor.format.per_tensor or copy.output_rotation is not None:
+                copy = replace(copy, weight=_half(self._fusion))
+            else:
+                row = self.parameters["row"].value[:, None]
+                scale, offset = scale * row, None if offset is None else offset * row
+                changed.add("scale")
+        if {"scale", "offset"} & changed:
+            copy = replace(copy, tensor=_stored(self._tensor, scale, offset))
+        adapter, bias = self.linear.adapter, self.linear.bias
+        if "adapter" in changed:
             U, V = (_half(self.parameters[f"adapter.{letter}"].value) for letter in "UV")
             adapter = U, V
-        bias = None if self.bias is None else self.bias.copy()
-        return QuantizedLinear((replace(copy, tensor=tensor),), bias, adapter)
+        if "bias" in changed and self.bias is not None:
+            bias = self.bias.copy()
+        return QuantizedLinear((copy,), bias, adapter)
 
     def _grids(self) -> tuple[Array, Array | None]:
         scale = self._scale * self.parameters["scale"].value
@@ -207,12 +218,13 @@ def _stored(tensor: QuantizedTensor, scale: Array, offset: Array | None) -> Quan
     format, unit = tensor.format, tensor.unit
     stored: Array | None
     if format.per_tensor:
-        stored, unit = None, float(np.float32(scale.mean()))
+        stored, unit = None, float(scale[0, 0])
     elif format.scale_bits == 16:
         stored = _half(scale)
     else:
         most = (1 << format.scale_bits) - 1
-        multiple = np.clip(np.rint(scale / np.float32(unit)), 1, most)
+        least = scale != 0  # a group of zeros stays one, others do not become one
+        multiple = np.clip(np.rint(scale / np.float32(unit)), least, most)
         stored = multiple.astype(np.float32) * np.float32(unit)
     return QuantizedTensor.pack(
         format,
@@ -221,6 +233,7 @@ def _stored(tensor: QuantizedTensor, scale: Array, offset: Array | None) -> Quan
         None if offset is None else _half(offset),
         levels=tensor.levels,
         unit=unit,
+        zero=tensor.zero,
         shape=tensor.shape,
     )
 
@@ -247,7 +260,8 @@ class Student:
     Raises
     ------
     ValueError
-        If a kind is unknown, or a layer is not quantized or has several copies.
+        If a kind is unknown, the model has no parameter of these kinds, or a layer is not quantized
+        or has several copies.
     """
 
     def __init__(self, quantized: QuantizedModel, learn: Iterable[str]) -> None:
@@ -273,6 +287,9 @@ class Student:
         )
         for layer in self._layers.values():
             self.parameters += [p for p in layer.parameters.values() if p.kind in self._kinds]
+        if not self.parameters:
+            found = ", ".join(sorted(self._kinds)) or "nothing"
+            raise ValueError(f"learn is {found}, but the model has no such parameter")
 
     def _gain(self, name: str, start: Array) -> tuple[Array, Array | None]:
         """Return the array of a norm's gains and, if they learn, that of their gradient."""
@@ -349,13 +366,18 @@ class Student:
         blocks = []
         for before, now in zip(self._quantized.blocks, self.model.blocks, strict=True):
             changes: dict[str, Any] = {
-                norm.name: self._finished_gain(gain)
-                for norm, gain in zip(NORMS, now.norms, strict=True)
+                norm.name: _stored_gain(getattr(before, norm.name), getattr(now, norm.name))
+                for norm in NORMS
             }
             changes["linears"] = {name: finished[id(x)] for name, x in before.linears.items()}
             blocks.append(replace(before, **changes))
-        final = self._finished_gain(self.model.final_norm)
+        final = _stored_gain(self._quantized.final_norm, self.model.final_norm)
+        assert final is not None
         return replace(self._quantized, blocks=blocks, final_norm=final)
 
-    def _finished_gain(self, gain: Any) -> Any:
-        return gain if gain is None or "norm" not in self._kinds else _half(gain)
+
+def _stored_gain(before: Array | None, now: Array | None) -> Array | None:
+    """A gain in float16, or as it was (None: ones) if it has not changed."""
+    if now is None or np.array_equal(now, np.ones_like(now) if before is None else before):
+        return before
+    return _half(now)

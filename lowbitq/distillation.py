@@ -37,6 +37,7 @@ Array = NDArray[np.float32]
 RATES = {
     "scale": 2e-3,
     "offset": 4e-3,
+    "level": 4e-3,
     "norm": 2e-3,
     "row": 2e-3,
     "bias": 1e-3,

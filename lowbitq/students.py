@@ -6,6 +6,7 @@ learning rate serves all of a kind:
 
     scale    p in  scale = scale_0 p               starts at 1
     offset   r in  offset = offset_0 + scale_0 r   0
+    level    r in  level = level_0 + deviation r   0, of a learned table
     norm     p in  gain = gain_0 p                 1
     row      t in  y = t * (W x)                   1
     bias     d in  bias = bias_0 + d               0
@@ -31,11 +32,12 @@ from lowbitq.linears import QuantizedLinear
 from lowbitq.models.decoder import Block, Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.slots import NORMS, OUTER, SLOTS, name_in_block
-from lowbitq.tensors import QuantizedTensor
+from lowbitq.tensors import QuantizedTensor, code_of
 
 Array = NDArray[np.float32]
 
-KINDS = ("scale", "offset", "norm", "row", "bias", "adapter")
+KINDS = ("scale", "offset", "level", "norm", "row", "bias", "adapter")
+_OF_WEIGHTS = {"scale", "offset", "level"}  # which need dL/dW
 
 
 @dataclass(eq=False)
@@ -110,6 +112,13 @@ class StudentLayer:
         self._add(name, "scale", np.ones(shared, np.float32))
         if self._offset is not None:
             self._add(name, "offset", np.zeros_like(self._scale))
+        self._levels: Array | None = None
+        if copy.tensor.levels is not None and format.learns_levels:
+            self._levels = copy.tensor.levels.copy()
+            self._add(name, "level", np.zeros_like(self._levels))
+        tensor = copy.tensor
+        levels = tensor.levels if self._levels is None else self._levels
+        self._code = code_of(format, levels, tensor.unit, tensor.zero)  # reads them in place
         self._add(name, "row", np.ones(rows, np.float32))
         if linear.bias is not None:
             self.bias = linear.bias.copy()
@@ -139,7 +148,7 @@ class StudentLayer:
         wanted = {key: p.gradient for key, p in self.parameters.items() if p.kind in kinds}
         adapter = wanted.get("adapter.U"), wanted.get("adapter.V")
         return linear_sink(
-            weight if {"scale", "offset"} & set(wanted) else None,
+            weight if _OF_WEIGHTS & set(wanted) else None,
             wanted.get("bias"),
             fusion=self._fusion_gradient if "row" in wanted else None,
             adapter=None if adapter[0] is None else adapter,  # type: ignore[arg-type]
@@ -148,28 +157,37 @@ class StudentLayer:
     def compose(self) -> None:
         """Write the layer's arrays as the parameters have them now."""
         scale, offset = self._grids()
+        if self._levels is not None and self._tensor.levels is not None:
+            start = self._tensor.levels
+            self._levels[:] = start + start.std() * self.parameters["level"].value
         self._call("compose", scale, offset, self.weight)
         self._fusion[:] = self._row * self.parameters["row"].value
         if self.bias is not None and self.linear.bias is not None:
             self.bias[:] = self.linear.bias + self.parameters["bias"].value
 
     def pull(self, kinds: set[str], weight: Array) -> None:
-        """Add to the gradients of scale, offset and row what a pass has left behind."""
-        if {"scale", "offset"} & kinds:
-            dscale, doffset = np.empty_like(self._scale), None
-            if self._offset is not None:
-                doffset = np.empty_like(self._scale)
-            self._call("code_gradient", weight, self._grids()[0], dscale, doffset, None)
-            scale = self.parameters["scale"].gradient
-            if self._tensor.format.per_tensor:
-                scale += (dscale * self._scale).sum()
-            else:
-                scale += dscale * self._scale
-            if doffset is not None:
-                self.parameters["offset"].gradient += doffset * self._scale
+        """Add to the gradients of scale, offset, level and row what a pass has left behind."""
+        if _OF_WEIGHTS & kinds & set(self.parameters):
+            self._pull_code(kinds, weight)
         if "row" in kinds:
             self.parameters["row"].gradient += self._fusion_gradient * self._row
             self._fusion_gradient[:] = 0
+
+    def _pull_code(self, kinds: set[str], weight: Array) -> None:
+        dscale = np.empty_like(self._scale)
+        doffset = None if self._offset is None else np.empty_like(self._scale)
+        learns = "level" in kinds and self._levels is not None
+        dlevels = np.empty_like(self._levels) if learns and self._levels is not None else None
+        self._call("code_gradient", weight, self._grids()[0], dscale, doffset, dlevels)
+        scale = self.parameters["scale"].gradient
+        if self._tensor.format.per_tensor:
+            scale += (dscale * self._scale).sum()
+        else:
+            scale += dscale * self._scale
+        if doffset is not None:
+            self.parameters["offset"].gradient += doffset * self._scale
+        if dlevels is not None and self._tensor.levels is not None:
+            self.parameters["level"].gradient += dlevels * self._tensor.levels.std()
 
     def finish(self) -> QuantizedLinear:
         """Return the layer with its parameters as they are stored; rows go into the scales.
@@ -187,8 +205,9 @@ class StudentLayer:
                 row = self.parameters["row"].value[:, None]
                 scale, offset = scale * row, None if offset is None else offset * row
                 changed.add("scale")
-        if {"scale", "offset"} & changed:
-            copy = replace(copy, tensor=_stored(self._tensor, scale, offset))
+        if _OF_WEIGHTS & changed:
+            levels = None if self._levels is None else self._levels.copy()
+            copy = replace(copy, tensor=_stored(self._tensor, scale, offset, levels))
         adapter, bias = self.linear.adapter, self.linear.bias
         if "adapter" in changed:
             U, V = (_half(self.parameters[f"adapter.{letter}"].value) for letter in "UV")
@@ -205,7 +224,7 @@ class StudentLayer:
 
     def _call(self, name: str, *arrays: Array | None) -> None:
         group = self._tensor.format.group or max(self._tensor.cols, 1)
-        getattr(_core, name)(self._tensor.handle, self._tensor.panels, *arrays, group=group)
+        getattr(_core, name)(self._code, self._tensor.panels, *arrays, group=group)
 
 
 def _half(x: Array) -> Array:
@@ -213,8 +232,10 @@ def _half(x: Array) -> Array:
     return np.clip(x, -limit, limit).astype(np.float16).astype(np.float32)
 
 
-def _stored(tensor: QuantizedTensor, scale: Array, offset: Array | None) -> QuantizedTensor:
-    """The same words with other scales and offsets, rounded to what the format stores."""
+def _stored(
+    tensor: QuantizedTensor, scale: Array, offset: Array | None, levels: Array | None
+) -> QuantizedTensor:
+    """The same words with other scales, offsets and levels, as the format stores them."""
     format, unit = tensor.format, tensor.unit
     stored: Array | None
     if format.per_tensor:
@@ -231,7 +252,7 @@ def _stored(tensor: QuantizedTensor, scale: Array, offset: Array | None) -> Quan
         tensor.codes,
         stored,
         None if offset is None else _half(offset),
-        levels=tensor.levels,
+        levels=tensor.levels if levels is None else levels,
         unit=unit,
         zero=tensor.zero,
         shape=tensor.shape,

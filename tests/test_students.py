@@ -114,7 +114,8 @@ def test_gradients_are_those_of_central_differences(format):
     for p in student.parameters:  # away from the start, where factors of 1 would hide errors
         p.value += rng.uniform(-0.1, 0.1, p.value.shape).astype(np.float32)
     backward(student, teacher)
-    assert {p.kind for p in student.parameters} >= set(KINDS) - {"offset"}
+    assert {p.kind for p in student.parameters} >= set(KINDS) - {"offset", "level"}
+    assert ("level" in {p.kind for p in student.parameters}) == format.startswith("kmeans")
     for p in student.parameters:
         size = np.linalg.norm(p.gradient)
         start = p.value.copy()

@@ -20,7 +20,7 @@ import lowbitq as lq
 from benchmarks.harness import Run, options_parser
 from benchmarks.peers import llama
 from lowbitq import _core
-from lowbitq.cli import demo_model
+from lowbitq.commands import demo_model
 
 ROWS = 256  # of logits at a time, as in the evaluation
 PROMPT, PAST = 512, 256  # tokens

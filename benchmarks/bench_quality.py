@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 import lowbitq as lq
 from benchmarks.harness import RESULTS, machine
-from lowbitq.cli import demo_model
+from lowbitq.commands import demo_model
 from lowbitq.texts import windows
 
 CALIBRATION = {"samples": 32, "window": 2048, "seed": 0}

@@ -19,7 +19,7 @@ import lowbitq as lq
 from benchmarks.bench_decode import all_logits
 from benchmarks.harness import Run, options_parser
 from lowbitq import _core
-from lowbitq.cli import demo_model
+from lowbitq.commands import demo_model
 from lowbitq.distillation import AdamW
 from lowbitq.gradients import Pass
 from lowbitq.linears import Linear

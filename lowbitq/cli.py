@@ -183,6 +183,12 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _text_option(parser, "to predict")
     parser.add_argument("--window", type=_positive, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=_positive, help="number of windows (default: all)")
+    parser.add_argument(
+        "--continuations",
+        type=_positive,
+        metavar="N",
+        help="also let the model and the reference continue this many pieces of the text",
+    )
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -370,6 +376,8 @@ def _resuming(
 
 def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Measure a model, alone or against another."""
+    if options.continuations and not options.reference:
+        raise CommandError(USAGE, "--continuations compares with a model: give --reference")
     text = read_texts(options.text).held_out
     model = _load(options.model)
     reference = _load(options.reference) if options.reference else None
@@ -377,7 +385,15 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         found = lq.evaluate(
             model, text, reference, options.window, options.windows, progress=progress
         )
-    return found.to_dict(), str(found)
+    result, shown = found.to_dict(), str(found)
+    if reference is not None and options.continuations:
+        with _bar("writing") as progress:
+            written = lq.continuations(
+                model, reference, text, prompts=options.continuations, progress=progress
+            )
+        result["continuations"] = written.to_dict()
+        shown += f"\n{written}"
+    return result, shown
 
 
 def generate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -319,6 +319,24 @@ def test_evaluate(capsys, tiny_folder, text_file, quantize):
     assert "ln ratio" in shown
 
 
+def test_evaluate_continuations(capsys, tiny_folder, text_file):
+    arguments = ["evaluate", tiny_folder, "--text", text_file, "--window", 128, "--windows", 1]
+    arguments += ["--continuations", 2]
+    code, _, err = run(capsys, *arguments)
+    assert (code, err) == (
+        2,
+        ["lowbitq: --continuations compares with a model: give --reference"],
+    )
+    arguments += ["--reference", tiny_folder]
+    code, shown, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, [])
+    found = json.loads(shown)["continuations"]
+    assert len(found["written"]) == 2
+    assert found["kl"]["value"] == 0
+    _, shown, _ = run(capsys, *arguments)
+    assert "2 greedy continuations of up to 64 tokens" in shown
+
+
 @pytest.mark.parametrize("command", [["evaluate"], ["quantize", "out"]])
 def test_text_in_another_encoding_is_one_line(capsys, tiny_folder, tmp_path, command):
     path = tmp_path / "latin.txt"

@@ -42,7 +42,7 @@ PYTHON_ORDER = [
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
     "texts", "calibration", "adapters", "encoding", "compression", "students", "distillation",
-    "evaluation", "timing", "roofline", "plots", "", "cli", "__main__",
+    "evaluation", "free_running", "timing", "roofline", "plots", "", "cli", "__main__",
 ]
 # fmt: on
 

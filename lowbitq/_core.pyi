@@ -145,6 +145,13 @@ def hessian_add(
     x: NDArray[np.float32], weights: NDArray[np.float32] | None, hessian: NDArray[np.float64], /
 ) -> None: ...
 def hessian_error(hessian: NDArray[np.float64], error: NDArray[np.float32], /) -> float: ...
+def leading_eigenvectors(
+    matrix: NDArray[np.float64],
+    metric: NDArray[np.float64] | None,
+    values: NDArray[np.float64],
+    vectors: NDArray[np.float64],
+    /,
+) -> None: ...
 def gptq_factor(
     hessian: NDArray[np.float64],
     order: NDArray[np.int64] | None,

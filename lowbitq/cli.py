@@ -159,7 +159,8 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
-    parser.add_argument("--format", type=_format, default="int4g64", help="format of linear layers")
+    how = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
+    parser.add_argument("--format", type=_layer, default="int4g64", help=how)
     parser.add_argument(
         "--embedding",
         type=_embedding,
@@ -257,6 +258,13 @@ def _positive(text: str) -> int:
 def _format(text: str) -> lq.Format:
     try:
         return lq.Format.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _layer(text: str) -> str:
+    try:
+        return str(lq.LayerPlan.parse(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

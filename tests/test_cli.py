@@ -195,6 +195,16 @@ def test_quantize_in_every_way(quantize, method, rotation):
     assert isinstance(lq.load(out), lq.QuantizedModel)
 
 
+def test_quantize_with_adapters(capsys, quantize):
+    command, out = quantize
+    code, shown, _ = command("--format", "int2g32+rank3", "--json")
+    assert (code, json.loads(shown)["format"]) == (0, "int2g32 + rank3")
+    assert {linear.adapter[0].shape[1] for _, linear in lq.load(out).linears()} == {3}
+    code, _, err = command("--format", "int2g32 + rank999")
+    assert code == 1
+    assert "rank is 999, expected at most" in err[0]
+
+
 def test_quantize_leaves_foreign_folders_alone(quantize):
     command, out = quantize
     out.mkdir()

@@ -32,6 +32,7 @@ from lowbitq.evaluation import (
     perplexity,
 )
 from lowbitq.formats import Format
+from lowbitq.free_running import Continuations, continuations
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate
@@ -45,6 +46,7 @@ from lowbitq.version import __version__ as __version__
 
 __all__ = [
     "Block",
+    "Continuations",
     "CopyPlan",
     "Divergence",
     "Estimate",
@@ -69,6 +71,7 @@ __all__ = [
     "agreement",
     "calibrate",
     "compress",
+    "continuations",
     "dequantize",
     "distill",
     "evaluate",

@@ -154,6 +154,13 @@ def weight_sums(
 ) -> dict[str, float]: ...
 def input_sums(x: NDArray[np.float32], /, *, tau: float) -> dict[str, Any]: ...
 def magnitude_counts(x: NDArray[np.float32], counts: NDArray[np.int64], /) -> None: ...
+def leading_eigenvectors(
+    matrix: NDArray[np.float64],
+    metric: NDArray[np.float64] | None,
+    values: NDArray[np.float64],
+    vectors: NDArray[np.float64],
+    /,
+) -> None: ...
 def gptq_factor(
     hessian: NDArray[np.float64],
     order: NDArray[np.int64] | None,

@@ -138,7 +138,8 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
-    parser.add_argument("--format", type=_format, default="int4g64", help="format of linear layers")
+    how = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
+    parser.add_argument("--format", type=_layer, default="int4g64", help=how)
     parser.add_argument(
         "--embedding",
         type=_embedding,
@@ -182,6 +183,12 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _text_option(parser, "to predict")
     parser.add_argument("--window", type=_positive, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=_positive, help="number of windows (default: all)")
+    parser.add_argument(
+        "--continuations",
+        type=_positive,
+        metavar="N",
+        help="also let the model and the reference continue this many pieces of the text",
+    )
 
 
 def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
@@ -276,6 +283,13 @@ def _kinds(text: str) -> tuple[str, ...]:
         expected = f"expected some of {', '.join(RATES)}"
         raise argparse.ArgumentTypeError(f"unknown kinds {', '.join(sorted(unknown))}; {expected}")
     return kinds
+
+
+def _layer(text: str) -> str:
+    try:
+        return str(lq.LayerPlan.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _embedding(text: str) -> lq.Format | None:

@@ -197,6 +197,8 @@ def distill(options: Options) -> tuple[dict[str, Any], str]:
 
 def evaluate(options: Options) -> tuple[dict[str, Any], str]:
     """Measure a model, alone or against another."""
+    if options.continuations and not options.reference:
+        raise CommandError(USAGE, "--continuations compares with a model: give --reference")
     text = read_texts(options.text).held_out
     model = _load(options.model)
     reference = _load(options.reference) if options.reference else None
@@ -204,7 +206,15 @@ def evaluate(options: Options) -> tuple[dict[str, Any], str]:
         found = lq.evaluate(
             model, text, reference, options.window, options.windows, progress=progress
         )
-    return found.to_dict(), str(found)
+    result, shown = found.to_dict(), str(found)
+    if reference is not None and options.continuations:
+        with _bar("writing") as progress:
+            written = lq.continuations(
+                model, reference, text, prompts=options.continuations, progress=progress
+            )
+        result["continuations"] = written.to_dict()
+        shown += f"\n{written}"
+    return result, shown
 
 
 def sensitivity(options: Options) -> tuple[dict[str, Any], str]:

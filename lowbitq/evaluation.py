@@ -429,17 +429,17 @@ class _Scores:
         return _perplexity(self.nll, self.protocol)
 
     def log_ratio(self) -> Estimate:
-        return _estimate(Estimate, self.nll - self.reference_nll, self.protocol)
+        return mean_estimate(Estimate, self.nll - self.reference_nll, self.protocol)
 
     def kl(self) -> Divergence:
-        result = _estimate(Divergence, self.divergence, self.protocol)
+        result = mean_estimate(Divergence, self.divergence, self.protocol)
         levels = [*_PERCENTILES, 100.0]
         found = np.percentile(self.divergence, levels)
         result.percentiles = {level: float(v) for level, v in zip(levels, found, strict=True)}
         return result
 
     def agreement(self) -> Estimate:
-        return _estimate(Estimate, self.same.astype(np.float64), self.protocol)
+        return mean_estimate(Estimate, self.same.astype(np.float64), self.protocol)
 
 
 def _score(
@@ -453,7 +453,7 @@ def _score(
     """Score the text with the model and, unless None, with the reference."""
     cut = _cut(model, text, window, windows)
     if reference is not None:
-        _check_reference(model, reference, text, cut)
+        check_reference(model, reference, text, cut.tokens.shape[1])
     for one in (model, reference):
         if isinstance(one, Model):
             check_finite(one)
@@ -479,14 +479,14 @@ def _score(
     )
 
 
-def _check_reference(model: Model, reference: Model, text: Text, cut: _Cut) -> None:
+def check_reference(model: Model, reference: Model, text: Text, window: int) -> None:
     """Raise ValueError unless the tokens of the text mean the same to both models."""
     if reference.config.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"reference has {reference.config.vocab_size} tokens in its vocabulary, "
             f"but the model has {model.config.vocab_size}"
         )
-    check_positions(cut.tokens.shape[1], reference.config, of="reference")
+    check_positions(window, reference.config, of="reference")
     ours, theirs = model.tokenizer, reference.tokenizer
     if ours is None or theirs is None or ours is theirs or is_tokens(text):
         return
@@ -572,7 +572,7 @@ def _cut(model: Model, text: Text, window: int, windows: int | None) -> _Cut:
     return _Cut(tokens[: count * length].reshape(count, length), protocol)
 
 
-def _estimate(
+def mean_estimate(
     kind: type[Kind],
     values: NDArray[np.float64],
     protocol: str,
@@ -594,6 +594,6 @@ def _estimate(
 
 
 def _perplexity(nll: NDArray[np.float64], protocol: str) -> Perplexity:
-    result = _estimate(Perplexity, nll, protocol, np.exp)
+    result = mean_estimate(Perplexity, nll, protocol, np.exp)
     result.nll = float(nll.mean())
     return result

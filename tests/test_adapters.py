@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lowbitq._core import NumericalError
 from lowbitq.adapters import as_stored, low_rank
 
 SHAPES = [(1, 5), (7, 33), (33, 7), (40, 40)]
@@ -33,6 +34,7 @@ def optimum(error, hessian, rank):
 @pytest.mark.parametrize("inputs", ["many", "few"])
 def test_the_whitened_error_is_the_optimum(rows, cols, inputs):
     error, hessian = problem(rows, cols, None if inputs == "many" else max(cols // 3, 1))
+    hessian += 1e-2 * np.median(hessian.diagonal()) * np.eye(cols)
     total = objective(error, hessian, np.zeros((rows, 1)), np.zeros((cols, 1)))
     for rank in sorted({1, 2, min(rows, cols) // 2 + 1, min(rows, cols)}):
         if rank > min(rows, cols):
@@ -85,3 +87,14 @@ def test_what_is_stored_are_halves():
     stored = as_stored(np.array([[1 + 2.0**-12, 1e6]]))
     assert stored.dtype == np.float32
     assert stored.tolist() == [[1, 65504]]
+
+
+def test_a_singular_hessian_is_refused_only_where_it_matters():
+    for shape in [(6, 9), (9, 6)]:
+        error, hessian = problem(*shape, inputs=2)
+        if shape[0] < shape[1]:
+            U, V = low_rank(error, hessian, 2)
+            assert objective(error, hessian, U, V) < 1e-9 * np.trace(hessian)
+            continue
+        with pytest.raises(NumericalError, match="metric is not positive definite; raise damping"):
+            low_rank(error, hessian - 1e-9 * np.eye(6), 2)

@@ -220,6 +220,16 @@ def test_distill_trains_a_saved_model(capsys, quantize, tiny_folder, text_file, 
     assert "unknown kinds codes; expected some of scale, offset" in err[-1]
 
 
+def test_quantize_with_adapters(capsys, quantize):
+    command, out = quantize
+    code, shown, _ = command("--format", "int2g32+rank3", "--json")
+    assert (code, json.loads(shown)["format"]) == (0, "int2g32 + rank3")
+    assert {linear.adapter[0].shape[1] for _, linear in lq.load(out).linears()} == {3}
+    code, _, err = command("--format", "int2g32 + rank999")
+    assert code == 1
+    assert "rank is 999, expected at most" in err[0]
+
+
 def test_quantize_leaves_foreign_folders_alone(quantize):
     command, out = quantize
     out.mkdir()
@@ -358,6 +368,24 @@ def test_sensitivity(capsys, tiny_folder, text_file):
     code, shown, _ = run(capsys, *arguments)
     assert shown.count("self_attn.q_proj") == 2 * model.config.layers
     assert "Spearman" not in shown
+
+
+def test_evaluate_continuations(capsys, tiny_folder, text_file):
+    arguments = ["evaluate", tiny_folder, "--text", text_file, "--window", 128, "--windows", 1]
+    arguments += ["--continuations", 2]
+    code, _, err = run(capsys, *arguments)
+    assert (code, err) == (
+        2,
+        ["lowbitq: --continuations compares with a model: give --reference"],
+    )
+    arguments += ["--reference", tiny_folder]
+    code, shown, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, [])
+    found = json.loads(shown)["continuations"]
+    assert len(found["written"]) == 2
+    assert found["kl"]["value"] == 0
+    _, shown, _ = run(capsys, *arguments)
+    assert "2 greedy continuations of up to 64 tokens" in shown
 
 
 @pytest.mark.parametrize("command", [["evaluate"], ["quantize", "out"]])

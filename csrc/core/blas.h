@@ -77,6 +77,15 @@ void BLAS(dorgqr_)(const int *m, const int *n, const int *k, double *a, const in
 void BLAS(dormqr_)(const char *side, const char *trans, const int *m, const int *n, const int *k,
                    const double *a, const int *lda, const double *tau, double *c, const int *ldc,
                    double *work, const int *lwork, int *info, size_t, size_t);
+void BLAS(dsyevx_)(const char *jobz, const char *range, const char *uplo, const int *n, double *a,
+                   const int *lda, const double *vl, const double *vu, const int *il, const int *iu,
+                   const double *abstol, int *m, double *w, double *z, const int *ldz, double *work,
+                   const int *lwork, int *iwork, int *ifail, int *info, size_t, size_t, size_t);
+void BLAS(dsygvx_)(const int *itype, const char *jobz, const char *range, const char *uplo,
+                   const int *n, double *a, const int *lda, double *b, const int *ldb,
+                   const double *vl, const double *vu, const int *il, const int *iu,
+                   const double *abstol, int *m, double *w, double *z, const int *ldz, double *work,
+                   const int *lwork, int *iwork, int *ifail, int *info, size_t, size_t, size_t);
 
 void BLAS(openblas_set_num_threads)(int threads);
 char *BLAS(openblas_get_config)(void);

@@ -1,5 +1,6 @@
 /* Bindings of csrc/gptq. */
 #include "gptq/adaround.h"
+#include "gptq/eigen.h"
 #include "gptq/factor.h"
 #include "gptq/gptq.h"
 #include "gptq/hessian.h"
@@ -31,6 +32,20 @@ LBQ_BINDING(hessian_error)
     double value;
     LBQ_RUN_VALUE(lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value),
                   PyFloat_FromDouble(value));
+}
+
+LBQ_BINDING(leading_eigenvectors)
+{
+    lbq_array A, B, values, vectors;
+    const lbq_arg spec[] = {
+        LBQ_INOUT("matrix", &A, NPY_FLOAT64, "nn"),
+        LBQ_OUT_OR_NONE("metric", &B, NPY_FLOAT64, "nn"),
+        LBQ_OUT("values", &values, NPY_FLOAT64, "r"),
+        LBQ_OUT("vectors", &vectors, NPY_FLOAT64, "rn"),
+    };
+    LBQ_PARSE("leading_eigenvectors", spec);
+    LBQ_RUN(lbq_leading_eigenvectors(
+        A.dims[0], A.data, B.data, values.dims[0], values.data, vectors.data));
 }
 
 static PyObject *
@@ -292,6 +307,10 @@ PyMethodDef lbq_methods_gptq[] = {
     LBQ_METHOD(hessian_error,
                "hessian_error(hessian, error, /)\n--\n\n"
                "tr(E H E^T) for error E (r, k) and the upper triangle of hessian (k, k)."),
+    LBQ_METHOD(leading_eigenvectors,
+               "leading_eigenvectors(matrix, metric, values, vectors, /)\n--\n\n"
+               "Largest values (r), ascending, and vectors (r, n) of matrix (n, n), or of matrix "
+               "metric with x^T metric x = 1, from the upper triangles, which are destroyed."),
     LBQ_METHOD(
         gptq_factor,
         "gptq_factor(hessian, order, factor, /, *, damping, median)\n--\n\n"

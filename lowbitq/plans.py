@@ -71,8 +71,8 @@ class Rounding:
     alternations : int, default=0
         How often a layer with an adapter is rounded again, less the adapter, and the adapter fitted
         again; it ends early when the error of the outputs no longer falls. ln perplexity of SmolLM2
-        after 4 windows of calibration: int2g64 4.13 (2.50 bits), with rank16 3.97 (3.24 bits), with 3
-        alternations 3.92.
+        after 4 windows of calibration: int2g64 4.13 (2.50 bits), with rank16 3.97 (3.24 bits), with
+        3 alternations 3.92.
 
     Raises
     ------

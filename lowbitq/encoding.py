@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.adapters import as_stored, low_rank
+from lowbitq.adapters import as_stored, low_rank, product
 from lowbitq.formats import Format
 from lowbitq.gptq import Feedback, feedback, gptq
 from lowbitq.linears import Activation, Adapter, Copy, Linear, QuantizedLinear
@@ -218,7 +218,9 @@ def _adapter(
 def _as_weights(adapter: Adapter, linear: Linear) -> NDArray[np.float32]:
     """Return U V^T for inputs as the weights see them."""
     U, V = adapter
-    return U @ linear.rotate_input(np.ascontiguousarray(V.T))
+    seen = linear.rotate_input(np.ascontiguousarray(V.T)).T
+    wide = (np.ascontiguousarray(x, np.float64) for x in (U, seen))
+    return product(*wide).astype(np.float32)
 
 
 def _squares(error: NDArray[np.float32], hessian: NDArray[np.float64] | None) -> float:

@@ -1,4 +1,5 @@
 /* Bindings of csrc/gptq. */
+#include "core/blas.h"
 #include "gptq/adaround.h"
 #include "gptq/eigen.h"
 #include "gptq/factor.h"
@@ -32,6 +33,19 @@ LBQ_BINDING(hessian_error)
     double value;
     LBQ_RUN_VALUE(lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value),
                   PyFloat_FromDouble(value));
+}
+
+LBQ_BINDING(product)
+{
+    lbq_array a, b, c;
+    const lbq_arg spec[] = {
+        LBQ_IN("a", &a, NPY_FLOAT64, "mk"),
+        LBQ_IN("b", &b, NPY_FLOAT64, "nk"),
+        LBQ_OUT("c", &c, NPY_FLOAT64, "mn"),
+    };
+    LBQ_PARSE("product", spec);
+    const ptrdiff_t m = a.dims[0], n = b.dims[0], k = a.dims[1];
+    LBQ_RUN(lbq_dgemm(CblasNoTrans, CblasTrans, m, n, k, 1, a.data, k, b.data, k, 0, c.data, n));
 }
 
 LBQ_BINDING(leading_eigenvectors)
@@ -307,6 +321,7 @@ PyMethodDef lbq_methods_gptq[] = {
     LBQ_METHOD(hessian_error,
                "hessian_error(hessian, error, /)\n--\n\n"
                "tr(E H E^T) for error E (r, k) and the upper triangle of hessian (k, k)."),
+    LBQ_METHOD(product, "product(a, b, c, /)\n--\n\nc (m, n) = a (m, k) times b (n, k)^T."),
     LBQ_METHOD(leading_eigenvectors,
                "leading_eigenvectors(matrix, metric, values, vectors, /)\n--\n\n"
                "Largest values (r), ascending, and vectors (r, n) of matrix (n, n), or of matrix "

@@ -145,3 +145,14 @@ def test_tiles_make_up_the_product(threads, tokens, rows, cols):
     bound = cols * 2.0**-24 * (abs(x).astype(float) @ abs(weight).astype(float).T)
     assert (abs(results[0] - x.astype(float) @ weight.astype(float).T) <= bound).all()
     assert all((result == results[0]).all() for result in results)
+
+
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 1), (3, 5, 7), (64, 33, 200), (300, 16, 577)])
+def test_product_is_that_of_the_formula(m, n, k):
+    rng = np.random.default_rng([m, n, k])
+    a, b = rng.standard_normal((m, k)), rng.standard_normal((n, k))
+    c = np.full((m + 2, n), np.nan)  # the first and the last row are guards
+    _core.product(a, b, c[1:-1])
+    bound = k * np.finfo(float).eps * (abs(a) @ abs(b).T)
+    assert (abs(c[1:-1] - a @ b.T) <= bound).all()
+    assert np.isnan(c[[0, -1]]).all(), "wrote outside c"

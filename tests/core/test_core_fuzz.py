@@ -403,7 +403,7 @@ def test_tables_are_those_of_the_functions():
         assert all(f"{a.name}" in signature for a in table), name
 
 
-@pytest.mark.parametrize("count", [6000, pytest.param(20000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [9000, pytest.param(20000, marks=pytest.mark.slow)])
 def test_random_calls_end_in_order(settings, count):
     calls = Calls()
     outcomes: Counter[tuple[str, str]] = Counter()

@@ -169,7 +169,7 @@ def _distill_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"kinds of parameters, of {', '.join(RATES)}",
     )
     parser.add_argument("--loss", default="kl", help="such as kl, or 'kl + 0.5 reverse'")
-    parser.add_argument("--steps", type=_positive, default=200, help="steps of AdamW")
+    parser.add_argument("--steps", type=_positive, default=240, help="steps of AdamW")
     parser.add_argument("--batch", type=_positive, default=2, help="windows per step")
     parser.add_argument("--window", type=_positive, default=512, help="tokens per window")
     parser.add_argument("--minutes", type=float, help="stop after this time (default: never)")

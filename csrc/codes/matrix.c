@@ -15,7 +15,7 @@ copy_u8(const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
     memcpy(out, codes, (size_t)(columns * LBQ_PANEL));
 }
 
-/* lbq_step_unpack for so many bits, by the kernels in use. */
+/* The kernel in use that unpacks words of `bits` bits, as lbq_step_unpack does. */
 static lbq_unpacker
 unpacker_of(int bits)
 {

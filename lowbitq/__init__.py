@@ -38,6 +38,7 @@ from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer,
 from lowbitq.models.rotating import rotate
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.quantizers import dequantize, quantize
+from lowbitq.reconstruction import reconstruct
 from lowbitq.rotations import Rotation
 from lowbitq.scores import Sensitivity, weights_for_bits
 from lowbitq.sensitivity import sensitivity
@@ -79,6 +80,7 @@ __all__ = [
     "load",
     "perplexity",
     "quantize",
+    "reconstruct",
     "rotate",
     "sensitivity",
     "set_num_threads",

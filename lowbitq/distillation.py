@@ -404,13 +404,14 @@ class _Run:
         weight = np.full(options.window, 1 / (options.batch * options.window), np.float32)
         total = 0.0
         runs = []
+        teacher = self.teacher if self.loss.needs_teacher else None
         for tokens in self._batch(step):
             run = Pass(self.student.model, tokens)
             losses = run.loss(
                 self.loss,
-                targets=np.append(tokens[1:], np.int32(-1)) if self.loss.cross_entropy else None,
-                teacher=self.teacher,
-                teacher_hidden=self.teacher.hidden(tokens),
+                targets=np.append(tokens[1:], np.int32(-1)) if self.loss.needs_targets else None,
+                teacher=teacher,
+                teacher_hidden=None if teacher is None else teacher.hidden(tokens),
                 weights=weight,
                 final_norm=self.student.final_norm_gradient,
             )

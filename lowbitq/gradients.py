@@ -33,6 +33,7 @@ class Differentiable(Protocol):
     def handle(self) -> Any: ...
     def embed(self, tokens: ArrayLike) -> Array: ...
     def finish(self, hidden: Array) -> Array: ...
+    def hidden(self, tokens: ArrayLike) -> Array: ...
 
 
 class BlockPass:
@@ -278,10 +279,10 @@ def gradients(
         weights = (targets >= 0) / np.float32(scored if mean else 1)
         run.loss(
             loss,
-            targets=targets if seed is None and loss.cross_entropy else None,
+            targets=targets if seed is None and loss.needs_targets else None,
             uniform=None if seed is None else random.random(len(targets)),
             teacher=teacher,
-            teacher_hidden=None if teacher is None else _hidden(teacher, run.tokens),
+            teacher_hidden=None if teacher is None else teacher.hidden(run.tokens),
             weights=weights,
             head=table if tied else head,
             final_norm=last,
@@ -328,9 +329,3 @@ def _block_gradients(
 
 def _given(array: ArrayLike | None, dtype: Any) -> Any:
     return None if array is None else np.ascontiguousarray(array, dtype)
-
-
-def _hidden(model: Differentiable, tokens: NDArray[np.int32]) -> Array:
-    x = np.empty((len(tokens), model.config.hidden_size), np.float32)
-    _core.decoder_forward(model.handle, tokens, None, x, None, past=0)
-    return x

@@ -441,7 +441,7 @@ def relative_error(x: ArrayLike, approximation: ArrayLike, axis: int | None = No
     Returns
     -------
     float or ndarray, float64
-        Without a unit: 0 is exact, 1 is what zeros would give. NaN where x is zero.
+        A ratio: 0 if exact, 1 for all zeros. NaN where x is zero.
 
     Examples
     --------

@@ -125,8 +125,8 @@ exact_product(const job *j, ptrdiff_t row, ptrdiff_t k)
     return sum;
 }
 
-/* The move of column k, by -1, 0 or +1 levels, that lowers the row's error most; *turn is what it
- * adds to the weight's error. */
+/* The move of column k, by -1, 0 or +1 levels, that reduces the row's error most; *turn is the
+ * change in the weight's error. */
 static int
 best_move(const job *j, ptrdiff_t row, ptrdiff_t g, ptrdiff_t k, double product, double *turn)
 {

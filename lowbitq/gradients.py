@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lowbitq import _core
 from lowbitq.losses import Loss
-from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, OUTER, SLOTS, name_in_block
+from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, OUTER, SLOTS, WHOLE_BLOCK, name_in_block
 
 Array = NDArray[np.float32]
 
@@ -60,7 +60,9 @@ class BlockPass:
             widths = config.heads * config.head_dim, config.heads, config.hidden_size
             self._known = [np.empty((len(x), width), np.float32) for width in widths]
         o, log_sum, middle = self._known
-        _core.decoder_block(model.handle, x, None, o, None, None, log_sum, middle, block=index)
+        _core.decoder_block(
+            model.handle, x, None, o, None, None, log_sum, middle, block=index, steps=WHOLE_BLOCK
+        )
 
     def back(self, sink: Any, dx: Array, outputs: dict[str, Array] | None = None) -> None:
         """Take the gradient of the residual stream through the block, in place.

@@ -277,8 +277,8 @@ LBQ_BINDING(decoder_embed)
 }
 
 static lbq_status
-block_forward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, const lbq_array *qkv,
-              const lbq_array *o, const lbq_array *mlp, const lbq_array *down,
+block_forward(const lbq_decoder *decoder, ptrdiff_t index, int steps, const lbq_array *x,
+              const lbq_array *qkv, const lbq_array *o, const lbq_array *mlp, const lbq_array *down,
               const lbq_array *log_sum, const lbq_array *middle)
 {
     const lbq_trace trace = {
@@ -299,14 +299,14 @@ block_forward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, c
         o, "o", 1, "heads * head_dim", decoder->heads.heads * decoder->heads.head_dim));
     LBQ_TRY(lbq_check_axis(down, "down", 1, "feed-forward", decoder->blocks[index]->gate->rows));
     LBQ_TRY(lbq_check_axis(log_sum, "log_sum", 1, "heads", decoder->heads.heads));
-    return lbq_decoder_block(decoder, index, x->dims[0], x->data, &trace);
+    return lbq_decoder_block(decoder, index, steps, x->dims[0], x->data, &trace);
 }
 
 LBQ_BINDING(decoder_block)
 {
     const lbq_decoder *decoder;
     lbq_array x, qkv, o, mlp, down, log_sum, middle;
-    Py_ssize_t index;
+    Py_ssize_t index, steps;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
         LBQ_INOUT("x", &x, NPY_FLOAT32, "t*h"),
@@ -317,9 +317,11 @@ LBQ_BINDING(decoder_block)
         LBQ_OUT_OR_NONE("log_sum", &log_sum, NPY_FLOAT32, "t*n"),
         LBQ_OUT_OR_NONE("middle", &middle, NPY_FLOAT32, "t*h"),
         LBQ_INT("block", &index, 0, INT32_MAX),
+        LBQ_INT("steps", &steps, 0, 63),
     };
     LBQ_PARSE("decoder_block", spec);
-    LBQ_RUN(block_forward(decoder, index, &x, &qkv, &o, &mlp, &down, &log_sum, &middle));
+    LBQ_RUN(
+        block_forward(decoder, index, (int)steps, &x, &qkv, &o, &mlp, &down, &log_sum, &middle));
 }
 
 LBQ_BINDING(decoder_finish)
@@ -481,9 +483,10 @@ PyMethodDef lbq_methods_transformer[] = {
     LBQ_METHOD(decoder_embed, "decoder_embed(decoder, tokens, x, /)\n--\n\n"
                               "x (t, hidden): the residual stream that enters block 0."),
     LBQ_METHOD(decoder_block, "decoder_block(decoder, x, qkv, o, mlp, down, log_sum, middle, /, *, "
-                              "block)\n--\n\n"
-                              "One block on x (t, hidden) in place; the others "
-                              "(or None) get the inputs of its layers."),
+                              "block, steps)\n--\n\n"
+                              "Steps of one block on x (t, hidden) in place; the others "
+                              "(or None) get the inputs of its layers. Bits of steps: 1 to qkv, 2 "
+                              "to o, 4 from o, 8 to mlp, 16 to down, 32 from down."),
     LBQ_METHOD(decoder_finish, "decoder_finish(decoder, x, y, /)\n--\n\n"
                                "y (t, hidden): x after the last norm, the "
                                "input of the head."),

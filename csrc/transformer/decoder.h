@@ -65,9 +65,22 @@ lbq_status lbq_decoder_check(const lbq_decoder *decoder);
 lbq_status lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token,
                              float *x);
 
-/* Block `index` on x (tokens, hidden) in place, as a window without earlier tokens. */
-lbq_status lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
-                             float *x, const lbq_trace *trace);
+/* The steps of a block: to the inputs of its layers, and from there on. */
+enum {
+    LBQ_TO_QKV = 1,      /* qkv = norm(x); LBQ_TO_OUTPUT does this by itself */
+    LBQ_TO_OUTPUT = 2,   /* output = attention(x) */
+    LBQ_FROM_OUTPUT = 4, /* x += attention_scale * output layer(output) */
+    LBQ_TO_MLP = 8,      /* mlp = norm(x); LBQ_TO_DOWN does this by itself */
+    LBQ_TO_DOWN = 16,    /* down = silu(gate) * up */
+    LBQ_FROM_DOWN = 32,  /* x += mlp_scale * down layer(down) */
+    LBQ_BLOCK = 63       /* all */
+};
+
+/* Some steps of block `index` on x (tokens, hidden) in place, as a window without earlier tokens. A
+ * step from a tap reads it from the trace, unless the step to it comes before; LBQ_BAD_VALUE if it
+ * is not there. */
+lbq_status lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, int steps,
+                             ptrdiff_t tokens, float *x, const lbq_trace *trace);
 
 /* Tables of rope for a window of its own: cosine, sine (tokens, head_dim / 2). */
 lbq_status lbq_decoder_turns(const lbq_decoder *decoder, ptrdiff_t tokens, float *cosine,

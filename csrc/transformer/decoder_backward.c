@@ -92,7 +92,7 @@ recompute(pass *p, ptrdiff_t index, const lbq_trace *known)
     };
     if (missing.output || missing.log_sum || missing.middle)
         LBQ_TRY(lbq_decoder_block(
-            p->decoder, index, p->tokens, memcpy(p->scaled, p->x, bytes), &missing));
+            p->decoder, index, LBQ_BLOCK, p->tokens, memcpy(p->scaled, p->x, bytes), &missing));
     p->output = known->output ? known->output : p->output;
     p->log_sum = known->log_sum ? known->log_sum : p->log_sum;
     p->middle = known->middle ? known->middle : p->middle;

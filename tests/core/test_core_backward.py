@@ -248,7 +248,7 @@ def network_gradients(decoder, network, tokens, known):
         trace = [np.empty((len(tokens), w), np.float32) for w in (width, network["heads"], hidden)]
         inputs.append(x.copy())
         o, log_sum, middle = trace
-        _core.decoder_block(decoder, x, None, o, None, None, log_sum, middle, block=index)
+        _core.decoder_block(decoder, x, None, o, None, None, log_sum, middle, block=index, steps=63)
         traces.append(trace if known else [None] * 3)
     y, dx, dy = (np.empty_like(x) for _ in range(3))
     _core.decoder_finish(decoder, x, y)

@@ -30,9 +30,6 @@ from lowbitq.texts import Text, fallback_texts, windows
 from lowbitq.version import __version__
 from lowbitq.walks import Behind, Drifting, Known, Walk, WithoutInputs
 
-Array = NDArray[np.float32]
-Inputs = dict[str, LayerInputs]  # by the names of Block.linears
-
 
 @dataclass(frozen=True)
 class Step:

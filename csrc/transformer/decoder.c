@@ -177,21 +177,29 @@ add(float *x, float scale, const float *y, ptrdiff_t count)
     return lbq_parallel(lbq_pieces(count, CHUNK), add_task, &a);
 }
 
-static lbq_status
-turn(const lbq_decoder *decoder, ptrdiff_t tokens, ptrdiff_t heads, const lbq_projection *by,
-     const float *gain, float *x, float *raw)
+lbq_status
+lbq_block_turn(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
+               const float *cosine, const float *sine, float *q, float *k)
 {
-    const ptrdiff_t d = decoder->heads.head_dim;
-    if (raw && gain)
-        memcpy(raw, x, (size_t)(tokens * heads * d) * sizeof(float));
-    return lbq_rope(tokens, heads, d / 2, by->cosine, by->sine, gain, decoder->epsilon, x);
+    const lbq_heads *const heads = &decoder->heads;
+    const ptrdiff_t half = heads->head_dim / 2;
+    const float epsilon = decoder->epsilon;
+    LBQ_TRY(lbq_rope(tokens, heads->heads, half, cosine, sine, block->query_norm, epsilon, q));
+    return lbq_rope(tokens, heads->kv_heads, half, cosine, sine, block->key_norm, epsilon, k);
+}
+
+/* Copies a layer's output to where a caller wants to see it. */
+static void
+show(const lbq_linear *layer, ptrdiff_t tokens, const float *y, float *to)
+{
+    if (to)
+        memcpy(to, y, (size_t)(tokens * layer->rows) * sizeof(float));
 }
 
 lbq_status
 lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
                   const float *x, const lbq_store_bias *bias, const lbq_projection *to)
 {
-    const lbq_heads *const heads = &decoder->heads;
     LBQ_TRY(
         lbq_rmsnorm(tokens, decoder->hidden, x, block->attention_norm, decoder->epsilon, to->n));
     lbq_linear key = *block->key, value = *block->value;
@@ -202,8 +210,9 @@ lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t 
     const lbq_linear *const layers[] = {block->query, &key, &value};
     float *const outputs[] = {to->q, to->k, to->v};
     LBQ_TRY(lbq_linears_forward(3, layers, tokens, to->n, outputs));
-    LBQ_TRY(turn(decoder, tokens, heads->heads, to, block->query_norm, to->q, to->raw_q));
-    return turn(decoder, tokens, heads->kv_heads, to, block->key_norm, to->k, to->raw_k);
+    show(block->query, tokens, to->q, to->raw_q);
+    show(block->key, tokens, to->k, to->raw_k);
+    return lbq_block_turn(decoder, block, tokens, to->cosine, to->sine, to->q, to->k);
 }
 
 lbq_status
@@ -223,8 +232,17 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
 {
     const lbq_heads *const heads = &decoder->heads;
     const lbq_projection projection = {
-        .cosine = s->cosine, .sine = s->sine, .n = trace->qkv, .q = s->q, .k = s->k, .v = s->v};
+        .cosine = s->cosine,
+        .sine = s->sine,
+        .n = trace->qkv,
+        .q = s->q,
+        .k = s->k,
+        .v = s->v,
+        .raw_q = trace->query,
+        .raw_k = trace->key,
+    };
     LBQ_TRY(lbq_block_project(decoder, block, tokens, x, &store->bias, &projection));
+    show(block->value, tokens, s->v, trace->value);
     LBQ_TRY(lbq_store_write(heads, past, tokens, s->k, s->v, store));
     return lbq_attention(
         heads, past, tokens, s->q, store, s->attention, trace->output, trace->log_sum);
@@ -233,10 +251,10 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
 /* What the feed-forward half multiplies last, into the tap `down`. */
 static lbq_status
 feed(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens, const lbq_trace *trace,
-     const scratch *s, const float *x)
+     const float *x)
 {
-    LBQ_TRY(lbq_block_gate(decoder, block, tokens, x, trace->mlp, s->gate, s->up));
-    return lbq_swiglu(tokens * block->gate->rows, s->gate, s->up, trace->down);
+    LBQ_TRY(lbq_block_gate(decoder, block, tokens, x, trace->mlp, trace->gate, trace->up));
+    return lbq_swiglu(tokens * block->gate->rows, trace->gate, trace->up, trace->down);
 }
 
 /* x += scale * layer(tap): the end of a half. */
@@ -271,7 +289,7 @@ run_steps(const lbq_decoder *decoder, const lbq_block *block, int steps, ptrdiff
     if (steps & LBQ_TO_MLP && !(steps & LBQ_TO_DOWN))
         LBQ_TRY(normalize(decoder, tokens, x, block->mlp_norm, trace->mlp));
     if (steps & LBQ_TO_DOWN)
-        LBQ_TRY(feed(decoder, block, tokens, trace, s, x));
+        LBQ_TRY(feed(decoder, block, tokens, trace, x));
     if (steps & LBQ_FROM_DOWN)
         LBQ_TRY(leave(decoder, block->down, block->mlp_scale, tokens, trace->down, s, x));
     return LBQ_OK;
@@ -301,6 +319,11 @@ run_block(const lbq_decoder *decoder, const lbq_block *block, int steps, ptrdiff
             .down = later(trace->down, first * block->down->cols, s->gate),
             .log_sum = later(trace->log_sum, first * heads->heads, NULL),
             .middle = later(trace->middle, first * hidden, NULL),
+            .query = later(trace->query, first * block->query->rows, NULL),
+            .key = later(trace->key, first * block->key->rows, NULL),
+            .value = later(trace->value, first * block->value->rows, NULL),
+            .gate = later(trace->gate, first * block->gate->rows, s->gate),
+            .up = later(trace->up, first * block->up->rows, s->up),
         };
         scratch batch = *s;
         batch.cosine += first * (d / 2);

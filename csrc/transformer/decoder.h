@@ -55,6 +55,8 @@ typedef struct {
     /* What a backward pass needs besides the block's input: */
     float *log_sum; /* (tokens, heads), as lbq_attention has it */
     float *middle;  /* (tokens, hidden): x between the halves */
+    /* Outputs of the layers, (tokens, rows), before norms of heads and rope: */
+    float *query, *key, *value, *gate, *up;
 } lbq_trace;
 
 /* LBQ_BAD_SHAPE unless all layers fit together; LBQ_BAD_VALUE if the heads or the embedding are not
@@ -88,7 +90,7 @@ lbq_status lbq_decoder_turns(const lbq_decoder *decoder, ptrdiff_t tokens, float
 
 /* What an attention half computes first: n = norm(x) (tokens, hidden), and its queries, keys and
  * values (tokens, heads or kv_heads, head_dim), with queries and keys turned. raw_q and raw_k,
- * unless NULL, are queries and keys before their own norms, of blocks that have these. */
+ * unless NULL, are queries and keys before their norms and turns. */
 typedef struct {
     const float *cosine, *sine; /* (tokens, head_dim / 2) */
     float *n, *q, *k, *v, *raw_q, *raw_k;
@@ -98,6 +100,10 @@ typedef struct {
  * all). */
 lbq_status lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
                              const float *x, const lbq_store_bias *bias, const lbq_projection *to);
+
+/* The norms and turns of lbq_block_project: q and k, in place. */
+lbq_status lbq_block_turn(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
+                          const float *cosine, const float *sine, float *q, float *k);
 
 /* First step of a feed-forward half: n = norm(x), and gate and up of it (tokens, intermediate). */
 lbq_status lbq_block_gate(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,

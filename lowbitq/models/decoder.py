@@ -273,17 +273,15 @@ class Model:
         ValueError
             If `index`, a shape or the steps do not fit.
         """
-        buffers: list[NDArray[np.float32] | None] = [None] * 4
+        seen: list[Any] = [None] * len(TAPS)
         if taps is not None:
             linears = self.blocks[index].linears
             for tap, slots in TAPS.items():
                 if tap not in taps and steps & TO[tap]:
                     taps[tap] = np.empty((len(hidden), linears[slots[0].name].shape[1]), np.float32)
-            buffers = [taps.get(tap) for tap in TAPS]
-        qkv, o, mlp, down = buffers
-        _core.decoder_block(
-            self.handle, hidden, qkv, o, mlp, down, None, None, block=index, steps=steps
-        )
+            seen = [taps.get(tap) for tap in TAPS]
+        arrays = [hidden, *seen, *[None] * 7]  # what a way back needs is not asked for
+        _core.decoder_block(self.handle, *arrays, block=index, steps=steps)
 
     def hidden(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Return the input of the head.

@@ -33,11 +33,13 @@ from lowbitq.evaluation import (
 )
 from lowbitq.formats import Format
 from lowbitq.free_running import Continuations, continuations
+from lowbitq.hints import Hints
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.quantizers import dequantize, quantize
+from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
 from lowbitq.rotations import Rotation
 from lowbitq.scores import Sensitivity, weights_for_bits
@@ -54,6 +56,7 @@ __all__ = [
     "Evaluation",
     "Format",
     "FormatError",
+    "Hints",
     "LayerPlan",
     "Linear",
     "Model",
@@ -80,6 +83,7 @@ __all__ = [
     "load",
     "perplexity",
     "quantize",
+    "range_test",
     "reconstruct",
     "rotate",
     "sensitivity",

@@ -19,7 +19,7 @@ from pathlib import Path
 import lowbitq as lq
 from lowbitq import commands
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
-from lowbitq.distillation import RATES
+from lowbitq.optimizers import RATES
 from lowbitq.scores import LEVELS
 
 

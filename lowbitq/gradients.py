@@ -28,6 +28,7 @@ class Differentiable(Protocol):
     embedding: Any
     head: Any
     final_norm: Array
+    residual_rotation: Any
 
     @property
     def handle(self) -> Any: ...
@@ -50,15 +51,25 @@ class BlockPass:
     keep : bool, default=True
         Whether to keep what makes the way back cheaper, too: twice as much again. False: attention
         runs twice.
+
+    Attributes
+    ----------
+    input : ndarray of shape (t, hidden), float32
+        The residual stream before the block.
+    nbytes : int
+        Size of what is kept.
     """
 
     def __init__(self, model: Differentiable, index: int, x: Array, *, keep: bool = True) -> None:
-        self.model, self.index, self._input = model, index, x.copy()
-        self._known: list[Array | None] = [None, None, None]
-        if keep:
-            config = model.config
-            widths = config.heads * config.head_dim, config.heads, config.hidden_size
-            self._known = [np.empty((len(x), width), np.float32) for width in widths]
+        config, (tokens, hidden) = model.config, x.shape
+        widths = [hidden, config.heads * config.head_dim, config.heads, hidden][: 4 if keep else 1]
+        # One array: malloc leaves holes between many, an eighth of a batch's memory.
+        room = np.empty(tokens * sum(widths), np.float32)
+        parts = np.split(room, tokens * np.cumsum(widths[:-1]))
+        self.model, self.index, self.nbytes = model, index, room.nbytes
+        found: list[Any] = [part.reshape(tokens, -1) for part in parts]
+        self.input, self._known = found[0], found[1:] or [None, None, None]
+        self.input[:] = x
         o, log_sum, middle = self._known
         _core.decoder_block(model.handle, x, None, o, None, None, log_sum, middle, block=index)
 
@@ -75,7 +86,7 @@ class BlockPass:
             By slot name: where the gradients of layers' outputs are written.
         """
         seen = [(outputs or {}).get(slot.name) for slot in SLOTS]
-        arrays: list[Any] = [self._input, *self._known, sink, *seen, dx]
+        arrays: list[Any] = [self.input, *self._known, sink, *seen, dx]
         _core.block_backward(self.model.handle, *arrays, block=self.index)
 
 
@@ -113,6 +124,22 @@ class Pass:
         self._last = x
         self.hidden = model.finish(x)
         self.dx = np.empty_like(x)
+        self._injected: dict[int, Array] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what is kept."""
+        outer = self._last.nbytes + self.hidden.nbytes + self.dx.nbytes
+        return outer + sum(block.nbytes for block in self._blocks)
+
+    def behind(self, index: int) -> Array:
+        """Return the residual stream (t, hidden) behind block `index`, to be read only."""
+        return self._last if index + 1 == len(self._blocks) else self._blocks[index + 1].input
+
+    def inject(self, index: int, gradient: Array) -> None:
+        """Add a gradient of the residual stream behind block `index` when the way back is there."""
+        before = self._injected.get(index)
+        self._injected[index] = gradient if before is None else before + gradient
 
     def loss(
         self,
@@ -168,11 +195,17 @@ class Pass:
             dy,
             **vars(loss),
         )
-        _core.finish_backward(self.model.handle, self._last, dy, final_norm, self.dx)
+        self.begin(dy, final_norm)
         return losses
+
+    def begin(self, dy: Array, final_norm: Array | None = None) -> None:
+        """Begin the way back with the gradient (t, hidden) of `hidden`, from another loss."""
+        _core.finish_backward(self.model.handle, self._last, dy, final_norm, self.dx)
 
     def back(self, index: int, sink: Any, outputs: dict[str, Array] | None = None) -> None:
         """Take `dx` through block `index`, the last one first; see `BlockPass.back`."""
+        if (gradient := self._injected.pop(index, None)) is not None:
+            self.dx += gradient
         self._blocks[index].back(sink, self.dx, outputs)
 
     def back_to_embedding(self, gradient: Array) -> None:

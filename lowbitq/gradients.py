@@ -331,6 +331,18 @@ def gradients(
         yield {f"{EMBEDDING}.weight": table}
 
 
+def weight_gradients(model: Differentiable, tokens: ArrayLike) -> Iterator[tuple[str, Array]]:
+    """Yield the name and the gradient of each linear layer's weight, for `lowbitq.sensitivity`.
+
+    Examples
+    --------
+    >>> found = sensitivity(model, stats, gradients=weight_gradients)  # doctest: +SKIP
+    """
+    for found in gradients(model, tokens, of=["weight"]):
+        for name, gradient in found.items():
+            yield name.removesuffix(".weight"), gradient
+
+
 def _block_gradients(
     model: Differentiable, runs: list[Pass], index: int, kinds: set[str]
 ) -> dict[str, Array]:

@@ -27,6 +27,8 @@ from lowbitq.texts import Text
 
 Array = NDArray[np.float32]
 
+INPUTS = ("quantized", "float")
+
 
 @dataclass(frozen=True)
 class Rebuilt:
@@ -110,7 +112,7 @@ def reconstruct(
     learn = sorted(set(learn))
     for name, count in {"steps": steps, "batch": batch, "samples": samples}.items():
         check_count(name, count, 1)
-    if inputs not in ("quantized", "float"):
+    if inputs not in INPUTS:
         raise ValueError(f"inputs is {inputs!r}, expected 'quantized' or 'float'")
     check_alike(model, teacher)
     rows = training_rows(model, text, window, 1)

@@ -110,13 +110,8 @@ def sensitivity(
     gradients : callable, default=None
         ``gradients(model, tokens)`` yields the name and the gradient (rows, cols), float32, of the
         loss with respect to each linear layer's weight, in any order, for tokens
-        (samples, window). None: no S_grad, and alpha and beta share its weight. From the model:
-
-            def by_layer(model, tokens):
-                for found in model.gradients(tokens, of=["weight"]):
-                    for name, gradient in found.items():
-                        yield name.removesuffix(".weight"), gradient
-
+        (samples, window), as `lowbitq.gradients.weight_gradients` does. None: no S_grad, and alpha
+        and beta share its weight.
     progress : bool or callable, default=False
         True: a bar with the remaining time. A function is called with the numbers of finished steps
         and of all steps.

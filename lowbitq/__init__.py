@@ -18,6 +18,7 @@ except ImportError as error:
         "pip install -e ."
     ) from error
 from lowbitq import _core
+from lowbitq.analysis import analyze
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
 from lowbitq.distillation import distill
@@ -34,6 +35,8 @@ from lowbitq.evaluation import (
 from lowbitq.formats import Format
 from lowbitq.free_running import Continuations, continuations
 from lowbitq.hints import Hints
+from lowbitq.importance import importance
+from lowbitq.linearity import linearity
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate
@@ -73,13 +76,16 @@ __all__ = [
     "Statistics",
     "Tokenizer",
     "agreement",
+    "analyze",
     "calibrate",
     "compress",
     "continuations",
     "dequantize",
     "distill",
     "evaluate",
+    "importance",
     "kl_divergence",
+    "linearity",
     "load",
     "perplexity",
     "quantize",

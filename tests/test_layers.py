@@ -44,7 +44,8 @@ PYTHON_ORDER = [
     "texts", "fisher", "calibration", "adapters", "encoding", "compression",
     "students", "memory", "optimizers", "hints", "top_k", "teachers", "training", "distillation",
     "range_test", "reconstruction", "evaluation", "free_running",
-    "timing", "roofline", "plots", "ranks", "scores", "sensitivity", "",
+    "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
+    "sensitivity", "linearity", "",
     "commands", "cli", "__main__",
 ]
 # fmt: on

@@ -202,7 +202,7 @@ def _distill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="stop after this time (default: never)")
     kept = "keep what the teacher says here, for later runs (default: run it for each window)"
     parser.add_argument("--teacher-dir", type=Path, metavar="FOLDER", help=kept)
-    top_k = "keep only this many of its most probable tokens (default: exact hidden states)"
+    top_k = "keep its K most probable tokens and K others there (default: exact hidden states)"
     parser.add_argument("--top-k", type=_positive, metavar="K", help=top_k)
     parser.add_argument("--log", type=Path, metavar="FILE", help="write options and losses as JSON")
     picture = "draw the losses: .png, .svg or .pdf (matplotlib)"

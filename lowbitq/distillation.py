@@ -117,8 +117,8 @@ def distill(
         Folder where what the teacher says about all windows is kept: run once, for every later
         call. None: it is run for each window.
     top_k : int, default=None
-        Keep this many of the most probable tokens in `teacher_dir` instead of the head's exact
-        input; see `lowbitq.top_k`.
+        Keep this many of the most probable tokens in `teacher_dir`, and as many others, instead of
+        the exact input of the head: right on average, for `loss` of kl and ce; see `lowbitq.top_k`.
     progress : bool or callable, default=False
         True: a bar with loss, validation and remaining time. A function is called with a `Round`
         after each step.

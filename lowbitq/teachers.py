@@ -4,12 +4,12 @@ A folder of a kept teacher has its fingerprint (the model and the text) and, for
 
     hidden.npy       (windows, window, hidden) float32, what the head reads
     block_NNNN.npy   alike, the residual stream behind block NNNN
-    top_tokens.npy   (windows, window, k) int32, and top_logs.npy, float32, instead of hidden.npy:
-                     the k most probable next tokens with the logarithms of their probabilities
+    top_tokens.npy, top_logs.npy, top_excess.npy   instead of hidden.npy, the parts of a
+                     `lowbitq.top_k.Top`: (windows, window, 2 k) int32, float32; without the last
 
 all mapped. The input of the head takes 4 hidden bytes a token and says everything: the same bits as
-a live teacher. The k most probable tokens take 8 k bytes and need no head, but are not all there
-is; see `lowbitq.top_k`.
+a live teacher. A Top takes 16 k bytes, which is less if k is below hidden / 4; it saves the
+product with the teacher's head, too.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class KeptTeacher:
     folder : path
         Made by the first run, atomically, and read by later ones.
     top_k : int, default=None
-        Keep this many of the most probable tokens instead of what the head reads.
+        Keep this many of the most probable tokens, and as many others, instead of what the head
+        reads.
     progress : callable, default=None
         Called with the number of finished windows and of all, if they have to be run.
 
@@ -153,7 +154,7 @@ class KeptTeacher:
         states = {index: arrays[_block(index)] for index in self.blocks}
         if "hidden" in arrays:
             return Seen(arrays["hidden"], states=states)
-        return Seen(None, Top(arrays["top_tokens"], arrays["top_logs"]), states)
+        return Seen(None, Top(*(arrays[f"top_{part}"] for part in Top._fields)), states)
 
 
 def arrays_of(model: Model) -> dict[str, NDArray[Any]]:
@@ -179,8 +180,13 @@ def _shapes(teacher: Teacher, top_k: int | None) -> dict[str, tuple[tuple[int, .
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {_block(i): states for i in teacher.blocks}
     if top_k is None:
         return {"hidden": states} | shapes
-    top = (*windows, top_k)
-    return {"top_tokens": (top, np.int32), "top_logs": (top, np.float32)} | shapes
+    some = (*windows, 2 * top_k)
+    top: dict[str, tuple[tuple[int, ...], Any]] = {
+        "top_tokens": (some, np.int32),
+        "top_logs": (some, np.float32),
+        "top_excess": (windows, np.float32),
+    }
+    return top | shapes
 
 
 def _fingerprint(teacher: Teacher, top_k: int | None) -> dict[str, Any]:
@@ -218,8 +224,8 @@ def _write(
             if top_k is None:
                 parts["hidden"] = seen.hidden
             else:
-                top = most_probable(teacher.model, seen.hidden, top_k)
-                parts |= {"top_tokens": top.tokens, "top_logs": top.logs}
+                top = most_probable(teacher.model, seen.hidden, top_k, seed=window)
+                parts |= {f"top_{part}": array for part, array in top._asdict().items()}
             for name, part in parts.items():
                 arrays[name][window] = part
             if progress is not None:

@@ -42,8 +42,10 @@ PYTHON_ORDER = [
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
     "texts", "fisher", "calibration", "adapters", "drift", "encoding", "walks", "compression",
-    "students", "distillation", "reconstruction", "evaluation", "free_running",
-    "timing", "roofline", "plots", "ranks", "scores", "sensitivity", "",
+    "students", "memory", "optimizers", "hints", "top_k", "teachers", "training", "distillation",
+    "range_test", "reconstruction", "evaluation", "free_running",
+    "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
+    "sensitivity", "linearity", "",
     "commands", "cli", "__main__",
 ]
 # fmt: on

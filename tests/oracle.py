@@ -178,6 +178,22 @@ def packed_codes(codes, bits):
     return (blocks.transpose(0, 2, 1) if bits == 1 else blocks).tobytes()
 
 
+def packed_rings(words, bits):
+    """Words (64, columns) of a strip's step as the bytes of its four panels, from core/ring.h."""
+    shifted = words.reshape(4, 16, -1).astype(np.int64) << bits * np.arange(4)[:, None, None]
+    quarters = np.split(shifted.sum(0), 4, axis=1)
+    if bits <= 2:
+        return [packed_codes(quarter, 4 * bits) for quarter in quarters]
+    columns, above = (8, 4) if bits == 3 else (4, 8)
+    return [
+        b"".join(
+            packed_codes(part % 256, 8) + packed_codes(part // 256, above)
+            for part in np.split(quarter, quarter.shape[1] // columns, axis=1)
+        )
+        for quarter in quarters
+    ]
+
+
 def _blocks(codes, bits):
     """Blocks of bytes (block, row, i)."""
     planes = 8 // bits

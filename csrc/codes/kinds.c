@@ -82,6 +82,7 @@ lbq_code_find(const char *name, lbq_code *code)
             .symmetric = true,
             .zero = kind->table ? 0 : 0.5f * (float)(kind->top ? kind->top : count - 1),
             .scale_bits = 16,
+            .trellis = kind->trellises ? &kind->trellises[bits] : NULL,
         };
         return LBQ_OK;
     }
@@ -96,7 +97,8 @@ bytes_of(const lbq_code *code)
 {
     const float *const levels = code->levels;
     if (!levels)
-        return (lbq_byte_levels){.step = 1, .bits = code->kind->expand ? 8 : code->bits};
+        return (lbq_byte_levels){.step = 1,
+                                 .bits = code->kind->expand || code->kind->read ? 8 : code->bits};
     if (code->bits == 1)
         return (lbq_byte_levels){.base = levels[0], .step = levels[1] - levels[0], .bits = 1};
     float largest = 0;

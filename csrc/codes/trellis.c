@@ -18,28 +18,22 @@
 
 #include "codes/code.h"
 #include "codes/stored.h"
-#include "core/pack.h"
-#include "kernels/trellis.h"
 
 enum { WINDOW = 12, HISTORY = LBQ_RING + 1 };
 
 /* The best multipliers of 400 tried by benchmarks/search_trellis.py; others give up to a tenth
  * more. */
-static const lbq_trellis OF_RATE[] = {
-    {0},
-    {.bits = 1, .window = WINDOW, .cols = 1, .multiplier = {0xC853}},
-    {.bits = 2, .window = WINDOW, .cols = 1, .multiplier = {0xE169}},
-    {.bits = 3, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x9D8B, 0x7681}},
-    {.bits = 4, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x5FED, 0xC23F}},
+static const lbq_trellis NARROW[] = {
+    [1] = {.bits = 1, .window = WINDOW, .cols = 1, .multiplier = {0xC853}},
+    [2] = {.bits = 2, .window = WINDOW, .cols = 1, .multiplier = {0xE169}},
 };
-static const lbq_trellis OF_PAIR = {
-    .bits = 3, .window = WINDOW, .cols = 2, .multiplier = {0x0D47, 0xA371}};
-
-static inline const lbq_trellis *
-trellis_of(const lbq_code *code)
-{
-    return code->kind->cols == 2 ? &OF_PAIR : &OF_RATE[code->bits];
-}
+static const lbq_trellis PAIR[] = {
+    [3] = {.bits = 3, .window = WINDOW, .cols = 2, .multiplier = {0x0D47, 0xA371}},
+};
+static const lbq_trellis WIDE[] = {
+    [3] = {.bits = 3, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x9D8B, 0x7681}},
+    [4] = {.bits = 4, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x5FED, 0xC23F}},
+};
 
 /* A state is the part of a window that the next row's window has too: its upper bits there, its
  * lower bits here. */
@@ -70,7 +64,7 @@ layout_of(const lbq_trellis *trellis, char *base, search *s)
 static size_t
 scratch(const lbq_code *code)
 {
-    return layout_of(trellis_of(code), NULL, NULL);
+    return layout_of(code->trellis, NULL, NULL);
 }
 
 /* Sums before the row that is number `step` of a pass. */
@@ -167,7 +161,7 @@ static void
 encode(const lbq_code *code, const lbq_grid *grid, const float *w, const float *shift,
        ptrdiff_t pitch, uint8_t *words, float *e, void *memory)
 {
-    const lbq_trellis *const trellis = trellis_of(code);
+    const lbq_trellis *const trellis = code->trellis;
     const float *const scale = grid->lanes, *const offset = scale + LBQ_RING;
     search s;
     layout_of(trellis, memory, &s);
@@ -192,24 +186,17 @@ encode(const lbq_code *code, const lbq_grid *grid, const float *w, const float *
 }
 
 static void
-expand(const lbq_code *code, ptrdiff_t columns, uint8_t *words)
+read_levels(const lbq_code *code, const uint8_t *codes, ptrdiff_t panel_bytes, ptrdiff_t columns,
+            ptrdiff_t pitch, uint8_t *bytes)
 {
-    const lbq_trellis *const trellis = trellis_of(code);
-    const uint32_t mask = (1u << trellis->window) - 1;
-    for (ptrdiff_t k = 0; k < columns; k += trellis->cols) {
-        uint8_t *at[LBQ_RING];
-        uint32_t window = 0;
-        for (int place = LBQ_RING - 1; place >= 0; place--) {
-            const int r = lbq_ring_row(place);
-            at[place] = words + r / LBQ_PANEL * columns * LBQ_PANEL + lbq_word_at(k, r % LBQ_PANEL);
-            window = (window << trellis->bits | *at[place]) & mask;
-        }
-        for (int place = LBQ_RING - 1; place >= 0; place--) {
-            window = (window << trellis->bits | *at[place]) & mask;
-            for (int c = 0; c < trellis->cols; c++) /* c < 4 columns lie side by side */
-                at[place][c] = (uint8_t)lbq_trellis_level(trellis, window, c);
-        }
-    }
+    lbq_kernel.expand_trellis(code->trellis, codes, panel_bytes, columns, pitch, bytes);
+}
+
+static lbq_gemv
+gemv(const lbq_code *code)
+{
+    (void)code;
+    return lbq_kernel.gemv_trellis_i8;
 }
 
 static void
@@ -220,46 +207,23 @@ fit(const lbq_code *code, const lbq_search *how, const lbq_groups *groups, float
      * rates averages of many weights need less than theirs, at high rates tails need more. */
     static const double deviation[] = {0, 60, 50, 36, 33}, of_pair = 53;
     (void)how;
-    const bool pair = code->kind->cols == 2;
+    const bool pair = code->trellis->cols == 2;
     lbq_fit_deviation(code, groups, pair ? of_pair : deviation[code->bits], scale, offset);
 }
 
-const lbq_code_kind lbq_kind_trellis = {
-    .name = "trellis",
-    .rates = "1 2",
-    .rows = LBQ_RING,
-    .cols = 1,
-    .top = 254,
-    .scratch = scratch,
-    .encode = encode,
-    .decode = lbq_decode_bytes,
-    .expand = expand,
-    .fit = fit,
-};
+#define TRELLIS                                                                                    \
+    .name = "trellis", .rows = LBQ_RING, .scratch = scratch, .encode = encode,                     \
+    .read = read_levels, .gemv = gemv, .fit = fit
 
-const lbq_code_kind lbq_kind_trellis_pair = {
-    .name = "trellis",
-    .rates = "1.5",
-    .rows = LBQ_RING,
-    .cols = LBQ_RING_COLS,
-    .word_cols = LBQ_RING_COLS,
-    .top = 254,
-    .scratch = scratch,
-    .encode = encode,
-    .decode = lbq_decode_bytes,
-    .expand = expand,
-    .fit = fit,
-};
+const lbq_code_kind lbq_kind_trellis = {
+    .rates = "1 2", .cols = 1, .top = 254, .trellises = NARROW, TRELLIS};
+
+const lbq_code_kind lbq_kind_trellis_pair = {.rates = "1.5",
+                                             .cols = LBQ_RING_COLS,
+                                             .word_cols = LBQ_RING_COLS,
+                                             .top = 254,
+                                             .trellises = PAIR,
+                                             TRELLIS};
 
 const lbq_code_kind lbq_kind_trellis_wide = {
-    .name = "trellis",
-    .rates = "3 4",
-    .rows = LBQ_RING,
-    .cols = 1,
-    .top = 252,
-    .scratch = scratch,
-    .encode = encode,
-    .decode = lbq_decode_bytes,
-    .expand = expand,
-    .fit = fit,
-};
+    .rates = "3 4", .cols = 1, .top = 252, .trellises = WIDE, TRELLIS};

@@ -16,7 +16,7 @@
 
 enum { LBQ_RING = 64, LBQ_RING_COLS = 2 /* columns that may share a ring */ };
 
-typedef struct {
+typedef struct lbq_trellis {
     int bits, window;
     int cols; /* of a ring: 1, or 2 unless wide */
     bool wide;

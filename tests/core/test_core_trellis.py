@@ -11,7 +11,7 @@ from lowbitq import _core
 from lowbitq.compression import compress
 from lowbitq.formats import Format
 from lowbitq.gptq import feedback, gptq
-from lowbitq.linears import QuantizedLinear
+from lowbitq.linears import Copy, QuantizedLinear
 from lowbitq.models import load
 from lowbitq.quantizers import adaround, quantize
 from lowbitq.tensors import QuantizedTensor
@@ -101,6 +101,42 @@ def test_values_are_those_of_the_formula(isa, rows, cols, text):
     again = QuantizedTensor.from_arrays(arrays, metadata)
     assert (again.dequantize() == values).all()
     assert tensor.nbytes == tensor.format.stored_bytes(rows, cols)
+
+
+def test_panels_share_out_the_columns_of_a_step(code):
+    format = Format.parse(f"{code}g128")
+    apart = round(format.bits / format.rate)
+    words = np.random.default_rng(3).integers(0, format.level_count, (128, 256), np.uint8)
+    words[:, np.arange(256) % apart > 0] = 0
+    scale = np.ones((128, 2), np.float32)
+    tensor = QuantizedTensor.pack(format, words, scale, shape=(128, 256))
+    steps = tensor.panels.reshape(2, 4, 2, -1)[..., :-32]  # without scales
+    for strip, rows in enumerate(words.reshape(2, 64, 256)):
+        for step in range(2):
+            stored = rows[:, 128 * step : 128 * (step + 1) : apart]
+            panels = [panel.tobytes() for panel in steps[strip, :, step]]
+            assert panels == oracle.packed_rings(stored, format.bits)
+    assert (tensor.codes == words).all()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("others", [[], ["int2g64"], ["trellis1g64", "lattice2g64"]])
+def test_products_have_the_same_bits_everywhere(isa, threads, count, others, code):
+    """Also in sums of copies, whose other terms come panel by panel."""
+    rows, cols = 90, 128
+    tensors = [
+        quantize(normal(rows, cols, seed), f) for seed, f in enumerate([f"{code}g64", *others])
+    ]
+    x = normal(9, cols)
+    for order in (tensors, tensors[::-1]):
+        layer = QuantizedLinear(tuple(map(Copy, order)))
+        _core.use_isa(isa=isa)
+        _core.set_num_threads(threads=count)
+        ours = [layer.forward(x[:tokens]) for tokens in (1, 3, 9)]
+        _core.use_isa(isa="portable")
+        _core.set_num_threads(threads=1)
+        expected = layer.forward(x)
+        assert all((y == expected[: len(y)]).all() for y in ours)
 
 
 @pytest.mark.parametrize("activation_bits", [8, 4])

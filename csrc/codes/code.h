@@ -78,14 +78,15 @@ typedef enum { LBQ_NO_TABLE, LBQ_FIXED_TABLE, LBQ_LEARNED_TABLE } lbq_table;
  * [panel][k / 4][row][k % 4]. */
 typedef struct {
     const char *name;  /* as in formats: "int" */
-    const char *rates; /* bits per weight that may follow the name: "1.5 2 3"; "" if none may */
+    const char *rates; /* bits per weight that may follow the name, and what distinguishes codes of
+                          the same rate: "1.5 2 2w10"; "" if none may */
     int rows, cols;    /* block whose words are chosen together: rows is 1 or LBQ_STRIP; cols at
                           most LBQ_MAX_RUN */
     int word_cols; /* columns that share a word, stored for the first of them, the others have 0; 2
                       for fractional rates. 0 means 1 */
     int count;     /* values of a word; 0: 2^rate */
     int top;       /* the largest level; 0: count - 1 */
-    const lbq_trellis *trellises; /* by bits of a word, or NULL */
+    const lbq_trellis *trellises; /* one for each rate, or NULL */
     bool ordered;                 /* word + 1 is the next level, so that neighbours can be tried */
     bool offsets;                 /* offsets may be stored */
     lbq_table table;

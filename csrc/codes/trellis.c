@@ -10,29 +10,38 @@
  * below it what no code of that rate can undercut:
  *
  *     bits a weight   1       1.5     2        3        4
- *     this            0.285   0.143   0.0747   0.0192   0.0050
+ *     12 bits         0.285   0.143   0.0747   0.0192   0.0050
+ *     10 bits         0.288           0.0755
+ *     14 bits                                  0.0187   0.0048
  *     bound           0.250   0.125   0.0625   0.0156   0.0039
- */
+ *
+ * Windows have 12 bits, or 10 at low rates: a quarter of the time. 14 bits take four times as long;
+ * at 2 bits they gain nothing, in rings of 64. */
 #include <math.h>
 #include <string.h>
 
 #include "codes/code.h"
 #include "codes/stored.h"
 
-enum { WINDOW = 12, HISTORY = LBQ_RING + 1 };
+enum { HISTORY = LBQ_RING + 1 };
 
-/* The best multipliers of 400 tried by benchmarks/search_trellis.py; others give up to a tenth
- * more. */
+/* The best multipliers of 300 or more tried by benchmarks/search_trellis.py; others give up to a
+ * tenth more. `normal` is the deviation of the normal variable that the levels suit best: at low
+ * rates averages of many weights need less range than theirs, at high rates tails need more. */
 static const lbq_trellis NARROW[] = {
-    [1] = {.bits = 1, .window = WINDOW, .cols = 1, .multiplier = {0xC853}},
-    [2] = {.bits = 2, .window = WINDOW, .cols = 1, .multiplier = {0xE169}},
+    {.bits = 1, .window = 12, .cols = 1, .multiplier = {0xC853}, .normal = 60},
+    {.bits = 1, .window = 10, .cols = 1, .multiplier = {0x53C9}, .normal = 60},
+    {.bits = 2, .window = 12, .cols = 1, .multiplier = {0xE169}, .normal = 50},
+    {.bits = 2, .window = 10, .cols = 1, .multiplier = {0x19A1}, .normal = 50},
 };
 static const lbq_trellis PAIR[] = {
-    [3] = {.bits = 3, .window = WINDOW, .cols = 2, .multiplier = {0x0D47, 0xA371}},
+    {.bits = 3, .window = 12, .cols = 2, .multiplier = {0x0D47, 0xA371}, .normal = 53},
 };
 static const lbq_trellis WIDE[] = {
-    [3] = {.bits = 3, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x9D8B, 0x7681}},
-    [4] = {.bits = 4, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x5FED, 0xC23F}},
+    {.bits = 3, .window = 12, .cols = 1, .wide = 1, .multiplier = {0x9D8B, 0x7681}, .normal = 36},
+    {.bits = 3, .window = 14, .cols = 1, .wide = 1, .multiplier = {0xC561, 0xE11F}, .normal = 35},
+    {.bits = 4, .window = 12, .cols = 1, .wide = 1, .multiplier = {0x5FED, 0xC23F}, .normal = 33},
+    {.bits = 4, .window = 14, .cols = 1, .wide = 1, .multiplier = {0x77C1, 0xBC13}, .normal = 34},
 };
 
 /* A state is the part of a window that the next row's window has too: its upper bits there, its
@@ -203,12 +212,8 @@ static void
 fit(const lbq_code *code, const lbq_search *how, const lbq_groups *groups, float *scale,
     float *offset)
 {
-    /* Standard deviation of the levels, changed to what errs least on a normal variable: at low
-     * rates averages of many weights need less than theirs, at high rates tails need more. */
-    static const double deviation[] = {0, 60, 50, 36, 33}, of_pair = 53;
     (void)how;
-    const bool pair = code->trellis->cols == 2;
-    lbq_fit_deviation(code, groups, pair ? of_pair : deviation[code->bits], scale, offset);
+    lbq_fit_deviation(code, groups, (double)code->trellis->normal, scale, offset);
 }
 
 #define TRELLIS                                                                                    \
@@ -216,7 +221,7 @@ fit(const lbq_code *code, const lbq_search *how, const lbq_groups *groups, float
     .read = read_levels, .gemv = gemv, .fit = fit
 
 const lbq_code_kind lbq_kind_trellis = {
-    .rates = "1 2", .cols = 1, .top = 254, .trellises = NARROW, TRELLIS};
+    .rates = "1 1w10 2 2w10", .cols = 1, .top = 254, .trellises = NARROW, TRELLIS};
 
 const lbq_code_kind lbq_kind_trellis_pair = {.rates = "1.5",
                                              .cols = LBQ_RING_COLS,
@@ -226,4 +231,4 @@ const lbq_code_kind lbq_kind_trellis_pair = {.rates = "1.5",
                                              TRELLIS};
 
 const lbq_code_kind lbq_kind_trellis_wide = {
-    .rates = "3 4", .cols = 1, .top = 252, .trellises = WIDE, TRELLIS};
+    .rates = "3 3w14 4 4w14", .cols = 1, .top = 252, .trellises = WIDE, TRELLIS};

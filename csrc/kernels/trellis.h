@@ -21,6 +21,7 @@ typedef struct lbq_trellis {
     int cols; /* of a ring: 1, or 2 unless wide */
     bool wide;
     uint16_t multiplier[LBQ_RING_COLS];
+    float normal; /* deviation of the normal variable that the levels suit best */
 } lbq_trellis;
 
 /* The row of a strip at a place of the ring. */

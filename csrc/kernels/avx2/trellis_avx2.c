@@ -11,11 +11,9 @@
 
 enum { PANELS = 4, AHEAD = 1024 /* bytes, in each of four streams */ };
 
-/* What is known when compiling: bits of a word, columns of a ring, whether windows have more than
- * twelve bits. */
+/* What is known when compiling: bits of a word, columns of a ring, bits of a window. */
 typedef struct {
-    int bits, cols;
-    bool longer;
+    int bits, cols, window;
 } shape;
 
 /* Sixteen lanes. */
@@ -42,7 +40,7 @@ LBQ_INLINE constants
 constants_of(const shape of, const lbq_trellis *trellis)
 {
     return (constants){
-        .mask = _mm256_set1_epi16((short)((1u << trellis->window) - 1)),
+        .mask = _mm256_set1_epi16((short)((1 << of.window) - 1)),
         .byte_mask = _mm256_set1_epi8(is_wide(of) ? 0x3F : 0x7F),
         .multiplier[0] = _mm256_set1_epi16((short)trellis->multiplier[0]),
         .multiplier[1] = _mm256_set1_epi16((short)trellis->multiplier[1]),
@@ -129,9 +127,11 @@ load_columns(const int bits, const uint8_t *codes, ptrdiff_t four, const int sec
 LBQ_INLINE __m256i
 windows_of(const shape of, const int p, __m256i number, __m256i next, __m256i mask)
 {
-    const int begin = of.bits * p, end = begin + (of.longer ? 16 : 12);
+    const int begin = of.bits * p, end = begin + of.window, known = of.bits == 3 ? 12 : 16;
     __m256i window = _mm256_srli_epi16(number, begin);
-    if (end > (of.bits == 3 ? 12 : 16))
+    if (end == known)
+        return window;
+    if (end > known)
         window = _mm256_or_si256(window, _mm256_slli_epi16(next, 4 * of.bits - begin));
     return _mm256_and_si256(window, mask);
 }
@@ -304,17 +304,20 @@ expand(const shape of, const lbq_trellis *trellis, const uint8_t *codes, ptrdiff
 /* --- every shape has its own copy ------------------------------------------------------------- */
 
 #define SHAPES(X)                                                                                  \
-    X(1, 1, false)                                                                                 \
-    X(2, 1, false)                                                                                 \
-    X(3, 1, false)                                                                                 \
-    X(4, 1, false)                                                                                 \
-    X(3, 2, false)
+    X(1, 1, 10)                                                                                    \
+    X(1, 1, 12)                                                                                    \
+    X(2, 1, 10)                                                                                    \
+    X(2, 1, 12)                                                                                    \
+    X(3, 1, 12)                                                                                    \
+    X(3, 1, 14)                                                                                    \
+    X(4, 1, 12)                                                                                    \
+    X(4, 1, 14)                                                                                    \
+    X(3, 2, 12)
 
 static bool
 has_shape(const lbq_trellis *trellis, const shape of)
 {
-    return trellis->bits == of.bits && trellis->cols == of.cols &&
-           (trellis->window > 12) == of.longer;
+    return trellis->bits == of.bits && trellis->cols == of.cols && trellis->window == of.window;
 }
 
 void

@@ -27,7 +27,8 @@ from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.stored import LayerWriter
 from lowbitq.models.tokens import check_count
-from lowbitq.students import KINDS, Parameter, Student
+from lowbitq.student_layers import Parameter
+from lowbitq.students import KINDS, Student
 from lowbitq.texts import Text, check_positions, tokenize
 from lowbitq.version import __version__
 
@@ -42,6 +43,8 @@ RATES = {
     "level": 4e-3,
     "norm": 2.5e-3,
     "row": 2e-3,
+    "fusion": 2e-3,
+    "column": 2e-3,
     "bias": 1e-3,
     "adapter": 1e-3,
 }
@@ -204,7 +207,7 @@ def distill(
     Parameters
     ----------
     model : QuantizedModel
-        Of layers of one copy. Left unchanged.
+        Left unchanged.
     teacher : Model
         The float model, with the same vocabulary.
     text : str, path, sequence of str or of paths, or array_like of int
@@ -247,8 +250,8 @@ def distill(
     Raises
     ------
     ValueError
-        If an option is out of range, text and `window` do not fit, the vocabularies differ, a layer
-        has several copies, or `work_dir` belongs to other arguments.
+        If an option is out of range, text and `window` do not fit, the vocabularies differ, or
+        `work_dir` belongs to other arguments.
 
     References
     ----------

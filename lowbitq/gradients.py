@@ -185,7 +185,7 @@ def linear_sink(
     bias: Array | None = None,
     *,
     fusion: Array | None = None,
-    adapter: tuple[Array, Array] | None = None,
+    adapter: tuple[Array | None, Array | None] | None = None,
     more: Sequence[tuple[Array | None, Array | None]] = (),
 ) -> Any:
     """Make the handle of arrays to which the gradients of one layer are added.

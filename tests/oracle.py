@@ -352,18 +352,22 @@ def decoder(network, tokens):
     """Logits of a network in float64, straight from the formulas.
 
     `network` has embedding, final_norm, head, frequency, heads, kv_heads, epsilon and blocks, each
-    a dict of norms (arrays or None), linear layers (weight, bias or None) and scales.
+    a dict of norms (arrays or None), linear layers (weight, bias or None; or functions) and scales;
+    perhaps the matrix that rotates the residual stream.
     """
     heads, kv_heads, epsilon = network["heads"], network["kv_heads"], network["epsilon"]
+    turn = network.get("rotation", np.eye(network["embedding"].shape[1]))
 
     def linear(layer, x):
+        if callable(layer):
+            return layer(x)
         weight, bias = layer
         return x @ weight.astype(float).T + (0 if bias is None else bias)
 
     def normed(x, gain):
         return rmsnorm(x, gain, epsilon)[0]
 
-    x = network["embedding"].astype(float)[tokens]
+    x = network["embedding"].astype(float)[tokens] @ turn.T
     for block in network["blocks"]:
         n = normed(x, block["attention_norm"])
         q, k, v = (linear(block[p], n) for p in ("q_proj", "k_proj", "v_proj"))
@@ -377,7 +381,7 @@ def decoder(network, tokens):
         inner = swiglu(linear(block["gate_proj"], n), linear(block["up_proj"], n))[0]
         x = x + block.get("mlp_scale", 1.0) * linear(block["down_proj"], inner)
     head = network["embedding"] if network["head"] is None else network["head"]
-    return normed(x, network["final_norm"]) @ head.astype(float).T
+    return normed(x @ turn, network["final_norm"]) @ head.astype(float).T
 
 
 def gram(cols, seed, decay=1.0):

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from random_model import random_tokens
-from student_models import TEXT, content, pair
+from student_models import TEXT, content, pair, with_copies
 
 import lowbitq as lq
 from lowbitq.distillation import AdamW, cosine, distill
 from lowbitq.losses import Loss
 from lowbitq.models.loading import load
-from lowbitq.students import KINDS, Parameter, Student
+from lowbitq.student_layers import Parameter
+from lowbitq.students import KINDS, Student
 
 # Windows of text like that of calibration; the last four are held back.
 WINDOWS = random_tokens(20 * 48, seed=9).reshape(20, 48)
@@ -44,20 +45,25 @@ def assert_same(one, two):
     assert validations(one) == validations(two)
 
 
-# Which stored parts a kind may change. Rows go into scales and offsets.
-TOUCHES = dict.fromkeys(("scale", "offset", "level", "row"), "grid") | {
-    kind: kind for kind in ("norm", "bias", "adapter")
-}
+# Which stored parts a kind changes. Rows go into scales and offsets; columns are rows of another
+# layer, with its bias and adapter.
+TOUCHES = {kind: {"grid"} for kind in ("scale", "offset", "level", "row")}
+TOUCHES |= {kind: {kind} for kind in ("norm", "bias", "adapter")}
+TOUCHES |= {"fusion": {"grid", "weight"}, "column": {"grid", "bias", "adapter"}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_learns_alone(kind):
-    small, teacher = pair("kmeans2g32 a32" if kind == "level" else "int2g32 a32 + rank2")
+    format = "kmeans2g32 a32" if kind == "level" else "int2g32 a32 + rank2"
+    small, teacher = pair(format, **{"rotation": "none"} if kind == "column" else {})
+    if kind == "fusion":
+        small = with_copies(small)
     before = content(small)
     learned = distill(small, teacher, WINDOWS, learn=[kind], rates=FAST, **QUICK)
-    assert improvement(learned) < (1 if kind == "level" else 0.97)
+    few = {"level", "fusion", "column"}  # parameters
+    assert improvement(learned) < (1 if kind in few else 0.97)
     changed = {part for part, now in content(learned).items() if now != before[part]}
-    assert changed == {TOUCHES[kind]}
+    assert changed == TOUCHES[kind]
     assert held_back_kl(learned, teacher) < held_back_kl(small, teacher)
     assert content(small) == before, "the given model has changed"
 

@@ -111,6 +111,13 @@ def copy_dense(
     fusion: NDArray[np.float32] | None,
     /,
 ) -> Any: ...
+def copy_rounding(
+    packed: Any,
+    weight: NDArray[np.float32],
+    fusion: NDArray[np.float32] | None,
+    values: NDArray[np.float32],
+    /,
+) -> Any: ...
 def copy_packed(
     code: Any,
     panels: NDArray[np.uint8],
@@ -409,7 +416,10 @@ def attention_backward(
     /,
 ) -> None: ...
 def copy_gradient(
-    dense: NDArray[np.float32] | None, fusion: NDArray[np.float32] | None, /
+    dense: NDArray[np.float32] | None,
+    fusion: NDArray[np.float32] | None,
+    rounding: NDArray[np.float32] | None,
+    /,
 ) -> Any: ...
 def linear_gradient(
     copies: tuple[Any, ...],

@@ -185,8 +185,9 @@ def linear_sink(
     bias: Array | None = None,
     *,
     fusion: Array | None = None,
+    rounding: Array | None = None,
     adapter: tuple[Array | None, Array | None] | None = None,
-    more: Sequence[tuple[Array | None, Array | None]] = (),
+    more: Sequence[tuple[Array | None, Array | None, Array | None]] = (),
 ) -> Any:
     """Make the handle of arrays to which the gradients of one layer are added.
 
@@ -197,12 +198,14 @@ def linear_sink(
     bias : ndarray of shape (rows,), float32, or None
     fusion : ndarray of shape (rows,), float32, or None
         Of the first copy's fusion weights.
+    rounding : ndarray of shape (3,), float32, or None
+        Of how the first copy rounds its input: clip, scale and zero.
     adapter : (ndarray of shape (rows, rank), ndarray of shape (cols, rank)), float32, or None
         Of U and V.
-    more : sequence of (weight, fusion)
+    more : sequence of (weight, fusion, rounding)
         Of further copies.
     """
-    copies = tuple(_core.copy_gradient(*copy) for copy in [(weight, fusion), *more])
+    copies = tuple(_core.copy_gradient(*copy) for copy in [(weight, fusion, rounding), *more])
     return _core.linear_gradient(copies, bias, *(adapter or (None, None)))
 
 

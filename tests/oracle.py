@@ -149,6 +149,28 @@ def quantize_activations(x, step, limit):
     return q, np.hstack(scales)
 
 
+def fake_quantize(x, clip, scale, zero, *, bits, step, rounding=None):
+    """Rows of x rounded as csrc/linear/fake.h says, in float64, and what its way back holds fixed.
+
+    `rounding`, an earlier second result: errors of rounding, codes, and what is clipped.
+    """
+    limit = (1 << (bits - 1)) - 1
+    if np.isnan(zero):
+        zero = (x.max(1, keepdims=True) + x.min(1, keepdims=True)) / 2
+    y, held = np.empty_like(x), []
+    for i, begin in enumerate(range(0, x.shape[1], step)):
+        columns = slice(begin, begin + step)
+        part = x[:, columns] - zero
+        s = scale or clip * abs(part).max(1, keepdims=True) / limit
+        if rounding is None:
+            v = part / s
+            code = np.rint(np.clip(v, -limit, limit))
+            held.append((code - v, code, abs(v) >= limit * (1 - 2.0**-20)))
+        error, code, clipped = held[i] if rounding is None else rounding[i]
+        y[:, columns] = np.where(clipped, s * code + zero, x[:, columns] + s * error)
+    return y, rounding or held
+
+
 def byte_levels(levels):
     """Base, step and integers with level ~ base + step * integer; 1 to 255, or 0 and 1 exactly."""
     levels = levels.astype(float)

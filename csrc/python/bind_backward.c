@@ -109,15 +109,16 @@ LBQ_BINDING(attention_backward)
 
 typedef struct {
     ptrdiff_t rows, cols;
-    float *dense, *weight;
+    float *dense, *weight, *fake;
 } copy_gradient;
 
 LBQ_BINDING(copy_gradient)
 {
-    lbq_array dense, fusion;
+    lbq_array dense, fusion, rounding;
     const lbq_arg spec[] = {
         LBQ_OUT_OR_NONE("dense", &dense, NPY_FLOAT32, "rk"),
         LBQ_OUT_OR_NONE("fusion", &fusion, NPY_FLOAT32, "r"),
+        LBQ_OUT_OR_NONE("rounding", &rounding, NPY_FLOAT32, "3"),
     };
     LBQ_PARSE("copy_gradient", spec);
     copy_gradient *made;
@@ -129,6 +130,7 @@ LBQ_BINDING(copy_gradient)
         .cols = dense.dims[1],
         .dense = dense.data,
         .weight = fusion.data,
+        .fake = rounding.data,
     };
     return lbq_handle_new(COPY_GRADIENT, made, args);
 }
@@ -163,6 +165,7 @@ join(const lbq_handles *copies, const lbq_array *bias, const lbq_array *U, const
         gradient->cols = common(gradient->cols, copy->cols);
         gradient->dense[i] = copy->dense;
         gradient->weight[i] = copy->weight;
+        gradient->fake[i] = copy->fake;
     }
     LBQ_REQUIRE(gradient->rows >= 0 && gradient->cols >= 0 && gradient->rank >= 0,
                 LBQ_BAD_SHAPE,
@@ -418,8 +421,9 @@ PyMethodDef lbq_methods_backward[] = {
                "attention_backward(q, k, v, g, dq, dk, dv, /)\n--\n\n"
                "Gradients of causal attention over a window of its own, for g = dL/do."),
     LBQ_METHOD(copy_gradient,
-               "copy_gradient(dense, fusion, /)\n--\n\n"
-               "Handle of the arrays to which gradients of a copy's weights are added."),
+               "copy_gradient(dense, fusion, rounding, /)\n--\n\n"
+               "Handle of the arrays to which gradients of a copy's weights are added, and of the "
+               "values of copy_rounding."),
     LBQ_METHOD(linear_gradient,
                "linear_gradient(copies, bias, U, V, /)\n--\n\n"
                "Handle of the arrays to which gradients of a layer's parts are added."),

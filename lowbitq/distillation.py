@@ -27,7 +27,7 @@ from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.stored import LayerWriter
 from lowbitq.models.tokens import check_count
-from lowbitq.student_layers import Parameter
+from lowbitq.parameters import Parameter
 from lowbitq.students import KINDS, Student
 from lowbitq.texts import Text, check_positions, tokenize
 from lowbitq.version import __version__
@@ -47,6 +47,7 @@ RATES = {
     "column": 2e-3,
     "bias": 1e-3,
     "adapter": 1e-3,
+    "activation": 5e-3,
 }
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import replace
 from functools import reduce
 from typing import Any
 
@@ -16,40 +16,14 @@ from numpy.typing import NDArray
 from lowbitq import _core
 from lowbitq.gradients import linear_sink
 from lowbitq.linears import Copy, QuantizedLinear
+from lowbitq.parameters import Parameter
+from lowbitq.student_inputs import StudentInput, reading
 from lowbitq.tensors import QuantizedTensor, code_of
 
 Array = NDArray[np.float32]
 
 _OF_WEIGHTS = {"scale", "offset", "level"}  # which need dL/dW
 _OF_OUTPUTS = {"row", "fusion", "column"}  # which are factors of a copy's outputs
-
-
-@dataclass(eq=False)
-class Parameter:
-    """An array that training changes in place.
-
-    Attributes
-    ----------
-    name, kind : str
-        Such as ``"model.layers.3.mlp.up_proj.scale"`` and ``"scale"``.
-    value, gradient, start : ndarray of one shape, float32
-        `start` is the value before training.
-    """
-
-    name: str
-    kind: str
-    value: Array
-    gradient: Array = field(init=False)
-    start: Array = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.gradient = np.zeros_like(self.value)
-        self.start = self.value.copy()
-
-    @property
-    def changed(self) -> bool:
-        """Whether the value is not that before training."""
-        return not np.array_equal(self.value, self.start)
 
 
 class StudentTensor:
@@ -60,6 +34,8 @@ class StudentTensor:
     name : str
         Of the first copy that has the tensor.
     tensor : QuantizedTensor
+    in_bytes : bool
+        Whether levels of a table are rounded to bytes, as products with integers have them.
 
     Attributes
     ----------
@@ -71,8 +47,8 @@ class StudentTensor:
         By kind; only what the format has.
     """
 
-    def __init__(self, name: str, tensor: QuantizedTensor) -> None:
-        self.tensor, self.copies = tensor, 0
+    def __init__(self, name: str, tensor: QuantizedTensor, *, in_bytes: bool = False) -> None:
+        self.tensor, self.copies, self._in_bytes = tensor, 0, in_bytes
         self.weight = tensor.dequantize()
         format = tensor.format
         self._scale = tensor.scale
@@ -87,14 +63,16 @@ class StudentTensor:
         self.parameters = {
             kind: Parameter(f"{name}.{kind}", kind, start) for kind, start in starts.items()
         }
-        levels = tensor.levels if self._levels is None else self._levels
-        self._code = code_of(format, levels, tensor.unit, tensor.zero)  # reads them in place
+        self._seen = None if tensor.levels is None else self._as_seen(tensor.levels)
+        self._code = code_of(format, self._seen, tensor.unit, tensor.zero)  # reads them in place
 
     def compose(self) -> None:
         """Write the weights as the parameters have them now."""
         if self._levels is not None and self.tensor.levels is not None:
             start = self.tensor.levels
             self._levels[:] = start + start.std() * self.parameters["level"].value
+            assert self._seen is not None
+            self._seen[:] = self._as_seen(self._levels)
         self._call("compose", *self._grids(), self.weight)
 
     def pull(self, kinds: set[str], weight: Array) -> None:
@@ -130,6 +108,13 @@ class StudentTensor:
             scale, offset = scale * row[:, None], None if offset is None else offset * row[:, None]
         return _stored(self.tensor, scale, offset, self._levels)
 
+    def _as_seen(self, levels: Array) -> Array:
+        """Levels as products have them; `lbq_byte_levels` in csrc/codes has the rule for bytes."""
+        step = abs(levels).max() / np.float32(127)
+        if not self._in_bytes or len(levels) == 2 or step == 0:
+            return levels.copy()
+        return np.asarray(np.rint(levels / step) * step)
+
     def _grids(self) -> tuple[Array, Array | None]:
         scale = self._scale * self.parameters["scale"].value
         if self._offset is None:
@@ -150,6 +135,8 @@ class StudentCopy:
     copy : Copy
     tensor : StudentTensor
         Of the copy's tensor.
+    input : StudentInput or None
+        How it rounds its input; None: it does not.
     fused : bool
         Whether the layer has several copies, whose weights learn.
 
@@ -163,8 +150,16 @@ class StudentCopy:
         For `_core.linear`.
     """
 
-    def __init__(self, name: str, copy: Copy, tensor: StudentTensor, *, fused: bool) -> None:
-        self.copy, self.tensor = copy, tensor
+    def __init__(
+        self,
+        name: str,
+        copy: Copy,
+        tensor: StudentTensor,
+        input: StudentInput | None,
+        *,
+        fused: bool,
+    ) -> None:
+        self.copy, self.tensor, self.input = copy, tensor, input
         tensor.copies += 1
         ones = np.ones(copy.tensor.rows, np.float32)
         self.parameters = {"row": Parameter(f"{name}.row", "row", ones.copy())}
@@ -173,12 +168,18 @@ class StudentCopy:
             self.parameters["fusion"] = Parameter(f"{name}.fusion", "fusion", start)
         self._start = ones if copy.weight is None else copy.weight
         self._factor, self.gradient = self._start.copy(), np.zeros_like(self._start)
-        R, P = (None if r is None else r.handle for r in (copy.rotation, copy.output_rotation))
-        self.handle = _core.copy_dense(tensor.weight, R, P, self._factor)
+        if input is not None:
+            parts = tensor.weight, self._factor, input.values
+            self.handle = _core.copy_rounding(copy.handle, *parts)
+        else:
+            R, P = (None if r is None else r.handle for r in (copy.rotation, copy.output_rotation))
+            self.handle = _core.copy_dense(tensor.weight, R, P, self._factor)
 
     def compose(self, output: Array) -> None:
         """Write the factors as the parameters have them now; `output` is one of the whole layer."""
         self._factor[:] = self._start * self._own() * output
+        if self.input is not None:
+            self.input.compose()
 
     def pull(self, kinds: set[str], output: Array) -> Array:
         """Add to the gradients of the factors; return the gradient of `output`."""
@@ -191,6 +192,8 @@ class StudentCopy:
         if "fusion" in kinds and fusion is not None:
             by_fusion = by_own * row.value
             fusion.gradient += by_fusion if len(fusion.value) > 1 else by_fusion.sum()
+        if self.input is not None:
+            self.input.pull()
         return by_output
 
     def finish(self, output: Array | None, shared: dict[int, QuantizedTensor]) -> Copy:
@@ -217,10 +220,11 @@ class StudentCopy:
         if weight is not None and weight is not self.copy.weight:
             weight = half(weight)
         if self.tensor.copies == 1:
-            return replace(self.copy, tensor=self.tensor.finish(factor), weight=weight)
-        if id(self.tensor) not in shared:
-            shared[id(self.tensor)] = self.tensor.finish(None)
-        return replace(self.copy, tensor=shared[id(self.tensor)], weight=weight)
+            tensor = self.tensor.finish(factor)
+        else:
+            tensor = shared.setdefault(id(self.tensor), self.tensor.finish(None))
+        activation = self.copy.activation if self.input is None else self.input.finish()
+        return replace(self.copy, tensor=tensor, weight=weight, activation=activation)
 
     def _takes(self, factor: Array) -> bool:
         """Whether the scales can take a factor of the outputs."""
@@ -263,11 +267,14 @@ class StudentLayer:
     feeds : str or None, default=None
         Name of the layer whose inputs are this one's outputs but for what commutes with factors of
         them, so that such factors are factors of its columns.
+    inputs : dict of Hashable to StudentInput, or None, default=None
+        How the copies that have this layer's input round it, so far; new ones are added. None:
+        inputs are not rounded.
 
     Attributes
     ----------
     parameters : list of Parameter
-        What the layer has; a tensor's are those of the first layer that has it.
+        What the layer has; those of a tensor or an input are the first layer's that has it.
     tensors : list of StudentTensor
         Of its copies, each once.
     """
@@ -278,6 +285,7 @@ class StudentLayer:
         linear: QuantizedLinear,
         tensors: dict[int, StudentTensor],
         feeds: str | None = None,
+        inputs: dict[Hashable, StudentInput] | None = None,
     ) -> None:
         self.linear = linear
         self.parameters: list[Parameter] = []
@@ -286,13 +294,20 @@ class StudentLayer:
         fused = len(linear.copies) > 1
         for index, copy in enumerate(linear.copies):
             part = f"{name}.copies.{index}" if fused else name
+            input = None
+            if inputs is not None and copy.activation.bits is not None:
+                if reading(copy) not in inputs:
+                    inputs[reading(copy)] = StudentInput(part, copy.activation)
+                    self.parameters += inputs[reading(copy)].parameters
+                input = inputs[reading(copy)]
             if id(copy.tensor) not in tensors:
-                tensors[id(copy.tensor)] = StudentTensor(part, copy.tensor)
+                in_bytes = input is not None
+                tensors[id(copy.tensor)] = StudentTensor(part, copy.tensor, in_bytes=in_bytes)
                 self.parameters += tensors[id(copy.tensor)].parameters.values()
             tensor = tensors[id(copy.tensor)]
             if tensor not in self.tensors:
                 self.tensors.append(tensor)
-            self._copies.append(StudentCopy(part, copy, tensor, fused=fused))
+            self._copies.append(StudentCopy(part, copy, tensor, input, fused=fused))
             self.parameters += self._copies[-1].parameters.values()
         self._column: Parameter | None = None
         if feeds is not None:
@@ -345,6 +360,7 @@ class StudentLayer:
                 if _OF_WEIGHTS & kinds & set(copy.tensor.parameters)
                 else None,
                 copy.gradient if _OF_OUTPUTS & wanted else None,
+                None if copy.input is None else copy.input.gradient,
             )
             for copy in self._copies
         ]
@@ -353,8 +369,10 @@ class StudentLayer:
             bias = self._bias.gradient
         if self._U is not None and self._V is not None and {"adapter", "column"} & wanted:
             adapter = self._U.gradient, self._V.gradient if "adapter" in wanted else None
-        (weight, fusion), *more = copies
-        return linear_sink(weight, bias, fusion=fusion, adapter=adapter, more=more)
+        (weight, fusion, rounding), *more = copies
+        return linear_sink(
+            weight, bias, fusion=fusion, rounding=rounding, adapter=adapter, more=more
+        )
 
     def compose(self) -> None:
         """Write the layer's arrays as the parameters have them now."""

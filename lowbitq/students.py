@@ -13,6 +13,12 @@ learning rate serves all of a kind:
     column   g in  W diag(g)                       1, of o and down
     bias     d in  bias = bias_0 + d               0
     adapter  U, V in  y = W x + U V^T x            what the model has
+    activation  p in  scale = scale_0 p            1, of rounded inputs: a scale that is given
+                p in  clip = clip_0 p              1, or else the clip, of at most 1
+                r in  zero = zero_0 + range r      0, and the zero point, if there is one
+
+Inputs are rounded in training only if this last kind learns; copies that round a common input alike
+share it, so that the model still rounds it once.
 
 Each copy of a layer has its own, but copies of one tensor share its scales, offsets and levels. The
 factors of a copy's outputs go into its scales; where these cannot take them, because other copies
@@ -37,7 +43,7 @@ M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large L
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,12 +56,25 @@ from lowbitq.linears import QuantizedLinear
 from lowbitq.models.decoder import Block, Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.slots import NORMS, OUTER, SLOTS, Slot, name_in_block
-from lowbitq.student_layers import Parameter, StudentLayer, StudentTensor, half
+from lowbitq.parameters import Parameter
+from lowbitq.student_inputs import StudentInput
+from lowbitq.student_layers import StudentLayer, StudentTensor, half
 from lowbitq.tensors import QuantizedTensor
 
 Array = NDArray[np.float32]
 
-KINDS = ("scale", "offset", "level", "norm", "row", "fusion", "column", "bias", "adapter")
+KINDS = (
+    "scale",
+    "offset",
+    "level",
+    "norm",
+    "row",
+    "fusion",
+    "column",
+    "bias",
+    "adapter",
+    "activation",
+)
 
 # Layers whose inputs are sums and products of another layer's outputs with what does not depend on
 # them: attention averages values, the gate multiplies.
@@ -108,6 +127,7 @@ class Student:
         self._quantized = quantized
         self._layers: dict[int, StudentLayer] = {}
         self._tensors: dict[int, StudentTensor] = {}
+        self._inputs: dict[tuple[int, str], dict[Hashable, StudentInput]] = {}
         self._gains: list[_Gain] = []
         self.parameters: list[Parameter] = []
         self._buffers: dict[tuple[str, int], Array] = {}
@@ -158,8 +178,10 @@ class Student:
             if not isinstance(linear, QuantizedLinear):
                 raise ValueError(f"{name} is a {type(linear).__name__}, expected a quantized layer")
             if id(linear) not in self._layers:
-                feeds = _fed_by(index, block, slot)
-                self._layers[id(linear)] = StudentLayer(name, linear, self._tensors, feeds)
+                feeds, inputs = _fed_by(index, block, slot), None
+                if "activation" in self._kinds:
+                    inputs = self._inputs.setdefault((index, slot.tap), {})
+                self._layers[id(linear)] = StudentLayer(name, linear, self._tensors, feeds, inputs)
             layer = self._layers[id(linear)]
             linears[slot.name] = layer
             sinks[slot.name] = layer.sink(self._kinds, self._buffers_of(slot.name, layer))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 from random_model import random_model, random_tokens
 
 from lowbitq.compression import compress
-from lowbitq.linears import Copy, Linear
+from lowbitq.linears import Activation, Copy, Linear
+from lowbitq.models.slots import SLOTS
 from lowbitq.quantizers import quantize
 from lowbitq.rotations import Rotation
 
@@ -87,6 +89,22 @@ def _copies(copy, kind):
     )
 
 
+def with_activations(small, bits):
+    """The model with a quantizer of another kind at each input of a block."""
+    small = small.copy()
+    ways = {
+        "qkv": Activation(bits, clip=0.8),
+        "o": Activation(bits, scale=6 / (1 << bits)),
+        "mlp": Activation(bits, clip=0.9, zero=0.1),
+        "down": Activation(bits, scale=2 / (1 << bits), zero=-0.2),
+    }
+    for name, linear in small.linears():
+        [slot] = (slot for slot in SLOTS if name.endswith(slot.name))
+        copies = tuple(replace(copy, activation=ways[slot.tap]) for copy in linear.copies)
+        small.replace_linear(name, linear.replace(copies=copies))
+    return small
+
+
 def tensors_of(model):
     """The packed tensors of a model's blocks, each once."""
     layers = [linear for _, linear in model.linears()]
@@ -95,7 +113,8 @@ def tensors_of(model):
 
 def content(model):
     """Bytes of everything a quantized model stores, by kind."""
-    found = {kind: [] for kind in ("codes", "grid", "weight", "norm", "bias", "adapter")}
+    kinds = ("codes", "grid", "weight", "norm", "bias", "adapter", "activation")
+    found = {kind: [] for kind in kinds}
     found["norm"].append(model.final_norm)
     for block in model.blocks:
         found["norm"] += [gain for gain in block.norms if gain is not None]
@@ -104,6 +123,7 @@ def content(model):
                 found["codes"].append(copy.tensor.codes)
                 parts = [copy.tensor.scale, copy.tensor.offset, copy.tensor.levels]
                 found["grid"] += [part for part in parts if part is not None]
+                found["activation"].append(np.array(repr(copy.activation)))
                 found["weight"] += [] if copy.weight is None else [copy.weight]
             found["bias"] += [] if linear.bias is None else [linear.bias]
             found["adapter"] += linear.adapter or ()

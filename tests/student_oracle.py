@@ -7,6 +7,7 @@ import oracle
 
 from lowbitq.linears import QuantizedLinear
 from lowbitq.models.slots import NORMS, OUTER, SLOTS, name_in_block
+from lowbitq.student_inputs import reading
 
 FEEDS = {"v_proj": "o_proj", "up_proj": "down_proj"}
 
@@ -28,6 +29,13 @@ class StudentOracle:
         self.layers = {
             name: LayerOracle(name, linear, self.value) for name, linear in small.linears()
         }
+        first = {}  # copy that reads an input in a way
+        for layer in self.layers.values():
+            tap = next(slot.tap for slot in SLOTS if layer.name.endswith(slot.name))
+            layer.inputs = [
+                first.setdefault((layer.name.split(".")[2], tap, reading(copy)), part)
+                for part, copy in zip(layer.parts, layer.linear.copies, strict=True)
+            ]
         self.teacher = plain_network(teacher, {})
         self._teacher = {}
 
@@ -78,7 +86,8 @@ class LayerOracle:
 
     def __init__(self, name, linear, value):
         self.name, self.linear, self.value = name, linear, value
-        self.column = ""
+        self.column, self.inputs = "", []
+        self.held = {}  # roundings of the first call, which derivatives take as constant
         several = len(linear.copies) > 1
         self.parts = [f"{name}.copies.{i}" if several else name for i in range(len(linear.copies))]
         tensors = [copy.tensor for copy in linear.copies]
@@ -96,7 +105,11 @@ class LayerOracle:
         deviation = self.value(f"{part}.level", None)
         if deviation is not None:
             start = tensor.levels.astype(float)
-            level = (start + start.std() * deviation)[tensor.codes]
+            table = start + start.std() * deviation
+            if self.rounds:
+                step = abs(table).max() / 127
+                table += self.held.setdefault(part, np.rint(table / step) * step - table)
+            level = table[tensor.codes]
         else:
             level = tensor.dequantize().astype(float)
             if tensor.format.has_offsets:
@@ -107,10 +120,40 @@ class LayerOracle:
             found += wide(offset + scale * self.value(f"{part}.offset", 0))
         return found
 
+    @property
+    def rounds(self):
+        """Whether inputs are rounded, as they are where their parameters learn."""
+        values = [
+            self.value(f"{name}.activation.{key}", None)
+            for name in self.inputs
+            for key in ("clip", "scale")
+        ]
+        return any(value is not None for value in values)
+
+    def rounded(self, x, part, name, copy):
+        """The input of a copy whose activation's parameters are called `name`."""
+        how = copy.activation
+        clip, scale = (
+            start and start * float(self.value(f"{name}.activation.{key}", np.ones(1))[0])
+            for key, start in (("clip", how.clip), ("scale", how.scale))
+        )
+        limit = (1 << (how.bits - 1)) - 1
+        unit = limit * how.scale if how.scale else abs(how.zero)
+        zero = how.zero + unit * float(self.value(f"{name}.activation.zero", np.zeros(1))[0])
+        rounding = {"bits": how.bits, "step": copy.tensor.format.group or 64}
+        y, held = oracle.fake_quantize(
+            x, clip, scale, zero, **rounding, rounding=self.held.get(f"{part}.x")
+        )
+        self.held[f"{part}.x"] = held
+        return y
+
     def __call__(self, x):
         y = 0
-        for part, first, copy in zip(self.parts, self.first, self.linear.copies, strict=True):
+        names = zip(self.parts, self.first, self.inputs, self.linear.copies, strict=True)
+        for part, first, name, copy in names:
             seen = x if copy.rotation is None else x @ copy.rotation.matrix().astype(float).T
+            if self.rounds:
+                seen = self.rounded(seen, part, name, copy)
             z = seen @ self.matrix(first, copy.tensor).T
             if copy.output_rotation is not None:
                 z = z @ copy.output_rotation.matrix().astype(float)

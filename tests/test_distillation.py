@@ -14,7 +14,7 @@ import lowbitq as lq
 from lowbitq.distillation import AdamW, cosine, distill
 from lowbitq.losses import Loss
 from lowbitq.models.loading import load
-from lowbitq.student_layers import Parameter
+from lowbitq.parameters import Parameter
 from lowbitq.students import KINDS, Student
 
 # Windows of text like that of calibration; the last four are held back.
@@ -48,19 +48,20 @@ def assert_same(one, two):
 # Which stored parts a kind changes. Rows go into scales and offsets; columns are rows of another
 # layer, with its bias and adapter.
 TOUCHES = {kind: {"grid"} for kind in ("scale", "offset", "level", "row")}
-TOUCHES |= {kind: {kind} for kind in ("norm", "bias", "adapter")}
+TOUCHES |= {kind: {kind} for kind in ("norm", "bias", "adapter", "activation")}
 TOUCHES |= {"fusion": {"grid", "weight"}, "column": {"grid", "bias", "adapter"}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_learns_alone(kind):
-    format = "kmeans2g32 a32" if kind == "level" else "int2g32 a32 + rank2"
+    formats = {"level": "kmeans2g32 a32", "activation": "int4g32 a4"}
+    format = formats.get(kind, "int2g32 a32 + rank2")
     small, teacher = pair(format, **{"rotation": "none"} if kind == "column" else {})
     if kind == "fusion":
         small = with_copies(small)
     before = content(small)
     learned = distill(small, teacher, WINDOWS, learn=[kind], rates=FAST, **QUICK)
-    few = {"level", "fusion", "column"}  # parameters
+    few = {"level", "fusion", "column", "activation"}  # parameters
     assert improvement(learned) < (1 if kind in few else 0.97)
     changed = {part for part, now in content(learned).items() if now != before[part]}
     assert changed == TOUCHES[kind]

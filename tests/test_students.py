@@ -7,7 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from random_model import random_tokens
-from student_models import content, pair, tensors_of, with_copies, with_head_norms
+from student_models import (
+    content,
+    pair,
+    tensors_of,
+    with_activations,
+    with_copies,
+    with_head_norms,
+)
 from student_oracle import StudentOracle
 
 from lowbitq import _core
@@ -116,12 +123,12 @@ def moved(student, size=0.1):
         p.value += rng.uniform(-size, size, p.value.shape).astype(np.float32)
 
 
-def check_gradients(student, small, teacher):
+def check_gradients(student, small, teacher, tokens=TOKENS):
     """Compare with differences of the float64 loss, along the gradient and a random direction."""
-    backward(student, teacher)
+    backward(student, teacher, [tokens])
     exact = StudentOracle(small, student, teacher)
-    logits = exact.logits(TOKENS)
-    assert abs(student.model.logits(TOKENS) - logits).max() < 1e-4 * abs(logits).max()
+    logits = exact.logits(tokens)
+    assert abs(student.model.logits(tokens) - logits).max() < 1e-4 * abs(logits).max()
     rng = np.random.default_rng(1)
     for p in student.parameters:
         size = np.linalg.norm(p.gradient)
@@ -131,7 +138,7 @@ def check_gradients(student, small, teacher):
             rng.standard_normal(p.value.shape) / p.value.size**0.5,
         ):
             found = (p.gradient * direction).sum(dtype=float)
-            expected = exact.slope(p.name, direction, TOKENS)
+            expected = exact.slope(p.name, direction, tokens)
             assert abs(found - expected) <= 1e-3 * size, (p.name, found, expected)
 
 
@@ -141,7 +148,7 @@ def test_gradients_are_those_of_central_differences(format):
     student = Student(small, KINDS)
     moved(student)
     kinds = {p.kind for p in student.parameters}
-    assert kinds >= set(KINDS) - {"offset", "level", "fusion"}
+    assert kinds >= set(KINDS) - {"offset", "level", "fusion", "activation"}
     assert ("level" in kinds) == format.startswith("kmeans")
     check_gradients(student, small, teacher)
 
@@ -158,6 +165,61 @@ def test_gradients_of_several_copies(format, options):
     assert "model.layers.0.self_attn.q_proj.copies.1.scale" in names
     assert "model.layers.0.self_attn.k_proj.copies.1.scale" not in names, "the tensor is shared"
     check_gradients(student, small, teacher)
+
+
+@pytest.mark.parametrize("format", ["int3g32", "kmeans2g32", "int4tensor"])
+def test_gradients_of_rounded_inputs(format):
+    """Few tokens and 4 bits, so that no input lies between two levels to a float32's precision."""
+    small, teacher = pair(f"{format} + rank2", layers=1)
+    small = with_copies(with_activations(small, 4))
+    student = Student(small, KINDS)
+    moved(student, 0.05)
+    names = [p.name.removeprefix("model.layers.0.") for p in student.parameters]
+    assert [name for name in names if ".activation." in name] == [
+        "self_attn.q_proj.copies.0.activation.clip",
+        "self_attn.o_proj.copies.0.activation.scale",
+        "self_attn.o_proj.copies.2.activation.scale",  # of turned inputs
+        "mlp.gate_proj.activation.clip",
+        "mlp.gate_proj.activation.zero",
+        "mlp.down_proj.activation.scale",
+        "mlp.down_proj.activation.zero",
+    ]
+    check_gradients(student, small, teacher, TOKENS[:12])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("format", FORMATS)
+def test_inputs_are_rounded_as_the_packed_model_does(format, bits):
+    small = with_activations(pair(f"{format} + rank2", layers=1)[0], bits)
+    student = Student(small, ["activation"])
+    moved(student, 0.2)
+    student.compose()
+    finished = student.finish()
+    for (name, layer), (_, linear) in zip(student.model.linears(), finished.linears(), strict=True):
+        x = np.random.default_rng(0).standard_normal((30, layer.shape[1]), np.float32)
+        y = np.empty((30, layer.shape[0]), np.float32)
+        _core.linear_forward(layer.handle, x, y)
+        packed = linear.forward(x)
+        # Zero points meet sums of exact levels of a table there, here of levels in bytes.
+        close = 1e-2 if linear.tensor.format.has_levels and "mlp" in name else 1e-5
+        assert abs(y - packed).max() <= close * abs(packed).max(), name
+        assert linear.copies[0].activation != dict(small.linears())[name].copies[0].activation
+    heads = [finished.blocks[0].linears[name].handle for name in ("q_proj", "k_proj", "v_proj")]
+    assert _core.linears_inputs(tuple(heads)) == 1, "a common input is still rounded once"
+
+
+def test_clips_stay_in_their_range():
+    small, teacher = pair("int4g32 a4", layers=1)
+    student = Student(small, ["activation"])
+    for value, clip in ((5, 1), (-3, 0.001)):
+        for p in student.parameters:
+            p.value[:] = value
+        student.compose()
+        clips = [linear.copies[0].activation.clip for _, linear in student.finish().linears()]
+        assert clips == pytest.approx([clip] * len(clips))
+        backward(student, teacher)
+    with pytest.raises(ValueError, match="learn is activation, but the model has no such"):
+        Student(pair("int4g32 a32", layers=1)[0], ["activation"])
 
 
 def test_copies_that_have_not_changed_keep_their_bits():

@@ -112,9 +112,11 @@ def copy_dense(
     /,
 ) -> Any: ...
 def copy_rounding(
-    packed: Any,
     weight: NDArray[np.float32],
+    input: Any | None,
+    output: Any | None,
     fusion: NDArray[np.float32] | None,
+    packed: Any,
     values: NDArray[np.float32],
     /,
 ) -> Any: ...
@@ -419,6 +421,7 @@ def copy_gradient(
     dense: NDArray[np.float32] | None,
     fusion: NDArray[np.float32] | None,
     rounding: NDArray[np.float32] | None,
+    rotation: NDArray[np.float32] | None,
     /,
 ) -> Any: ...
 def linear_gradient(

@@ -48,6 +48,7 @@ RATES = {
     "bias": 1e-3,
     "adapter": 1e-3,
     "activation": 5e-3,
+    "rotation": 1e-4,
 }
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 

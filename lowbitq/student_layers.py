@@ -14,16 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.gradients import linear_sink
+from lowbitq.gradients import CopyGradient, linear_sink
 from lowbitq.linears import Copy, QuantizedLinear
 from lowbitq.parameters import Parameter
 from lowbitq.student_inputs import StudentInput, reading
+from lowbitq.student_rotations import StudentRotation
 from lowbitq.tensors import QuantizedTensor, code_of
 
 Array = NDArray[np.float32]
 
-_OF_WEIGHTS = {"scale", "offset", "level"}  # which need dL/dW
-_OF_OUTPUTS = {"row", "fusion", "column"}  # which are factors of a copy's outputs
+_OF_OUTPUTS = {"row", "fusion", "column"}  # factors of a copy's outputs
 
 
 class StudentTensor:
@@ -65,6 +65,10 @@ class StudentTensor:
         }
         self._seen = None if tensor.levels is None else self._as_seen(tensor.levels)
         self._code = code_of(format, self._seen, tensor.unit, tensor.zero)  # reads them in place
+
+    def learns(self, kinds: set[str]) -> bool:
+        """Whether a parameter is of one of these kinds, so that dL/dW is wanted."""
+        return not kinds.isdisjoint(self.parameters)
 
     def compose(self) -> None:
         """Write the weights as the parameters have them now."""
@@ -137,6 +141,8 @@ class StudentCopy:
         Of the copy's tensor.
     input : StudentInput or None
         How it rounds its input; None: it does not.
+    rotation : StudentRotation or None
+        How it rotates its input; None: as the copy does.
     fused : bool
         Whether the layer has several copies, whose weights learn.
 
@@ -156,10 +162,12 @@ class StudentCopy:
         copy: Copy,
         tensor: StudentTensor,
         input: StudentInput | None,
+        rotation: StudentRotation | None,
         *,
         fused: bool,
     ) -> None:
-        self.copy, self.tensor, self.input = copy, tensor, input
+        self.copy, self.tensor = copy, tensor
+        self.input, self.rotation = input, rotation
         tensor.copies += 1
         ones = np.ones(copy.tensor.rows, np.float32)
         self.parameters = {"row": Parameter(f"{name}.row", "row", ones.copy())}
@@ -168,18 +176,19 @@ class StudentCopy:
             self.parameters["fusion"] = Parameter(f"{name}.fusion", "fusion", start)
         self._start = ones if copy.weight is None else copy.weight
         self._factor, self.gradient = self._start.copy(), np.zeros_like(self._start)
-        if input is not None:
-            parts = tensor.weight, self._factor, input.values
-            self.handle = _core.copy_rounding(copy.handle, *parts)
+        R, P = (None if r is None else r.handle for r in (copy.rotation, copy.output_rotation))
+        parts = tensor.weight, R if rotation is None else rotation.handle, P, self._factor
+        if input is None:
+            self.handle = _core.copy_dense(*parts)
         else:
-            R, P = (None if r is None else r.handle for r in (copy.rotation, copy.output_rotation))
-            self.handle = _core.copy_dense(tensor.weight, R, P, self._factor)
+            self.handle = _core.copy_rounding(*parts, copy.handle, input.values)
 
     def compose(self, output: Array) -> None:
         """Write the factors as the parameters have them now; `output` is one of the whole layer."""
         self._factor[:] = self._start * self._own() * output
-        if self.input is not None:
-            self.input.compose()
+        for part in (self.input, self.rotation):
+            if part is not None:
+                part.compose()
 
     def pull(self, kinds: set[str], output: Array) -> Array:
         """Add to the gradients of the factors; return the gradient of `output`."""
@@ -192,8 +201,9 @@ class StudentCopy:
         if "fusion" in kinds and fusion is not None:
             by_fusion = by_own * row.value
             fusion.gradient += by_fusion if len(fusion.value) > 1 else by_fusion.sum()
-        if self.input is not None:
-            self.input.pull()
+        for part in (self.input, self.rotation):
+            if part is not None:
+                part.pull()
         return by_output
 
     def finish(self, output: Array | None, shared: dict[int, QuantizedTensor]) -> Copy:
@@ -223,8 +233,12 @@ class StudentCopy:
             tensor = self.tensor.finish(factor)
         else:
             tensor = shared.setdefault(id(self.tensor), self.tensor.finish(None))
-        activation = self.copy.activation if self.input is None else self.input.finish()
-        return replace(self.copy, tensor=tensor, weight=weight, activation=activation)
+        changes: dict[str, Any] = {"tensor": tensor, "weight": weight}
+        if self.input is not None:
+            changes["activation"] = self.input.finish()
+        if self.rotation is not None:
+            changes["rotation"] = self.rotation.finish()
+        return replace(self.copy, **changes)
 
     def _takes(self, factor: Array) -> bool:
         """Whether the scales can take a factor of the outputs."""
@@ -270,6 +284,8 @@ class StudentLayer:
     inputs : dict of Hashable to StudentInput, or None, default=None
         How the copies that have this layer's input round it, so far; new ones are added. None:
         inputs are not rounded.
+    rotations : dict of bytes to StudentRotation, or None, default=None
+        How they rotate it, likewise, by the bytes of dense matrices. None: as they do.
 
     Attributes
     ----------
@@ -286,6 +302,7 @@ class StudentLayer:
         tensors: dict[int, StudentTensor],
         feeds: str | None = None,
         inputs: dict[Hashable, StudentInput] | None = None,
+        rotations: dict[bytes, StudentRotation] | None = None,
     ) -> None:
         self.linear = linear
         self.parameters: list[Parameter] = []
@@ -294,20 +311,11 @@ class StudentLayer:
         fused = len(linear.copies) > 1
         for index, copy in enumerate(linear.copies):
             part = f"{name}.copies.{index}" if fused else name
-            input = None
-            if inputs is not None and copy.activation.bits is not None:
-                if reading(copy) not in inputs:
-                    inputs[reading(copy)] = StudentInput(part, copy.activation)
-                    self.parameters += inputs[reading(copy)].parameters
-                input = inputs[reading(copy)]
-            if id(copy.tensor) not in tensors:
-                in_bytes = input is not None
-                tensors[id(copy.tensor)] = StudentTensor(part, copy.tensor, in_bytes=in_bytes)
-                self.parameters += tensors[id(copy.tensor)].parameters.values()
-            tensor = tensors[id(copy.tensor)]
+            input, rotation = self._input(part, copy, inputs), self._rotation(part, copy, rotations)
+            tensor = self._tensor(part, copy, tensors, in_bytes=input is not None)
             if tensor not in self.tensors:
                 self.tensors.append(tensor)
-            self._copies.append(StudentCopy(part, copy, tensor, input, fused=fused))
+            self._copies.append(StudentCopy(part, copy, tensor, input, rotation, fused=fused))
             self.parameters += self._copies[-1].parameters.values()
         self._column: Parameter | None = None
         if feeds is not None:
@@ -326,6 +334,37 @@ class StudentLayer:
             None if self._U is None else self._U.value,
             None if self._V is None else self._V.value,
         )
+
+    def _tensor(
+        self, name: str, copy: Copy, known: dict[int, StudentTensor], *, in_bytes: bool
+    ) -> StudentTensor:
+        key = id(copy.tensor)
+        if key not in known:
+            known[key] = StudentTensor(name, copy.tensor, in_bytes=in_bytes)
+            self.parameters += known[key].parameters.values()
+        return known[key]
+
+    def _input(
+        self, name: str, copy: Copy, known: dict[Hashable, StudentInput] | None
+    ) -> StudentInput | None:
+        if known is None or copy.activation.bits is None:
+            return None
+        key = reading(copy)
+        if key not in known:
+            known[key] = StudentInput(name, copy.activation)
+            self.parameters += known[key].parameters
+        return known[key]
+
+    def _rotation(
+        self, name: str, copy: Copy, known: dict[bytes, StudentRotation] | None
+    ) -> StudentRotation | None:
+        if known is None or copy.rotation is None or copy.rotation.kind == "hadamard":
+            return None
+        key = copy.rotation.matrix().tobytes()
+        if key not in known:
+            known[key] = StudentRotation(name, copy.rotation)
+            self.parameters.append(known[key].parameter)
+        return known[key]
 
     def _add(self, name: str, value: Array) -> Parameter:
         kind = "adapter" if ".adapter." in name else name.rpartition(".")[2]
@@ -352,15 +391,17 @@ class StudentLayer:
 
         `weights` has a buffer for dL/dW of each of `tensors`.
         """
-        dense = dict(zip(map(id, self.tensors), weights, strict=True))
+        dense = {
+            tensor: weight if tensor.learns(kinds) else None
+            for tensor, weight in zip(self.tensors, weights, strict=True)
+        }
         wanted = {p.kind for p in self.parameters if p.kind in kinds}
         copies = [
-            (
-                dense[id(copy.tensor)]
-                if _OF_WEIGHTS & kinds & set(copy.tensor.parameters)
-                else None,
+            CopyGradient(
+                dense[copy.tensor],
                 copy.gradient if _OF_OUTPUTS & wanted else None,
                 None if copy.input is None else copy.input.gradient,
+                None if copy.rotation is None else copy.rotation.gradient,
             )
             for copy in self._copies
         ]
@@ -369,10 +410,7 @@ class StudentLayer:
             bias = self._bias.gradient
         if self._U is not None and self._V is not None and {"adapter", "column"} & wanted:
             adapter = self._U.gradient, self._V.gradient if "adapter" in wanted else None
-        (weight, fusion, rounding), *more = copies
-        return linear_sink(
-            weight, bias, fusion=fusion, rounding=rounding, adapter=adapter, more=more
-        )
+        return linear_sink(bias=bias, copies=copies, adapter=adapter)
 
     def compose(self) -> None:
         """Write the layer's arrays as the parameters have them now."""
@@ -387,7 +425,7 @@ class StudentLayer:
         """Add to the gradients of the parameters what a pass has left in the arrays of `sink`."""
         output = self._output
         for tensor, weight in zip(self.tensors, weights, strict=True):
-            if _OF_WEIGHTS & kinds & set(tensor.parameters):
+            if tensor.learns(kinds):
                 tensor.pull(kinds, weight)
         for part in (*self._copies, self._bias, self._U):
             if part is not None:
@@ -400,15 +438,14 @@ class StudentLayer:
 
         What has not changed keeps its bits. `shared` collects the tensors of several copies.
         """
-        turned = self._column is not None and self._column.changed
-        copies = tuple(
-            copy.finish(self._output if turned else None, shared) for copy in self._copies
-        )
+        scaled = self._column is not None and self._column.changed
+        output = self._output if scaled else None
+        copies = tuple(copy.finish(output, shared) for copy in self._copies)
         adapter, bias = self.linear.adapter, self.linear.bias
-        if self._bias is not None and (turned or self._bias.parameter.changed):
+        if self._bias is not None and (scaled or self._bias.parameter.changed):
             bias = self._bias.value.copy()
         U, V = self._U, self._V
-        if U is not None and V is not None and (turned or U.parameter.changed or V.changed):
+        if U is not None and V is not None and (scaled or U.parameter.changed or V.changed):
             adapter = half(U.value), half(V.value)
         return QuantizedLinear(copies, bias, adapter)
 

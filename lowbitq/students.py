@@ -16,6 +16,7 @@ learning rate serves all of a kind:
     activation  p in  scale = scale_0 p            1, of rounded inputs: a scale that is given
                 p in  clip = clip_0 p              1, or else the clip, of at most 1
                 r in  zero = zero_0 + range r      0, and the zero point, if there is one
+    rotation  R in  y = W R x                      what copies have, if it is dense; orthogonal
 
 Inputs are rounded in training only if this last kind learns; copies that round a common input alike
 share it, so that the model still rounds it once.
@@ -59,6 +60,7 @@ from lowbitq.models.slots import NORMS, OUTER, SLOTS, Slot, name_in_block
 from lowbitq.parameters import Parameter
 from lowbitq.student_inputs import StudentInput
 from lowbitq.student_layers import StudentLayer, StudentTensor, half
+from lowbitq.student_rotations import StudentRotation
 from lowbitq.tensors import QuantizedTensor
 
 Array = NDArray[np.float32]
@@ -74,6 +76,7 @@ KINDS = (
     "bias",
     "adapter",
     "activation",
+    "rotation",
 )
 
 # Layers whose inputs are sums and products of another layer's outputs with what does not depend on
@@ -128,6 +131,7 @@ class Student:
         self._layers: dict[int, StudentLayer] = {}
         self._tensors: dict[int, StudentTensor] = {}
         self._inputs: dict[tuple[int, str], dict[Hashable, StudentInput]] = {}
+        self._rotations: dict[tuple[int, str], dict[bytes, StudentRotation]] = {}
         self._gains: list[_Gain] = []
         self.parameters: list[Parameter] = []
         self._buffers: dict[tuple[str, int], Array] = {}
@@ -178,14 +182,22 @@ class Student:
             if not isinstance(linear, QuantizedLinear):
                 raise ValueError(f"{name} is a {type(linear).__name__}, expected a quantized layer")
             if id(linear) not in self._layers:
-                feeds, inputs = _fed_by(index, block, slot), None
-                if "activation" in self._kinds:
-                    inputs = self._inputs.setdefault((index, slot.tap), {})
-                self._layers[id(linear)] = StudentLayer(name, linear, self._tensors, feeds, inputs)
+                self._layers[id(linear)] = self._layer(index, block, slot)
             layer = self._layers[id(linear)]
             linears[slot.name] = layer
             sinks[slot.name] = layer.sink(self._kinds, self._buffers_of(slot.name, layer))
         return replace(block, **norms, linears=linears), block_sink(gradients, sinks)
+
+    def _layer(self, index: int, block: Block, slot: Slot) -> StudentLayer:
+        place = index, slot.tap
+        return StudentLayer(
+            name_in_block(index, slot),
+            block.linears[slot.name],  # type: ignore[arg-type]
+            self._tensors,
+            _fed_by(index, block, slot),
+            self._inputs.setdefault(place, {}) if "activation" in self._kinds else None,
+            self._rotations.setdefault(place, {}) if "rotation" in self._kinds else None,
+        )
 
     def _buffers_of(self, slot: str, layer: StudentLayer) -> list[Array]:
         """Return arrays for dL/dW of a layer's tensors; blocks take turns with them."""

@@ -81,12 +81,9 @@ def _copies(copy, kind):
         tensors = (copy.tensor, copy.tensor, rest)
         weights.append(None)
         return tuple(Copy(t, **how, weight=w) for t, w in zip(tensors, weights, strict=True))
-    turned = quantize(Rotation(cols, seed=6).apply(error), copy.tensor.format)
-    return (
-        copy,
-        Copy(rest, None, Rotation(rows, seed=5), **how),
-        Copy(turned, Rotation(cols, seed=6), **how),
-    )
+    turn = Rotation(cols, "orthogonal", seed=6)
+    turned = quantize(turn.apply(error), copy.tensor.format)
+    return copy, Copy(rest, None, Rotation(rows, seed=5), **how), Copy(turned, turn, **how)
 
 
 def with_activations(small, bits):
@@ -113,7 +110,7 @@ def tensors_of(model):
 
 def content(model):
     """Bytes of everything a quantized model stores, by kind."""
-    kinds = ("codes", "grid", "weight", "norm", "bias", "adapter", "activation")
+    kinds = ("codes", "grid", "weight", "norm", "bias", "adapter", "activation", "rotation")
     found = {kind: [] for kind in kinds}
     found["norm"].append(model.final_norm)
     for block in model.blocks:
@@ -124,6 +121,7 @@ def content(model):
                 parts = [copy.tensor.scale, copy.tensor.offset, copy.tensor.levels]
                 found["grid"] += [part for part in parts if part is not None]
                 found["activation"].append(np.array(repr(copy.activation)))
+                found["rotation"] += [] if copy.rotation is None else [copy.rotation.matrix()]
                 found["weight"] += [] if copy.weight is None else [copy.weight]
             found["bias"] += [] if linear.bias is None else [linear.bias]
             found["adapter"] += linear.adapter or ()

@@ -151,7 +151,10 @@ class LayerOracle:
         y = 0
         names = zip(self.parts, self.first, self.inputs, self.linear.copies, strict=True)
         for part, first, name, copy in names:
-            seen = x if copy.rotation is None else x @ copy.rotation.matrix().astype(float).T
+            seen = x
+            if copy.rotation is not None:
+                turn = copy.rotation.matrix().astype(float)
+                seen = x @ self.value(f"{part}.rotation", turn).T
             if self.rounds:
                 seen = self.rounded(seen, part, name, copy)
             z = seen @ self.matrix(first, copy.tensor).T

@@ -48,7 +48,7 @@ def assert_same(one, two):
 # Which stored parts a kind changes. Rows go into scales and offsets; columns are rows of another
 # layer, with its bias and adapter.
 TOUCHES = {kind: {"grid"} for kind in ("scale", "offset", "level", "row")}
-TOUCHES |= {kind: {kind} for kind in ("norm", "bias", "adapter", "activation")}
+TOUCHES |= {kind: {kind} for kind in ("norm", "bias", "adapter", "activation", "rotation")}
 TOUCHES |= {"fusion": {"grid", "weight"}, "column": {"grid", "bias", "adapter"}}
 
 
@@ -57,11 +57,11 @@ def test_each_kind_learns_alone(kind):
     formats = {"level": "kmeans2g32 a32", "activation": "int4g32 a4"}
     format = formats.get(kind, "int2g32 a32 + rank2")
     small, teacher = pair(format, **{"rotation": "none"} if kind == "column" else {})
-    if kind == "fusion":
+    if kind in ("fusion", "rotation"):
         small = with_copies(small)
     before = content(small)
     learned = distill(small, teacher, WINDOWS, learn=[kind], rates=FAST, **QUICK)
-    few = {"level", "fusion", "column", "activation"}  # parameters
+    few = {"level", "fusion", "column", "activation", "rotation"}  # parameters
     assert improvement(learned) < (1 if kind in few else 0.97)
     changed = {part for part, now in content(learned).items() if now != before[part]}
     assert changed == TOUCHES[kind]

@@ -50,7 +50,7 @@ lbq_fake_check(const lbq_fake *fake)
     const float clip = fake->values[CLIP];
     LBQ_REQUIRE(fake->bits == 4 || fake->bits == 8,
                 LBQ_BAD_VALUE,
-                "bits is %d, expected 4 or 8",
+                "inputs are rounded to %d bits, expected 8 or 4",
                 fake->bits);
     LBQ_REQUIRE(fake->step >= 1, LBQ_BAD_VALUE, "step is %td, expected at least 1", fake->step);
     LBQ_REQUIRE(clip > 0 && clip <= 1,

@@ -45,41 +45,30 @@ LBQ_BINDING(copy_dense)
     return copy_handle(module, &copy, args);
 }
 
-static lbq_status
-rounding_copy(const lbq_copy *packed, const lbq_array *weight, const lbq_array *fusion,
-              const lbq_array *values, lbq_copy *copy)
-{
-    LBQ_REQUIRE(packed->activation.bits,
-                LBQ_BAD_VALUE,
-                "packed takes float32 activations, expected 8 or 4 bits");
-    LBQ_TRY(lbq_check_axis(weight, "weight", 0, "rows", packed->rows));
-    LBQ_TRY(lbq_check_axis(weight, "weight", 1, "cols", packed->cols));
-    *copy = (lbq_copy){
-        .rows = packed->rows,
-        .cols = packed->cols,
-        .dense = weight->data,
-        .input = packed->input,
-        .output = packed->output,
-        .weight = fusion->data,
-        .fake = {packed->activation.bits, lbq_packed_step(&packed->matrix.packed), values->data},
-    };
-    return LBQ_OK;
-}
-
 LBQ_BINDING(copy_rounding)
 {
-    const lbq_copy *packed;
     lbq_array weight, fusion, values;
+    const lbq_rotation *input, *output;
+    const lbq_copy *packed;
     const lbq_arg spec[] = {
-        LBQ_HANDLE("packed", &packed, COPY),
         LBQ_IN("weight", &weight, NPY_FLOAT32, "rk"),
+        LBQ_HANDLE_OR_NONE("input", &input, "lowbitq.rotation"),
+        LBQ_HANDLE_OR_NONE("output", &output, "lowbitq.rotation"),
         LBQ_IN_OR_NONE("fusion", &fusion, NPY_FLOAT32, "r"),
+        LBQ_HANDLE("packed", &packed, COPY),
         LBQ_IN("values", &values, NPY_FLOAT32, "3"),
     };
     LBQ_PARSE("copy_rounding", spec);
-    lbq_copy copy;
-    const lbq_status status = rounding_copy(packed, &weight, &fusion, &values, &copy);
-    return status == LBQ_OK ? copy_handle(module, &copy, args) : lbq_result(module, status);
+    const lbq_copy copy = {
+        .rows = weight.dims[0],
+        .cols = weight.dims[1],
+        .dense = weight.data,
+        .input = input,
+        .output = output,
+        .weight = fusion.data,
+        .fake = {packed->activation.bits, lbq_packed_step(&packed->matrix.packed), values.data},
+    };
+    return copy_handle(module, &copy, args);
 }
 
 LBQ_BINDING(copy_packed)
@@ -258,9 +247,10 @@ PyMethodDef lbq_methods_linear[] = {
                "A handle of fusion * P^T W R in float32, W = weight, R = input, P = output."),
     LBQ_METHOD(
         copy_rounding,
-        "copy_rounding(packed, weight, fusion, values, /)\n--\n\n"
-        "A handle of a copy that rotates and rounds as a packed one, with a dense weight; "
-        "values (clip, scale, zero) are read in place, scale 0 and zero NaN: by each token."),
+        "copy_rounding(weight, input, output, fusion, packed, values, /)\n--\n\n"
+        "A handle like that of copy_dense that rounds its input, in the bits and steps of a "
+        "packed copy; values (clip, scale, zero) are read in place, scale 0 and zero NaN: by "
+        "each token."),
     LBQ_METHOD(copy_packed,
                "copy_packed(code, panels, input, output, fusion, sums, /, *, rows, cols, group, "
                "activation_bits, activation_clip, activation_scale, activation_zero, "

@@ -42,7 +42,8 @@ def test_the_product_is_that_of_packed_weights(isa, way, bits, rotation, tokens)
     packed = Copy(tensor, rotation, activation=how, weight=fusion)
     expected = QuantizedLinear((packed,)).forward(x)
     values = np.float32(WAYS[way])
-    copy = _core.copy_rounding(packed.handle, tensor.dequantize(), fusion, values)
+    turn = None if rotation is None else rotation.handle
+    copy = _core.copy_rounding(tensor.dequantize(), turn, None, fusion, packed.handle, values)
     y = np.empty((tokens, ROWS), np.float32)
     _core.linear_forward(_core.linear((copy,), None, None, None), x, y)
     size = abs(fusion) * (abs(x).max() * COLS * abs(tensor.dequantize()).max())
@@ -53,10 +54,12 @@ def backward(x, g, values, bits):
     """dx, and gradients of the values, of y = act(x)."""
     weight = np.eye(COLS, dtype=np.float32)
     packed = Copy(quantize(weight, f"int4g{STEP}"), activation=Activation(bits))
-    copy = _core.copy_rounding(packed.handle, weight, None, values)
+    copy = _core.copy_rounding(weight, None, None, None, packed.handle, values)
     layer = _core.linear((copy,), None, None, None)
     dx, dvalues = np.full_like(x, np.nan), np.zeros(3, np.float32)
-    sink = _core.linear_gradient((_core.copy_gradient(None, None, dvalues),), None, None, None)
+    sink = _core.linear_gradient(
+        (_core.copy_gradient(None, None, dvalues, None),), None, None, None
+    )
     _core.linear_backward(layer, x, g, sink, dx)
     return dx, dvalues
 
@@ -112,11 +115,11 @@ def test_refusals():
     weight, values = normal(4, 6), np.float32([1, 0, 0])
     tensor = quantize(weight, "int4g64")
 
-    def copy(weight=weight, values=values, bits=8):
+    def copy(values=values, bits=8):
         packed = Copy(tensor, activation=Activation(bits))
-        return _core.copy_rounding(packed.handle, weight, None, values)
+        return _core.copy_rounding(weight, None, None, None, packed.handle, values)
 
-    with pytest.raises(ValueError, match="packed takes float32 activations, expected 8 or 4 bits"):
+    with pytest.raises(ValueError, match="inputs are rounded to 0 bits, expected 8 or 4"):
         copy(bits=None)
     with pytest.raises(ValueError, match=r"clip is 1\.5, expected a number above 0, at most 1"):
         copy(values=np.float32([1.5, 0, 0]))
@@ -124,11 +127,9 @@ def test_refusals():
         copy(values=np.float32([1, -1, 0]))
     with pytest.raises(ValueError, match="values"):
         copy(values=np.float32([1, 0]))
-    with pytest.raises(ValueError, match="weight"):
-        copy(weight=normal(5, 6))
     with pytest.raises(ValueError, match="rounding"):
-        _core.copy_gradient(None, None, np.zeros(2, np.float32))
+        _core.copy_gradient(None, None, np.zeros(2, np.float32), None)
     plain = _core.linear((_core.copy_dense(weight, None, None, None),), None, None, None)
-    sink = _core.linear_gradient((_core.copy_gradient(None, None, values),), None, None, None)
+    sink = _core.linear_gradient((_core.copy_gradient(None, None, values, None),), None, None, None)
     with pytest.raises(ValueError, match="how copy 0 rounds its inputs, but it does not"):
         _core.linear_backward(plain, normal(2, 6), normal(2, 4), sink, normal(2, 6))

@@ -105,9 +105,10 @@ def gradients() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
     """Handles of arrays that take gradients."""
     shapes = [(HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (VOCAB, HIDDEN)]
     copies = [
-        (_core.copy_gradient(zeros(*s), zeros(s[0]), None), {"r": s[0], "k": s[1]}) for s in shapes
+        (_core.copy_gradient(zeros(*s), zeros(s[0]), None, None), {"r": s[0], "k": s[1]})
+        for s in shapes
     ]
-    empty = _core.linear_gradient((_core.copy_gradient(None, None, None),), None, None, None)
+    empty = _core.linear_gradient((_core.copy_gradient(None, None, None, None),), None, None, None)
     layers = [(_core.linear_gradient((one,), zeros(n["r"]), None, None), n) for one, n in copies]
     nothing = [None] * 7
     blocks = [

@@ -163,6 +163,16 @@ def weight_sums(
 ) -> dict[str, float]: ...
 def input_sums(x: NDArray[np.float32], /, *, tau: float) -> dict[str, Any]: ...
 def magnitude_counts(x: NDArray[np.float32], counts: NDArray[np.int64], /) -> None: ...
+def moment_add(
+    y: NDArray[np.float32],
+    x: NDArray[np.float32],
+    weights: NDArray[np.float32] | None,
+    moment: NDArray[np.float64],
+    /,
+) -> None: ...
+def ridge_solve(
+    hessian: NDArray[np.float64], b: NDArray[np.float64], /, *, ridge: float
+) -> None: ...
 def product(a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64], /) -> None: ...
 def leading_eigenvectors(
     matrix: NDArray[np.float64],
@@ -363,9 +373,15 @@ def decoder_block(
     down: NDArray[np.float32] | None,
     log_sum: NDArray[np.float32] | None,
     middle: NDArray[np.float32] | None,
+    query: NDArray[np.float32] | None,
+    key: NDArray[np.float32] | None,
+    value: NDArray[np.float32] | None,
+    gate: NDArray[np.float32] | None,
+    up: NDArray[np.float32] | None,
     /,
     *,
     block: int,
+    steps: int,
 ) -> None: ...
 def decoder_finish(decoder: Any, x: NDArray[np.float32], y: NDArray[np.float32], /) -> None: ...
 def decoder_head(decoder: Any, y: NDArray[np.float32], logits: NDArray[np.float32], /) -> None: ...
@@ -459,6 +475,11 @@ def block_backward(
     o: NDArray[np.float32] | None,
     log_sum: NDArray[np.float32] | None,
     middle: NDArray[np.float32] | None,
+    query: NDArray[np.float32] | None,
+    key: NDArray[np.float32] | None,
+    value: NDArray[np.float32] | None,
+    gate: NDArray[np.float32] | None,
+    up: NDArray[np.float32] | None,
     gradient: Any,
     q_proj: NDArray[np.float32] | None,
     k_proj: NDArray[np.float32] | None,

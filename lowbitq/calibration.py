@@ -18,7 +18,7 @@ from lowbitq.fisher import output_squares, token_weights
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
-from lowbitq.models.slots import TAPS, name_in_block
+from lowbitq.models.slots import FROM, TAPS, TO, name_in_block
 from lowbitq.models.tokens import check_count
 from lowbitq.plans import Sampling
 from lowbitq.texts import Text, windows
@@ -183,6 +183,7 @@ class Stream:
         self.model = model
         self.index = 0
         self.hidden = np.stack([model.embed(row) for row in tokens])
+        self._kept: dict[int, dict[str, Array]] = {}
 
     def __iter__(self) -> Iterator[int]:
         """Yield the index of each block, then advance unless the caller has done so."""
@@ -215,6 +216,32 @@ class Stream:
             self.model.block_forward(self.index, hidden, taps)
             yield taps
         self.index += advance
+
+    def run(self, steps: int) -> Iterator[tuple[Array, dict[str, Array]]]:
+        """Run steps of the block on each window, in place.
+
+        Parameters
+        ----------
+        steps : int
+            As for `Model.block_forward`. Inputs from which a later step goes on are kept: 4 samples
+            window in bytes.
+
+        Yields
+        ------
+        hidden : ndarray of shape (window, hidden), float32
+            The residual stream of the window.
+        taps : dict of str to ndarray of shape (window, in), float32
+            The inputs that the steps have reached.
+        """
+        for sample, hidden in enumerate(self.hidden):
+            taps = self._kept.setdefault(sample, {})
+            self.model.block_forward(self.index, hidden, taps, steps=steps)
+            yield hidden, taps
+            self._kept[sample] = {
+                tap: x
+                for tap, x in taps.items()
+                if tap in FROM and steps & TO[tap] and not steps & FROM[tap]
+            }
 
     def advance(self) -> None:
         """Take all windows through the block."""
@@ -260,14 +287,13 @@ class Hessians:
     ) -> None:
         self.totals: dict[str, NDArray[np.float64]] = {}
         self._sums: dict[str, list[tuple[NDArray[np.float64], Array | None]]] = {}
-        first = None if squares else _first_weights(shape, sampling)
         for tap, slots in TAPS.items():
             sums: list[tuple[NDArray[np.float64], Array | None]] = []
             for slot in slots:
                 if squares or not sums:
                     columns = slot.shape(config)[1]
                     name = name_in_block(index, slot)
-                    weights = _own_weights(squares, name, shape, sampling) if squares else first
+                    weights = weights_of_tokens(squares, name, shape, sampling)
                     sums.append((np.zeros((columns, columns)), weights))
                 self.totals[slot.name] = sums[-1][0]
             self._sums[tap] = sums
@@ -286,22 +312,28 @@ class Hessians:
         return self.totals
 
 
+def weights_of_tokens(
+    squares: Mapping[str, Array], name: str, shape: tuple[int, int], sampling: Sampling
+) -> Array | None:
+    """Return the weights (samples, window) of tokens in a layer's Hessian; None: all 1.
+
+    Parameters are those of `Hessians`, and the name of the layer.
+    """
+    if not squares:
+        return _first_weights(shape, sampling)
+    found = squares.get(name)
+    if found is None or found.shape != shape:
+        seen = None if found is None else found.shape
+        raise ValueError(f"token_weights[{name!r}] has shape {seen}, expected {shape}")
+    return token_weights(found, first_tokens=sampling.first_tokens, clip=sampling.clip)
+
+
 def _first_weights(shape: tuple[int, int], sampling: Sampling) -> Array | None:
     if sampling.first_tokens == 0 or sampling.first_weight == 1:
         return None
     weights = np.ones(shape[1], np.float32)
     weights[: sampling.first_tokens] = sampling.first_weight
     return np.broadcast_to(weights, shape)
-
-
-def _own_weights(
-    squares: Mapping[str, Array], name: str, shape: tuple[int, int], sampling: Sampling
-) -> Array:
-    found = squares.get(name)
-    if found is None or found.shape != shape:
-        seen = None if found is None else found.shape
-        raise ValueError(f"token_weights[{name!r}] has shape {seen}, expected {shape}")
-    return token_weights(found, first_tokens=sampling.first_tokens, clip=sampling.clip)
 
 
 Progress = Callable[[int, int], object]

@@ -151,6 +151,8 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rotation", choices=rotations, default="hadamard", help="rotation of the model"
     )
+    drift = "make up for what the layers before have changed; takes two to three times as long"
+    parser.add_argument("--drift", action="store_true", help=drift)
     _text_option(parser, "to calibrate on")
     _calibration_options(parser, samples=128, window=2048)
     _work_dir_options(parser, "FOLDER.work")

@@ -82,6 +82,7 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
         "window": options.window,
         "method": options.method,
         "rotation": options.rotation,
+        "drift": options.drift,
         "embedding": None if options.embedding is None else str(options.embedding),
         "seed": options.seed,
     }

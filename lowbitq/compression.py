@@ -6,14 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.calibration import Hessians, Statistics, Stream
+from lowbitq.calibration import Statistics
 from lowbitq.checkpoints.archives import digest
 from lowbitq.checkpoints.blocks import Blocks, Made, differences, read_fingerprint
 from lowbitq.encoding import LayerInputs, Record, check_plan, encode, layer_of
@@ -22,16 +21,14 @@ from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
-from lowbitq.models.rotating import rotate, rotate_hessians
-from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, name_in_block
+from lowbitq.models.rotating import rotate
+from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, name_in_block
 from lowbitq.models.tokens import token_array
-from lowbitq.plans import Plan, Sampling
+from lowbitq.plans import Plan
 from lowbitq.rotations import Rotation
 from lowbitq.texts import Text, fallback_texts, windows
 from lowbitq.version import __version__
-
-Array = NDArray[np.float32]
-Inputs = dict[str, LayerInputs]  # by the names of Block.linears
+from lowbitq.walks import Behind, Drifting, Known, Walk, WithoutInputs
 
 
 @dataclass(frozen=True)
@@ -133,6 +130,8 @@ def compress(
     elif options:
         raise TypeError(f"{next(iter(options))!r} is given beside a plan; set it in the plan")
     _check(model, plan)
+    if plan.drift and stats is not None and stats.hessians:
+        raise ValueError("drift correction runs the text, but stats has Hessians in its place")
     tokens = None
     if plan.needs_text:
         tokens = _tokens(model, plan, stats, text, samples, window)
@@ -153,12 +152,16 @@ def compress(
 
         for name, linear in outer:
             finish(name, *_encode_outer(linear, source.residual_rotation, plan))
-        for index, inputs in _walk(model, source, result, tokens, stats):
+        walk = _walk(model, source, result, tokens, stats)
+        for index in range(len(source.blocks)):
             names = [name_in_block(index, slot) for slot in SLOTS]
             found = store.load(index, names) if store else None
             if found is None:
                 made = {}
-                for name, layer, record in _encode_block(index, source, inputs(), plan):
+                for task in walk.tasks(index):
+                    name = name_in_block(index, task.slot)
+                    layer, record = encode(task.linear, task.inputs, plan.layers[name])
+                    record |= task.about
                     made[name] = Made(layer.tensor, layer.adapter, record)
                     finish(name, layer, record)
                 if store:
@@ -169,6 +172,7 @@ def compress(
                     linear = linears[name]
                     assert isinstance(linear, Linear)
                     finish(name, layer_of(tensor, adapter, linear, plan.layers[name]), record)
+            walk.leave(index)
     return result
 
 
@@ -209,6 +213,22 @@ def _tokens(
         seed=plan.seed,
         config=model.config,
     )
+
+
+def _walk(
+    model: Model,
+    source: Model,
+    result: QuantizedModel,
+    tokens: NDArray[np.int32] | None,
+    stats: Statistics | None,
+) -> Walk:
+    assert result.plan is not None
+    if tokens is None:
+        return WithoutInputs(source)
+    if stats is not None and stats.hessians:
+        return Known(model, source, stats, result.plan.seed)
+    kind = Drifting if result.plan.drift else Behind
+    return kind(source, result, tokens, stats.token_weights if stats else {})
 
 
 def _unfinished(source: Model, plan: Plan) -> QuantizedModel:
@@ -324,98 +344,6 @@ def _encode_outer(
     if rotation is not None and linear.rotation is None:
         linear = linear.replace(weight=rotation.apply(linear.weight), rotation=rotation)
     return encode(linear, LayerInputs(), plan.embedding)
-
-
-# --- one block ------------------------------------------------------------------------------------
-
-
-def _walk(
-    model: Model,
-    source: Model,
-    result: QuantizedModel,
-    tokens: NDArray[np.int32] | None,
-    stats: Statistics | None,
-) -> Iterator[tuple[int, Callable[[], Inputs]]]:
-    """Yield each block's index and a function that returns the inputs of its layers.
-
-    The caller puts the block's layers into `result` before it asks for the next block.
-    """
-    assert result.plan is not None
-    if tokens is None:
-        for index in range(len(source.blocks)):
-            yield index, dict
-    elif stats is not None and stats.hessians:
-        for index in range(len(source.blocks)):
-            yield index, partial(_known_inputs, model, source, index, stats, result.plan.seed)
-    else:
-        prefix = source.copy()
-        prefix.embedding = result.embedding
-        weights = stats.token_weights if stats else {}
-        stream = Stream(prefix, tokens)
-        for index in stream:
-            yield index, partial(_seen_inputs, stream, result.plan.sampling, weights)
-            if index + 1 < len(source.blocks):
-                _advance(stream, result)
-
-
-def _seen_inputs(stream: Stream, sampling: Sampling, weights: dict[str, Array]) -> Inputs:
-    """Collect the inputs of the block that the stream enters next."""
-    model, index = stream.model, stream.index
-    linears = model.blocks[index].linears
-    sums = Hessians(model.config, index, stream.hidden.shape[:2], sampling, weights)
-    for sample, taps in enumerate(stream.taps()):
-        for tap, slots in TAPS.items():
-            sums.add(sample, tap, linears[slots[0].name].rotate_input(taps[tap]))
-    return _inputs(sums.totals)
-
-
-def _known_inputs(model: Model, source: Model, index: int, stats: Statistics, seed: int) -> Inputs:
-    """Rotate the Hessians that `calibrate` found in the model."""
-    hessians = {}
-    for slots in TAPS.values():
-        for slot in slots if stats.token_weights else slots[:1]:
-            name, columns = name_in_block(index, slot), slot.shape(model.config)[1]
-            found = stats.hessians.get(name)
-            if found is None or found.shape != (columns, columns):
-                shape = None if found is None else found.shape
-                expected = f"({columns}, {columns})"
-                raise ValueError(f"stats.hessians[{name!r}] has shape {shape}, expected {expected}")
-            hessians[slot.name] = found
-    turned = rotate_hessians(model, source, index, hessians, seed)
-    for slots in TAPS.values():
-        for slot in slots:
-            turned.setdefault(slot.name, turned[slots[0].name])
-    return _inputs(turned)
-
-
-def _inputs(hessians: dict[str, NDArray[np.float64]]) -> Inputs:
-    """Layers with the same Hessian share what is made of it."""
-    made = {id(hessian): LayerInputs(hessian) for hessian in hessians.values()}
-    return {name: made[id(hessian)] for name, hessian in hessians.items()}
-
-
-def _encode_block(
-    index: int, source: Model, inputs: Inputs, plan: Plan
-) -> Iterator[tuple[str, QuantizedLinear, Record]]:
-    block = source.blocks[index]
-    for slot in SLOTS:
-        name, linear = name_in_block(index, slot), block.linears[slot.name]
-        assert isinstance(linear, Linear)
-        yield name, *encode(linear, inputs.get(slot.name, LayerInputs()), plan.layers[name])
-
-
-def _advance(stream: Stream, result: QuantizedModel) -> None:
-    """Take the windows through the block as it is in `result`.
-
-    Its weights are decoded once and multiplied in float32. Unlike the packed path, this does not
-    round activations to 8 bits; for long windows it is no slower.
-    """
-    block = stream.model.blocks[stream.index]
-    floats = block.linears
-    packed = result.blocks[stream.index].linears
-    block.linears = {name: linear.to_float() for name, linear in packed.items()}
-    stream.advance()
-    block.linears = floats
 
 
 # --- progress -------------------------------------------------------------------------------------

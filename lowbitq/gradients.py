@@ -13,10 +13,20 @@ from numpy.typing import ArrayLike, NDArray
 
 from lowbitq import _core
 from lowbitq.losses import Loss
-from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, OUTER, SLOTS, name_in_block
+from lowbitq.models.slots import (
+    EMBEDDING,
+    HEAD,
+    NORMS,
+    OUTER,
+    SLOTS,
+    WHOLE_BLOCK,
+    name_in_block,
+    sizes_of,
+)
 
 Array = NDArray[np.float32]
 
+KEEP = ("all", "attention", "nothing")
 KINDS = ("weight", "bias", "norm", "output", "embedding", "head")
 
 
@@ -67,20 +77,20 @@ class BlockPass:
         The block.
     x : ndarray of shape (t, hidden), float32
         The residual stream, which is taken through the block in place; its input is kept.
-    keep : bool, default=True
-        Whether to keep what makes the way back cheaper, too: twice as much again. False: attention
-        runs twice.
+    keep : {"all", "attention", "nothing"}, default="all"
+        What is kept of the way there. ``"all"``: the outputs of the layers, so that only norms and
+        products with elements are computed again on the way back. ``"attention"``: a fifth of that
+        memory; layers run again, attention does not. ``"nothing"``: attention runs again, too.
     """
 
-    def __init__(self, model: Differentiable, index: int, x: Array, *, keep: bool = True) -> None:
+    def __init__(self, model: Differentiable, index: int, x: Array, *, keep: str = "all") -> None:
         self.model, self.index, self._input = model, index, x.copy()
-        self._known: list[Array | None] = [None, None, None]
-        if keep:
-            config = model.config
-            widths = config.heads * config.head_dim, config.heads, config.hidden_size
-            self._known = [np.empty((len(x), width), np.float32) for width in widths]
-        o, log_sum, middle = self._known
-        _core.decoder_block(model.handle, x, None, o, None, None, log_sum, middle, block=index)
+        self._known: list[Array | None] = [
+            None if width is None else np.empty((len(x), width), np.float32)
+            for width in kept_widths(model.config, keep)
+        ]
+        seen: list[Any] = [x, None, self._known[0], None, None, *self._known[1:]]
+        _core.decoder_block(model.handle, *seen, block=index, steps=WHOLE_BLOCK)
 
     def back(self, sink: Any, dx: Array, outputs: dict[str, Array] | None = None) -> None:
         """Take the gradient of the residual stream through the block, in place.
@@ -99,6 +109,23 @@ class BlockPass:
         _core.block_backward(self.model.handle, *arrays, block=self.index)
 
 
+def kept_widths(config: Any, keep: str) -> list[int | None]:
+    """Return the floats per token of each part that `BlockPass` keeps; None: it is not kept.
+
+    Raises
+    ------
+    ValueError
+        If `keep` is none of its choices.
+    """
+    if keep not in KEEP:
+        raise ValueError(f"keep is {keep!r}, expected one of {', '.join(map(repr, KEEP))}")
+    sizes = sizes_of(config)
+    attention = [sizes["query"], config.heads, sizes["hidden"]]
+    layers = [sizes[name] for name in ("query", "key", "key", "inner", "inner")]
+    known = {"all": attention + layers, "attention": attention, "nothing": []}[keep]
+    return [*known, *[None] * (len(attention + layers) - len(known))]
+
+
 class Pass:
     """One window's way through a model, kept for the way back.
 
@@ -107,8 +134,9 @@ class Pass:
     model : Model
         Of dense layers. Its arrays are read again on the way back and must not change before.
     tokens : array_like of shape (t,), integers
-    keep : bool, default=True
-        As for `BlockPass`; the inputs of all blocks take ``4 t hidden blocks`` bytes.
+    keep : {"all", "attention", "nothing"}, default="all"
+        As for `BlockPass`; the inputs of all blocks alone take ``4 t hidden blocks`` bytes. All of
+        2048 tokens of SmolLM2 are 1.2 GB.
 
     Attributes
     ----------
@@ -125,7 +153,7 @@ class Pass:
     ...     run.back(index, sink)
     """
 
-    def __init__(self, model: Differentiable, tokens: ArrayLike, *, keep: bool = True) -> None:
+    def __init__(self, model: Differentiable, tokens: ArrayLike, *, keep: str = "all") -> None:
         self.model = model
         self.tokens = np.ascontiguousarray(tokens, np.int32)
         x = model.embed(self.tokens)
@@ -285,7 +313,8 @@ def gradients(
     loss = Loss.parse(loss)
     batch = np.atleast_2d(np.ascontiguousarray(tokens, np.int32))
     scored = batch.shape[0] * (batch.shape[1] - 1)
-    runs = [Pass(model, row, keep=len(batch) == 1) for row in batch]
+    keep = "all" if len(batch) == 1 else "nothing"
+    runs = [Pass(model, row, keep=keep) for row in batch]
     tied = model.head is None
     table = np.zeros(model.embedding.shape, np.float32) if "embedding" in kinds else None
     head = np.zeros(model.head.shape, np.float32) if "head" in kinds and not tied else None

@@ -322,6 +322,10 @@ class Plan:
         Seed of the rotation and of the choice of calibration windows.
     sampling : Sampling
         Weights of the tokens of a window.
+    drift : bool, default=False
+        Whether each layer sees the inputs that all quantized layers before it make, those of its
+        own block too, and makes up for their drift: see `lowbitq.drift`. Takes two to three times
+        as long, and text.
     embedding : LayerPlan, str or None, default="int8g64"
         Plan of the embedding and the head, tied or not; a str means rounding to nearest. None: they
         stay as they are. With the default, SmolLM2's has a relative error of 3e-5, at 8.5 bits.
@@ -345,6 +349,7 @@ class Plan:
     seed: int = 0
     sampling: Sampling = Sampling()
     embedding: LayerPlan | None = EMBEDDING
+    drift: bool = False
 
     def __post_init__(self) -> None:
         _check_choice("rotation", self.rotation, ROTATIONS)
@@ -356,7 +361,7 @@ class Plan:
 
     def __hash__(self) -> int:
         layers = frozenset(self.layers.items())
-        return hash((layers, self.rotation, self.seed, self.sampling, self.embedding))
+        return hash((layers, self.rotation, self.seed, self.sampling, self.embedding, self.drift))
 
     @property
     def needs_text(self) -> bool:
@@ -452,6 +457,7 @@ class Plan:
             "seed": self.seed,
             "sampling": asdict(self.sampling),
             "embedding": None if outer is None else str(outer),
+            "drift": self.drift,
             "rounding": asdict(rounding),
             "roundings": others,
         }
@@ -480,9 +486,10 @@ class Plan:
         sampling = _typed(Sampling, _object(left, "sampling") | _take(left, Sampling))
         bits, outer = left.pop("activation_bits", 8), left.pop("embedding", "int8g64")
         _check_choice("activation_bits", bits, (8, 4, None))
-        for name, default in (("rotation", "hadamard"), ("seed", 0)):
+        others = {"rotation": "hadamard", "seed": 0, "drift": False}
+        for name, default in others.items():
             _check_type(name, left.get(name, default), default)
-        if unknown := sorted(set(left) - {"rotation", "seed"}):
+        if unknown := sorted(set(left) - set(others)):
             raise ValueError(f"a plan has no field {unknown[0]!r}")
 
         def parse(name: str, text: object, default: Rounding, bits: int | None) -> LayerPlan:

@@ -43,15 +43,68 @@ def decode(codes, scale, offset, group, levels=None):
     return wide[0] * (codes if levels is None else levels.astype(float)[codes]) + wide[1]
 
 
-def trellis_levels(codes, bits=2, cols=1):
-    """Levels of codes (64 n, cols): windows of twelve bits, downwards around rings of 64."""
-    ring = codes[:, ::cols].reshape(-1, 64, codes.shape[1] // cols).astype(np.int64)
-    window = sum(np.roll(ring, -i, axis=1) << bits * i for i in range(12 // bits))
-    levels = np.zeros(codes.shape, np.int64)
-    for column, multiplier in zip(range(cols), (0xC6A7, 0x528F), strict=False):
-        low, high = np.divmod(window * multiplier % 2**16, 256)[::-1]
-        levels[:, column::cols] = (low % 128 + high % 128).reshape(len(codes), -1)
+# Bits of a word, columns of a ring, multipliers, whether four bytes are added instead of two.
+TRELLIS = {
+    "trellis1": (1, 1, (0xC853,), False),
+    "trellis1.5": (3, 2, (0x0D47, 0xA371), False),
+    "trellis2": (2, 1, (0xE169,), False),
+    "trellis3": (3, 1, (0x9D8B, 0x7681), True),
+    "trellis4": (4, 1, (0x5FED, 0xC23F), True),
+}
+TRELLIS_WINDOW = 12
+
+
+def window_levels(code, window, column=0):
+    """Levels of windows of a trellis."""
+    _, _, multipliers, wide = TRELLIS[code]
+    product = window * multipliers[0 if wide else column] % 2**16
+    if not wide:
+        return product % 128 + product // 256 % 128
+    high = product * multipliers[1] // 2**16
+    return sum(z % 64 + z // 256 % 64 for z in (product, high))
+
+
+def trellis_levels(code, words):
+    """Levels of words (64 n, cols): windows go around rings in which four panels take turns."""
+    bits, cols, _, _ = TRELLIS[code]
+    panels = words[:, ::cols].reshape(-1, 4, 16, words.shape[1] // cols).astype(np.int64)
+    ring = panels.swapaxes(1, 2).reshape(len(panels), 64, -1)
+    window = sum(np.roll(ring, -i, axis=1) << bits * i for i in range(TRELLIS_WINDOW // bits + 1))
+    window = window.reshape(len(panels), 16, 4, -1).swapaxes(1, 2).reshape(len(words), -1)
+    levels = np.zeros(words.shape, np.int64)
+    for column in range(cols):
+        levels[:, column::cols] = window_levels(code, window % 2**TRELLIS_WINDOW, column)
     return levels
+
+
+def viterbi(code, target, scale, steps, before):
+    """Least sums of squared errors, and the windows that lead to each state, one step per row.
+
+    target (64, cols) and scale (64) are those of the places of a ring. A state is the upper part of
+    a window; `before` (states) are the sums to start with.
+    """
+    bits, cols, _, _ = TRELLIS[code]
+    window = np.arange(2**TRELLIS_WINDOW)
+    levels = np.stack([window_levels(code, window, c) for c in range(cols)]).astype(float)
+    states, sums, ways = len(window) >> bits, [before], []
+    for step in range(steps):
+        row = step % 64
+        errors = ((target[row][:, None] - scale[row] * levels) ** 2).sum(0)
+        total = (errors + sums[-1][window % states]).reshape(states, 2**bits)
+        sums.append(total.min(1))
+        ways.append(total.argmin(1) + np.arange(states) * 2**bits)
+    return sums, ways
+
+
+def trellis_error(code, target, scale):
+    """Squared error of a ring: two turns from any state say where a third begins and ends."""
+    states = 2 ** (TRELLIS_WINDOW - TRELLIS[code][0])
+    sums, ways = viterbi(code, target, scale, 128, np.zeros(states))
+    state = sums[-1].argmin()
+    for way in ways[:63:-1]:
+        state = way[state] % states
+    first = np.where(np.arange(states) == state, 0, np.inf)
+    return viterbi(code, target, scale, 64, first)[0][-1][state]
 
 
 def lattice_magnitudes():

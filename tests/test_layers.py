@@ -41,7 +41,7 @@ PYTHON_ORDER = [
     "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
-    "texts", "fisher", "calibration", "adapters", "encoding", "compression",
+    "texts", "fisher", "calibration", "adapters", "drift", "encoding", "walks", "compression",
     "parameters", "student_inputs", "student_rotations", "student_layers", "students",
     "distillation", "reconstruction", "evaluation", "free_running",
     "timing", "roofline", "plots", "ranks", "scores", "sensitivity", "",

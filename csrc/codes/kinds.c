@@ -15,6 +15,7 @@
     X(kmeans)                                                                                      \
     X(trellis)                                                                                     \
     X(trellis_pair)                                                                                \
+    X(trellis_wide)                                                                                \
     X(lattice)
 
 #define DECLARE(name) extern const lbq_code_kind lbq_kind_##name;

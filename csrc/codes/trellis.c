@@ -1,16 +1,17 @@
 /* A trellis: the 64 rows of a column are a ring of words, and a row's level follows from the window
- * of twelve bits that begins with its own word, going down the rows. At half-bit rates two columns
- * share a ring: a window has a level for each.
+ * of bits that begins with its own word (kernels/trellis.h). At half-bit rates two columns share a
+ * ring: a window has a level for each.
  *
  * A. Tseng, Q. Sun, D. Hou, C. De Sa, "QTIP: Quantization with Trellises and Incoherence
- * Processing", 2024, whose computed codes the level resembles: two bytes of a 16-bit product, seven
- * bits of each, added. Viterbi's algorithm finds the words, twice: where the first pass, over a
- * turn that begins half a turn early, has row 0, the second one begins and ends. Distortion of a
- * normal variable, below it what no code of that rate can undercut:
+ * Processing", 2024, whose computed codes the levels resemble. Viterbi's algorithm finds the words.
+ * A first pass goes twice around the ring, from any state; what it has between the turns is where
+ * the second pass, once around, begins and ends. (One turn and a half, which begins and ends half a
+ * turn away, errs by 0.5 % more; a single one by 2 %.) Mean squared error for a normal variable,
+ * below it what no code of that rate can undercut:
  *
- *     bits a weight   1       1.5     2
- *     this            0.299   0.145   0.0765
- *     bound           0.250   0.125   0.0625
+ *     bits a weight   1       1.5     2        3        4
+ *     this            0.285   0.143   0.0747   0.0192   0.0050
+ *     bound           0.250   0.125   0.0625   0.0156   0.0039
  */
 #include <math.h>
 #include <string.h>
@@ -18,116 +19,146 @@
 #include "codes/code.h"
 #include "codes/stored.h"
 #include "core/pack.h"
+#include "kernels/trellis.h"
 
-enum { ROWS = 64, WINDOW = 12, STATES = 1 << WINDOW, MAX_COLS = 2 };
+enum { WINDOW = 12, HISTORY = LBQ_RING + 1 };
 
-/* The best of those tried, for each column; others gave up to a tenth more. */
-static const uint32_t MULTIPLIER[MAX_COLS] = {0xC6A7, 0x528F};
+/* The best multipliers of 400 tried by benchmarks/search_trellis.py; others give up to a tenth
+ * more. */
+static const lbq_trellis OF_RATE[] = {
+    {0},
+    {.bits = 1, .window = WINDOW, .cols = 1, .multiplier = {0xC853}},
+    {.bits = 2, .window = WINDOW, .cols = 1, .multiplier = {0xE169}},
+    {.bits = 3, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x9D8B, 0x7681}},
+    {.bits = 4, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x5FED, 0xC23F}},
+};
+static const lbq_trellis OF_PAIR = {
+    .bits = 3, .window = WINDOW, .cols = 2, .multiplier = {0x0D47, 0xA371}};
 
-static inline int
-level_of(uint32_t window, int column)
+static inline const lbq_trellis *
+trellis_of(const lbq_code *code)
 {
-    const uint32_t product = window * MULTIPLIER[column] & 0x7F7F;
-    return (int)((product & 0xFF) + (product >> 8));
+    return code->kind->cols == 2 ? &OF_PAIR : &OF_RATE[code->bits];
 }
 
-/* Numbers of windows that share all but their first word lie side by side: metric_of(). */
+/* A state is the part of a window that the next row's window has too: its upper bits there, its
+ * lower bits here. */
 typedef struct {
-    float level[MAX_COLS][STATES];
-    float metric[ROWS][STATES]; /* least squared error of the rows so far that ends in a window */
-    float best[STATES];         /* least metric of the windows before one, by what they share */
-    float target[MAX_COLS][ROWS], scale[ROWS]; /* in the unit of the largest scale */
-    int bits, cols;
+    const lbq_trellis *trellis;
+    ptrdiff_t states;
+    float *levels; /* [column][word][state] */
+    float *sums;   /* (HISTORY, states): least squared error of all ways to each state */
+    float target[LBQ_RING][LBQ_RING_COLS], scale[LBQ_RING]; /* by places; in the unit of the
+                                                               largest scale */
 } search;
+
+/* Scratch of a search, in bytes; and its parts. */
+static size_t
+layout_of(const lbq_trellis *trellis, char *base, search *s)
+{
+    const size_t states = (size_t)1 << (trellis->window - trellis->bits);
+    const size_t levels = states * sizeof(float) * (size_t)(trellis->cols << trellis->bits);
+    if (s) {
+        s->trellis = trellis;
+        s->states = (ptrdiff_t)states;
+        s->levels = (float *)base;
+        s->sums = (float *)(base + levels);
+    }
+    return levels + states * sizeof(float) * HISTORY;
+}
 
 static size_t
 scratch(const lbq_code *code)
 {
-    (void)code;
-    return sizeof(search);
+    return layout_of(trellis_of(code), NULL, NULL);
 }
 
-static inline uint32_t
-place(const search *s, uint32_t window)
+/* Sums before the row that is number `step` of a pass. */
+static float *
+sums_at(const search *s, int step)
 {
-    const uint32_t first = window & ((1u << s->bits) - 1);
-    return first << (WINDOW - s->bits) | window >> s->bits;
+    return s->sums + step % HISTORY * s->states;
 }
 
-/* Metrics of a row from those of the row before. Windows that end alike have the same ones before
- * them: their first words go, and any last word comes. */
 static void
-advance(search *s, int before, int row)
+advance(const search *s, int step)
 {
-    const int words = 1 << s->bits, shared = STATES >> s->bits, tails = shared >> s->bits;
-    const float *const m = s->metric[before];
-    float best[STATES / 2];
-    memcpy(best, m, (size_t)shared * sizeof *best);
-    for (int word = 1; word < words; word++)
-        for (int i = 0; i < shared; i++)
-            best[i] = m[word * shared + i] < best[i] ? m[word * shared + i] : best[i];
-    for (int i = 0; i < tails; i++)
-        for (int word = 0; word < words; word++)
-            s->best[word * tails + i] = best[words * i + word];
-    float *const to = s->metric[row];
-    for (int word = 0; word < words; word++)
-        for (int i = 0; i < shared; i++)
-            to[word * shared + i] = s->best[word * tails + i % tails];
-    for (int c = 0; c < s->cols; c++)
-        for (int i = 0; i < STATES; i++) {
-            const float e = s->target[c][row] - s->scale[row] * s->level[c][i];
-            to[i] += e * e;
-        }
+    const int place = step % LBQ_RING;
+    lbq_kernel.viterbi_f32(s->trellis->bits,
+                           s->trellis->cols,
+                           s->states,
+                           s->levels,
+                           s->scale[place],
+                           s->target[place],
+                           sums_at(s, step),
+                           sums_at(s, step + 1));
 }
 
-/* The window of the row `before` that has led to `window`. */
+/* The window of row number `step` on the best way to the state after it. */
 static uint32_t
-step_back(const search *s, int before, uint32_t window)
+step_back(const search *s, int step, uint32_t state)
 {
-    const float *const metric = s->metric[before];
-    const uint32_t first = window << s->bits & (STATES - 1);
-    uint32_t found = first;
-    for (uint32_t w = first + 1; w < first + (1u << s->bits); w++)
-        found = metric[place(s, w)] < metric[place(s, found)] ? w : found;
+    const int place = step % LBQ_RING, words = 1 << s->trellis->bits;
+    const float *const before = sums_at(s, step);
+    float least = 0;
+    uint32_t found = 0;
+    for (int word = 0; word < words; word++) {
+        const uint32_t window = state << s->trellis->bits | (uint32_t)word;
+        float sum = 0;
+        for (int c = 0; c < s->trellis->cols; c++) {
+            const float level = s->levels[(c * words + word) * s->states + state];
+            const float e = s->target[place][c] - s->scale[place] * level;
+            sum += e * e;
+        }
+        sum += before[window & (uint32_t)(s->states - 1)];
+        if (word == 0 || sum < least) {
+            least = sum;
+            found = window;
+        }
+    }
     return found;
 }
 
-/* The window of row 0 on the best way through a turn that has it in the middle. */
+/* The state before the first row on the best way through two turns that has it in the middle. */
 static uint32_t
-find_start(search *s)
+find_start(const search *s)
 {
-    const float *const last = s->metric[ROWS / 2 - 1];
-    memset(s->metric[ROWS / 2 - 1], 0, sizeof s->metric[0]);
-    for (int i = 0; i < ROWS; i++)
-        advance(s, (i + ROWS / 2 + ROWS - 1) % ROWS, (i + ROWS / 2) % ROWS);
-    uint32_t window = 0;
-    for (uint32_t w = 1; w < STATES; w++)
-        window = last[place(s, w)] < last[place(s, window)] ? w : window;
-    for (int row = ROWS / 2 - 1; row > 0; row--)
-        window = step_back(s, row - 1, window);
-    return window;
+    const uint32_t mask = (uint32_t)(s->states - 1);
+    memset(sums_at(s, 0), 0, (size_t)s->states * sizeof(float));
+    for (int step = 0; step < 2 * LBQ_RING; step++)
+        advance(s, step);
+    const float *const last = sums_at(s, 2 * LBQ_RING);
+    uint32_t state = 0;
+    for (uint32_t i = 1; i <= mask; i++)
+        state = last[i] < last[state] ? i : state;
+    for (int step = 2 * LBQ_RING - 1; step >= LBQ_RING; step--)
+        state = step_back(s, step, state) & mask;
+    return state;
 }
 
 /* Levels, and the weights of a block in the unit of its largest scale. */
 static void
-prepare(search *s, const lbq_code *code, const lbq_grid *grid, const float *w, const float *shift,
-        ptrdiff_t pitch)
+prepare(search *s, const lbq_grid *grid, const float *w, const float *shift, ptrdiff_t pitch)
 {
-    const float *const scale = grid->lanes, *const offset = scale + ROWS;
-    s->bits = code->bits;
-    s->cols = code->kind->cols;
-    for (int c = 0; c < s->cols; c++)
-        for (uint32_t window = 0; window < STATES; window++)
-            s->level[c][place(s, window)] = (float)level_of(window, c);
+    const float *const scale = grid->lanes, *const offset = scale + LBQ_RING;
+    const int cols = s->trellis->cols, words = 1 << s->trellis->bits;
+    float *level = s->levels;
+    for (int c = 0; c < cols; c++)
+        for (int word = 0; word < words; word++)
+            for (ptrdiff_t state = 0; state < s->states; state++) {
+                const uint32_t window = (uint32_t)(state << s->trellis->bits | word);
+                *level++ = (float)lbq_trellis_level(s->trellis, window, c);
+            }
     float unit = 0;
     for (ptrdiff_t r = 0; r < grid->rows; r++)
         unit = scale[r] > unit ? scale[r] : unit;
-    for (ptrdiff_t r = 0; r < ROWS; r++) { /* padding costs nothing */
+    for (int place = 0; place < LBQ_RING; place++) { /* padding costs nothing */
+        const int r = lbq_ring_row(place);
         const bool here = r < grid->rows && unit > 0;
-        s->scale[r] = here ? scale[r] / unit : 0;
-        for (int c = 0; c < s->cols; c++) {
-            const float there = w[c * ROWS + r] + shift[c * pitch + r];
-            s->target[c][r] = here ? (there - offset[r]) / unit : 0;
+        s->scale[place] = here ? scale[r] / unit : 0;
+        for (int c = 0; c < cols; c++) {
+            const float there = w[c * LBQ_RING + r] + shift[c * pitch + r];
+            s->target[place][c] = here ? (there - offset[r]) / unit : 0;
         }
     }
 }
@@ -136,39 +167,47 @@ static void
 encode(const lbq_code *code, const lbq_grid *grid, const float *w, const float *shift,
        ptrdiff_t pitch, uint8_t *words, float *e, void *memory)
 {
-    search *const s = memory;
-    const float *const scale = grid->lanes, *const offset = scale + ROWS;
-    prepare(s, code, grid, w, shift, pitch);
-    const uint32_t start = find_start(s);
-    for (uint32_t i = 0; i < STATES; i++)
-        s->metric[0][i] = i == place(s, start) ? 0 : HUGE_VALF;
-    for (int row = 1; row < ROWS; row++)
-        advance(s, row - 1, row);
-    uint32_t window = start;
-    for (int row = ROWS - 1; row >= 0; row--) {
-        window = row ? step_back(s, row, window) : start;
-        for (int c = 0; c < s->cols; c++) {
-            const float level = (float)level_of(window, c);
-            words[c * ROWS + row] = c ? 0 : (uint8_t)(window & ((1u << s->bits) - 1));
-            e[c * pitch + row] = w[c * ROWS + row] - (scale[row] * level + offset[row]);
+    const lbq_trellis *const trellis = trellis_of(code);
+    const float *const scale = grid->lanes, *const offset = scale + LBQ_RING;
+    search s;
+    layout_of(trellis, memory, &s);
+    prepare(&s, grid, w, shift, pitch);
+    const uint32_t start = find_start(&s);
+    float *const first = sums_at(&s, 0);
+    for (ptrdiff_t i = 0; i < s.states; i++)
+        first[i] = i == (ptrdiff_t)start ? 0 : HUGE_VALF;
+    for (int step = 0; step < LBQ_RING; step++)
+        advance(&s, step);
+    uint32_t state = start;
+    for (int place = LBQ_RING - 1; place >= 0; place--) {
+        const uint32_t window = step_back(&s, place, state);
+        const int r = lbq_ring_row(place);
+        for (int c = 0; c < trellis->cols; c++) {
+            const float level = (float)lbq_trellis_level(trellis, window, c);
+            words[c * LBQ_RING + r] = c ? 0 : (uint8_t)(window & ((1u << trellis->bits) - 1));
+            e[c * pitch + r] = w[c * LBQ_RING + r] - (scale[r] * level + offset[r]);
         }
+        state = window & (uint32_t)(s.states - 1);
     }
 }
 
 static void
 expand(const lbq_code *code, ptrdiff_t columns, uint8_t *words)
 {
-    for (ptrdiff_t k = 0; k < columns; k += code->kind->cols) {
-        uint8_t *at[ROWS];
+    const lbq_trellis *const trellis = trellis_of(code);
+    const uint32_t mask = (1u << trellis->window) - 1;
+    for (ptrdiff_t k = 0; k < columns; k += trellis->cols) {
+        uint8_t *at[LBQ_RING];
         uint32_t window = 0;
-        for (ptrdiff_t r = ROWS - 1; r >= 0; r--) {
-            at[r] = words + r / LBQ_PANEL * columns * LBQ_PANEL + lbq_word_at(k, r % LBQ_PANEL);
-            window = (window << code->bits | *at[r]) & (STATES - 1);
+        for (int place = LBQ_RING - 1; place >= 0; place--) {
+            const int r = lbq_ring_row(place);
+            at[place] = words + r / LBQ_PANEL * columns * LBQ_PANEL + lbq_word_at(k, r % LBQ_PANEL);
+            window = (window << trellis->bits | *at[place]) & mask;
         }
-        for (ptrdiff_t r = ROWS - 1; r >= 0; r--) {
-            window = (window << code->bits | *at[r]) & (STATES - 1);
-            for (int c = 0; c < code->kind->cols; c++) /* c < 4 columns lie side by side */
-                at[r][c] = (uint8_t)level_of(window, c);
+        for (int place = LBQ_RING - 1; place >= 0; place--) {
+            window = (window << trellis->bits | *at[place]) & mask;
+            for (int c = 0; c < trellis->cols; c++) /* c < 4 columns lie side by side */
+                at[place][c] = (uint8_t)lbq_trellis_level(trellis, window, c);
         }
     }
 }
@@ -177,16 +216,18 @@ static void
 fit(const lbq_code *code, const lbq_search *how, const lbq_groups *groups, float *scale,
     float *offset)
 {
-    /* Standard deviation of the levels, 52.25, changed to what errs least on a normal variable. */
-    static const double deviation[] = {0, 58, 50, 53};
+    /* Standard deviation of the levels, changed to what errs least on a normal variable: at low
+     * rates averages of many weights need less than theirs, at high rates tails need more. */
+    static const double deviation[] = {0, 60, 50, 36, 33}, of_pair = 53;
     (void)how;
-    lbq_fit_deviation(code, groups, deviation[code->bits], scale, offset);
+    const bool pair = code->kind->cols == 2;
+    lbq_fit_deviation(code, groups, pair ? of_pair : deviation[code->bits], scale, offset);
 }
 
 const lbq_code_kind lbq_kind_trellis = {
     .name = "trellis",
     .rates = "1 2",
-    .rows = ROWS,
+    .rows = LBQ_RING,
     .cols = 1,
     .top = 254,
     .scratch = scratch,
@@ -199,10 +240,23 @@ const lbq_code_kind lbq_kind_trellis = {
 const lbq_code_kind lbq_kind_trellis_pair = {
     .name = "trellis",
     .rates = "1.5",
-    .rows = ROWS,
-    .cols = MAX_COLS,
-    .word_cols = MAX_COLS,
+    .rows = LBQ_RING,
+    .cols = LBQ_RING_COLS,
+    .word_cols = LBQ_RING_COLS,
     .top = 254,
+    .scratch = scratch,
+    .encode = encode,
+    .decode = lbq_decode_bytes,
+    .expand = expand,
+    .fit = fit,
+};
+
+const lbq_code_kind lbq_kind_trellis_wide = {
+    .name = "trellis",
+    .rates = "3 4",
+    .rows = LBQ_RING,
+    .cols = 1,
+    .top = 252,
     .scratch = scratch,
     .encode = encode,
     .decode = lbq_decode_bytes,

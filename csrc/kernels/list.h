@@ -191,6 +191,16 @@ X(add_rows_f32, void,
 X(round_f32, void,
   (const float *grid, int top, const float *w, const float *shift, uint8_t *codes, float *e))
 
+/* One row of Viterbi's algorithm for a trellis, whose states u < count are the parts that windows
+ * have in common with the next row's:
+ *     after[u] = min over word < 2^bits of
+ *         before[(u * 2^bits + word) mod count] + sum over c of (target[c] - scale * level)^2
+ * with level = levels[c][word][u], c < cols; the squares are added first. cols is 1, or 2 if bits
+ * is 3; count is a multiple of 16 * 2^bits; exact. */
+X(viterbi_f32, void,
+  (int bits, int cols, ptrdiff_t count, const float *levels, float scale, const float *target,
+   const float *before, float *after))
+
 /* y[i] = gain[i] x[i] / sqrt(mean of x^2 + epsilon); gain may be NULL, y may be x. Where squares
  * leave the range of float32 they are summed in float64 (norm.h), so every finite x works. */
 X(rmsnorm_f32, void, (const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y))

@@ -259,13 +259,24 @@ LBQ_BINDING(block_gradient)
     return lbq_handle_new(BLOCK_GRADIENT, made, args);
 }
 
+enum { O, LOG_SUM, MIDDLE, QUERY, KEY, VALUE, GATE, UP, PARTS }; /* of the way there */
+
 static lbq_status
-block_backward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, const lbq_array *o,
-               const lbq_array *log_sum, const lbq_array *middle,
-               const lbq_block_gradient *gradient, const lbq_array *outputs, const lbq_array *dx)
+block_backward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x,
+               const lbq_array *parts, const lbq_block_gradient *gradient, const lbq_array *outputs,
+               const lbq_array *dx)
 {
     const lbq_heads *const heads = &decoder->heads;
-    const lbq_trace known = {.output = o->data, .log_sum = log_sum->data, .middle = middle->data};
+    const lbq_trace known = {
+        .output = parts[O].data,
+        .log_sum = parts[LOG_SUM].data,
+        .middle = parts[MIDDLE].data,
+        .query = parts[QUERY].data,
+        .key = parts[KEY].data,
+        .value = parts[VALUE].data,
+        .gate = parts[GATE].data,
+        .up = parts[UP].data,
+    };
     LBQ_REQUIRE(index < decoder->block_count,
                 LBQ_BAD_VALUE,
                 "block is %td, expected 0 to %td",
@@ -285,8 +296,13 @@ block_backward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, 
         seen.layers[i] = outputs[i].data;
     }
     LBQ_TRY(lbq_check_axis(x, "x", 1, "hidden", decoder->hidden));
-    LBQ_TRY(lbq_check_axis(o, "o", 1, "heads * head_dim", heads->heads * heads->head_dim));
-    LBQ_TRY(lbq_check_axis(log_sum, "log_sum", 1, "heads", heads->heads));
+    LBQ_TRY(lbq_check_axis(&parts[O], "o", 1, "heads * head_dim", block->output->cols));
+    LBQ_TRY(lbq_check_axis(&parts[LOG_SUM], "log_sum", 1, "heads", heads->heads));
+    LBQ_TRY(lbq_check_axis(&parts[QUERY], "query", 1, "rows", block->query->rows));
+    LBQ_TRY(lbq_check_axis(&parts[KEY], "key", 1, "rows", block->key->rows));
+    LBQ_TRY(lbq_check_axis(&parts[VALUE], "value", 1, "rows", block->value->rows));
+    LBQ_TRY(lbq_check_axis(&parts[GATE], "gate", 1, "rows", block->gate->rows));
+    LBQ_TRY(lbq_check_axis(&parts[UP], "up", 1, "rows", block->up->rows));
     return lbq_block_backward(
         decoder, index, x->dims[0], x->data, &known, gradient, &seen, dx->data);
 }
@@ -295,14 +311,19 @@ LBQ_BINDING(block_backward)
 {
     const lbq_decoder *decoder;
     const lbq_block_gradient *gradient;
-    lbq_array x, o, log_sum, middle, dx, outputs[LBQ_SLOTS];
+    lbq_array x, parts[PARTS], dx, outputs[LBQ_SLOTS];
     Py_ssize_t index;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
         LBQ_IN("x", &x, NPY_FLOAT32, "th"),
-        LBQ_IN_OR_NONE("o", &o, NPY_FLOAT32, "ta"),
-        LBQ_IN_OR_NONE("log_sum", &log_sum, NPY_FLOAT32, "tn"),
-        LBQ_IN_OR_NONE("middle", &middle, NPY_FLOAT32, "th"),
+        LBQ_IN_OR_NONE("o", &parts[O], NPY_FLOAT32, "ta"),
+        LBQ_IN_OR_NONE("log_sum", &parts[LOG_SUM], NPY_FLOAT32, "tn"),
+        LBQ_IN_OR_NONE("middle", &parts[MIDDLE], NPY_FLOAT32, "th"),
+        LBQ_IN_OR_NONE("query", &parts[QUERY], NPY_FLOAT32, "tq"),
+        LBQ_IN_OR_NONE("key", &parts[KEY], NPY_FLOAT32, "tk"),
+        LBQ_IN_OR_NONE("value", &parts[VALUE], NPY_FLOAT32, "tk"),
+        LBQ_IN_OR_NONE("gate", &parts[GATE], NPY_FLOAT32, "ti"),
+        LBQ_IN_OR_NONE("up", &parts[UP], NPY_FLOAT32, "ti"),
         LBQ_HANDLE("gradient", &gradient, BLOCK_GRADIENT),
         LBQ_OUT_OR_NONE("q_proj", &outputs[LBQ_QUERY], NPY_FLOAT32, "tq"),
         LBQ_OUT_OR_NONE("k_proj", &outputs[LBQ_KEY], NPY_FLOAT32, "tk"),
@@ -315,7 +336,7 @@ LBQ_BINDING(block_backward)
         LBQ_INT("block", &index, 0, INT32_MAX),
     };
     LBQ_PARSE("block_backward", spec);
-    LBQ_RUN(block_backward(decoder, index, &x, &o, &log_sum, &middle, gradient, outputs, &dx));
+    LBQ_RUN(block_backward(decoder, index, &x, parts, gradient, outputs, &dx));
 }
 
 static lbq_status
@@ -437,11 +458,14 @@ PyMethodDef lbq_methods_backward[] = {
                "block_gradient(attention_norm, mlp_norm, query_norm, key_norm, q_proj, "
                "k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, /)\n--\n\n"
                "Handle of the arrays to which gradients of a block's parts are added."),
-    LBQ_METHOD(block_backward,
-               "block_backward(decoder, x, o, log_sum, middle, gradient, q_proj, k_proj, "
-               "v_proj, o_proj, gate_proj, up_proj, down_proj, dx, /, *, block)\n--\n\n"
-               "Take dL/dx behind a block to that before it; gradients of its layers' outputs "
-               "are written."),
+    LBQ_METHOD(
+        block_backward,
+        "block_backward(decoder, x, o, log_sum, middle, query, key, value, gate, up, gradient, "
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, dx, /, *, block)"
+        "\n--\n\n"
+        "Take dL/dx behind a block to that before it; gradients of its layers' outputs "
+        "are written.\nWhat decoder_block has shown of it, or None, need not be computed "
+        "again."),
     LBQ_METHOD(embed_backward, "embed_backward(decoder, tokens, dx, dense, /)\n--\n\n"
                                "Add the gradient of looked-up rows to that of the embedding; dx is "
                                "overwritten."),

@@ -6,6 +6,7 @@
 #include "gptq/gptq.h"
 #include "gptq/hessian.h"
 #include "gptq/refine.h"
+#include "gptq/ridge.h"
 #include "gptq/sensitivity.h"
 #include "python/code_args.h"
 #include "python/module.h"
@@ -33,6 +34,32 @@ LBQ_BINDING(hessian_error)
     double value;
     LBQ_RUN_VALUE(lbq_hessian_error(E.dims[0], E.dims[1], H.data, E.data, &value),
                   PyFloat_FromDouble(value));
+}
+
+LBQ_BINDING(moment_add)
+{
+    lbq_array Y, X, weights, M;
+    const lbq_arg spec[] = {
+        LBQ_IN("y", &Y, NPY_FLOAT32, "t*r"),
+        LBQ_IN("x", &X, NPY_FLOAT32, "t*k"),
+        LBQ_IN_OR_NONE("weights", &weights, NPY_FLOAT32, "t*"),
+        LBQ_INOUT("moment", &M, NPY_FLOAT64, "rk"),
+    };
+    LBQ_PARSE("moment_add", spec);
+    LBQ_RUN(lbq_moment_add(X.dims[0], Y.dims[1], X.dims[1], Y.data, X.data, weights.data, M.data));
+}
+
+LBQ_BINDING(ridge_solve)
+{
+    lbq_array H, B;
+    double ridge;
+    const lbq_arg spec[] = {
+        LBQ_IN("hessian", &H, NPY_FLOAT64, "kk"),
+        LBQ_INOUT("b", &B, NPY_FLOAT64, "r*k"),
+        LBQ_FLOAT("ridge", &ridge, 0, 1e300),
+    };
+    LBQ_PARSE("ridge_solve", spec);
+    LBQ_RUN(lbq_ridge_solve(B.dims[0], B.dims[1], H.data, ridge, B.data));
 }
 
 LBQ_BINDING(product)
@@ -321,6 +348,11 @@ PyMethodDef lbq_methods_gptq[] = {
     LBQ_METHOD(hessian_error,
                "hessian_error(hessian, error, /)\n--\n\n"
                "tr(E H E^T) for error E (r, k) and the upper triangle of hessian (k, k)."),
+    LBQ_METHOD(moment_add, "moment_add(y, x, weights, moment, /)\n--\n\n"
+                           "Add y^T diag(weights) x of y (t, r) and x (t, k) to moment (r, k)."),
+    LBQ_METHOD(ridge_solve,
+               "ridge_solve(hessian, b, /, *, ridge)\n--\n\n"
+               "b (r, k) becomes b (H + ridge I)^-1, from the upper triangle of hessian (k, k)."),
     LBQ_METHOD(product, "product(a, b, c, /)\n--\n\nc (m, n) = a (m, k) times b (n, k)^T."),
     LBQ_METHOD(leading_eigenvectors,
                "leading_eigenvectors(matrix, metric, values, vectors, /)\n--\n\n"

@@ -276,50 +276,70 @@ LBQ_BINDING(decoder_embed)
     LBQ_RUN(lbq_decoder_embed(decoder, tokens.dims[0], tokens.data, x.data));
 }
 
+enum { QKV, O, MLP, DOWN, LOG_SUM, MIDDLE, QUERY, KEY, VALUE, GATE, UP, TRACE };
+
 static lbq_status
-block_forward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x, const lbq_array *qkv,
-              const lbq_array *o, const lbq_array *mlp, const lbq_array *down,
-              const lbq_array *log_sum, const lbq_array *middle)
+block_forward(const lbq_decoder *decoder, ptrdiff_t index, int steps, const lbq_array *x,
+              const lbq_array *seen)
 {
-    const lbq_trace trace = {
-        .qkv = qkv->data,
-        .output = o->data,
-        .mlp = mlp->data,
-        .down = down->data,
-        .log_sum = log_sum->data,
-        .middle = middle->data,
-    };
     LBQ_REQUIRE(index < decoder->block_count,
                 LBQ_BAD_VALUE,
                 "block is %td, expected 0 to %td",
                 index,
                 decoder->block_count - 1);
+    const lbq_trace trace = {
+        .qkv = seen[QKV].data,
+        .output = seen[O].data,
+        .mlp = seen[MLP].data,
+        .down = seen[DOWN].data,
+        .log_sum = seen[LOG_SUM].data,
+        .middle = seen[MIDDLE].data,
+        .query = seen[QUERY].data,
+        .key = seen[KEY].data,
+        .value = seen[VALUE].data,
+        .gate = seen[GATE].data,
+        .up = seen[UP].data,
+    };
+    const lbq_heads *const heads = &decoder->heads;
+    const ptrdiff_t wide = heads->heads * heads->head_dim;
+    const ptrdiff_t narrow = heads->kv_heads * heads->head_dim;
+    const ptrdiff_t inner = decoder->blocks[index]->gate->rows;
     LBQ_TRY(lbq_check_axis(x, "x", 1, "hidden", decoder->hidden));
-    LBQ_TRY(lbq_check_axis(
-        o, "o", 1, "heads * head_dim", decoder->heads.heads * decoder->heads.head_dim));
-    LBQ_TRY(lbq_check_axis(down, "down", 1, "feed-forward", decoder->blocks[index]->gate->rows));
-    LBQ_TRY(lbq_check_axis(log_sum, "log_sum", 1, "heads", decoder->heads.heads));
-    return lbq_decoder_block(decoder, index, x->dims[0], x->data, &trace);
+    LBQ_TRY(lbq_check_axis(&seen[O], "o", 1, "heads * head_dim", wide));
+    LBQ_TRY(lbq_check_axis(&seen[DOWN], "down", 1, "feed-forward", inner));
+    LBQ_TRY(lbq_check_axis(&seen[LOG_SUM], "log_sum", 1, "heads", heads->heads));
+    LBQ_TRY(lbq_check_axis(&seen[QUERY], "query", 1, "heads * head_dim", wide));
+    LBQ_TRY(lbq_check_axis(&seen[KEY], "key", 1, "kv_heads * head_dim", narrow));
+    LBQ_TRY(lbq_check_axis(&seen[VALUE], "value", 1, "kv_heads * head_dim", narrow));
+    LBQ_TRY(lbq_check_axis(&seen[GATE], "gate", 1, "feed-forward", inner));
+    LBQ_TRY(lbq_check_axis(&seen[UP], "up", 1, "feed-forward", inner));
+    return lbq_decoder_block(decoder, index, steps, x->dims[0], x->data, &trace);
 }
 
 LBQ_BINDING(decoder_block)
 {
     const lbq_decoder *decoder;
-    lbq_array x, qkv, o, mlp, down, log_sum, middle;
-    Py_ssize_t index;
+    lbq_array x, seen[TRACE];
+    Py_ssize_t index, steps;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
         LBQ_INOUT("x", &x, NPY_FLOAT32, "t*h"),
-        LBQ_OUT_OR_NONE("qkv", &qkv, NPY_FLOAT32, "t*h"),
-        LBQ_OUT_OR_NONE("o", &o, NPY_FLOAT32, "t*a"),
-        LBQ_OUT_OR_NONE("mlp", &mlp, NPY_FLOAT32, "t*h"),
-        LBQ_OUT_OR_NONE("down", &down, NPY_FLOAT32, "t*i"),
-        LBQ_OUT_OR_NONE("log_sum", &log_sum, NPY_FLOAT32, "t*n"),
-        LBQ_OUT_OR_NONE("middle", &middle, NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("qkv", &seen[QKV], NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("o", &seen[O], NPY_FLOAT32, "t*a"),
+        LBQ_OUT_OR_NONE("mlp", &seen[MLP], NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("down", &seen[DOWN], NPY_FLOAT32, "t*i"),
+        LBQ_OUT_OR_NONE("log_sum", &seen[LOG_SUM], NPY_FLOAT32, "t*n"),
+        LBQ_OUT_OR_NONE("middle", &seen[MIDDLE], NPY_FLOAT32, "t*h"),
+        LBQ_OUT_OR_NONE("query", &seen[QUERY], NPY_FLOAT32, "t*a"),
+        LBQ_OUT_OR_NONE("key", &seen[KEY], NPY_FLOAT32, "t*k"),
+        LBQ_OUT_OR_NONE("value", &seen[VALUE], NPY_FLOAT32, "t*k"),
+        LBQ_OUT_OR_NONE("gate", &seen[GATE], NPY_FLOAT32, "t*i"),
+        LBQ_OUT_OR_NONE("up", &seen[UP], NPY_FLOAT32, "t*i"),
         LBQ_INT("block", &index, 0, INT32_MAX),
+        LBQ_INT("steps", &steps, 0, 63),
     };
     LBQ_PARSE("decoder_block", spec);
-    LBQ_RUN(block_forward(decoder, index, &x, &qkv, &o, &mlp, &down, &log_sum, &middle));
+    LBQ_RUN(block_forward(decoder, index, (int)steps, &x, seen));
 }
 
 LBQ_BINDING(decoder_finish)
@@ -480,10 +500,12 @@ PyMethodDef lbq_methods_transformer[] = {
                         "It keeps alive what it is made from."),
     LBQ_METHOD(decoder_embed, "decoder_embed(decoder, tokens, x, /)\n--\n\n"
                               "x (t, hidden): the residual stream that enters block 0."),
-    LBQ_METHOD(decoder_block, "decoder_block(decoder, x, qkv, o, mlp, down, log_sum, middle, /, *, "
-                              "block)\n--\n\n"
-                              "One block on x (t, hidden) in place; the others "
-                              "(or None) get the inputs of its layers."),
+    LBQ_METHOD(decoder_block,
+               "decoder_block(decoder, x, qkv, o, mlp, down, log_sum, middle, query, key, value, "
+               "gate, up, /, *, block, steps)\n--\n\n"
+               "Steps of one block on x (t, hidden) in place; the others (or None) get inputs and "
+               "outputs of its layers.\nBits of steps: 1 to qkv, 2 to o, 4 from o, 8 to mlp, 16 to "
+               "down, 32 from down."),
     LBQ_METHOD(decoder_finish, "decoder_finish(decoder, x, y, /)\n--\n\n"
                                "y (t, hidden): x after the last norm, the "
                                "input of the head."),

@@ -177,21 +177,29 @@ add(float *x, float scale, const float *y, ptrdiff_t count)
     return lbq_parallel(lbq_pieces(count, CHUNK), add_task, &a);
 }
 
-static lbq_status
-turn(const lbq_decoder *decoder, ptrdiff_t tokens, ptrdiff_t heads, const lbq_projection *by,
-     const float *gain, float *x, float *raw)
+lbq_status
+lbq_block_turn(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
+               const float *cosine, const float *sine, float *q, float *k)
 {
-    const ptrdiff_t d = decoder->heads.head_dim;
-    if (raw && gain)
-        memcpy(raw, x, (size_t)(tokens * heads * d) * sizeof(float));
-    return lbq_rope(tokens, heads, d / 2, by->cosine, by->sine, gain, decoder->epsilon, x);
+    const lbq_heads *const heads = &decoder->heads;
+    const ptrdiff_t half = heads->head_dim / 2;
+    const float epsilon = decoder->epsilon;
+    LBQ_TRY(lbq_rope(tokens, heads->heads, half, cosine, sine, block->query_norm, epsilon, q));
+    return lbq_rope(tokens, heads->kv_heads, half, cosine, sine, block->key_norm, epsilon, k);
+}
+
+/* Copies a layer's output to where a caller wants to see it. */
+static void
+show(const lbq_linear *layer, ptrdiff_t tokens, const float *y, float *to)
+{
+    if (to)
+        memcpy(to, y, (size_t)(tokens * layer->rows) * sizeof(float));
 }
 
 lbq_status
 lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
                   const float *x, const lbq_store_bias *bias, const lbq_projection *to)
 {
-    const lbq_heads *const heads = &decoder->heads;
     LBQ_TRY(
         lbq_rmsnorm(tokens, decoder->hidden, x, block->attention_norm, decoder->epsilon, to->n));
     lbq_linear key = *block->key, value = *block->value;
@@ -202,8 +210,9 @@ lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t 
     const lbq_linear *const layers[] = {block->query, &key, &value};
     float *const outputs[] = {to->q, to->k, to->v};
     LBQ_TRY(lbq_linears_forward(3, layers, tokens, to->n, outputs));
-    LBQ_TRY(turn(decoder, tokens, heads->heads, to, block->query_norm, to->q, to->raw_q));
-    return turn(decoder, tokens, heads->kv_heads, to, block->key_norm, to->k, to->raw_k);
+    show(block->query, tokens, to->q, to->raw_q);
+    show(block->key, tokens, to->k, to->raw_k);
+    return lbq_block_turn(decoder, block, tokens, to->cosine, to->sine, to->q, to->k);
 }
 
 lbq_status
@@ -216,66 +225,111 @@ lbq_block_gate(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tok
     return lbq_linears_forward(2, layers, tokens, n, outputs);
 }
 
+/* Attention of x, into the tap `output`. */
 static lbq_status
 attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
-       const lbq_store *store, const lbq_trace *trace, const scratch *s, float *x)
+       const lbq_store *store, const lbq_trace *trace, const scratch *s, const float *x)
 {
     const lbq_heads *const heads = &decoder->heads;
-    float *const n = trace->qkv ? trace->qkv : s->norm;
-    float *const o = trace->output ? trace->output : s->q;
     const lbq_projection projection = {
-        .cosine = s->cosine, .sine = s->sine, .n = n, .q = s->q, .k = s->k, .v = s->v};
+        .cosine = s->cosine,
+        .sine = s->sine,
+        .n = trace->qkv,
+        .q = s->q,
+        .k = s->k,
+        .v = s->v,
+        .raw_q = trace->query,
+        .raw_k = trace->key,
+    };
     LBQ_TRY(lbq_block_project(decoder, block, tokens, x, &store->bias, &projection));
+    show(block->value, tokens, s->v, trace->value);
     LBQ_TRY(lbq_store_write(heads, past, tokens, s->k, s->v, store));
-    LBQ_TRY(lbq_attention(heads, past, tokens, s->q, store, s->attention, o, trace->log_sum));
-    LBQ_TRY(lbq_linear_forward(block->output, tokens, o, s->norm));
-    LBQ_TRY(add(x, block->attention_scale, s->norm, tokens * decoder->hidden));
+    return lbq_attention(
+        heads, past, tokens, s->q, store, s->attention, trace->output, trace->log_sum);
+}
+
+/* What the feed-forward half multiplies last, into the tap `down`. */
+static lbq_status
+feed(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens, const lbq_trace *trace,
+     const float *x)
+{
+    LBQ_TRY(lbq_block_gate(decoder, block, tokens, x, trace->mlp, trace->gate, trace->up));
+    return lbq_swiglu(tokens * block->gate->rows, trace->gate, trace->up, trace->down);
+}
+
+/* x += scale * layer(tap): the end of a half. */
+static lbq_status
+leave(const lbq_decoder *decoder, const lbq_linear *layer, float scale, ptrdiff_t tokens,
+      const float *tap, const scratch *s, float *x)
+{
+    LBQ_TRY(lbq_linear_forward(layer, tokens, tap, s->norm));
+    return add(x, scale, s->norm, tokens * decoder->hidden);
+}
+
+static lbq_status
+normalize(const lbq_decoder *decoder, ptrdiff_t tokens, const float *x, const float *gain, float *n)
+{
+    return lbq_rmsnorm(tokens, decoder->hidden, x, gain, decoder->epsilon, n);
+}
+
+/* Some steps of a block on a batch. All taps are there. */
+static lbq_status
+run_steps(const lbq_decoder *decoder, const lbq_block *block, int steps, ptrdiff_t past,
+          ptrdiff_t tokens, const lbq_store *store, const lbq_trace *trace, const scratch *s,
+          float *x)
+{
+    if (steps & LBQ_TO_QKV && !(steps & LBQ_TO_OUTPUT))
+        LBQ_TRY(normalize(decoder, tokens, x, block->attention_norm, trace->qkv));
+    if (steps & LBQ_TO_OUTPUT)
+        LBQ_TRY(attend(decoder, block, past, tokens, store, trace, s, x));
+    if (steps & LBQ_FROM_OUTPUT)
+        LBQ_TRY(leave(decoder, block->output, block->attention_scale, tokens, trace->output, s, x));
     if (trace->middle)
         memcpy(trace->middle, x, (size_t)(tokens * decoder->hidden) * sizeof(float));
+    if (steps & LBQ_TO_MLP && !(steps & LBQ_TO_DOWN))
+        LBQ_TRY(normalize(decoder, tokens, x, block->mlp_norm, trace->mlp));
+    if (steps & LBQ_TO_DOWN)
+        LBQ_TRY(feed(decoder, block, tokens, trace, x));
+    if (steps & LBQ_FROM_DOWN)
+        LBQ_TRY(leave(decoder, block->down, block->mlp_scale, tokens, trace->down, s, x));
     return LBQ_OK;
 }
 
-static lbq_status
-feed_forward(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
-             const lbq_trace *trace, const scratch *s, float *x)
-{
-    float *const n = trace->mlp ? trace->mlp : s->norm;
-    float *const y = trace->down ? trace->down : s->gate;
-    LBQ_TRY(lbq_block_gate(decoder, block, tokens, x, n, s->gate, s->up));
-    LBQ_TRY(lbq_swiglu(tokens * block->gate->rows, s->gate, s->up, y));
-    LBQ_TRY(lbq_linear_forward(block->down, tokens, y, s->norm));
-    return add(x, block->mlp_scale, s->norm, tokens * decoder->hidden);
-}
-
+/* What a caller wants to see of a batch, or the scratch with the same contents. */
 static float *
-later(float *part, ptrdiff_t count)
+later(float *part, ptrdiff_t count, float *unseen)
 {
-    return part ? part + count : NULL;
+    return part ? part + count : unseen;
 }
 
-/* Runs a block on x in place, in batches: no token depends on a later one. */
+/* Runs steps of a block on x in place, in batches: no token depends on a later one. */
 static lbq_status
-run_block(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
-          const lbq_store *store, const lbq_trace *trace, const scratch *s, float *x)
+run_block(const lbq_decoder *decoder, const lbq_block *block, int steps, ptrdiff_t past,
+          ptrdiff_t tokens, const lbq_store *store, const lbq_trace *trace, const scratch *s,
+          float *x)
 {
     const lbq_heads *const heads = &decoder->heads;
     const ptrdiff_t hidden = decoder->hidden, d = heads->head_dim;
     for (ptrdiff_t first = 0; first < tokens; first += s->batch) {
         const ptrdiff_t count = lbq_smaller(s->batch, tokens - first);
         const lbq_trace here = {
-            .qkv = later(trace->qkv, first * hidden),
-            .mlp = later(trace->mlp, first * hidden),
-            .output = later(trace->output, first * heads->heads * d),
-            .down = later(trace->down, first * block->down->cols),
-            .log_sum = later(trace->log_sum, first * heads->heads),
-            .middle = later(trace->middle, first * hidden),
+            .qkv = later(trace->qkv, first * hidden, s->norm),
+            .mlp = later(trace->mlp, first * hidden, s->norm),
+            .output = later(trace->output, first * heads->heads * d, s->q),
+            .down = later(trace->down, first * block->down->cols, s->gate),
+            .log_sum = later(trace->log_sum, first * heads->heads, NULL),
+            .middle = later(trace->middle, first * hidden, NULL),
+            .query = later(trace->query, first * block->query->rows, NULL),
+            .key = later(trace->key, first * block->key->rows, NULL),
+            .value = later(trace->value, first * block->value->rows, NULL),
+            .gate = later(trace->gate, first * block->gate->rows, s->gate),
+            .up = later(trace->up, first * block->up->rows, s->up),
         };
         scratch batch = *s;
         batch.cosine += first * (d / 2);
         batch.sine += first * (d / 2);
         float *const to = x + first * hidden;
-        LBQ_TRY(attend(decoder, block, past + first, count, store, &here, &batch, to));
-        LBQ_TRY(feed_forward(decoder, block, count, &here, &batch, to));
+        LBQ_TRY(run_steps(decoder, block, steps, past + first, count, store, &here, &batch, to));
     }
     return LBQ_OK;
 }
@@ -396,9 +450,21 @@ lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *t
     return decoder->rotation ? lbq_rotate(decoder->rotation, tokens, x) : LBQ_OK;
 }
 
+static lbq_status
+check_steps(int steps, const lbq_trace *trace)
+{
+    const bool no_output = steps & LBQ_FROM_OUTPUT && !(steps & LBQ_TO_OUTPUT) && !trace->output;
+    const bool no_down = steps & LBQ_FROM_DOWN && !(steps & LBQ_TO_DOWN) && !trace->down;
+    LBQ_REQUIRE(!no_output && !no_down,
+                LBQ_BAD_VALUE,
+                "steps go on from %s, which is not there",
+                no_output ? "o" : "down");
+    return LBQ_OK;
+}
+
 lbq_status
-lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens, float *x,
-                  const lbq_trace *trace)
+lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, int steps, ptrdiff_t tokens,
+                  float *x, const lbq_trace *trace)
 {
     LBQ_REQUIRE(index >= 0 && index < decoder->block_count,
                 LBQ_BAD_VALUE,
@@ -406,13 +472,15 @@ lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
                 index,
                 decoder->block_count - 1);
     LBQ_REQUIRE(tokens >= 1, LBQ_BAD_SHAPE, "there are no tokens");
+    LBQ_TRY(check_steps(steps, trace));
     scratch s = {0};
     lbq_arena arena = {0};
     LBQ_TRY(lbq_arena_open(&arena, take_scratch(decoder, tokens, NULL, &arena, &s)));
     take_scratch(decoder, tokens, NULL, &arena, &s);
     lbq_status status = fill_tables(decoder, 0, tokens, &s);
     if (status == LBQ_OK)
-        status = run_block(decoder, decoder->blocks[index], 0, tokens, &s.store, trace, &s, x);
+        status =
+            run_block(decoder, decoder->blocks[index], steps, 0, tokens, &s.store, trace, &s, x);
     lbq_arena_close(&arena);
     return status;
 }
@@ -446,7 +514,8 @@ run_blocks(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache,
     LBQ_TRY(fill_tables(decoder, past, tokens, s));
     for (ptrdiff_t i = 0; i < decoder->block_count; i++) {
         const lbq_store store = cache ? store_of(decoder, cache, i, s) : s->store;
-        LBQ_TRY(run_block(decoder, decoder->blocks[i], past, tokens, &store, &none, s, x));
+        const lbq_block *const block = decoder->blocks[i];
+        LBQ_TRY(run_block(decoder, block, LBQ_BLOCK, past, tokens, &store, &none, s, x));
     }
     return LBQ_OK;
 }

@@ -55,6 +55,8 @@ typedef struct {
     /* What a backward pass needs besides the block's input: */
     float *log_sum; /* (tokens, heads), as lbq_attention has it */
     float *middle;  /* (tokens, hidden): x between the halves */
+    /* Outputs of the layers, (tokens, rows), before norms of heads and rope: */
+    float *query, *key, *value, *gate, *up;
 } lbq_trace;
 
 /* LBQ_BAD_SHAPE unless all layers fit together; LBQ_BAD_VALUE if the heads or the embedding are not
@@ -65,9 +67,22 @@ lbq_status lbq_decoder_check(const lbq_decoder *decoder);
 lbq_status lbq_decoder_embed(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token,
                              float *x);
 
-/* Block `index` on x (tokens, hidden) in place, as a window without earlier tokens. */
-lbq_status lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
-                             float *x, const lbq_trace *trace);
+/* The steps of a block: to the inputs of its layers, and from there on. */
+enum {
+    LBQ_TO_QKV = 1,      /* qkv = norm(x); LBQ_TO_OUTPUT does this by itself */
+    LBQ_TO_OUTPUT = 2,   /* output = attention(x) */
+    LBQ_FROM_OUTPUT = 4, /* x += attention_scale * output layer(output) */
+    LBQ_TO_MLP = 8,      /* mlp = norm(x); LBQ_TO_DOWN does this by itself */
+    LBQ_TO_DOWN = 16,    /* down = silu(gate) * up */
+    LBQ_FROM_DOWN = 32,  /* x += mlp_scale * down layer(down) */
+    LBQ_BLOCK = 63       /* all */
+};
+
+/* Some steps of block `index` on x (tokens, hidden) in place, as a window without earlier tokens. A
+ * step from a tap reads it from the trace, unless the step to it comes before; LBQ_BAD_VALUE if it
+ * is not there. */
+lbq_status lbq_decoder_block(const lbq_decoder *decoder, ptrdiff_t index, int steps,
+                             ptrdiff_t tokens, float *x, const lbq_trace *trace);
 
 /* Tables of rope for a window of its own: cosine, sine (tokens, head_dim / 2). */
 lbq_status lbq_decoder_turns(const lbq_decoder *decoder, ptrdiff_t tokens, float *cosine,
@@ -75,7 +90,7 @@ lbq_status lbq_decoder_turns(const lbq_decoder *decoder, ptrdiff_t tokens, float
 
 /* What an attention half computes first: n = norm(x) (tokens, hidden), and its queries, keys and
  * values (tokens, heads or kv_heads, head_dim), with queries and keys turned. raw_q and raw_k,
- * unless NULL, are queries and keys before their own norms, of blocks that have these. */
+ * unless NULL, are queries and keys before their norms and turns. */
 typedef struct {
     const float *cosine, *sine; /* (tokens, head_dim / 2) */
     float *n, *q, *k, *v, *raw_q, *raw_k;
@@ -85,6 +100,10 @@ typedef struct {
  * all). */
 lbq_status lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
                              const float *x, const lbq_store_bias *bias, const lbq_projection *to);
+
+/* The norms and turns of lbq_block_project: q and k, in place. */
+lbq_status lbq_block_turn(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
+                          const float *cosine, const float *sine, float *q, float *k);
 
 /* First step of a feed-forward half: n = norm(x), and gate and up of it (tokens, intermediate). */
 lbq_status lbq_block_gate(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,

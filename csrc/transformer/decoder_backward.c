@@ -17,13 +17,14 @@ typedef struct {
     ptrdiff_t tokens;
     const float *x;                   /* the block's input */
     float *output, *log_sum, *middle; /* of the forward pass */
+    const lbq_trace *known;           /* what is left of it */
     const lbq_block_gradient *gradient;
     const lbq_block_outputs *outputs;
     float *dx;
     /* Scratch: */
     float *n, *dn, *scaled;         /* (tokens, hidden) */
     float *cosine, *sine;           /* (tokens, head_dim / 2) */
-    float *q, *dq, *raw_q, *dout;   /* (tokens, heads head_dim) */
+    float *q, *dq, *raw_q, *dout;   /* (tokens, heads head_dim); raw: before norm and turn */
     float *k, *v, *dk, *dv, *raw_k; /* (tokens, kv_heads head_dim) */
     float *gate, *up, *y, *dy;      /* (tokens, intermediate) */
 } pass;
@@ -36,10 +37,24 @@ layer_of(const lbq_block *block, int slot)
     return layers[slot];
 }
 
+/* Whether the caller has kept all of q, k and v, or of gate and up. */
+static bool
+has_projection(const lbq_trace *known)
+{
+    return known->query && known->key && known->value;
+}
+
+static bool
+has_gate(const lbq_trace *known)
+{
+    return known->gate && known->up;
+}
+
 /* Takes a pass's scratch from the arena, or counts its bytes where that has no memory yet. */
 static size_t
-take(pass *p, const lbq_trace *known, lbq_arena *arena)
+take(pass *p, lbq_arena *arena)
 {
+    const lbq_trace *const known = p->known;
     const lbq_heads *const heads = &p->decoder->heads;
     const ptrdiff_t hidden = p->decoder->hidden, inner = p->block->gate->rows;
     const ptrdiff_t wide = heads->heads * heads->head_dim;
@@ -55,15 +70,15 @@ take(pass *p, const lbq_trace *known, lbq_arena *arena)
         {&p->sine, heads->head_dim / 2},
         {&p->q, wide},
         {&p->dq, wide},
-        {&p->raw_q, p->block->query_norm ? wide : 0},
+        {&p->raw_q, p->block->query_norm && !has_projection(known) ? wide : 0},
         {&p->dout, wide},
         {&p->k, narrow},
-        {&p->v, narrow},
+        {&p->v, has_projection(known) ? 0 : narrow},
         {&p->dk, narrow},
         {&p->dv, narrow},
-        {&p->raw_k, p->block->key_norm ? narrow : 0},
-        {&p->gate, inner},
-        {&p->up, inner},
+        {&p->raw_k, p->block->key_norm && !has_projection(known) ? narrow : 0},
+        {&p->gate, has_gate(known) ? 0 : inner},
+        {&p->up, has_gate(known) ? 0 : inner},
         {&p->y, inner},
         {&p->dy, inner},
         {&p->output, known->output ? 0 : wide},
@@ -80,11 +95,18 @@ take(pass *p, const lbq_trace *known, lbq_arena *arena)
     return total;
 }
 
-/* What the forward pass had in between and nobody has kept. */
+static float *
+either(float *known, float *scratch)
+{
+    return known ? known : scratch;
+}
+
+/* What the forward pass had in between: kept by the caller, or computed again. */
 static lbq_status
-recompute(pass *p, ptrdiff_t index, const lbq_trace *known)
+recompute(pass *p, ptrdiff_t index)
 {
     const size_t bytes = sizeof(float) * (size_t)(p->tokens * p->decoder->hidden);
+    const lbq_trace *const known = p->known;
     const lbq_trace missing = {
         .output = known->output ? NULL : p->output,
         .log_sum = known->log_sum ? NULL : p->log_sum,
@@ -92,11 +114,46 @@ recompute(pass *p, ptrdiff_t index, const lbq_trace *known)
     };
     if (missing.output || missing.log_sum || missing.middle)
         LBQ_TRY(lbq_decoder_block(
-            p->decoder, index, p->tokens, memcpy(p->scaled, p->x, bytes), &missing));
-    p->output = known->output ? known->output : p->output;
-    p->log_sum = known->log_sum ? known->log_sum : p->log_sum;
-    p->middle = known->middle ? known->middle : p->middle;
+            p->decoder, index, LBQ_BLOCK, p->tokens, memcpy(p->scaled, p->x, bytes), &missing));
+    p->output = either(known->output, p->output);
+    p->log_sum = either(known->log_sum, p->log_sum);
+    p->middle = either(known->middle, p->middle);
     return LBQ_OK;
+}
+
+/* The input of q, k and v, and these. */
+static lbq_status
+project(pass *p)
+{
+    const lbq_decoder *const decoder = p->decoder;
+    const lbq_trace *const known = p->known;
+    LBQ_TRY(lbq_decoder_turns(decoder, p->tokens, p->cosine, p->sine));
+    if (!has_projection(known)) {
+        const lbq_projection to = {p->cosine, p->sine, p->n, p->q, p->k, p->v, p->raw_q, p->raw_k};
+        return lbq_block_project(decoder, p->block, p->tokens, p->x, NULL, &to);
+    }
+    p->raw_q = known->query;
+    p->raw_k = known->key;
+    p->v = known->value;
+    memcpy(p->q, p->raw_q, sizeof(float) * (size_t)(p->tokens * p->block->query->rows));
+    memcpy(p->k, p->raw_k, sizeof(float) * (size_t)(p->tokens * p->block->key->rows));
+    LBQ_TRY(lbq_block_turn(decoder, p->block, p->tokens, p->cosine, p->sine, p->q, p->k));
+    const float *const gain = p->block->attention_norm;
+    return lbq_rmsnorm(p->tokens, decoder->hidden, p->x, gain, decoder->epsilon, p->n);
+}
+
+/* The input of gate and up, and these. */
+static lbq_status
+gate(pass *p)
+{
+    const lbq_decoder *const decoder = p->decoder;
+    const lbq_trace *const known = p->known;
+    if (!has_gate(known))
+        return lbq_block_gate(decoder, p->block, p->tokens, p->middle, p->n, p->gate, p->up);
+    p->gate = known->gate;
+    p->up = known->up;
+    const float *const gain = p->block->mlp_norm;
+    return lbq_rmsnorm(p->tokens, decoder->hidden, p->middle, gain, decoder->epsilon, p->n);
 }
 
 /* Through one layer of the block, for its input x and g = dL/dy. */
@@ -122,18 +179,18 @@ scaled(const pass *p, float scale)
 }
 
 static lbq_status
-feed_forward_backward(const pass *p)
+feed_forward_backward(pass *p)
 {
     const lbq_decoder *const decoder = p->decoder;
     const ptrdiff_t tokens = p->tokens, count = tokens * p->block->gate->rows;
-    LBQ_TRY(lbq_block_gate(decoder, p->block, tokens, p->middle, p->n, p->gate, p->up));
+    LBQ_TRY(gate(p));
     LBQ_TRY(lbq_swiglu(count, p->gate, p->up, p->y));
     const float *const dm = scaled(p, p->block->mlp_scale);
     LBQ_TRY(layer_backward(p, LBQ_DOWN, p->y, dm, false, p->dy));
-    /* gate and up are used up: their gradients lie there. */
-    LBQ_TRY(lbq_swiglu_backward(count, p->gate, p->up, p->dy, p->gate, p->up));
-    LBQ_TRY(layer_backward(p, LBQ_GATE, p->n, p->gate, false, p->dn));
-    LBQ_TRY(layer_backward(p, LBQ_UP, p->n, p->up, true, p->dn));
+    /* dy and y are used up: the gradients of gate and up lie there. */
+    LBQ_TRY(lbq_swiglu_backward(count, p->gate, p->up, p->dy, p->dy, p->y));
+    LBQ_TRY(layer_backward(p, LBQ_GATE, p->n, p->dy, false, p->dn));
+    LBQ_TRY(layer_backward(p, LBQ_UP, p->n, p->y, true, p->dn));
     return lbq_rmsnorm_backward(tokens,
                                 decoder->hidden,
                                 p->middle,
@@ -160,16 +217,13 @@ turn_backward(const pass *p, ptrdiff_t heads, const float *raw, const float *gai
 }
 
 static lbq_status
-attention_half_backward(const pass *p)
+attention_half_backward(pass *p)
 {
     const lbq_decoder *const decoder = p->decoder;
     const lbq_block *const block = p->block;
     const lbq_heads *const heads = &decoder->heads;
     const ptrdiff_t tokens = p->tokens;
-    LBQ_TRY(lbq_decoder_turns(decoder, tokens, p->cosine, p->sine));
-    const lbq_projection projection = {
-        p->cosine, p->sine, p->n, p->q, p->k, p->v, p->raw_q, p->raw_k};
-    LBQ_TRY(lbq_block_project(decoder, block, tokens, p->x, NULL, &projection));
+    LBQ_TRY(project(p));
     const float *const da = scaled(p, block->attention_scale);
     LBQ_TRY(layer_backward(p, LBQ_OUTPUT, p->output, da, false, p->dout));
     LBQ_TRY(lbq_attention_backward(
@@ -225,12 +279,13 @@ lbq_block_backward(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens
         .x = x,
         .gradient = gradient,
         .outputs = outputs,
+        .known = known,
         .dx = dx,
     };
     lbq_arena arena = {0};
-    LBQ_TRY(lbq_arena_open(&arena, take(&p, known, &arena)));
-    take(&p, known, &arena);
-    lbq_status status = recompute(&p, index, known);
+    LBQ_TRY(lbq_arena_open(&arena, take(&p, &arena)));
+    take(&p, &arena);
+    lbq_status status = recompute(&p, index);
     if (status == LBQ_OK)
         status = feed_forward_backward(&p);
     if (status == LBQ_OK)

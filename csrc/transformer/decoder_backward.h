@@ -2,7 +2,7 @@
  *
  * A block's backward pass takes dL/dx behind the block to that before it. It needs the block's
  * input and, of what the forward pass had in between, `output`, `log_sum` and `middle` of its
- * trace; the rest is computed again. */
+ * trace; with the outputs of the layers too, only norms and turns are computed again. */
 #ifndef LBQ_DECODER_BACKWARD_H
 #define LBQ_DECODER_BACKWARD_H
 
@@ -28,8 +28,8 @@ typedef struct {
 } lbq_block_outputs;
 
 /* Block `index` for its input x (tokens, hidden), a window of its own; dx alike, in place. Parts of
- * `known` that are NULL are computed again; its other members are not read. Equal bits for any
- * number of threads, outside BLAS. */
+ * `known` that are NULL are computed again; its taps other than `output` are not read. Equal bits
+ * for any number of threads, outside BLAS. */
 lbq_status lbq_block_backward(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
                               const float *x, const lbq_trace *known,
                               const lbq_block_gradient *gradient, const lbq_block_outputs *outputs,

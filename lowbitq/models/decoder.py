@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from lowbitq import _core, generation, gradients
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config import ModelConfig
-from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, name_in_block
+from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, TO, WHOLE_BLOCK, name_in_block
 from lowbitq.models.tokenizer import Tokenizer
 from lowbitq.models.tokens import check_sliding_window, token_array
 from lowbitq.rotations import Rotation
@@ -249,8 +249,10 @@ class Model:
         index: int,
         hidden: NDArray[np.float32],
         taps: dict[str, NDArray[np.float32]] | None = None,
+        *,
+        steps: int = WHOLE_BLOCK,
     ) -> None:
-        """Run one block on one window, without a cache.
+        """Run one block, or some steps of it, on one window, without a cache.
 
         Parameters
         ----------
@@ -262,22 +264,24 @@ class Model:
             Receives the inputs of the linear layers before their own rotations, as float32 arrays
             of t rows: ``"qkv"``, ``"o"``, ``"mlp"`` (gate and up) and ``"down"``. Arrays that it
             already holds are overwritten.
+        steps : int, default=WHOLE_BLOCK
+            Sum of `TO` and `FROM` of `lowbitq.models.slots`: steps that end with the inputs of some
+            layers, or go on from a tap that was filled before.
 
         Raises
         ------
         ValueError
-            If `index` or a shape does not fit.
+            If `index`, a shape or the steps do not fit.
         """
-        buffers: list[NDArray[np.float32] | None] = [None] * 4
+        seen: list[Any] = [None] * len(TAPS)
         if taps is not None:
             linears = self.blocks[index].linears
             for tap, slots in TAPS.items():
-                shape = (len(hidden), linears[slots[0].name].shape[1])
-                if tap not in taps:
-                    taps[tap] = np.empty(shape, np.float32)
-            buffers = [taps[tap] for tap in TAPS]
-        qkv, o, mlp, down = buffers
-        _core.decoder_block(self.handle, hidden, qkv, o, mlp, down, None, None, block=index)
+                if tap not in taps and steps & TO[tap]:
+                    taps[tap] = np.empty((len(hidden), linears[slots[0].name].shape[1]), np.float32)
+            seen = [taps.get(tap) for tap in TAPS]
+        arrays = [hidden, *seen, *[None] * 7]  # what a way back needs is not asked for
+        _core.decoder_block(self.handle, *arrays, block=index, steps=steps)
 
     def hidden(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Return the input of the head.

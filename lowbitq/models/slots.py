@@ -90,6 +90,11 @@ TAPS = {
     for tap in dict.fromkeys(slot.tap for slot in SLOTS)
 }
 
+# The steps of `_core.decoder_block`: to the inputs of layers, and from there on.
+TO = {"qkv": 1, "o": 2, "mlp": 8, "down": 16}
+FROM = {"o": 4, "down": 32}
+WHOLE_BLOCK = sum(TO.values()) + sum(FROM.values())
+
 
 def sizes_of(config: ModelConfig) -> dict[str, int]:
     """Return a block's sizes: residual stream, all query heads, all key heads, MLP, one head.

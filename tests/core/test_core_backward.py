@@ -206,7 +206,7 @@ def loss_of(network, tokens):
     return oracle.cross_entropy(logits, tokens[1:])[0].sum()
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [0, 3, 8])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_network(isa, name, known):
     network, tokens = network_of(3, **NETWORKS[name]), tokens_of(21)
@@ -251,11 +251,14 @@ def network_gradients(decoder, network, tokens, known):
     width = network["heads"] * 2 * len(network["frequency"])
     inputs, traces = [], []
     for index in range(len(network["blocks"])):
-        trace = [np.empty((len(tokens), w), np.float32) for w in (width, network["heads"], hidden)]
+        block = network["blocks"][index]
+        widths = [width, network["heads"], hidden]
+        widths += [block[slot.name][0].shape[0] for slot in SLOTS if slot.tap in ("qkv", "mlp")]
+        trace = [np.empty((len(tokens), w), np.float32) for w in widths]
         inputs.append(x.copy())
-        o, log_sum, middle = trace
-        _core.decoder_block(decoder, x, None, o, None, None, log_sum, middle, block=index)
-        traces.append(trace if known else [None] * 3)
+        seen = [None, trace[0], None, None, *trace[1:]]
+        _core.decoder_block(decoder, x, *seen, block=index, steps=63)
+        traces.append([*trace[:known], *[None] * (len(trace) - known)])
     y, dx, dy = (np.empty_like(x) for _ in range(3))
     _core.decoder_finish(decoder, x, y)
     result = Found()

@@ -202,7 +202,10 @@ class Student:
     def _buffers_of(self, slot: str, layer: StudentLayer) -> list[Array]:
         """Return arrays for dL/dW of a layer's tensors; blocks take turns with them."""
         keys = [(slot, i) for i in range(len(layer.tensors))]
-        return [self._buffers.setdefault(k, np.zeros(layer.shape, np.float32)) for k in keys]
+        for key in keys:
+            if key not in self._buffers:
+                self._buffers[key] = np.zeros(layer.shape, np.float32)
+        return [self._buffers[key] for key in keys]
 
     def block_parameters(self, index: int) -> list[Parameter]:
         """What learns in a block."""

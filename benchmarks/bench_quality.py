@@ -1,11 +1,14 @@
-"""Quality of SmolLM2-135M at 4, 3 and 2 bits: the table in the README.
+"""Quality of SmolLM2-135M at 4 to 1 bits, calibrated and trained: the tables in the README.
 
-    LOWBITQ_DATA=../shared/data python -m benchmarks.bench_quality
+    LOWBITQ_DATA=../shared/data python -m benchmarks.bench_quality [--only trellis2] [--plot FILE]
 
-Calibrates on 32 windows of 2048 tokens of wikitext2-valid.txt and predicts the first 16 windows of
-wikitext2-test.txt. The embedding, which is also the head, stays in float32. Rows already in the
-JSON file are not measured again; delete the file to start over. The weights were published in 4
-bits (Q4_1); all results are compared with their float32 values.
+Calibrates on 32 windows of 2048 tokens of wikitext2-valid.txt, trains on them where a row says so,
+and predicts the first 16 windows of wikitext2-test.txt; "repeats" is the share of repeated phrases
+of four tokens in greedy continuations of 20 prompts from there. The embedding, which is also the
+head, stays in float32. Each row is a process of its own, so that its minutes of CPU and peak of
+memory are its own. Rows already in the JSON file are not measured again; delete the file to start
+over. The weights were published in 4 bits (Q4_1); all results are compared with their float32
+values.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ import argparse
 import json
 import math
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -27,6 +32,7 @@ from numpy.typing import NDArray
 import lowbitq as lq
 from benchmarks.harness import RESULTS, machine
 from lowbitq.commands import demo_model
+from lowbitq.plots import new_axes
 from lowbitq.texts import windows
 
 CALIBRATION = {"samples": 32, "window": 2048, "seed": 0}
@@ -47,32 +53,72 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Row:
-    """One way to quantize: `seeds` are the rotation's, `options` the plan's."""
+    """One way to quantize: `seeds` are the rotation's, `options` the plan's.
+
+    `steps` of training follow; 0: none.
+    """
 
     format: str
     method: str
     rotation: str
     seeds: tuple[int, ...] = (0,)
     options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 0
 
     def __str__(self) -> str:
-        rotation = "not rotated" if self.rotation == "none" else self.rotation
-        published = " as published" if self.options == PUBLISHED else ""
-        return f"{self.format} {self.method}{published}, {rotation}"
+        words = [f"{self.format} {self.method}"]
+        if self.options == PUBLISHED:
+            words[0] += " as published"
+        words.append("not rotated" if self.rotation == "none" else self.rotation)
+        if self.options.get("drift"):
+            words.append("drift")
+        if self.steps:
+            words.append(f"{self.steps} steps")
+        return ", ".join(words)
 
+
+DRIFT = {"drift": True}
+SEEDS = (0, 1, 2)
 
 # The norms' gains are fused only if a rotation needs it. Results at 2 bits depend on the seed.
 ROWS = [
     Row("int4g64", "rtn", "none"),
     Row("int4g64", "gptq", "none"),
     Row("int4g64", "gptq", "hadamard"),
+    Row("int4g64", "gptq", "hadamard", SEEDS, DRIFT),
+    Row("int4g64", "gptq", "hadamard", SEEDS, DRIFT, steps=120),
+    Row("trellis4", "gptq", "hadamard", SEEDS, DRIFT),
     Row("int3g64", "rtn", "none"),
     Row("int3g64", "gptq", "none"),
     Row("int3g64", "gptq", "hadamard"),
+    Row("int3g64", "gptq", "hadamard", SEEDS, DRIFT),
+    Row("int3g64", "gptq", "hadamard", SEEDS, DRIFT, steps=240),
+    Row("trellis3", "gptq", "hadamard", SEEDS, DRIFT),
     Row("int2g64", "rtn", "none"),
     Row("int2g64", "gptq", "none", options=PUBLISHED),
     Row("int2g64", "gptq", "none"),
-    Row("int2g64", "gptq", "hadamard", seeds=(0, 1, 2)),
+    Row("int2g64", "gptq", "hadamard", SEEDS),
+    Row("int2g64", "gptq", "hadamard", SEEDS, DRIFT),
+    Row("int2g64", "gptq", "hadamard", SEEDS, DRIFT, steps=240),
+    Row("int2g64 + rank16", "gptq", "hadamard", SEEDS, DRIFT, steps=240),
+    Row("trellis2", "gptq", "hadamard", SEEDS),
+    Row("trellis2", "gptq", "hadamard", SEEDS, DRIFT),
+    Row("trellis2", "gptq", "hadamard", SEEDS, DRIFT, steps=240),
+    Row("trellis1.5", "gptq", "hadamard", SEEDS, DRIFT),
+    Row("trellis1", "gptq", "hadamard", SEEDS, DRIFT, steps=240),
+]
+
+# What others publish for this model or its base, at 2 to 4 bits: weights, bits, ln ratio, source.
+# Texts and windows differ, so only losses may be compared, and only roughly.
+PEERS = [
+    ("IQ2_KT (ik_llama.cpp)", 2.14, math.log(5.103), "2 windows of 2048, imatrix"),
+    ("Q2_K (llama.cpp)", 2.63, math.log(3.785), "2 windows of 2048, imatrix"),
+    ("IQ3_XXS (llama.cpp)", 3.06, math.log(1.870), "2 windows of 2048, imatrix"),
+    ("Q4_0 (llama.cpp)", 4.50, math.log(1.106), "2 windows of 2048, imatrix"),
+    ("GLQ trellis", 2.00, 0.816, "published, base model, GPU"),
+    ("TurboPress TCQ-64", 2.05, 1.309, "published, 16 windows of 256"),
+    ("TurboPress TCQ-64", 3.05, 0.270, "published, 16 windows of 256"),
+    ("TurboPress TCQ-64", 4.05, 0.080, "published, 16 windows of 256"),
 ]
 
 
@@ -80,16 +126,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--json", type=Path, default=RESULTS / "quality.json")
+    parser.add_argument("--plot", type=Path, help="draw the loss over the bits into this file")
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # measure this row and nothing else
     options = parser.parse_args()
+    every = {"float32": (None, 0)}
+    every |= {f"{row}, seed {seed}": (row, seed) for row in ROWS for seed in row.seeds}
+    if options.one:
+        Bench(options.json).measure(options.one, *every[options.one])
+        return
     chosen = [row for row in ROWS if options.only in str(row)]
+    for name, (row, _) in every.items():
+        if name not in known(options.json) and (row is None or row in chosen):
+            again = [sys.executable, "-m", "benchmarks.bench_quality", "--json", options.json]
+            subprocess.run([*again, "--one", name], check=True)
+    measured = known(options.json)
+    print("\n".join([*table(measured, chosen), "", *peers()]))
+    if options.plot:
+        plot(measured, chosen).figure.savefig(options.plot)
 
-    measured = json.loads(options.json.read_text()) if options.json.exists() else {}
-    bench = Bench(measured, options.json)
-    bench.row("float32", None, 0)
-    for row in chosen:
-        for seed in row.seeds:
-            bench.row(f"{row}, seed {seed}", row, seed)
-    print("\n".join(table(measured, chosen)))
+
+def known(path: Path) -> dict[str, Any]:
+    """Return what has been measured."""
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
 
 
 class Remembered:
@@ -110,52 +169,58 @@ class Remembered:
 
 
 class Bench:
-    """Measures rows into a dict and a JSON file; loads and calibrates on first use."""
+    """Measures one row and adds it to a JSON file."""
 
-    def __init__(self, measured: dict[str, Any], path: Path) -> None:
-        self.measured, self.path = measured, path
+    def __init__(self, path: Path) -> None:
+        self.path = path
         folder = Path(os.environ.get("LOWBITQ_DATA", "../shared/data"))
         self.calibration, self.held_out = (
             folder / f"wikitext2-{part}.txt" for part in ("valid", "test")
         )
-        self.model: lq.Model | None = None
-        self.reference: Any = None
-        self.tokens: NDArray[np.int32] | None = None
 
-    def row(self, name: str, row: Row | None, seed: int) -> None:
-        if name in self.measured:
-            return
-        if self.model is None:
-            self.model = lq.load(demo_model())
-            self.reference = Remembered(self.model)
-        started = time.perf_counter()
-        tested = self.model if row is None else self.quantized(self.model, row, seed)
-        seconds = time.perf_counter() - started
-        print(f"{name}: {seconds:.0f} s, evaluating", file=sys.stderr)
-        reference = None if row is None else self.reference
-        found = lq.evaluate(tested, self.held_out, reference, **PREDICTION)
-        self.measured[name] = {
-            "machine": machine(),
-            "calibration": CALIBRATION,
-            "quantized_in_seconds": seconds,
-            **found.to_dict(),
+    def measure(self, name: str, row: Row | None, seed: int) -> None:
+        model = lq.load(demo_model())
+        started, before = time.perf_counter(), time.process_time()
+        tested = model if row is None else self.quantized(model, row, seed)
+        cost = {
+            "quantized_in_seconds": time.perf_counter() - started,
+            "cpu_minutes": (time.process_time() - before) / 60,
+            "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
         }
+        print(f"{name}: {cost['quantized_in_seconds']:.0f} s, evaluating", file=sys.stderr)
+        reference = Remembered(model)
+        found = lq.evaluate(
+            tested, self.held_out, None if row is None else reference, **PREDICTION
+        ).to_dict()
+        if row is not None:
+            written = lq.continuations(tested, model, self.held_out)
+            found["repeats"] = written.repetition.to_dict()
+            found["reference_repeats"] = written.reference_repetition.to_dict()
+            found["kl_of_own_text"] = written.kl.to_dict()
+        about = {"machine": machine(), "calibration": CALIBRATION}
+        measured = known(self.path)
+        measured[name] = about | cost | found
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.measured, indent=1) + "\n")
+        self.path.write_text(json.dumps(measured, indent=1) + "\n")
 
     def quantized(self, model: lq.Model, row: Row, seed: int) -> lq.QuantizedModel:
-        if self.tokens is None:
-            self.tokens = windows(model.tokenizer, self.calibration, **CALIBRATION)
-        return lq.compress(
+        tokens = windows(model.tokenizer, self.calibration, **CALIBRATION)
+        small = lq.compress(
             model,
             row.format,
-            text=self.tokens,
+            text=tokens,
             method=row.method,
             rotation=row.rotation,
             seed=seed,
             embedding=None,
             progress=True,
             **row.options,
+        )
+        if not row.steps:
+            return small
+        learn = ["scale", "offset", "norm"] + ["adapter"] * ("rank" in row.format)
+        return lq.distill(
+            small, model, tokens.ravel(), learn=learn, steps=row.steps, seed=seed, progress=True
         )
 
 
@@ -165,8 +230,9 @@ def table(measured: dict[str, Any], rows: list[Row]) -> list[str]:
     lines = [
         "{cpu}, {isa}, {threads} threads, commit {commit}".format(**base["machine"]),
         "",
-        "| weights | bits/weight | MB | perplexity (95 %) | ln ratio | KL | agreement | seconds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| weights | bits/weight | MB | perplexity (95 %) | ln ratio | KL | agreement | repeats "
+        "| CPU minutes | peak GB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         _line("float32", base, ""),
     ]
     for row in rows:
@@ -185,13 +251,16 @@ def table(measured: dict[str, Any], rows: list[Row]) -> list[str]:
 
 def _line(name: str, one: dict[str, Any], spread: str) -> str:
     low, high = (math.nan if end is None else end for end in one["perplexity"]["interval"])
-    compared = ["", "", "", ""]
+    compared = [""] * 6
     if one["log_ratio"] is not None:
+        seen = "kl_of_own_text" in one  # rows of earlier versions have neither
         compared = [
             f"{one['log_ratio']['value']:.3f}{spread}",
             f"{one['kl']['value']:.3f}",
             f"{one['agreement']['value']:.1%}",
-            f"{one['quantized_in_seconds']:.0f}",
+            f"{one['repeats']['value']:.0%}" if seen else "",
+            f"{one['cpu_minutes']:.0f}" if seen else "",
+            f"{one['peak_bytes'] / 1e9:.1f}" if seen else "",
         ]
     cells = [
         name,
@@ -201,6 +270,31 @@ def _line(name: str, one: dict[str, Any], spread: str) -> str:
         *compared,
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def peers() -> list[str]:
+    """Return what others reach, as Markdown."""
+    lines = ["| others | bits/weight | ln ratio | measured on |", "| --- | ---: | ---: | --- |"]
+    return lines + [
+        f"| {name} | {bits:.2f} | {loss:.3f} | {on} |" for name, bits, loss, on in PEERS
+    ]
+
+
+def plot(measured: dict[str, Any], rows: list[Row]) -> Any:
+    """Draw the loss of each row's median seed over its bits, ours and others'."""
+    axes = new_axes()
+    for row in rows:
+        found = [measured[n] for seed in row.seeds if (n := f"{row}, seed {seed}") in measured]
+        if found:
+            loss = statistics.median_low([one["log_ratio"]["value"] for one in found])
+            trained = "s" if row.steps else "o"
+            axes.plot(found[0]["bits_per_weight"], loss, trained, label=str(row))
+    for name, bits, loss, _ in PEERS:
+        axes.plot(bits, loss, "x", color="0.5")
+        axes.annotate(name, (bits, loss), (4, 0), textcoords="offset points", color="0.5")
+    axes.set(xlabel="bits per weight", ylabel="ln(perplexity / float)", yscale="log")
+    axes.legend(fontsize="x-small")
+    return axes
 
 
 if __name__ == "__main__":

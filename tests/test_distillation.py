@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from random_model import random_tokens
-from student_models import TEXT, content, pair, with_copies
+from student_models import TEXT, content, pair, tensors_of, with_activations, with_copies
 
 import lowbitq as lq
 from lowbitq.distillation import AdamW, cosine, distill
@@ -94,6 +94,20 @@ def test_every_kind_of_scale_learns(format, tmp_path):
     loaded = load(tmp_path / "model")
     assert np.array_equal(loaded.logits(TEXT[0]), learned.logits(TEXT[0]))
     assert loaded.provenance["distillation"]["options"]["steps"] == 12
+
+
+def test_several_copies_of_rounded_inputs_learn(tmp_path):
+    small, teacher = pair("int2g32 + rank2")
+    small = with_copies(with_activations(small, 8))
+    rates = FAST | {"activation": 1e-3, "rotation": 1e-4}
+    learned = distill(small, teacher, WINDOWS, learn=KINDS, rates=rates, **QUICK)
+    assert improvement(learned) < 0.97
+    assert content(learned)["codes"] == content(small)["codes"]
+    assert len(tensors_of(learned)) == len(tensors_of(small))
+    learned.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert len(tensors_of(loaded)) == len(tensors_of(small))
+    assert np.array_equal(loaded.logits(TEXT[0]), learned.logits(TEXT[0]))
 
 
 def test_the_best_validation_is_returned():

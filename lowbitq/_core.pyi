@@ -111,6 +111,15 @@ def copy_dense(
     fusion: NDArray[np.float32] | None,
     /,
 ) -> Any: ...
+def copy_rounding(
+    weight: NDArray[np.float32],
+    input: Any | None,
+    output: Any | None,
+    fusion: NDArray[np.float32] | None,
+    packed: Any,
+    values: NDArray[np.float32],
+    /,
+) -> Any: ...
 def copy_packed(
     code: Any,
     panels: NDArray[np.uint8],
@@ -425,7 +434,11 @@ def attention_backward(
     /,
 ) -> None: ...
 def copy_gradient(
-    dense: NDArray[np.float32] | None, fusion: NDArray[np.float32] | None, /
+    dense: NDArray[np.float32] | None,
+    fusion: NDArray[np.float32] | None,
+    rounding: NDArray[np.float32] | None,
+    rotation: NDArray[np.float32] | None,
+    /,
 ) -> Any: ...
 def linear_gradient(
     copies: tuple[Any, ...],

@@ -66,7 +66,7 @@ def distill(
     Parameters
     ----------
     model : QuantizedModel
-        Of layers of one copy. Left unchanged.
+        Left unchanged.
     teacher : Model
         The float model, with the same vocabulary.
     text : str, path, sequence of str or of paths, or array_like of int

@@ -6,7 +6,7 @@ The way there keeps the input of each block; the way back computes the rest of a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -45,6 +45,26 @@ class Differentiable(Protocol):
     def embed(self, tokens: ArrayLike) -> Array: ...
     def finish(self, hidden: Array) -> Array: ...
     def hidden(self, tokens: ArrayLike) -> Array: ...
+
+
+class CopyGradient(NamedTuple):
+    """Arrays to which the gradients of one copy of a layer are added; None: not wanted.
+
+    Attributes
+    ----------
+    weight : ndarray of shape (rows, cols), float32, or None
+    fusion : ndarray of shape (rows,), float32, or None
+        Of the fusion weights.
+    rounding : ndarray of shape (3,), float32, or None
+        Of how the input is rounded: clip, scale and zero.
+    rotation : ndarray of shape (cols, cols), float32, or None
+        Of a dense rotation of the input, as if its entries were free.
+    """
+
+    weight: Array | None = None
+    fusion: Array | None = None
+    rounding: Array | None = None
+    rotation: Array | None = None
 
 
 class BlockPass:
@@ -246,26 +266,23 @@ def linear_sink(
     weight: Array | None = None,
     bias: Array | None = None,
     *,
-    fusion: Array | None = None,
-    adapter: tuple[Array, Array] | None = None,
-    more: Sequence[tuple[Array | None, Array | None]] = (),
+    copies: Sequence[CopyGradient] = (),
+    adapter: tuple[Array | None, Array | None] | None = None,
 ) -> Any:
     """Make the handle of arrays to which the gradients of one layer are added.
 
     Parameters
     ----------
     weight : ndarray of shape (rows, cols), float32, or None
-        Of the first copy; None: not wanted, as everywhere below.
+        Of a layer of one copy; None: not wanted, as everywhere below.
     bias : ndarray of shape (rows,), float32, or None
-    fusion : ndarray of shape (rows,), float32, or None
-        Of the first copy's fusion weights.
+    copies : sequence of CopyGradient
+        Of the copies, in their order, instead of `weight`.
     adapter : (ndarray of shape (rows, rank), ndarray of shape (cols, rank)), float32, or None
         Of U and V.
-    more : sequence of (weight, fusion)
-        Of further copies.
     """
-    copies = tuple(_core.copy_gradient(*copy) for copy in [(weight, fusion), *more])
-    return _core.linear_gradient(copies, bias, *(adapter or (None, None)))
+    handles = tuple(_core.copy_gradient(*copy) for copy in copies or [CopyGradient(weight)])
+    return _core.linear_gradient(handles, bias, *(adapter or (None, None)))
 
 
 def block_sink(norms: dict[str, Array] | None = None, layers: dict[str, Any] | None = None) -> Any:

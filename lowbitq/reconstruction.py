@@ -68,7 +68,7 @@ def reconstruct(
     Parameters
     ----------
     model : QuantizedModel
-        Of layers of one copy. Left unchanged.
+        Left unchanged.
     teacher : Model
         The float model, of the same shape.
     text : str, path, sequence of str or of paths, or array_like of int

@@ -9,8 +9,34 @@ learning rate serves all of a kind:
     level    r in  level = level_0 + deviation r   0, of a learned table
     norm     p in  gain = gain_0 p                 1
     row      t in  y = t * (W x)                   1
+    fusion   f in  weight = weight_0 f             1, of several copies; without weights, one number
+    column   g in  W diag(g)                       1, of o and down
     bias     d in  bias = bias_0 + d               0
     adapter  U, V in  y = W x + U V^T x            what the model has
+    activation  p in  scale = scale_0 p            1, of rounded inputs: a scale that is given
+                p in  clip = clip_0 p              1, or else the clip, of at most 1
+                r in  zero = zero_0 + range r      0, and the zero point, if there is one
+    rotation  R in  y = W R x                      what copies have, if it is dense; orthogonal
+
+Inputs are rounded in training only if this last kind learns; copies that round a common input alike
+share it, so that the model still rounds it once.
+
+Each copy of a layer has its own, but copies of one tensor share its scales, offsets and levels. The
+factors of a copy's outputs go into its scales; where these cannot take them, because other copies
+share them, a rotation lies between, or the tensor has one scale, they become the copy's weight, of
+16 bits a row.
+
+Factors of columns are free where the network before a layer can take them, so that none is stored.
+A layer whose inputs are rotated as the model runs has none: g cannot pass the rotation.
+
+    q, k, v   gains of the attention norm, in the basis of the residual stream: kind `norm`, also in
+              a rotated model, whose gains are ones before
+    gate, up  those of the norm before them, likewise
+    o         rows and bias of v, shared by the query heads of a key head, also in a rotated model,
+              where the rotation of the heads is part of both layers
+    down      rows and bias of up, unless down's inputs are rotated (`online_down`)
+
+Hence `column` is `row` of v and up, together with their biases and adapters.
 
 M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
 2024, trains the first two, end to end, with codes fixed.
@@ -18,7 +44,7 @@ M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large L
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,41 +52,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbitq import _core
-from lowbitq.gradients import Pass, block_sink, linear_sink
+from lowbitq.gradients import Pass, block_sink
 from lowbitq.linears import QuantizedLinear
 from lowbitq.models.decoder import Block, Model
 from lowbitq.models.quantized import QuantizedModel
-from lowbitq.models.slots import NORMS, OUTER, SLOTS, name_in_block
-from lowbitq.tensors import QuantizedTensor, code_of
+from lowbitq.models.slots import NORMS, OUTER, SLOTS, Slot, name_in_block
+from lowbitq.parameters import Parameter
+from lowbitq.student_inputs import StudentInput
+from lowbitq.student_layers import StudentLayer, StudentTensor, half
+from lowbitq.student_rotations import StudentRotation
+from lowbitq.tensors import QuantizedTensor
 
 Array = NDArray[np.float32]
 
-KINDS = ("scale", "offset", "level", "norm", "row", "bias", "adapter")
-_OF_WEIGHTS = {"scale", "offset", "level"}  # which need dL/dW
+KINDS = (
+    "scale",
+    "offset",
+    "level",
+    "norm",
+    "row",
+    "fusion",
+    "column",
+    "bias",
+    "adapter",
+    "activation",
+    "rotation",
+)
 
-
-@dataclass(eq=False)
-class Parameter:
-    """An array that training changes in place.
-
-    Attributes
-    ----------
-    name, kind : str
-        Such as ``"model.layers.3.mlp.up_proj.scale"`` and ``"scale"``.
-    value, gradient, start : ndarray of one shape, float32
-        `start` is the value before training.
-    """
-
-    name: str
-    kind: str
-    value: Array
-    gradient: Array = field(init=False)
-    start: Array = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.gradient = np.zeros_like(self.value)
-        self.start = self.value.copy()
+# Layers whose inputs are sums and products of another layer's outputs with what does not depend on
+# them: attention averages values, the gate multiplies.
+_FEEDS = {"v_proj": "o_proj", "up_proj": "down_proj"}
 
 
 @dataclass(eq=False)
@@ -74,189 +95,6 @@ class _Gain:
 
     def __post_init__(self) -> None:
         self.value, self.gradient = self.start.copy(), np.zeros_like(self.start)
-
-
-class StudentLayer:
-    """A quantized layer of one copy, as training sees it; a model can call it.
-
-    Parameters
-    ----------
-    name : str
-    linear : QuantizedLinear
-
-    Attributes
-    ----------
-    weight : ndarray of shape (rows, cols), float32
-        What scales, offsets and levels make; `compose` rewrites it.
-    parameters : dict of str to Parameter
-        By kind, ``"adapter.U"`` and ``"adapter.V"``; only what the layer has.
-
-    Raises
-    ------
-    ValueError
-        If the layer has several copies.
-    """
-
-    def __init__(self, name: str, linear: QuantizedLinear) -> None:
-        if len(linear.copies) != 1:
-            raise ValueError(f"{name} has {len(linear.copies)} copies, expected one")
-        [copy] = linear.copies
-        self.linear, self.bias, self._tensor = linear, linear.bias, copy.tensor
-        self.weight = copy.tensor.dequantize()
-        format, rows = copy.tensor.format, linear.shape[0]
-        self._scale = copy.tensor.scale
-        self._offset = copy.tensor.offset if format.has_offsets else None
-        self._row = np.ones(rows, np.float32) if copy.weight is None else copy.weight
-        self.parameters: dict[str, Parameter] = {}
-        shared = (1, 1) if format.per_tensor else self._scale.shape
-        self._add(name, "scale", np.ones(shared, np.float32))
-        if self._offset is not None:
-            self._add(name, "offset", np.zeros_like(self._scale))
-        self._levels: Array | None = None
-        if copy.tensor.levels is not None and format.learns_levels:
-            self._levels = copy.tensor.levels.copy()
-            self._add(name, "level", np.zeros_like(self._levels))
-        tensor = copy.tensor
-        levels = tensor.levels if self._levels is None else self._levels
-        self._code = code_of(format, levels, tensor.unit, tensor.zero)  # reads them in place
-        self._add(name, "row", np.ones(rows, np.float32))
-        if linear.bias is not None:
-            self.bias = linear.bias.copy()
-            self._add(name, "bias", np.zeros_like(linear.bias))
-        for letter, array in zip("UV", linear.adapter or (), strict=False):
-            self._add(name, f"adapter.{letter}", array.copy())
-        self._fusion, self._fusion_gradient = self._row.copy(), np.zeros_like(self._row)
-        R, P = (None if r is None else r.handle for r in (copy.rotation, copy.output_rotation))
-        dense = _core.copy_dense(self.weight, R, P, self._fusion)
-        U, V = (self._value(f"adapter.{letter}") for letter in "UV")
-        self.handle = _core.linear((dense,), self.bias, U, V)
-
-    def _add(self, name: str, key: str, value: Array) -> None:
-        kind = key.partition(".")[0]
-        self.parameters[key] = Parameter(f"{name}.{key}", kind, value)
-
-    def _value(self, key: str) -> Array | None:
-        return self.parameters[key].value if key in self.parameters else None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, cols)."""
-        return self.linear.shape
-
-    def sink(self, kinds: set[str], weight: Array) -> Any:
-        """Make the handle that takes gradients of these kinds; `weight` is a buffer for dL/dW."""
-        wanted = {key: p.gradient for key, p in self.parameters.items() if p.kind in kinds}
-        adapter = wanted.get("adapter.U"), wanted.get("adapter.V")
-        return linear_sink(
-            weight if _OF_WEIGHTS & set(wanted) else None,
-            wanted.get("bias"),
-            fusion=self._fusion_gradient if "row" in wanted else None,
-            adapter=None if adapter[0] is None else adapter,  # type: ignore[arg-type]
-        )
-
-    def compose(self) -> None:
-        """Write the layer's arrays as the parameters have them now."""
-        scale, offset = self._grids()
-        if self._levels is not None and self._tensor.levels is not None:
-            start = self._tensor.levels
-            self._levels[:] = start + start.std() * self.parameters["level"].value
-        self._call("compose", scale, offset, self.weight)
-        self._fusion[:] = self._row * self.parameters["row"].value
-        if self.bias is not None and self.linear.bias is not None:
-            self.bias[:] = self.linear.bias + self.parameters["bias"].value
-
-    def pull(self, kinds: set[str], weight: Array) -> None:
-        """Add to the gradients of scale, offset, level and row what a pass has left behind."""
-        if _OF_WEIGHTS & kinds & set(self.parameters):
-            self._pull_code(kinds, weight)
-        if "row" in kinds:
-            self.parameters["row"].gradient += self._fusion_gradient * self._row
-            self._fusion_gradient[:] = 0
-
-    def _pull_code(self, kinds: set[str], weight: Array) -> None:
-        dscale = np.empty_like(self._scale)
-        doffset = None if self._offset is None else np.empty_like(self._scale)
-        learns = "level" in kinds and self._levels is not None
-        dlevels = np.empty_like(self._levels) if learns and self._levels is not None else None
-        self._call("code_gradient", weight, self._grids()[0], dscale, doffset, dlevels)
-        scale = self.parameters["scale"].gradient
-        if self._tensor.format.per_tensor:
-            scale += (dscale * self._scale).sum()
-        else:
-            scale += dscale * self._scale
-        if doffset is not None:
-            self.parameters["offset"].gradient += doffset * self._scale
-        if dlevels is not None and self._tensor.levels is not None:
-            self.parameters["level"].gradient += dlevels * self._tensor.levels.std()
-
-    def finish(self) -> QuantizedLinear:
-        """Return the layer with its parameters as they are stored; rows go into the scales.
-
-        What has not changed keeps its bits.
-        """
-        [copy] = self.linear.copies
-        changed = {p.kind for p in self.parameters.values() if (p.value != p.start).any()}
-        scale, offset = self._grids()
-        if "row" in changed:
-            # A factor of each output is one of the weights' row only if nothing lies between.
-            if self._tensor.format.per_tensor or copy.output_rotation is not None:
-                copy = replace(copy, weight=_half(self._fusion))
-            else:
-                row = self.parameters["row"].value[:, None]
-                scale, offset = scale * row, None if offset is None else offset * row
-                changed.add("scale")
-        if _OF_WEIGHTS & changed:
-            levels = None if self._levels is None else self._levels.copy()
-            copy = replace(copy, tensor=_stored(self._tensor, scale, offset, levels))
-        adapter, bias = self.linear.adapter, self.linear.bias
-        if "adapter" in changed:
-            U, V = (_half(self.parameters[f"adapter.{letter}"].value) for letter in "UV")
-            adapter = U, V
-        if "bias" in changed and self.bias is not None:
-            bias = self.bias.copy()
-        return QuantizedLinear((copy,), bias, adapter)
-
-    def _grids(self) -> tuple[Array, Array | None]:
-        scale = self._scale * self.parameters["scale"].value
-        if self._offset is None:
-            return scale, None
-        return scale, self._offset + self._scale * self.parameters["offset"].value
-
-    def _call(self, name: str, *arrays: Array | None) -> None:
-        group = self._tensor.format.group or max(self._tensor.cols, 1)
-        getattr(_core, name)(self._code, self._tensor.panels, *arrays, group=group)
-
-
-def _half(x: Array) -> Array:
-    limit = np.finfo(np.float16).max
-    return np.clip(x, -limit, limit).astype(np.float16).astype(np.float32)
-
-
-def _stored(
-    tensor: QuantizedTensor, scale: Array, offset: Array | None, levels: Array | None
-) -> QuantizedTensor:
-    """The same words with other scales, offsets and levels, as the format stores them."""
-    format, unit = tensor.format, tensor.unit
-    stored: Array | None
-    if format.per_tensor:
-        stored, unit = None, float(scale[0, 0])
-    elif format.scale_bits == 16:
-        stored = _half(scale)
-    else:
-        most = (1 << format.scale_bits) - 1
-        least = scale != 0  # a group of zeros stays one, others do not become one
-        multiple = np.clip(np.rint(scale / np.float32(unit)), least, most)
-        stored = multiple.astype(np.float32) * np.float32(unit)
-    return QuantizedTensor.pack(
-        format,
-        tensor.codes,
-        stored,
-        None if offset is None else _half(offset),
-        levels=tensor.levels if levels is None else levels,
-        unit=unit,
-        zero=tensor.zero,
-        shape=tensor.shape,
-    )
 
 
 class Student:
@@ -281,8 +119,8 @@ class Student:
     Raises
     ------
     ValueError
-        If a kind is unknown, the model has no parameter of these kinds, or a layer is not quantized
-        or has several copies.
+        If a kind is unknown, the model has no parameter of these kinds, or a layer is not
+        quantized.
     """
 
     def __init__(self, quantized: QuantizedModel, learn: Iterable[str]) -> None:
@@ -291,9 +129,12 @@ class Student:
             raise ValueError(f"learn has {sorted(unknown)}, expected some of {', '.join(KINDS)}")
         self._quantized = quantized
         self._layers: dict[int, StudentLayer] = {}
+        self._tensors: dict[int, StudentTensor] = {}
+        self._inputs: dict[tuple[int, str], dict[Hashable, StudentInput]] = {}
+        self._rotations: dict[tuple[int, str], dict[bytes, StudentRotation]] = {}
         self._gains: list[_Gain] = []
         self.parameters: list[Parameter] = []
-        self._buffers: dict[str, Array] = {}
+        self._buffers: dict[tuple[str, int], Array] = {}
         pairs = [self._block(i, block) for i, block in enumerate(quantized.blocks)]
         blocks, self._sinks = [b for b, _ in pairs], [s for _, s in pairs]
         final, self.final_norm_gradient = self._gain(OUTER["final_norm"].hf, quantized.final_norm)
@@ -307,7 +148,7 @@ class Student:
             quantized.residual_rotation,
         )
         for layer in self._layers.values():
-            self.parameters += [p for p in layer.parameters.values() if p.kind in self._kinds]
+            self.parameters += [p for p in layer.parameters if p.kind in self._kinds]
         if not self.parameters:
             found = ", ".join(sorted(self._kinds)) or "nothing"
             raise ValueError(f"learn is {found}, but the model has no such parameter")
@@ -340,10 +181,31 @@ class Student:
             name = name_in_block(index, slot)
             if not isinstance(linear, QuantizedLinear):
                 raise ValueError(f"{name} is a {type(linear).__name__}, expected a quantized layer")
-            layer = self._layers.setdefault(id(linear), StudentLayer(name, linear))
-            buffer = self._buffers.setdefault(slot.name, np.zeros(linear.shape, np.float32))
-            linears[slot.name], sinks[slot.name] = layer, layer.sink(self._kinds, buffer)
+            if id(linear) not in self._layers:
+                self._layers[id(linear)] = self._layer(index, block, slot)
+            layer = self._layers[id(linear)]
+            linears[slot.name] = layer
+            sinks[slot.name] = layer.sink(self._kinds, self._buffers_of(slot.name, layer))
         return replace(block, **norms, linears=linears), block_sink(gradients, sinks)
+
+    def _layer(self, index: int, block: Block, slot: Slot) -> StudentLayer:
+        place = index, slot.tap
+        return StudentLayer(
+            name_in_block(index, slot),
+            block.linears[slot.name],  # type: ignore[arg-type]
+            self._tensors,
+            _fed_by(index, block, slot),
+            self._inputs.setdefault(place, {}) if "activation" in self._kinds else None,
+            self._rotations.setdefault(place, {}) if "rotation" in self._kinds else None,
+        )
+
+    def _buffers_of(self, slot: str, layer: StudentLayer) -> list[Array]:
+        """Return arrays for dL/dW of a layer's tensors; blocks take turns with them."""
+        keys = [(slot, i) for i in range(len(layer.tensors))]
+        for key in keys:
+            if key not in self._buffers:
+                self._buffers[key] = np.zeros(layer.shape, np.float32)
+        return [self._buffers[key] for key in keys]
 
     def block_parameters(self, index: int) -> list[Parameter]:
         """What learns in a block."""
@@ -375,7 +237,7 @@ class Student:
         yield self._sinks[index]
         for name, layer in self.model.blocks[index].linears.items():
             assert isinstance(layer, StudentLayer)
-            layer.pull(self._kinds, self._buffers[name])
+            layer.pull(self._kinds, self._buffers_of(name, layer))
         for gain in self._gains:
             gain.parameter.gradient += gain.gradient * gain.start
             gain.gradient[:] = 0
@@ -383,7 +245,8 @@ class Student:
     def finish(self) -> QuantizedModel:
         """Return the quantized model with the parameters as they are stored."""
         self.compose()
-        finished = {key: layer.finish() for key, layer in self._layers.items()}
+        shared: dict[int, QuantizedTensor] = {}
+        finished = {key: layer.finish(shared) for key, layer in self._layers.items()}
         blocks = []
         for before, now in zip(self._quantized.blocks, self.model.blocks, strict=True):
             changes: dict[str, Any] = {
@@ -397,8 +260,19 @@ class Student:
         return replace(self._quantized, blocks=blocks, final_norm=final)
 
 
+def _fed_by(index: int, block: Block, slot: Slot) -> str | None:
+    """Name of the layer whose columns a layer's outputs are, where no rotation lies between."""
+    for follower in SLOTS:
+        if follower.name == _FEEDS.get(slot.name):
+            linear = block.linears[follower.name]
+            copies = linear.copies if isinstance(linear, QuantizedLinear) else ()
+            if all(copy.rotation is None for copy in copies):
+                return name_in_block(index, follower)
+    return None
+
+
 def _stored_gain(before: Array | None, now: Array | None) -> Array | None:
     """A gain in float16, or as it was (None: ones) if it has not changed."""
     if now is None or np.array_equal(now, np.ones_like(now) if before is None else before):
         return before
-    return _half(now)
+    return half(now)

@@ -38,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
+from lowbitq.gradients import linear_sink
 from lowbitq.losses import Loss
 from lowbitq.models.decoder import Model
 
@@ -150,7 +151,7 @@ def top_k_backward(
         raise ValueError(f"loss is '{loss}', expected kl and ce at temperature 1 with top_k")
     losses, dy = np.empty(len(hidden)), np.empty_like(hidden)
     head = model.embedding if model.head is None else model.head
-    nothing = _core.linear_gradient((_core.copy_gradient(None, None),), None, None, None)
+    nothing = linear_sink()
     for start in range(0, len(hidden), _TILE):
         part = slice(start, min(start + _TILE, len(hidden)))
         logits = model.head_logits(hidden[part])

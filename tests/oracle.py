@@ -222,6 +222,28 @@ def quantize_activations(x, step, limit):
     return q, np.hstack(scales)
 
 
+def fake_quantize(x, clip, scale, zero, *, bits, step, rounding=None):
+    """Rows of x rounded as csrc/linear/fake.h says, in float64, and what its way back holds fixed.
+
+    `rounding`, an earlier second result: errors of rounding, codes, and what is clipped.
+    """
+    limit = (1 << (bits - 1)) - 1
+    if np.isnan(zero):
+        zero = (x.max(1, keepdims=True) + x.min(1, keepdims=True)) / 2
+    y, held = np.empty_like(x), []
+    for i, begin in enumerate(range(0, x.shape[1], step)):
+        columns = slice(begin, begin + step)
+        part = x[:, columns] - zero
+        s = scale or clip * abs(part).max(1, keepdims=True) / limit
+        if rounding is None:
+            v = part / s
+            code = np.rint(np.clip(v, -limit, limit))
+            held.append((code - v, code, abs(v) >= limit * (1 - 2.0**-20)))
+        error, code, clipped = held[i] if rounding is None else rounding[i]
+        y[:, columns] = np.where(clipped, s * code + zero, x[:, columns] + s * error)
+    return y, rounding or held
+
+
 def byte_levels(levels):
     """Base, step and integers with level ~ base + step * integer; 1 to 255, or 0 and 1 exactly."""
     levels = levels.astype(float)
@@ -425,18 +447,22 @@ def decoder(network, tokens):
     """Logits of a network in float64, straight from the formulas.
 
     `network` has embedding, final_norm, head, frequency, heads, kv_heads, epsilon and blocks, each
-    a dict of norms (arrays or None), linear layers (weight, bias or None) and scales.
+    a dict of norms (arrays or None), linear layers (weight, bias or None; or functions) and scales;
+    perhaps the matrix that rotates the residual stream.
     """
     heads, kv_heads, epsilon = network["heads"], network["kv_heads"], network["epsilon"]
+    turn = network.get("rotation", np.eye(network["embedding"].shape[1]))
 
     def linear(layer, x):
+        if callable(layer):
+            return layer(x)
         weight, bias = layer
         return x @ weight.astype(float).T + (0 if bias is None else bias)
 
     def normed(x, gain):
         return rmsnorm(x, gain, epsilon)[0]
 
-    x = network["embedding"].astype(float)[tokens]
+    x = network["embedding"].astype(float)[tokens] @ turn.T
     for block in network["blocks"]:
         n = normed(x, block["attention_norm"])
         q, k, v = (linear(block[p], n) for p in ("q_proj", "k_proj", "v_proj"))
@@ -450,7 +476,7 @@ def decoder(network, tokens):
         inner = swiglu(linear(block["gate_proj"], n), linear(block["up_proj"], n))[0]
         x = x + block.get("mlp_scale", 1.0) * linear(block["down_proj"], inner)
     head = network["embedding"] if network["head"] is None else network["head"]
-    return normed(x, network["final_norm"]) @ head.astype(float).T
+    return normed(x @ turn, network["final_norm"]) @ head.astype(float).T
 
 
 def gram(cols, seed, decay=1.0):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from random_model import random_tokens
-from student_models import TEXT, content, pair
+from student_models import TEXT, content, pair, tensors_of, with_activations, with_copies
 
 import lowbitq as lq
 from lowbitq.distillation import distill, options_of
@@ -20,7 +20,8 @@ from lowbitq.encoding import layer_digest
 from lowbitq.losses import Loss
 from lowbitq.models.loading import load
 from lowbitq.optimizers import AdamW, cosine
-from lowbitq.students import KINDS, Parameter, Student
+from lowbitq.parameters import Parameter
+from lowbitq.students import KINDS, Student
 from lowbitq.teachers import Teacher
 from lowbitq.training import Training
 
@@ -54,20 +55,26 @@ def assert_same(one, two):
     assert validations(one) == validations(two)
 
 
-# Which stored parts a kind may change. Rows go into scales and offsets.
-TOUCHES = dict.fromkeys(("scale", "offset", "level", "row"), "grid") | {
-    kind: kind for kind in ("norm", "bias", "adapter")
-}
+# Which stored parts a kind changes. Rows go into scales and offsets; columns are rows of another
+# layer, with its bias and adapter.
+TOUCHES = {kind: {"grid"} for kind in ("scale", "offset", "level", "row")}
+TOUCHES |= {kind: {kind} for kind in ("norm", "bias", "adapter", "activation", "rotation")}
+TOUCHES |= {"fusion": {"grid", "weight"}, "column": {"grid", "bias", "adapter"}}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_learns_alone(kind):
-    small, teacher = pair("kmeans2g32 a32" if kind == "level" else "int2g32 a32 + rank2")
+    formats = {"level": "kmeans2g32 a32", "activation": "int4g32 a4"}
+    format = formats.get(kind, "int2g32 a32 + rank2")
+    small, teacher = pair(format, **{"rotation": "none"} if kind == "column" else {})
+    if kind in ("fusion", "rotation"):
+        small = with_copies(small)
     before = content(small)
     learned = distill(small, teacher, WINDOWS, learn=[kind], rates=FAST, **QUICK)
-    assert improvement(learned) < (1 if kind == "level" else 0.97)
+    few = {"level", "fusion", "column", "activation", "rotation"}  # parameters
+    assert improvement(learned) < (1 if kind in few else 0.97)
     changed = {part for part, now in content(learned).items() if now != before[part]}
-    assert changed == {TOUCHES[kind]}
+    assert changed == TOUCHES[kind]
     assert held_back_kl(learned, teacher) < held_back_kl(small, teacher)
     assert content(small) == before, "the given model has changed"
 
@@ -97,6 +104,20 @@ def test_every_kind_of_scale_learns(format, tmp_path):
     loaded = load(tmp_path / "model")
     assert np.array_equal(loaded.logits(TEXT[0]), learned.logits(TEXT[0]))
     assert loaded.provenance["distillation"]["options"]["steps"] == 12
+
+
+def test_several_copies_of_rounded_inputs_learn(tmp_path):
+    small, teacher = pair("int2g32 + rank2")
+    small = with_copies(with_activations(small, 8))
+    rates = FAST | {"activation": 1e-3, "rotation": 1e-4}
+    learned = distill(small, teacher, WINDOWS, learn=KINDS, rates=rates, **QUICK)
+    assert improvement(learned) < 0.97
+    assert content(learned)["codes"] == content(small)["codes"]
+    assert len(tensors_of(learned)) == len(tensors_of(small))
+    learned.save(tmp_path / "model")
+    loaded = load(tmp_path / "model")
+    assert len(tensors_of(loaded)) == len(tensors_of(small))
+    assert np.array_equal(loaded.logits(TEXT[0]), learned.logits(TEXT[0]))
 
 
 def test_the_best_validation_is_returned():

@@ -36,6 +36,17 @@ check(const lbq_linear *layer, const lbq_linear_gradient *gradient)
                     LBQ_BAD_VALUE,
                     "copy %td is packed: gradients need dense weights",
                     i);
+    for (ptrdiff_t i = 0; i < layer->count; i++) {
+        const lbq_rotation *const input = layer->copies[i].input;
+        LBQ_REQUIRE(!gradient->fake[i] || layer->copies[i].fake.values,
+                    LBQ_BAD_VALUE,
+                    "gradients of how copy %td rounds its inputs, but it does not",
+                    i);
+        LBQ_REQUIRE(!gradient->input[i] || (input && input->dense),
+                    LBQ_BAD_VALUE,
+                    "gradients of the rotation of copy %td, but it has no dense one",
+                    i);
+    }
     return LBQ_OK;
 }
 
@@ -108,7 +119,9 @@ add_column_sums(ptrdiff_t tokens, ptrdiff_t cols, const float *g, const float *z
 
 /* Scratch of a copy: NULL what it does not need. */
 typedef struct {
-    float *x, *dx; /* (tokens, cols): R x and its gradient, where there is an R */
+    float *x;      /* (tokens, cols): R x, where there is an R */
+    float *y, *dx; /* (tokens, cols): R x rounded, where it is; and the gradient of R x, if x is not
+                      that */
     float *h;      /* (tokens, rows): where there is a P or a weight */
     float *z;      /* (tokens, rows): P^T W R x, where the weight's gradient is wanted */
 } scratch;
@@ -119,13 +132,15 @@ take(const lbq_copy *copy, ptrdiff_t tokens, bool weight, lbq_arena *arena, scra
 {
     const size_t wide = lbq_padded(sizeof(float) * (size_t)(tokens * copy->cols));
     const size_t high = lbq_padded(sizeof(float) * (size_t)(tokens * copy->rows));
+    const bool rounds = copy->fake.values;
     const size_t sizes[] = {copy->input ? wide : 0,
-                            copy->input ? wide : 0,
+                            rounds ? wide : 0,
+                            copy->input || rounds ? wide : 0,
                             copy->output || copy->weight ? high : 0,
                             weight ? high : 0};
-    float **const at[] = {&s->x, &s->dx, &s->h, &s->z};
+    float **const at[] = {&s->x, &s->y, &s->dx, &s->h, &s->z};
     size_t total = 0;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 5; i++) {
         if (arena->base)
             *at[i] = sizes[i] ? lbq_arena_take(arena, sizes[i]) : NULL;
         total += sizes[i];
@@ -162,37 +177,53 @@ pull_back(const lbq_copy *copy, ptrdiff_t tokens, const float *g, float *h)
 }
 
 static lbq_status
-add_rotated_back(const lbq_rotation *rotation, ptrdiff_t tokens, float *from, bool add, float *to)
+add_rotated_back(const lbq_copy *copy, ptrdiff_t tokens, float *from, bool add, float *to)
 {
-    LBQ_TRY(lbq_rotate_back(rotation, tokens, from));
-    for (ptrdiff_t i = 0; i < tokens * rotation->n; i++)
+    if (copy->input)
+        LBQ_TRY(lbq_rotate_back(copy->input, tokens, from));
+    for (ptrdiff_t i = 0; i < tokens * copy->cols; i++)
         to[i] = add ? to[i] + from[i] : from[i];
     return LBQ_OK;
 }
 
+/* Through copy `index` of the layer. */
 static lbq_status
-copy_backward(const lbq_copy *copy, ptrdiff_t tokens, const float *x, const float *g, float *dense,
-              float *weight, bool add, const scratch *s, float *dx)
+copy_backward(const lbq_linear *layer, ptrdiff_t index, ptrdiff_t tokens, const float *x,
+              const float *g, const lbq_linear_gradient *gradient, bool add, const scratch *s,
+              float *dx)
 {
+    const lbq_copy *const copy = &layer->copies[index];
     const ptrdiff_t rows = copy->rows, cols = copy->cols;
-    if (s->x && (dense || weight)) {
+    float *const dense = gradient->dense[index], *const weight = gradient->weight[index];
+    float *const fake = gradient->fake[index], *const input = gradient->input[index];
+    const float *turned = x; /* R x */
+    if (s->x && (dense || weight || s->y)) {
         LBQ_TRY(rotated(copy->input, tokens, x, s->x));
-        x = s->x;
+        turned = s->x;
+    }
+    const float *seen = turned; /* what W multiplies */
+    if (s->y) {
+        LBQ_TRY(lbq_fake_forward(&copy->fake, tokens, cols, turned, s->y));
+        seen = s->y;
     }
     if (weight)
-        LBQ_TRY(weight_gradient(copy, tokens, x, g, s->z, weight));
+        LBQ_TRY(weight_gradient(copy, tokens, seen, g, s->z, weight));
     if (s->h) {
         LBQ_TRY(pull_back(copy, tokens, g, s->h));
         g = s->h;
     }
     if (dense)
-        LBQ_TRY(add_outer(rows, cols, tokens, g, x, dense));
-    if (!dx)
+        LBQ_TRY(add_outer(rows, cols, tokens, g, seen, dense));
+    if (!dx && !fake && !input)
         return LBQ_OK;
     if (!s->dx)
         return product(tokens, cols, rows, g, copy->dense, add, dx);
     LBQ_TRY(product(tokens, cols, rows, g, copy->dense, false, s->dx));
-    return add_rotated_back(copy->input, tokens, s->dx, add, dx);
+    if (s->y)
+        LBQ_TRY(lbq_fake_backward(&copy->fake, tokens, cols, turned, s->dx, fake));
+    if (input)
+        LBQ_TRY(add_outer(cols, cols, tokens, s->dx, x, input));
+    return dx ? add_rotated_back(copy, tokens, s->dx, add, dx) : LBQ_OK;
 }
 
 /* Of U V^T x, through V^T x and U^T g. */
@@ -238,13 +269,13 @@ lbq_linear_backward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, c
     LBQ_TRY(check(layer, gradient));
     for (ptrdiff_t i = 0; i < layer->count; i++) {
         const lbq_copy *const copy = &layer->copies[i];
-        float *const dense = gradient->dense[i], *const weight = gradient->weight[i];
+        const bool weight = gradient->weight[i];
         scratch s = {0};
         lbq_arena arena = {0};
         LBQ_TRY(lbq_arena_open(&arena, take(copy, tokens, weight, &arena, &s)));
         take(copy, tokens, weight, &arena, &s);
         const lbq_status status =
-            copy_backward(copy, tokens, x, g, dense, weight, add || i > 0, &s, dx);
+            copy_backward(layer, i, tokens, x, g, gradient, add || i > 0, &s, dx);
         lbq_arena_close(&arena);
         LBQ_TRY(status);
     }

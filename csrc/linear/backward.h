@@ -7,7 +7,10 @@
  * and, summed over tokens,
  *
  *     dL/dW_i = h_i (R_i x)^T,     dL/dweight_i = g * P_i^T W_i R_i x,
- *     dL/dU = g (V^T x)^T,     dL/dV = x (U^T g)^T,     dL/db = g. */
+ *     dL/dU = g (V^T x)^T,     dL/dV = x (U^T g)^T,     dL/db = g,
+ *     dL/dR_i = W_i^T h_i x^T.
+ *
+ * Where a copy rounds R x, linear/fake.h has the way through it. */
 #ifndef LBQ_BACKWARD_H
 #define LBQ_BACKWARD_H
 
@@ -24,6 +27,8 @@ typedef struct {
     ptrdiff_t rows, cols, rank; /* of the arrays; 0: of none */
     float *dense[LBQ_COPIES];   /* of each copy: (rows, cols) */
     float *weight[LBQ_COPIES];  /* (rows) */
+    float *fake[LBQ_COPIES];    /* (LBQ_FAKE_VALUES) */
+    float *input[LBQ_COPIES];   /* (cols, cols): of R, as if its entries were free */
     float *bias, *U, *V;
 } lbq_linear_gradient;
 

@@ -28,26 +28,6 @@ check_rotation(const lbq_rotation *rotation, const char *name, const char *axis,
     return LBQ_OK;
 }
 
-static lbq_status
-check_activation(const lbq_activation *activation)
-{
-    const int bits = activation->bits;
-    LBQ_REQUIRE(bits == 0 || bits == 4 || bits == 8,
-                LBQ_BAD_VALUE,
-                "activation_bits is %d, expected 0, 4 or 8",
-                bits);
-    const float scale = activation->scale;
-    LBQ_REQUIRE(!bits || scale == 0 || (scale >= 0x1p-100f && isfinite(scale)),
-                LBQ_BAD_VALUE,
-                "scale is %g, expected 0 or a finite number >= 2^-100",
-                (double)scale);
-    LBQ_REQUIRE(!isinf(activation->zero),
-                LBQ_BAD_VALUE,
-                "zero is %g, expected a finite number or NaN",
-                (double)activation->zero);
-    return LBQ_OK;
-}
-
 lbq_status
 lbq_copy_check(const lbq_copy *copy)
 {
@@ -59,7 +39,8 @@ lbq_copy_check(const lbq_copy *copy)
                 copy->cols);
     LBQ_TRY(check_rotation(copy->input, "input", "columns", copy->cols));
     LBQ_TRY(check_rotation(copy->output, "output", "rows", copy->rows));
-    LBQ_TRY(check_activation(&copy->activation));
+    LBQ_TRY(lbq_activation_check(&copy->activation));
+    LBQ_TRY(lbq_fake_check(&copy->fake));
     LBQ_REQUIRE(!copy->activation.bits || !copy->dense,
                 LBQ_BAD_VALUE,
                 "activation_bits is %d, but a dense layer takes float32 activations",

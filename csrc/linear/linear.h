@@ -14,19 +14,11 @@
 
 #include "codes/matrix.h"
 #include "core/status.h"
+#include "linear/activation.h"
+#include "linear/fake.h"
 #include "rotate/rotation.h"
 
 enum { LBQ_LAYERS = 8 /* that one call takes */ };
-
-/* How x is rounded, in each step of the packed weight:
- *
- *     x ~ scale * q + zero,   |q| <= 2^(bits-1) - 1,   scale = clip * max |x - zero| / limit */
-typedef struct {
-    int bits;    /* 8 or 4; 0: x stays float32 */
-    float clip;  /* fraction of a step's range to keep, 0 < clip <= 1 */
-    float scale; /* of every step; 0: by the formula, for each token */
-    float zero;  /* read if the copy has `sums`. NaN: the middle of each token's range */
-} lbq_activation;
 
 typedef struct {
     ptrdiff_t rows, cols;
@@ -34,6 +26,7 @@ typedef struct {
     lbq_matrix matrix;                  /* the packed W */
     const lbq_rotation *input, *output; /* R, P; NULL: the identity */
     lbq_activation activation;          /* bits = 0 where W is dense */
+    lbq_fake fake;                      /* in its place there */
     const float *weight;                /* (rows); NULL: 1 */
     const float *sums;                  /* W 1 (rows); NULL: activations have no zero point */
 } lbq_copy;

@@ -9,7 +9,6 @@
 #include "linear/quantized.h"
 
 #include <assert.h>
-#include <math.h>
 #include <string.h>
 
 #include "core/memory.h"
@@ -106,43 +105,19 @@ open_workspace(const product *job, lbq_arena *arena, workspace *w)
     return LBQ_OK;
 }
 
-/* Centres x about zero; returns the number subtracted. */
-static float
-centre(const product *job, float *x)
-{
-    float zero = job->activation->zero;
-    if (isnan(zero)) {
-        float low = x[0], high = x[0];
-        for (ptrdiff_t k = 1; k < job->cols; k++) {
-            low = x[k] < low ? x[k] : low;
-            high = x[k] > high ? x[k] : high;
-        }
-        zero = 0.5f * low + 0.5f * high;
-    }
-    for (ptrdiff_t k = 0; k < job->cols; k++)
-        x[k] -= zero;
-    return zero;
-}
-
 static void
 quantize_token(const product *job, ptrdiff_t token, const workspace *w, int8_t *q)
 {
-    const lbq_activation *const how = job->activation;
-    const int limit = (1 << (how->bits - 1)) - 1;
     const float *x = job->x + token * job->cols;
     if (job->hadamard || job->centred) {
         memcpy(w->row, x, sizeof(float) * (size_t)job->cols);
         if (job->hadamard)
             lbq_hadamard_forward(job->hadamard, 1, w->row, w->rotating);
         if (job->centred)
-            job->zeros[token] = centre(job, w->row);
+            job->zeros[token] = lbq_activation_centre(job->activation, job->cols, w->row);
         x = w->row;
     }
-    if (how->clip == 1 && how->scale == 0)
-        lbq_kernel.quantize_i8(x, job->cols, job->step, limit, q, w->scale, w->total);
-    else
-        lbq_kernel.clip_i8(
-            x, job->cols, job->step, limit, how->clip, how->scale, q, w->scale, w->total);
+    lbq_activation_round(job->activation, job->cols, job->step, x, q, w->scale, w->total);
 }
 
 /* A token's factors for weights of a grid, as in lbq_activations. */

@@ -109,15 +109,17 @@ LBQ_BINDING(attention_backward)
 
 typedef struct {
     ptrdiff_t rows, cols;
-    float *dense, *weight;
+    float *dense, *weight, *fake, *input;
 } copy_gradient;
 
 LBQ_BINDING(copy_gradient)
 {
-    lbq_array dense, fusion;
+    lbq_array dense, fusion, rounding, rotation;
     const lbq_arg spec[] = {
         LBQ_OUT_OR_NONE("dense", &dense, NPY_FLOAT32, "rk"),
         LBQ_OUT_OR_NONE("fusion", &fusion, NPY_FLOAT32, "r"),
+        LBQ_OUT_OR_NONE("rounding", &rounding, NPY_FLOAT32, "3"),
+        LBQ_OUT_OR_NONE("rotation", &rotation, NPY_FLOAT32, "kk"),
     };
     LBQ_PARSE("copy_gradient", spec);
     copy_gradient *made;
@@ -126,9 +128,11 @@ LBQ_BINDING(copy_gradient)
         return lbq_result(module, status);
     *made = (copy_gradient){
         .rows = dense.data ? dense.dims[0] : fusion.dims[0],
-        .cols = dense.dims[1],
+        .cols = dense.data ? dense.dims[1] : rotation.dims[1],
         .dense = dense.data,
         .weight = fusion.data,
+        .fake = rounding.data,
+        .input = rotation.data,
     };
     return lbq_handle_new(COPY_GRADIENT, made, args);
 }
@@ -163,6 +167,8 @@ join(const lbq_handles *copies, const lbq_array *bias, const lbq_array *U, const
         gradient->cols = common(gradient->cols, copy->cols);
         gradient->dense[i] = copy->dense;
         gradient->weight[i] = copy->weight;
+        gradient->fake[i] = copy->fake;
+        gradient->input[i] = copy->input;
     }
     LBQ_REQUIRE(gradient->rows >= 0 && gradient->cols >= 0 && gradient->rank >= 0,
                 LBQ_BAD_SHAPE,
@@ -438,9 +444,11 @@ PyMethodDef lbq_methods_backward[] = {
     LBQ_METHOD(attention_backward,
                "attention_backward(q, k, v, g, dq, dk, dv, /)\n--\n\n"
                "Gradients of causal attention over a window of its own, for g = dL/do."),
-    LBQ_METHOD(copy_gradient,
-               "copy_gradient(dense, fusion, /)\n--\n\n"
-               "Handle of the arrays to which gradients of a copy's weights are added."),
+    LBQ_METHOD(
+        copy_gradient,
+        "copy_gradient(dense, fusion, rounding, rotation, /)\n--\n\n"
+        "Handle of the arrays to which gradients of a copy's weights are added, of the values "
+        "of copy_rounding, and of a dense input rotation."),
     LBQ_METHOD(linear_gradient,
                "linear_gradient(copies, bias, U, V, /)\n--\n\n"
                "Handle of the arrays to which gradients of a layer's parts are added."),

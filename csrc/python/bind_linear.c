@@ -45,6 +45,32 @@ LBQ_BINDING(copy_dense)
     return copy_handle(module, &copy, args);
 }
 
+LBQ_BINDING(copy_rounding)
+{
+    lbq_array weight, fusion, values;
+    const lbq_rotation *input, *output;
+    const lbq_copy *packed;
+    const lbq_arg spec[] = {
+        LBQ_IN("weight", &weight, NPY_FLOAT32, "rk"),
+        LBQ_HANDLE_OR_NONE("input", &input, "lowbitq.rotation"),
+        LBQ_HANDLE_OR_NONE("output", &output, "lowbitq.rotation"),
+        LBQ_IN_OR_NONE("fusion", &fusion, NPY_FLOAT32, "r"),
+        LBQ_HANDLE("packed", &packed, COPY),
+        LBQ_IN("values", &values, NPY_FLOAT32, "3"),
+    };
+    LBQ_PARSE("copy_rounding", spec);
+    const lbq_copy copy = {
+        .rows = weight.dims[0],
+        .cols = weight.dims[1],
+        .dense = weight.data,
+        .input = input,
+        .output = output,
+        .weight = fusion.data,
+        .fake = {packed->activation.bits, lbq_packed_step(&packed->matrix.packed), values.data},
+    };
+    return copy_handle(module, &copy, args);
+}
+
 LBQ_BINDING(copy_packed)
 {
     const lbq_code *code;
@@ -219,6 +245,12 @@ PyMethodDef lbq_methods_linear[] = {
     LBQ_METHOD(copy_dense,
                "copy_dense(weight, input, output, fusion, /)\n--\n\n"
                "A handle of fusion * P^T W R in float32, W = weight, R = input, P = output."),
+    LBQ_METHOD(
+        copy_rounding,
+        "copy_rounding(weight, input, output, fusion, packed, values, /)\n--\n\n"
+        "A handle like that of copy_dense that rounds its input, in the bits and steps of a "
+        "packed copy; values (clip, scale, zero) are read in place, scale 0 and zero NaN: by "
+        "each token."),
     LBQ_METHOD(copy_packed,
                "copy_packed(code, panels, input, output, fusion, sums, /, *, rows, cols, group, "
                "activation_bits, activation_clip, activation_scale, activation_zero, "

@@ -135,7 +135,9 @@ def test_linear(plain):
     )
     db, dx = np.zeros_like(bias), np.full_like(x, np.nan)
     adapter = [None if a is None else np.zeros_like(a) for a in (U, V)]
-    sinks = tuple(_core.copy_gradient(*pair) for pair in zip(dense, fusion, strict=True))
+    sinks = tuple(
+        _core.copy_gradient(*pair, None, None) for pair in zip(dense, fusion, strict=True)
+    )
     _core.linear_backward(layer, x, g, _core.linear_gradient(sinks, db, *adapter), dx)
 
     def output(parts):
@@ -167,7 +169,7 @@ def test_a_packed_layer_has_no_gradients():
     from lowbitq.quantizers import quantize
 
     layer = QuantizedLinear.of(quantize(normal(16, 64), "int4g64"))
-    sink = _core.linear_gradient((_core.copy_gradient(None, None),), None, None, None)
+    sink = _core.linear_gradient((_core.copy_gradient(None, None, None, None),), None, None, None)
     with pytest.raises(ValueError, match="copy 0 is packed: gradients need dense weights"):
         _core.linear_backward(layer.handle, normal(2, 64), normal(2, 16), sink, normal(2, 64))
 
@@ -178,11 +180,15 @@ def test_gradients_of_another_shape_are_refused():
         (normal(4, 5), None, r"gradients are \(4, 5\) .*the layer is \(4, 6\)"),
         (None, normal(5), r"gradients are \(5, 0\)"),
     ]:
-        sink = _core.linear_gradient((_core.copy_gradient(dense, None),), bias, None, None)
+        sink = _core.linear_gradient(
+            (_core.copy_gradient(dense, None, None, None),), bias, None, None
+        )
         with pytest.raises(ValueError, match=message):
             _core.linear_backward(layer, normal(2, 6), normal(2, 4), sink, normal(2, 6))
     with pytest.raises(ValueError, match="different numbers of rows"):
-        _core.linear_gradient((_core.copy_gradient(normal(4, 5), None),), normal(3), None, None)
+        _core.linear_gradient(
+            (_core.copy_gradient(normal(4, 5), None, None, None),), normal(3), None, None
+        )
 
 
 # --- a whole network ------------------------------------------------------------------------------
@@ -260,7 +266,7 @@ def network_gradients(decoder, network, tokens, known):
     head = np.zeros_like(network["embedding"])
     final_norm = np.zeros(hidden, np.float32)
     target = np.append(tokens[1:], np.int32(-1)).astype(np.int32)
-    sink = _core.linear_gradient((_core.copy_gradient(head, None),), None, None, None)
+    sink = _core.linear_gradient((_core.copy_gradient(head, None, None, None),), None, None, None)
     losses = np.empty(len(tokens))
     weights = {
         "forward": 0.0,
@@ -282,7 +288,7 @@ def network_gradients(decoder, network, tokens, known):
             result.append((index, slot.name, weight))
             if bias is not None:
                 result.biases.append((index, slot.name, bias))
-            copy = _core.copy_gradient(weight, None)
+            copy = _core.copy_gradient(weight, None, None, None)
             sinks.append(_core.linear_gradient((copy,), bias, None, None))
         gradient = _core.block_gradient(*norms, *sinks)
         nothing = [None] * len(SLOTS)

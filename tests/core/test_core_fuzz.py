@@ -13,7 +13,7 @@ from typing import Any
 import argument_tables
 import numpy as np
 import pytest
-from packed_parts import dense_layer, description, packed_bytes, packed_layer
+from packed_parts import dense_layer, description, packed_bytes, packed_copy
 
 from lowbitq import NumericalError, _core
 
@@ -66,11 +66,15 @@ def dense(rows: int, cols: int) -> tuple[Any, dict[str, int]]:
 
 
 def packed(bits: int, activation_bits: int) -> tuple[Any, dict[str, int]]:
+    """A copy."""
     spec = description(HIDDEN, HIDDEN, bits, 32, has_offset=True)
     panels = _core.aligned_empty(bytes=packed_bytes(spec))
     panels[:] = np.random.default_rng(bits).integers(0, 60, len(panels))
-    layer = packed_layer(panels, None, None, None, activation_bits=activation_bits, **spec)
-    return layer, {"r": HIDDEN, "k": HIDDEN}
+    return packed_copy(panels, spec, bits=activation_bits), {"r": HIDDEN, "k": HIDDEN}
+
+
+def layer_of(copy: Any, extent: dict[str, int]) -> tuple[Any, dict[str, int]]:
+    return _core.linear((copy,), None, None, None), extent
 
 
 def block() -> Any:
@@ -100,8 +104,11 @@ def zeros(*shape: int) -> np.ndarray:
 def gradients() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
     """Handles of arrays that take gradients."""
     shapes = [(HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (VOCAB, HIDDEN)]
-    copies = [(_core.copy_gradient(zeros(*s), zeros(s[0])), {"r": s[0], "k": s[1]}) for s in shapes]
-    empty = _core.linear_gradient((_core.copy_gradient(None, None),), None, None, None)
+    copies = [
+        (_core.copy_gradient(zeros(*s), zeros(s[0]), None, None), {"r": s[0], "k": s[1]})
+        for s in shapes
+    ]
+    empty = _core.linear_gradient((_core.copy_gradient(None, None, None, None),), None, None, None)
     layers = [(_core.linear_gradient((one,), zeros(n["r"]), None, None), n) for one, n in copies]
     nothing = [None] * 7
     blocks = [
@@ -132,11 +139,16 @@ class Calls:
                 if CODES[name]["offsets"]
             ],
             "linear": [dense(HIDDEN, HIDDEN), dense(VOCAB, HIDDEN), dense(1, 1)]
-            + [packed(bits, activations) for bits in (1, 2, 3, 4, 8) for activations in (0, 4, 8)],
+            + [
+                layer_of(*packed(bits, activations))
+                for bits in (1, 2, 3, 4, 8)
+                for activations in (0, 4, 8)
+            ],
             "copy": [
                 (_core.copy_dense(np.ones(s, np.float32), None, None, None), {"r": s[0], "k": s[1]})
                 for s in ((HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, HIDDEN), (VOCAB, HIDDEN))
-            ],
+            ]
+            + [packed(4, activations) for activations in (4, 8)],
             **gradients(),
             "rotation": [(eye, {"n": HIDDEN})],
             "block": [(made, {}) for made in blocks],
@@ -281,7 +293,7 @@ class Calls:
             values = np.sort(values) if a.name == "levels" else values
             values = abs(values) if a.name in ("counts", "weights", "importance") else values
             values = values.astype("f2") if a.name in ("scale", "offset") else values
-            values = values % 1 if a.name == "uniform" else values
+            values = values % 1 if a.name in ("uniform", "values") else values
         else:
             values = rng.integers(0, r.choice([2, 2, 16, 20, 120]), shape)
         size = int(np.prod(shape)) * dtype.itemsize

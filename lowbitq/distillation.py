@@ -1,7 +1,7 @@
 """distill(): train what quantization left free, so that a model predicts as the float model does.
 
-Codes stay as they are; scales, offsets, norm gains and the like learn from the difference between
-the model's predictions and the teacher's on calibration text.
+Scales, offsets, norm gains and the like learn from the difference between the model's predictions
+and the teacher's on calibration text; codes stay as they are unless weights learn, too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.stored import LayerWriter
 from lowbitq.models.tokens import check_count
+from lowbitq.roundings import LearnedRounding, Progress
 from lowbitq.students import KINDS, Parameter, Student
 from lowbitq.texts import Text, check_positions, tokenize
 from lowbitq.version import __version__
@@ -44,6 +45,7 @@ RATES = {
     "row": 2e-3,
     "bias": 1e-3,
     "adapter": 1e-3,
+    "weight": 2e-2,
 }
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
@@ -105,12 +107,20 @@ class AdamW:
         self._rates, self._decay, self._clip = rates, decay, clip
         self._moments = [(np.zeros_like(p.value), np.zeros_like(p.value)) for p in parameters]
 
-    def step(self, factor: float) -> float:
-        """Move the parameters, with learning rates times `factor`; return the gradient's norm."""
+    def step(self, factor: float, frozen: frozenset[str] = frozenset()) -> float:
+        """Move the parameters, with learning rates times `factor`; return the gradient's norm.
+
+        Parameters of the kinds in `frozen` stay, and so do their moments.
+        """
         self.steps += 1
+        for parameter in self.parameters:
+            if parameter.kind in frozen:
+                parameter.gradient[:] = 0
         norm = math.sqrt(sum(_core.square_sum(p.gradient.reshape(-1)) for p in self.parameters))
         short = min(1.0, self._clip / norm) if norm else 1.0
         for parameter, (first, second) in zip(self.parameters, self._moments, strict=True):
+            if parameter.kind in frozen:
+                continue
             gradient = parameter.gradient
             gradient *= np.float32(short)
             _core.adamw(
@@ -162,6 +172,7 @@ class _Options:
     """What a run can be resumed with."""
 
     learn: tuple[str, ...]
+    rounding: str
     loss: str
     steps: int
     batch: int
@@ -182,6 +193,7 @@ def distill(
     text: Text,
     *,
     learn: Iterable[str] = ("scale", "offset", "norm"),
+    rounding: LearnedRounding | str = "nearest",
     loss: Loss | str = "kl",
     steps: int = 240,
     batch: int = 2,
@@ -211,6 +223,8 @@ def distill(
         Calibration text, as for `lowbitq.texts.windows`. Its last windows are held back.
     learn : iterable of str, default=("scale", "offset", "norm")
         Kinds of parameters, see `lowbitq.students`. ``"row"`` alone is cheapest.
+    rounding : LearnedRounding or str, default="nearest"
+        How the codes learn, if ``"weight"`` does; see `lowbitq.roundings`.
     loss : Loss or str, default="kl"
     steps, batch, window : int
         Steps of AdamW, windows per step, tokens per window.
@@ -280,6 +294,7 @@ def distill(
     check_positions(window, teacher.config, of="teacher")
     options = _Options(
         tuple(sorted(set(learn))),
+        str(LearnedRounding.parse(rounding)),
         str(Loss.parse(loss)),
         steps,
         batch,
@@ -365,7 +380,7 @@ class _Run:
         self, model: QuantizedModel, teacher: Model, options: _Options, rows: NDArray[np.int32]
     ) -> None:
         self.options, self.teacher = options, teacher
-        self.student = Student(model, options.learn)
+        self.student = Student(model, options.learn, rounding=options.rounding, teacher=teacher)
         self.loss = Loss.parse(options.loss)
         self.optimizer = AdamW(
             self.student.parameters, dict(options.rates), decay=options.decay, clip=options.clip
@@ -400,7 +415,8 @@ class _Run:
         if not self.validations:
             self._validate()
         options, step = self.options, self.done + 1
-        self.student.compose()
+        at = Progress(step, options.steps, options.seed)
+        self.student.compose(at=at)
         weight = np.full(options.window, 1 / (options.batch * options.window), np.float32)
         total = 0.0
         runs = []
@@ -420,7 +436,8 @@ class _Run:
         self.student.backward(runs)
         for p in self.student.parameters if options.regularization else ():
             p.gradient += np.float32(2 * options.regularization) * (p.value - p.start)
-        norm = self.optimizer.step(cosine(step, options.steps, options.warmup))
+        factor = cosine(step, options.steps, options.warmup)
+        norm = self.optimizer.step(factor, self.student.frozen(at))
         validation = None
         if self.done % options.every == 0 or self.done == options.steps:
             validation = self._validate()

@@ -1,24 +1,25 @@
-"""Students: quantized models whose codes stay as they are while other parameters are trained.
+"""Students: quantized models on their way through training.
 
-A weight is scale * level + offset. Words give levels and do not change; training works on the dense
-weights that levels make with scales and offsets in float32. Parameters have no unit, so that one
-learning rate serves all of a kind:
+A weight is scale * level + offset. Words give levels, and do not change unless they learn, too, by
+`lowbitq.roundings`; training works on the dense weights that levels make with scales and offsets in
+float32. Parameters have no unit, so that one learning rate serves all of a kind:
 
     scale    p in  scale = scale_0 p               starts at 1
     offset   r in  offset = offset_0 + scale_0 r   0
-    level    r in  level = level_0 + deviation r   0, of a learned table
+    level    r in  level = level_0 + deviation r   0, of a learned table; a level of 0 stays
     norm     p in  gain = gain_0 p                 1
     row      t in  y = t * (W x)                   1
     bias     d in  bias = bias_0 + d               0
     adapter  U, V in  y = W x + U V^T x            what the model has
+    weight   what words follow from                where a float weight is rounded to its word
 
 M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
-2024, trains the first two, end to end, with codes fixed.
+2024, trains the first two, end to end, with codes fixed, after all weights block by block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -32,12 +33,13 @@ from lowbitq.linears import QuantizedLinear
 from lowbitq.models.decoder import Block, Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.slots import NORMS, OUTER, SLOTS, name_in_block
+from lowbitq.roundings import Latents, LearnedRounding, Progress, float_weights
 from lowbitq.tensors import QuantizedTensor, code_of
 
 Array = NDArray[np.float32]
 
-KINDS = ("scale", "offset", "level", "norm", "row", "bias", "adapter")
-_OF_WEIGHTS = {"scale", "offset", "level"}  # which need dL/dW
+KINDS = ("scale", "offset", "level", "norm", "row", "bias", "adapter", "weight")
+_OF_WEIGHTS = {"scale", "offset", "level", "weight"}  # which need dL/dW
 
 
 @dataclass(eq=False)
@@ -83,6 +85,9 @@ class StudentLayer:
     ----------
     name : str
     linear : QuantizedLinear
+    learn_words : callable, default=None
+        From the name, the packed matrix and the handle of its code, makes the `Latents` that the
+        words follow from; None: words stay.
 
     Attributes
     ----------
@@ -97,7 +102,12 @@ class StudentLayer:
         If the layer has several copies.
     """
 
-    def __init__(self, name: str, linear: QuantizedLinear) -> None:
+    def __init__(
+        self,
+        name: str,
+        linear: QuantizedLinear,
+        learn_words: Callable[[str, QuantizedTensor, Any], Latents] | None = None,
+    ) -> None:
         if len(linear.copies) != 1:
             raise ValueError(f"{name} has {len(linear.copies)} copies, expected one")
         [copy] = linear.copies
@@ -119,6 +129,9 @@ class StudentLayer:
         tensor = copy.tensor
         levels = tensor.levels if self._levels is None else self._levels
         self._code = code_of(format, levels, tensor.unit, tensor.zero)  # reads them in place
+        self._latents = learn_words(name, tensor, self._code) if learn_words else None
+        if self._latents is not None:
+            self._add(name, "weight", self._latents.value)
         self._add(name, "row", np.ones(rows, np.float32))
         if linear.bias is not None:
             self.bias = linear.bias.copy()
@@ -154,13 +167,16 @@ class StudentLayer:
             adapter=None if adapter[0] is None else adapter,  # type: ignore[arg-type]
         )
 
-    def compose(self) -> None:
-        """Write the layer's arrays as the parameters have them now."""
+    def compose(self, at: Progress | None = None) -> None:
+        """Write the layer's arrays as the parameters have them now; see `Student.compose`."""
         scale, offset = self._grids()
         if self._levels is not None and self._tensor.levels is not None:
             start = self._tensor.levels
             self._levels[:] = start + start.std() * self.parameters["level"].value
-        self._call("compose", scale, offset, self.weight)
+        if self._latents is None:
+            self._call("compose", scale, offset, self.weight)
+        else:
+            self._latents.compose(scale, offset, self.weight, at)
         self._fusion[:] = self._row * self.parameters["row"].value
         if self.bias is not None and self.linear.bias is not None:
             self.bias[:] = self.linear.bias + self.parameters["bias"].value
@@ -178,7 +194,12 @@ class StudentLayer:
         doffset = None if self._offset is None else np.empty_like(self._scale)
         learns = "level" in kinds and self._levels is not None
         dlevels = np.empty_like(self._levels) if learns and self._levels is not None else None
-        self._call("code_gradient", weight, self._grids()[0], dscale, doffset, dlevels)
+        grids = self._grids()
+        if self._latents is None:
+            self._call("code_gradient", weight, grids[0], dscale, doffset, dlevels)
+        else:
+            gradient = self.parameters["weight"].gradient
+            self._latents.pull(*grids, weight, gradient, dscale, doffset, dlevels)
         scale = self.parameters["scale"].gradient
         if self._tensor.format.per_tensor:
             scale += (dscale * self._scale).sum()
@@ -187,6 +208,7 @@ class StudentLayer:
         if doffset is not None:
             self.parameters["offset"].gradient += doffset * self._scale
         if dlevels is not None and self._tensor.levels is not None:
+            dlevels[self._tensor.levels == 0] = 0
             self.parameters["level"].gradient += dlevels * self._tensor.levels.std()
 
     def finish(self) -> QuantizedLinear:
@@ -197,6 +219,9 @@ class StudentLayer:
         [copy] = self.linear.copies
         changed = {p.kind for p in self.parameters.values() if (p.value != p.start).any()}
         scale, offset = self._grids()
+        words = self._tensor.codes
+        if self._latents is not None and _OF_WEIGHTS & changed:
+            words = self._latents.words(scale, offset)
         if "row" in changed:
             # A factor of each output is one of the weights' row only if nothing lies between.
             if self._tensor.format.per_tensor or copy.output_rotation is not None:
@@ -207,7 +232,7 @@ class StudentLayer:
                 changed.add("scale")
         if _OF_WEIGHTS & changed:
             levels = None if self._levels is None else self._levels.copy()
-            copy = replace(copy, tensor=_stored(self._tensor, scale, offset, levels))
+            copy = replace(copy, tensor=_stored(self._tensor, words, scale, offset, levels))
         adapter, bias = self.linear.adapter, self.linear.bias
         if "adapter" in changed:
             U, V = (_half(self.parameters[f"adapter.{letter}"].value) for letter in "UV")
@@ -233,9 +258,13 @@ def _half(x: Array) -> Array:
 
 
 def _stored(
-    tensor: QuantizedTensor, scale: Array, offset: Array | None, levels: Array | None
+    tensor: QuantizedTensor,
+    words: NDArray[np.uint8],
+    scale: Array,
+    offset: Array | None,
+    levels: Array | None,
 ) -> QuantizedTensor:
-    """The same words with other scales, offsets and levels, as the format stores them."""
+    """Words with other scales, offsets and levels than `tensor`, as its format stores them."""
     format, unit = tensor.format, tensor.unit
     stored: Array | None
     if format.per_tensor:
@@ -249,7 +278,7 @@ def _stored(
         stored = multiple.astype(np.float32) * np.float32(unit)
     return QuantizedTensor.pack(
         format,
-        tensor.codes,
+        words,
         stored,
         None if offset is None else _half(offset),
         levels=tensor.levels if levels is None else levels,
@@ -268,6 +297,11 @@ class Student:
         Left unchanged.
     learn : iterable of str
         Kinds of parameters, of `KINDS`.
+    rounding : LearnedRounding or str, default="nearest"
+        How words learn, if ``"weight"`` does; see `lowbitq.roundings`.
+    teacher : Model or None, default=None
+        The float model that was quantized. Its weights are where ``"weight"`` starts; None: at the
+        values of the words.
 
     Attributes
     ----------
@@ -281,15 +315,24 @@ class Student:
     Raises
     ------
     ValueError
-        If a kind is unknown, the model has no parameter of these kinds, or a layer is not quantized
-        or has several copies.
+        If a kind is unknown, the model has no parameter of these kinds, a layer is not quantized
+        or has several copies, or weights are to learn whose words are chosen together.
     """
 
-    def __init__(self, quantized: QuantizedModel, learn: Iterable[str]) -> None:
+    def __init__(
+        self,
+        quantized: QuantizedModel,
+        learn: Iterable[str],
+        *,
+        rounding: LearnedRounding | str = "nearest",
+        teacher: Model | None = None,
+    ) -> None:
         self._kinds = set(learn)
         if unknown := self._kinds - set(KINDS):
             raise ValueError(f"learn has {sorted(unknown)}, expected some of {', '.join(KINDS)}")
         self._quantized = quantized
+        self._rounding = LearnedRounding.parse(rounding)
+        self._floats = float_weights(quantized, teacher if "weight" in self._kinds else None)
         self._layers: dict[int, StudentLayer] = {}
         self._gains: list[_Gain] = []
         self.parameters: list[Parameter] = []
@@ -306,6 +349,7 @@ class Student:
             None if quantized.head is None else quantized.head.to_float(),
             quantized.residual_rotation,
         )
+        del self._floats  # as large as the model
         for layer in self._layers.values():
             self.parameters += [p for p in layer.parameters.values() if p.kind in self._kinds]
         if not self.parameters:
@@ -340,23 +384,42 @@ class Student:
             name = name_in_block(index, slot)
             if not isinstance(linear, QuantizedLinear):
                 raise ValueError(f"{name} is a {type(linear).__name__}, expected a quantized layer")
-            layer = self._layers.setdefault(id(linear), StudentLayer(name, linear))
+            if id(linear) not in self._layers:
+                self._layers[id(linear)] = self._layer(name, linear)
+            layer = self._layers[id(linear)]
             buffer = self._buffers.setdefault(slot.name, np.zeros(linear.shape, np.float32))
             linears[slot.name], sinks[slot.name] = layer, layer.sink(self._kinds, buffer)
         return replace(block, **norms, linears=linears), block_sink(gradients, sinks)
+
+    def _layer(self, name: str, linear: QuantizedLinear) -> StudentLayer:
+        if "weight" not in self._kinds:
+            return StudentLayer(name, linear)
+
+        def learn_words(name: str, tensor: QuantizedTensor, code: Any) -> Latents:
+            weight, number = self._floats(name, linear), len(self._layers)
+            return Latents(name, tensor, code, self._rounding, weight, number=number)
+
+        return StudentLayer(name, linear, learn_words)
+
+    def frozen(self, at: Progress) -> frozenset[str]:
+        """Kinds of parameters that do not learn in this step."""
+        return self._rounding.frozen(at)
 
     def block_parameters(self, index: int) -> list[Parameter]:
         """What learns in a block."""
         prefix = f"model.layers.{index}."
         return [p for p in self.parameters if p.name.startswith(prefix)]
 
-    def compose(self, index: int | None = None) -> None:
-        """Write the arrays of the model, or of one block, as the parameters have them now."""
+    def compose(self, index: int | None = None, at: Progress | None = None) -> None:
+        """Write the arrays of the model, or of one block, as the parameters have them now.
+
+        `at` says how far weights that learn are rounded; None: as in the end.
+        """
         blocks = self.model.blocks if index is None else [self.model.blocks[index]]
         layers = {id(x): x for block in blocks for x in block.linears.values()}
         for layer in layers.values():
             assert isinstance(layer, StudentLayer)
-            layer.compose()
+            layer.compose(at)
         for gain in self._gains:
             gain.value[:] = gain.start * gain.parameter.value
 

@@ -42,7 +42,7 @@ PYTHON_ORDER = [
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
     "texts", "fisher", "calibration", "adapters", "encoding", "compression",
-    "students", "distillation", "reconstruction", "evaluation", "free_running",
+    "roundings", "students", "distillation", "reconstruction", "evaluation", "free_running",
     "timing", "roofline", "plots", "ranks", "scores", "sensitivity", "",
     "commands", "cli", "__main__",
 ]

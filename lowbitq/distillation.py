@@ -125,7 +125,7 @@ class AdamW:
             gradient *= np.float32(short)
             _core.adamw(
                 *(a.reshape(-1) for a in (parameter.value, gradient, first, second)),
-                lr=factor * self._rates[parameter.kind],
+                lr=factor * parameter.pace * self._rates[parameter.kind],
                 beta1=BETAS[0],
                 beta2=BETAS[1],
                 epsilon=EPSILON,

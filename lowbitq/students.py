@@ -52,11 +52,14 @@ class Parameter:
         Such as ``"model.layers.3.mlp.up_proj.scale"`` and ``"scale"``.
     value, gradient, start : ndarray of one shape, float32
         `start` is the value before training.
+    pace : float, default=1.0
+        Factor of its kind's learning rate.
     """
 
     name: str
     kind: str
     value: Array
+    pace: float = 1.0
     gradient: Array = field(init=False)
     start: Array = field(init=False)
 
@@ -131,7 +134,7 @@ class StudentLayer:
         self._code = code_of(format, levels, tensor.unit, tensor.zero)  # reads them in place
         self._latents = learn_words(name, tensor, self._code) if learn_words else None
         if self._latents is not None:
-            self._add(name, "weight", self._latents.value)
+            self._add(name, "weight", self._latents.value, self._latents.pace)
         self._add(name, "row", np.ones(rows, np.float32))
         if linear.bias is not None:
             self.bias = linear.bias.copy()
@@ -144,9 +147,9 @@ class StudentLayer:
         U, V = (self._value(f"adapter.{letter}") for letter in "UV")
         self.handle = _core.linear((dense,), self.bias, U, V)
 
-    def _add(self, name: str, key: str, value: Array) -> None:
+    def _add(self, name: str, key: str, value: Array, pace: float = 1.0) -> None:
         kind = key.partition(".")[0]
-        self.parameters[key] = Parameter(f"{name}.{key}", kind, value)
+        self.parameters[key] = Parameter(f"{name}.{key}", kind, value, pace)
 
     def _value(self, key: str) -> Array | None:
         return self.parameters[key].value if key in self.parameters else None

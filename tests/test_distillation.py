@@ -48,6 +48,7 @@ def assert_same(one, two):
 TOUCHES = dict.fromkeys(("scale", "offset", "level", "row"), "grid") | {
     kind: kind for kind in ("norm", "bias", "adapter")
 }
+TOUCHES["weight"] = "codes"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,10 +16,16 @@ typedef struct {
     float low, high;              /* beyond these v is clipped */
 } job;
 
+/* Of the gap between two levels. Error feedback leaves many weights with another word than the
+ * nearest. Moved just inside the half, they flip back in the first steps and a model of random
+ * weights in int2g32 got from a divergence of 0.166 to 0.28 nats in four steps of distill; at 0.4
+ * it does not, and after 100 steps a block its outputs are as near. At 0.25 few words change. */
+#define INSIDE 0.4f
+
 enum { RUN = 64, LANES = 4 }; /* weights between two additions to the sums; sums side by side */
 
 void
-lbq_code_cell(const lbq_code *code, int word, float ends[2])
+lbq_code_start(const lbq_code *code, int word, float ends[2])
 {
     const int top = code->count - 1;
     const float level = lbq_level_of(code, word);
@@ -31,8 +37,8 @@ lbq_code_cell(const lbq_code *code, int word, float ends[2])
     float below = level - lbq_level_of(code, before), above = lbq_level_of(code, after) - level;
     below = below > 0 ? below : above;
     above = above > 0 ? above : below;
-    ends[0] = level - below * (0.5f - 0x1p-9f);
-    ends[1] = level + above * (0.5f - 0x1p-9f);
+    ends[0] = level - below * INSIDE;
+    ends[1] = level + above * INSIDE;
 }
 
 static job
@@ -183,7 +189,7 @@ visit_start(const void *context, lbq_group *g)
     const float unit = j->unit[g->at];
     for (ptrdiff_t k = g->first; k < g->first + g->count; k++) {
         float ends[2];
-        lbq_code_cell(j->code, j->given[k], ends);
+        lbq_code_start(j->code, j->given[k], ends);
         const float v = g->scale != 0 ? (j->W[k] - g->offset) / g->scale : 0;
         const float near = v > ends[0] ? v < ends[1] ? v : ends[1] : ends[0];
         j->start[k] = unit != 0 ? (near * g->scale + g->offset) / unit : 0;

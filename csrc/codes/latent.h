@@ -38,13 +38,13 @@ lbq_status lbq_latent_gradient(const lbq_grids *grids, const lbq_latent *how, co
                                const lbq_grid_gradients *gradients);
 
 /* x for float weights W (rows, cols) that were given the words (rows, cols): W / unit, moved to
- * where it is rounded to its word if it lies elsewhere. 0 where unit is 0. */
+ * between the ends of lbq_code_start. 0 where unit is 0. */
 lbq_status lbq_latent_start(const lbq_grids *grids, const float *W, const uint8_t *words,
                             const float *unit, float *x);
 
-/* The part of the line whose nearest level is that of `word`, as [2]: its ends, moved inwards by
- * 1/512 of it so that rounding errors do not leave it. Outer levels have as much outside as inside;
- * equal levels count as one. */
-void lbq_code_cell(const lbq_code *code, int word, float ends[2]);
+/* Where training may start with a word, as [2]: the positions v within 0.4 of the way to the
+ * neighbouring levels, so that it takes some steps in one direction until a word changes. Outer
+ * levels have as much outside as inside; equal levels count as one. */
+void lbq_code_start(const lbq_code *code, int word, float ends[2]);
 
 #endif

@@ -106,7 +106,7 @@ visit_bracket(const void *context, lbq_group *g)
     const job *const j = context;
     for (ptrdiff_t k = g->first; k < g->first + g->count; k++) {
         float ends[2];
-        lbq_code_cell(j->code, j->words[k], ends);
+        lbq_code_start(j->code, j->words[k], ends);
         const float v = g->scale != 0 ? (j->W[k] - g->offset) / g->scale : 0;
         const float near = v > ends[0] ? v < ends[1] ? v : ends[1] : ends[0];
         const int lower = lower_of(j, near, j->words[k]);

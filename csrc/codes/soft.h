@@ -59,8 +59,8 @@ lbq_status lbq_soft_gradient(const lbq_grids *grids, const lbq_softness *how, co
                              const lbq_grid_gradients *gradients);
 
 /* The two levels around float weights W (rows, cols) that were given the words (rows, cols), and V
- * for their position in between, from 0.01 to 0.99. Where W is nearer to another level than that of
- * its word, it counts as moved just to where it is not; so the final words are those given. */
+ * for their position in between, from 0.01 to 0.99, moved to between the ends of lbq_code_start:
+ * the final words are those given. */
 lbq_status lbq_soft_bracket(const lbq_grids *grids, const lbq_softness *how, const float *W,
                             const uint8_t *words, float *V, uint8_t *lower);
 

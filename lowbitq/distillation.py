@@ -222,7 +222,8 @@ def distill(
     text : str, path, sequence of str or of paths, or array_like of int
         Calibration text, as for `lowbitq.texts.windows`. Its last windows are held back.
     learn : iterable of str, default=("scale", "offset", "norm")
-        Kinds of parameters, see `lowbitq.students`. ``"row"`` alone is cheapest.
+        Kinds of parameters, see `lowbitq.students`. ``"row"`` alone is cheapest. ``"weight"`` needs
+        many steps here, and few with `reconstruct`.
     rounding : LearnedRounding or str, default="nearest"
         How the codes learn, if ``"weight"`` does; see `lowbitq.roundings`.
     loss : Loss or str, default="kl"

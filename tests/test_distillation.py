@@ -48,10 +48,9 @@ def assert_same(one, two):
 TOUCHES = dict.fromkeys(("scale", "offset", "level", "row"), "grid") | {
     kind: kind for kind in ("norm", "bias", "adapter")
 }
-TOUCHES["weight"] = "codes"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOUCHES)
 def test_each_kind_learns_alone(kind):
     small, teacher = pair("kmeans2g32 a32" if kind == "level" else "int2g32 a32 + rank2")
     before = content(small)

@@ -332,6 +332,45 @@ def compose(
     *,
     group: int,
 ) -> None: ...
+
+_Real = NDArray[np.float32]
+_Words = NDArray[np.uint8]
+
+# fmt: off
+def latent_compose(
+    code: Any, latent: _Real, scale: _Real, offset: _Real | None, unit: _Real, weight: _Real, /, *,
+    group: int, share: float,
+) -> None: ...
+def latent_words(
+    code: Any, latent: _Real, scale: _Real, offset: _Real | None, unit: _Real, words: _Words, /, *,
+    group: int,
+) -> None: ...
+def latent_gradient(
+    code: Any, latent: _Real, scale: _Real, offset: _Real | None, unit: _Real, dweight: _Real,
+    dlatent: _Real, dscale: _Real | None, doffset: _Real | None, dlevels: _Real | None, /, *,
+    group: int, share: float, clipped: bool,
+) -> None: ...
+def latent_start(
+    code: Any, weight: _Real, words: _Words, scale: _Real, offset: _Real | None, unit: _Real,
+    latent: _Real, /, *, group: int,
+) -> None: ...
+def soft_compose(
+    code: Any, V: _Real, lower: _Words, scale: _Real, offset: _Real | None, weight: _Real, /, *,
+    group: int, sampled: bool, temperature: float, noise: float, seed: int, stream: int,
+) -> None: ...
+def soft_gradient(
+    code: Any, V: _Real, lower: _Words, scale: _Real, offset: _Real | None, dweight: _Real,
+    dV: _Real, dscale: _Real | None, doffset: _Real | None, dlevels: _Real | None, /, *,
+    group: int, sampled: bool, temperature: float, noise: float, seed: int, stream: int,
+) -> None: ...
+def soft_bracket(
+    code: Any, weight: _Real, words: _Words, scale: _Real, offset: _Real | None, V: _Real,
+    lower: _Words, /, *, group: int, sampled: bool,
+) -> None: ...
+def soft_words(V: _Real, lower: _Words, words: _Words, /) -> None: ...
+def soft_penalty(V: _Real, dV: _Real, /, *, strength: float, beta: float) -> None: ...
+# fmt: on
+
 def block(
     attention_norm: NDArray[np.float32] | None,
     mlp_norm: NDArray[np.float32] | None,

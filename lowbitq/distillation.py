@@ -1,6 +1,6 @@
 """distill(): train what quantization left free, so that a model predicts as the float model does.
 
-Codes stay as they are; scales, offsets, norm gains and the like learn from the difference between
+Scales, offsets, norm gains and the like learn, and codes if weights do, from the difference between
 the model's predictions and the teacher's on calibration text.
 """
 
@@ -21,6 +21,7 @@ from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.tokens import check_count
 from lowbitq.optimizers import RATES
+from lowbitq.roundings import LearnedRounding
 from lowbitq.students import KINDS
 from lowbitq.teachers import KeptTeacher, Teacher
 from lowbitq.texts import Text, check_positions, tokenize
@@ -33,6 +34,7 @@ def distill(
     text: Text,
     *,
     learn: Iterable[str] = ("scale", "offset", "norm"),
+    rounding: LearnedRounding | str = "nearest",
     loss: Loss | str = "kl",
     hints: Hints | None = None,
     temperatures: Sequence[float] = (),
@@ -72,7 +74,10 @@ def distill(
     text : str, path, sequence of str or of paths, or array_like of int
         Calibration text, as for `lowbitq.texts.windows`. Its last windows are held back.
     learn : iterable of str, default=("scale", "offset", "norm")
-        Kinds of parameters, see `lowbitq.students`. ``"row"`` alone is cheapest.
+        Kinds of parameters, see `lowbitq.students`. ``"row"`` alone is cheapest. ``"weight"`` needs
+        thousands of steps; `reconstruct` has cheaper ones.
+    rounding : LearnedRounding or str, default="nearest"
+        How the codes learn, if ``"weight"`` does; see `lowbitq.roundings`.
     loss : Loss or str, default="kl"
         Of predictions.
     hints : Hints, default=None
@@ -132,9 +137,8 @@ def distill(
     Raises
     ------
     ValueError
-        If an option is out of range, text and `window` do not fit, the vocabularies differ, a layer
-        has several copies, `memory` does not hold a window, or `work_dir` or `teacher_dir` belongs
-        to other arguments.
+        If an option is out of range, text and `window` do not fit, the vocabularies differ,
+        `memory` does not hold a window, or `work_dir` or `teacher_dir` belongs to other arguments.
 
     References
     ----------
@@ -156,6 +160,7 @@ def distill(
         teacher,
         text,
         learn=learn,
+        rounding=rounding,
         loss=loss,
         hints=hints,
         temperatures=temperatures,
@@ -201,6 +206,7 @@ def options_of(
     text: Text,
     *,
     learn: Iterable[str],
+    rounding: LearnedRounding | str,
     loss: Loss | str,
     hints: Hints | None,
     temperatures: Sequence[float],
@@ -258,6 +264,7 @@ def options_of(
     check_positions(rows.shape[1], teacher.config, of="teacher")
     options = Options(
         learn=tuple(sorted(set(learn))),
+        rounding=str(LearnedRounding.parse(rounding)),
         loss=str(loss),
         batch=batch,
         window=rows.shape[1],

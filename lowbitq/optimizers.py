@@ -30,6 +30,7 @@ RATES = {
     "adapter": 1e-3,
     "activation": 5e-3,
     "rotation": 1e-4,
+    "weight": 2e-3,
 }
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
@@ -71,15 +72,23 @@ class AdamW:
         self._rates, self._decay, self._pull, self._clip = rates, decay, pull, clip
         self._moments = [(np.zeros_like(p.value), np.zeros_like(p.value)) for p in parameters]
 
-    def step(self, factor: float) -> float:
-        """Move the parameters, with learning rates times `factor`; return the gradient's norm."""
+    def step(self, factor: float, frozen: frozenset[str] = frozenset()) -> float:
+        """Move the parameters, with learning rates times `factor`; return the gradient's norm.
+
+        Parameters of the kinds in `frozen` stay, and so do their moments.
+        """
         self.steps += 1
+        for parameter in self.parameters:
+            if parameter.kind in frozen:
+                parameter.gradient[:] = 0
         norm = math.sqrt(sum(_core.square_sum(p.gradient.reshape(-1)) for p in self.parameters))
         short = min(1.0, self._clip / norm) if norm else 1.0
         for parameter, (first, second) in zip(self.parameters, self._moments, strict=True):
+            if parameter.kind in frozen:
+                continue
             gradient = parameter.gradient
             gradient *= np.float32(short)
-            rate = factor * self._rates[parameter.kind]
+            rate = factor * parameter.pace * self._rates[parameter.kind]
             _core.adamw(
                 *(a.reshape(-1) for a in (parameter.value, gradient, first, second)),
                 lr=rate,

@@ -20,11 +20,14 @@ class Parameter:
         Such as ``"model.layers.3.mlp.up_proj.scale"`` and ``"scale"``.
     value, gradient, start : ndarray of one shape, float32
         `start` is the value before training.
+    pace : float, default=1.0
+        Factor of its kind's learning rate.
     """
 
     name: str
     kind: str
     value: Array
+    pace: float = 1.0
     gradient: Array = field(init=False)
     start: Array = field(init=False)
 

@@ -15,6 +15,7 @@ from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.tokens import check_count
 from lowbitq.optimizers import RATES
+from lowbitq.roundings import LearnedRounding
 from lowbitq.teachers import Teacher
 from lowbitq.texts import Text
 from lowbitq.training import Reporting, Round, Training
@@ -50,6 +51,7 @@ def range_test(
     text: Text,
     *,
     learn: Iterable[str] = ("scale", "offset", "norm"),
+    rounding: LearnedRounding | str = "nearest",
     loss: Loss | str = "kl",
     hints: Hints | None = None,
     batch: int = 2,
@@ -65,7 +67,7 @@ def range_test(
 
     Parameters
     ----------
-    model, teacher, text, learn, loss, hints, batch, window, rates, seed, progress
+    model, teacher, text, learn, rounding, loss, hints, batch, window, rates, seed, progress
         As for `lowbitq.distillation.distill`. Nothing is held back; `model` is left unchanged.
     low, high : float
         First and last factor of the learning rates; they grow geometrically.
@@ -99,6 +101,7 @@ def range_test(
         teacher,
         text,
         learn=learn,
+        rounding=rounding,
         loss=loss,
         hints=hints,
         temperatures=(),

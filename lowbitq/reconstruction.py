@@ -22,6 +22,7 @@ from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.tokens import check_count
 from lowbitq.optimizers import RATES, AdamW, cosine
+from lowbitq.roundings import LearnedRounding, Progress
 from lowbitq.students import Student
 from lowbitq.texts import Text
 
@@ -54,6 +55,7 @@ def reconstruct(
     text: Text,
     *,
     learn: Iterable[str] = ("scale", "offset", "norm"),
+    rounding: LearnedRounding | str = "nearest",
     steps: int = 16,
     batch: int = 2,
     samples: int = 16,
@@ -74,7 +76,10 @@ def reconstruct(
     text : str, path, sequence of str or of paths, or array_like of int
         Calibration text, as for `lowbitq.texts.windows`.
     learn : iterable of str
-        Kinds of parameters, see `lowbitq.students`.
+        Kinds of parameters, see `lowbitq.students`; ``("weight", "scale")`` is EfficientQAT's
+        Block-AP.
+    rounding : LearnedRounding or str, default="nearest"
+        How the codes learn, if ``"weight"`` does; see `lowbitq.roundings`.
     steps, batch : int
         Steps of AdamW for each block, and windows per step.
     samples, window : int
@@ -119,7 +124,7 @@ def reconstruct(
     random = np.random.default_rng(seed)
     rows = rows[np.sort(random.permutation(len(rows))[:samples])]
     used = RATES | dict(rates or {})
-    student = Student(model, learn)
+    student = Student(model, learn, rounding=rounding, teacher=teacher)
     streams = [student.model.embed(row) for row in rows]
     plain = [teacher.embed(row) for row in rows]
     found: list[Rebuilt] = []
@@ -132,10 +137,11 @@ def reconstruct(
         optimizer = AdamW(student.block_parameters(index), used)
         errors = []
         for step in range(1, steps + 1):
-            student.compose(index)
+            at = Progress(step, steps, seed)
+            student.compose(index, at)
             chosen = random.choice(len(rows), min(batch, len(rows)), replace=False)
             errors.append(_step(student, index, [(streams[i], targets[i]) for i in chosen]))
-            optimizer.step(cosine(step, steps, 2))
+            optimizer.step(cosine(step, steps, 2), student.frozen(at))
         student.compose(index)
         ends = []
         for x, target in zip(streams, targets, strict=True):

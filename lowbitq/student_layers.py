@@ -1,11 +1,11 @@
-"""The layers of a student: packed matrices whose words stay, and what is trained around them.
+"""The layers of a student: packed matrices, whose words may learn, and what is trained around them.
 
 `lowbitq.students` has the list of parameters and their formulas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any
@@ -17,11 +17,15 @@ from lowbitq import _core
 from lowbitq.gradients import CopyGradient, linear_sink
 from lowbitq.linears import Copy, QuantizedLinear
 from lowbitq.parameters import Parameter
+from lowbitq.roundings import Latents, Progress
 from lowbitq.student_inputs import StudentInput, reading
 from lowbitq.student_rotations import StudentRotation
 from lowbitq.tensors import QuantizedTensor, code_of
 
 Array = NDArray[np.float32]
+
+# Makes what the words of a matrix follow from, of a layer's name, the matrix and its code.
+LearnWords = Callable[[str, QuantizedTensor, Any], Latents]
 
 _OF_OUTPUTS = {"row", "fusion", "column"}  # factors of a copy's outputs
 
@@ -36,6 +40,8 @@ class StudentTensor:
     tensor : QuantizedTensor
     in_bytes : bool
         Whether levels of a table are rounded to bytes, as products with integers have them.
+    learn_words : callable, default=None
+        None: the words stay.
 
     Attributes
     ----------
@@ -47,7 +53,14 @@ class StudentTensor:
         By kind; only what the format has.
     """
 
-    def __init__(self, name: str, tensor: QuantizedTensor, *, in_bytes: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        tensor: QuantizedTensor,
+        *,
+        in_bytes: bool = False,
+        learn_words: LearnWords | None = None,
+    ) -> None:
         self.tensor, self.copies, self._in_bytes = tensor, 0, in_bytes
         self.weight = tensor.dequantize()
         format = tensor.format
@@ -65,19 +78,26 @@ class StudentTensor:
         }
         self._seen = None if tensor.levels is None else self._as_seen(tensor.levels)
         self._code = code_of(format, self._seen, tensor.unit, tensor.zero)  # reads them in place
+        self._latents = None if learn_words is None else learn_words(name, tensor, self._code)
+        if self._latents is not None:
+            found, pace = self._latents.value, self._latents.pace
+            self.parameters["weight"] = Parameter(f"{name}.weight", "weight", found, pace)
 
     def learns(self, kinds: set[str]) -> bool:
         """Whether a parameter is of one of these kinds, so that dL/dW is wanted."""
         return not kinds.isdisjoint(self.parameters)
 
-    def compose(self) -> None:
-        """Write the weights as the parameters have them now."""
+    def compose(self, at: Progress | None = None) -> None:
+        """Write the weights as the parameters have them now; see `Student.compose`."""
         if self._levels is not None and self.tensor.levels is not None:
             start = self.tensor.levels
             self._levels[:] = start + start.std() * self.parameters["level"].value
             assert self._seen is not None
             self._seen[:] = self._as_seen(self._levels)
-        self._call("compose", *self._grids(), self.weight)
+        if self._latents is None:
+            self._call("compose", *self._grids(), self.weight)
+        else:
+            self._latents.compose(*self._grids(), self.weight, at)
 
     def pull(self, kinds: set[str], weight: Array) -> None:
         """Add dL/dW to the gradients of scales, offsets and levels."""
@@ -86,7 +106,12 @@ class StudentTensor:
         dlevels = None
         if "level" in kinds and self._levels is not None:
             dlevels = np.empty_like(self._levels)
-        self._call("code_gradient", weight, self._grids()[0], dscale, doffset, dlevels)
+        grids = self._grids()
+        if self._latents is None:
+            self._call("code_gradient", weight, grids[0], dscale, doffset, dlevels)
+        else:
+            gradient = self.parameters["weight"].gradient
+            self._latents.pull(*grids, weight, gradient, dscale, doffset, dlevels)
         scale = self.parameters["scale"].gradient
         if self.tensor.format.per_tensor:
             scale += (dscale * self._scale).sum()
@@ -95,6 +120,7 @@ class StudentTensor:
         if doffset is not None:
             self.parameters["offset"].gradient += doffset * self._scale
         if dlevels is not None and self.tensor.levels is not None:
+            dlevels[self.tensor.levels == 0] = 0
             self.parameters["level"].gradient += dlevels * self.tensor.levels.std()
 
     def finish(self, row: Array | None) -> QuantizedTensor:
@@ -108,9 +134,12 @@ class StudentTensor:
         if row is None and not any(p.changed for p in self.parameters.values()):
             return self.tensor
         scale, offset = self._grids()
+        words = self.tensor.codes
+        if self._latents is not None:
+            words = self._latents.words(scale, offset)
         if row is not None:
             scale, offset = scale * row[:, None], None if offset is None else offset * row[:, None]
-        return _stored(self.tensor, scale, offset, self._levels)
+        return _stored(self.tensor, words, scale, offset, self._levels)
 
     def _as_seen(self, levels: Array) -> Array:
         """Levels as products have them; `lbq_byte_levels` in csrc/codes has the rule for bytes."""
@@ -286,6 +315,8 @@ class StudentLayer:
         inputs are not rounded.
     rotations : dict of bytes to StudentRotation, or None, default=None
         How they rotate it, likewise, by the bytes of dense matrices. None: as they do.
+    learn_words : callable, default=None
+        For `StudentTensor`.
 
     Attributes
     ----------
@@ -303,8 +334,9 @@ class StudentLayer:
         feeds: str | None = None,
         inputs: dict[Hashable, StudentInput] | None = None,
         rotations: dict[bytes, StudentRotation] | None = None,
+        learn_words: LearnWords | None = None,
     ) -> None:
-        self.linear = linear
+        self.linear, self._learn_words = linear, learn_words
         self.parameters: list[Parameter] = []
         self.tensors: list[StudentTensor] = []
         self._copies: list[StudentCopy] = []
@@ -340,7 +372,9 @@ class StudentLayer:
     ) -> StudentTensor:
         key = id(copy.tensor)
         if key not in known:
-            known[key] = StudentTensor(name, copy.tensor, in_bytes=in_bytes)
+            known[key] = StudentTensor(
+                name, copy.tensor, in_bytes=in_bytes, learn_words=self._learn_words
+            )
             self.parameters += known[key].parameters.values()
         return known[key]
 
@@ -412,14 +446,14 @@ class StudentLayer:
             adapter = self._U.gradient, self._V.gradient if "adapter" in wanted else None
         return linear_sink(bias=bias, copies=copies, adapter=adapter)
 
-    def compose(self) -> None:
-        """Write the layer's arrays as the parameters have them now."""
+    def compose(self, at: Progress | None = None) -> None:
+        """Write the layer's arrays as the parameters have them now; see `Student.compose`."""
         output = self._output
         for part in (*self._copies, self._bias, self._U):
             if part is not None:
                 part.compose(output)
         for tensor in self.tensors:
-            tensor.compose()
+            tensor.compose(at)
 
     def pull(self, kinds: set[str], weights: Sequence[Array]) -> None:
         """Add to the gradients of the parameters what a pass has left in the arrays of `sink`."""
@@ -461,9 +495,13 @@ def _product(factors: Iterable[Array]) -> Array:
 
 
 def _stored(
-    tensor: QuantizedTensor, scale: Array, offset: Array | None, levels: Array | None
+    tensor: QuantizedTensor,
+    words: NDArray[np.uint8],
+    scale: Array,
+    offset: Array | None,
+    levels: Array | None,
 ) -> QuantizedTensor:
-    """The same words with other scales, offsets and levels, as the format stores them."""
+    """Words with other scales, offsets and levels than `tensor`, as its format stores them."""
     format, unit = tensor.format, tensor.unit
     stored: Array | None
     if format.per_tensor:
@@ -477,7 +515,7 @@ def _stored(
         stored = multiple.astype(np.float32) * np.float32(unit)
     return QuantizedTensor.pack(
         format,
-        tensor.codes,
+        words,
         stored,
         None if offset is None else half(offset),
         levels=tensor.levels if levels is None else levels.copy(),

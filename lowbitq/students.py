@@ -1,18 +1,19 @@
-"""Students: quantized models whose codes stay as they are while other parameters are trained.
+"""Students: quantized models on their way through training.
 
-A weight is scale * level + offset. Words give levels and do not change; training works on the dense
-weights that levels make with scales and offsets in float32. Parameters have no unit, so that one
-learning rate serves all of a kind:
+A weight is scale * level + offset. Words give levels, and do not change unless they learn, too, by
+`lowbitq.roundings`; training works on the dense weights that levels make with scales and offsets in
+float32. Parameters have no unit, so that one learning rate serves all of a kind:
 
     scale    p in  scale = scale_0 p               starts at 1
     offset   r in  offset = offset_0 + scale_0 r   0
-    level    r in  level = level_0 + deviation r   0, of a learned table
+    level    r in  level = level_0 + deviation r   0, of a learned table; a level of 0 stays
     norm     p in  gain = gain_0 p                 1
     row      t in  y = t * (W x)                   1
     fusion   f in  weight = weight_0 f             1, of several copies; without weights, one number
     column   g in  W diag(g)                       1, of o and down
     bias     d in  bias = bias_0 + d               0
     adapter  U, V in  y = W x + U V^T x            what the model has
+    weight   what words follow from                where a float weight is rounded to its word
     activation  p in  scale = scale_0 p            1, of rounded inputs: a scale that is given
                 p in  clip = clip_0 p              1, or else the clip, of at most 1
                 r in  zero = zero_0 + range r      0, and the zero point, if there is one
@@ -39,7 +40,7 @@ A layer whose inputs are rotated as the model runs has none: g cannot pass the r
 Hence `column` is `row` of v and up, together with their biases and adapters.
 
 M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models",
-2024, trains the first two, end to end, with codes fixed.
+2024, trains the first two, end to end, with codes fixed, after all weights block by block.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from lowbitq.models.decoder import Block, Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.slots import NORMS, OUTER, SLOTS, Slot, name_in_block
 from lowbitq.parameters import Parameter
+from lowbitq.roundings import Latents, LearnedRounding, Progress, float_weights
 from lowbitq.student_inputs import StudentInput
 from lowbitq.student_layers import StudentLayer, StudentTensor, half
 from lowbitq.student_rotations import StudentRotation
@@ -77,6 +79,7 @@ KINDS = (
     "adapter",
     "activation",
     "rotation",
+    "weight",
 )
 
 # Layers whose inputs are sums and products of another layer's outputs with what does not depend on
@@ -106,6 +109,11 @@ class Student:
         Left unchanged.
     learn : iterable of str
         Kinds of parameters, of `KINDS`.
+    rounding : LearnedRounding or str, default="nearest"
+        How words learn, if ``"weight"`` does; see `lowbitq.roundings`.
+    teacher : Model or None, default=None
+        The float model that was quantized. Its weights are where ``"weight"`` starts, but in layers
+        of several copies; None: at the values of the words.
 
     Attributes
     ----------
@@ -119,15 +127,24 @@ class Student:
     Raises
     ------
     ValueError
-        If a kind is unknown, the model has no parameter of these kinds, or a layer is not
-        quantized.
+        If a kind is unknown, the model has no parameter of these kinds, a layer is not quantized,
+        or weights are to learn whose words are chosen together.
     """
 
-    def __init__(self, quantized: QuantizedModel, learn: Iterable[str]) -> None:
+    def __init__(
+        self,
+        quantized: QuantizedModel,
+        learn: Iterable[str],
+        *,
+        rounding: LearnedRounding | str = "nearest",
+        teacher: Model | None = None,
+    ) -> None:
         self._kinds = set(learn)
         if unknown := self._kinds - set(KINDS):
             raise ValueError(f"learn has {sorted(unknown)}, expected some of {', '.join(KINDS)}")
         self._quantized = quantized
+        self._rounding = LearnedRounding.parse(rounding)
+        self._floats = float_weights(quantized, teacher if "weight" in self._kinds else None)
         self._layers: dict[int, StudentLayer] = {}
         self._tensors: dict[int, StudentTensor] = {}
         self._inputs: dict[tuple[int, str], dict[Hashable, StudentInput]] = {}
@@ -147,6 +164,7 @@ class Student:
             None if quantized.head is None else quantized.head.to_float(),
             quantized.residual_rotation,
         )
+        del self._floats  # as large as the model
         for layer in self._layers.values():
             self.parameters += [p for p in layer.parameters if p.kind in self._kinds]
         if not self.parameters:
@@ -189,15 +207,28 @@ class Student:
         return replace(block, **norms, linears=linears), block_sink(gradients, sinks)
 
     def _layer(self, index: int, block: Block, slot: Slot) -> StudentLayer:
-        place = index, slot.tap
+        place, whole = (index, slot.tap), name_in_block(index, slot)
+        linear = block.linears[slot.name]
+        assert isinstance(linear, QuantizedLinear)
+
+        def learn_words(name: str, tensor: QuantizedTensor, code: Any) -> Latents:
+            weight = self._floats(whole, linear) if len(linear.copies) == 1 else None
+            number = len(self._tensors)
+            return Latents(name, tensor, code, self._rounding, weight, number=number)
+
         return StudentLayer(
-            name_in_block(index, slot),
-            block.linears[slot.name],  # type: ignore[arg-type]
+            whole,
+            linear,
             self._tensors,
             _fed_by(index, block, slot),
             self._inputs.setdefault(place, {}) if "activation" in self._kinds else None,
             self._rotations.setdefault(place, {}) if "rotation" in self._kinds else None,
+            learn_words if "weight" in self._kinds else None,
         )
+
+    def frozen(self, at: Progress) -> frozenset[str]:
+        """Kinds of parameters that do not learn in this step."""
+        return self._rounding.frozen(at)
 
     def _buffers_of(self, slot: str, layer: StudentLayer) -> list[Array]:
         """Return arrays for dL/dW of a layer's tensors; blocks take turns with them."""
@@ -212,13 +243,16 @@ class Student:
         prefix = f"model.layers.{index}."
         return [p for p in self.parameters if p.name.startswith(prefix)]
 
-    def compose(self, index: int | None = None) -> None:
-        """Write the arrays of the model, or of one block, as the parameters have them now."""
+    def compose(self, index: int | None = None, at: Progress | None = None) -> None:
+        """Write the arrays of the model, or of one block, as the parameters have them now.
+
+        `at` says how far weights that learn are rounded; None: as in the end.
+        """
         blocks = self.model.blocks if index is None else [self.model.blocks[index]]
         layers = {id(x): x for block in blocks for x in block.linears.values()}
         for layer in layers.values():
             assert isinstance(layer, StudentLayer)
-            layer.compose()
+            layer.compose(at)
         for gain in self._gains:
             gain.value[:] = gain.start * gain.parameter.value
 

@@ -22,6 +22,7 @@ from lowbitq.losses import Loss, l2_to_start
 from lowbitq.memory import peak_of
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.optimizers import AdamW, cosine
+from lowbitq.roundings import Progress
 from lowbitq.students import Student
 from lowbitq.teachers import KeptTeacher, Seen, Teacher, arrays_of
 from lowbitq.top_k import top_k_backward
@@ -66,6 +67,7 @@ class Options:
     """What a run can be resumed with; see `lowbitq.distillation.distill`."""
 
     learn: tuple[str, ...]
+    rounding: str
     loss: str
     steps: int
     batch: int | str
@@ -146,7 +148,9 @@ class Training:
         rows: Tokens,
     ) -> None:
         self.options, self.teacher, self.rows = options, teacher, rows
-        self.student = Student(model, options.learn)
+        self.student = Student(
+            model, options.learn, rounding=options.rounding, teacher=teacher.model
+        )
         self.optimizer = AdamW(
             self.student.parameters,
             dict(options.rates),
@@ -222,10 +226,12 @@ class Training:
         if not self.validations:
             self.validate()
         options, step = self.options, self.done + 1
+        at = Progress(step, options.steps, options.seed)
+        self.student.compose(at=at)
         terms = self._gradient(list(self._chosen(step)), options.loss_at(step))
         total = sum(weight * terms[name] for name, weight in options.weights.items())
         usual = cosine(step, options.steps, options.warmup)
-        norm = self.optimizer.step(usual if factor is None else factor)
+        norm = self.optimizer.step(usual if factor is None else factor, self.student.frozen(at))
         validation = None
         if self.done % options.every == 0 or self.done == options.steps:
             validation = self.validate()
@@ -235,7 +241,6 @@ class Training:
 
     def _gradient(self, windows: list[int], loss: Loss) -> dict[str, float]:
         """Add the gradients of the mean loss over windows; return the mean of each term."""
-        self.student.compose()
         share = 1 / len(windows)
         terms = dict.fromkeys(self.options.weights, 0.0)
         for start in range(0, len(windows), self.at_once):

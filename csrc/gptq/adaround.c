@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "codes/soft.h"
 #include "core/blas.h"
 #include "core/interrupt.h"
 #include "core/memory.h"
@@ -33,16 +34,6 @@ clamp(double x, double low, double high)
     return x < low ? low : x > high ? high : x;
 }
 
-/* h of V; *slope its derivative. */
-static double
-soft_bit(double V, double *slope)
-{
-    const double sigmoid = 1 / (1 + exp(-V));
-    const double h = 1.2 * sigmoid - 0.1;
-    *slope = h > 0 && h < 1 ? 1.2 * sigmoid * (1 - sigmoid) : 0;
-    return clamp(h, 0, 1);
-}
-
 /* Brackets each weight by two neighbouring values and starts V at its position between them. */
 static lbq_status
 bracket_row(void *context, ptrdiff_t row, int worker)
@@ -65,11 +56,10 @@ bracket_row(void *context, ptrdiff_t row, int worker)
         const double base = lbq_code_decode(j->code, (uint8_t)lower, scale, offset);
         const double next = lbq_code_decode(j->code, (uint8_t)(lower + 1), scale, offset);
         const double place = next == base ? 0.5 : clamp((w - base) / (next - base), 0, 1);
-        const double sigmoid = (place + 0.1) / 1.2;
         j->codes[at] = (uint8_t)lower;
         j->rest[at] = (float)(w - base);
         j->gap[at] = (float)(next - base);
-        j->V[at] = (float)log(sigmoid / (1 - sigmoid));
+        j->V[at] = (float)lbq_soft_start(place);
         j->first[at] = j->second[at] = 0;
         j->error[at] = (float)(w - base - place * (next - base));
     }
@@ -85,10 +75,8 @@ step_row(void *context, ptrdiff_t row, int worker)
     double softest = 0;
     for (ptrdiff_t at = row * j->cols; at < (row + 1) * j->cols; at++) {
         double slope;
-        double h = soft_bit(j->V[at], &slope);
-        const double centred = 2 * h - 1, size = fabs(centred);
-        const double penalty =
-            j->strength > 0 ? -2 * j->beta * pow(size, j->beta - 1) * copysign(1, centred) : 0;
+        double h = lbq_soft_bit(j->V[at], &slope);
+        const double penalty = j->strength > 0 ? lbq_soft_penalty_slope(h, j->beta) : 0;
         const double descent =
             slope * (-2 * j->gradient[at] * j->gap[at] / j->unit + j->strength * penalty);
         j->first[at] = (float)(0.9 * j->first[at] + 0.1 * descent);
@@ -96,7 +84,7 @@ step_row(void *context, ptrdiff_t row, int worker)
         const double mean = j->first[at] / j->decay_first;
         const double size_of_step = sqrt(j->second[at] / j->decay_second) + 1e-8;
         j->V[at] -= (float)(j->rate * mean / size_of_step);
-        h = soft_bit(j->V[at], &slope);
+        h = lbq_soft_bit(j->V[at], &slope);
         j->error[at] = (float)(j->rest[at] - h * j->gap[at]);
         softest = fmax(softest, fmin(h, 1 - h));
     }

@@ -14,6 +14,7 @@ static PyMethodDef *const METHODS[] = {
     lbq_methods_gptq,
     lbq_methods_transformer,
     lbq_methods_training,
+    lbq_methods_learning,
     lbq_methods_rotate,
     lbq_methods_backward,
 };

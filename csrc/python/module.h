@@ -21,6 +21,7 @@ extern PyMethodDef lbq_methods_linear[];
 extern PyMethodDef lbq_methods_gptq[];
 extern PyMethodDef lbq_methods_transformer[];
 extern PyMethodDef lbq_methods_training[];
+extern PyMethodDef lbq_methods_learning[];
 extern PyMethodDef lbq_methods_rotate[];
 extern PyMethodDef lbq_methods_backward[];
 

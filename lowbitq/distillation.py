@@ -45,7 +45,7 @@ RATES = {
     "row": 2e-3,
     "bias": 1e-3,
     "adapter": 1e-3,
-    "weight": 2e-2,
+    "weight": 2e-3,
 }
 BETAS, EPSILON = (0.9, 0.95), 1e-8
 
@@ -223,7 +223,7 @@ def distill(
         Calibration text, as for `lowbitq.texts.windows`. Its last windows are held back.
     learn : iterable of str, default=("scale", "offset", "norm")
         Kinds of parameters, see `lowbitq.students`. ``"row"`` alone is cheapest. ``"weight"`` needs
-        many steps here, and few with `reconstruct`.
+        thousands of steps; `reconstruct` has cheaper ones.
     rounding : LearnedRounding or str, default="nearest"
         How the codes learn, if ``"weight"`` does; see `lowbitq.roundings`.
     loss : Loss or str, default="kl"

@@ -26,7 +26,7 @@ TEXT = random_tokens(64 * 40, seed=7).reshape(-1, 64)
 HELD_BACK = random_tokens(64 * 20, seed=5)
 SCALAR = ["int2g32", "int4g32sym", "int2g16s4", "ternaryg32", "binary", "kmeans2g32", "nf4g32"]
 SCALAR += ["int4tensor", "int4tensorsym"]
-BLOCKS = {"window": 64, "samples": 40, "steps": 30, "batch": 8}
+BLOCKS = {"window": 64, "samples": 40, "steps": 30, "batch": 8, "rates": {"weight": 0.02}}
 # Words that are soft until the end need time to decide.
 LONGER = {"window": 64, "samples": 40, "steps": 80, "batch": 16, "rates": {"weight": 0.04}}
 

@@ -148,6 +148,20 @@ def linearity(
     ValueError
         If the model is quantized or not finite, tokens do not fit it, or an option is out of range.
 
+    Notes
+    -----
+    SmolLM2-135M, one window of 128 tokens of Python's help texts, nats per token; the last column
+    is Spearman's correlation of predicted and measured over the 210 layers:
+
+    =======  =========  =====  ========  =====  ================
+    format   predicted  alone  together  ratio  rank correlation
+    =======  =========  =====  ========  =====  ================
+    int4g64      0.212  0.208     0.208   1.02              0.87
+    int2g64       5.24   8.61      9.02   0.58              0.73
+    =======  =========  =====  ========  =====  ================
+
+    In four bits noise predicts what rounding costs, and layers add up; in two it falls short.
+
     References
     ----------
     V. Malinovskii et al., "Pushing the Limits of Large Language Model Quantization via the

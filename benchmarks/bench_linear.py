@@ -25,9 +25,12 @@ from lowbitq.roofline import copy_layer, random_layer
 SHAPES = ["576x576", "1536x576", "576x1536", "4096x4096"]  # SmolLM2-135M, 7B
 TOKENS = [1, 64, 2048]
 FORMATS = ["int1g64", "int2g64", "int2g64sym", "int3g64", "int4g64", "int8g64", "ternaryg64"]
+FORMATS += ["trellis1g64", "trellis1.5g64", "trellis2g64", "trellis2w10g64", "trellis3g64"]
+FORMATS += ["trellis4g64", "lattice2g64"]
 STREAM_BYTES = 256 << 20  # several times the last-level cache
 PEER_SHAPES = ["512x2048", "4096x4096"]
 BLAS_GOALS = {("576x576", 1, "int2g64"): 4.5, ("4096x4096", 64, "int2g64"): 3.0}
+TRELLIS_GOALS = ("trellis2g64", "int2g64", 0.3)
 READ_GOALS = {"int2g64": 0.9, "int3g64": 0.8, "int4g64": 0.9}
 GGML_GOALS = {
     ("int1g64", "q1_0"): 4.5,
@@ -70,6 +73,9 @@ def bench_cached(run, shape, tokens, formats):
         if goal := BLAS_GOALS.get((shape, tokens, name)):
             blas = f"float32, {shape}, {tokens} tokens"
             run.goal(name, blas, columns["x BLAS"], goal)
+    ours, plain, goal = TRELLIS_GOALS
+    if shape == SHAPES[0] and tokens == 1 and ours in times and plain in times:
+        run.goal(ours, f"{plain}, {shape}, one token", times[plain].least / times[ours].least, goal)
 
 
 def bench_streamed(run, formats):

@@ -6,10 +6,11 @@ Rounding by a group's range and packing are measured on a matrix too large for a
 counts the float32 weights read; `x read` is this rate over that of a float32 matrix-vector product
 with the same matrix, which does little but read. The search for least-squares scales is
 compute-bound; `error` is the sum of squared errors of normal weights over their sum of squares. If
-ggml is found (peers/README.md), its quantizers take turns with both. Tables of levels are learned
-from sorted values, so sorting is their reference. Activations are rounded inside a layer: a layer
-of two panels gives the time of one panel, which is subtracted. Their reference is reading the same
-float32 numbers from the second-level cache. Both sides are one call from Python.
+ggml is found (peers/README.md), its quantizers take turns with both. The words of trellises and
+lattices are searched together, by Viterbi's algorithm and among the points of E8. Tables of levels
+are learned from sorted values, so sorting is their reference. Activations are rounded inside a
+layer: a layer of two panels gives the time of one panel, which is subtracted. Their reference is
+reading the same float32 numbers from the second-level cache. Both sides are one call from Python.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ VALUES = 1 << 20
 ACTIVATIONS = 1 << 15  # 128 KiB: fits a second-level cache, but no first-level one
 ROUNDING_GOALS = {("int2g64", "read"): 0.8, ("int2g64", "tq2_0"): 15.0}
 SEARCH_GOALS = {"int2g64": 0.2}  # Gw/s
+TRELLIS_ROWS = 64  # Viterbi's algorithm takes some hundred times as long as a search for scales
+TRELLISES = ["trellis1", "trellis1.5", "trellis2", "trellis2w10", "trellis3", "trellis4"]
+TRELLISES += ["lattice2"]
+TRELLIS_GOALS = {"trellis2g64": {"avx512": 0.75, "avx2": 0.35}}  # Mw/s and thread
 GGML_ROUNDED = ["tq2_0", "q8_0"]
 GGML_SEARCHED = ["q2_K", "q3_K", "q4_0", "q4_K"]
 ACTIVATIONS_GOAL = 0.3
@@ -112,6 +117,28 @@ def bench_search(run, library):
             run.goal(f"search for {name}", "1 Gw/s", columns["Gw/s"], goal)
 
 
+def bench_trellises(run):
+    weight = normal(TRELLIS_ROWS * run.options.threads, SHAPE[1])
+    calls, tensors = {}, {}
+    for code in TRELLISES:
+        text = f"{code}g64"
+        calls[text], tensors[text] = quantizer(text, weight, "mse")
+    times = run.take_turns(calls, repetitions=max(1, run.options.repetitions // 4))
+    for name, time in times.items():
+        rate = weight.size / time.least / 1e6
+        columns = {
+            "format": name,
+            "bits": tensors[name].bits_per_weight,
+            "error": relative_error(weight, tensors[name].dequantize()),
+            "ms": time.least * 1e3,
+            "median": time.median * 1e3,
+            "Mw/s": rate,
+        }
+        run.row("words that depend on each other", columns)
+        if goal := TRELLIS_GOALS.get(name, {}).get(run.machine["isa"]):
+            run.goal(f"words of {name}", "1 Mw/s and thread", rate / run.options.threads, goal)
+
+
 def bench_levels(run):
     values = np.random.default_rng(1).standard_normal(VALUES)
     levels = {count: np.empty(count) for count in LEVELS}
@@ -162,6 +189,7 @@ def main() -> None:
     library = ggml.load()
     bench_rounding(run, library)
     bench_search(run, library)
+    bench_trellises(run)
     bench_levels(run)
     bench_activations(run)
     run.finish()

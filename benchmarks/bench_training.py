@@ -20,10 +20,10 @@ from benchmarks.bench_decode import all_logits
 from benchmarks.harness import Run, options_parser
 from lowbitq import _core
 from lowbitq.commands import demo_model
-from lowbitq.distillation import AdamW
 from lowbitq.gradients import Pass
 from lowbitq.linears import Linear
 from lowbitq.losses import Loss
+from lowbitq.optimizers import AdamW
 from lowbitq.students import Student
 
 LEARNS = {"vectors": ("row", "norm"), "scales": ("scale", "offset", "norm")}

@@ -3,9 +3,9 @@
     python -m benchmarks.search_trellis trellis2
     python -m benchmarks.search_trellis trellis2 --multipliers 0xE169 --rings 1600
 
-The constants of csrc/codes/trellis.c are the best of 400 candidates on 120 rings of 64 weights (60
-pairs for trellis1.5), the first five measured again on 1600 rings. The search here is the one of
-trellis.c written with NumPy, all rings at once; deviations are relative to that of the levels.
+The constants of csrc/codes/trellis.c are the best of 300 to 400 candidates (100 for windows of 14
+bits) on 60 to 120 rings of 64 weights; several that came first were measured again on 1600 rings.
+The search for words is the one of trellis.c written with NumPy, all rings at once.
 """
 
 from __future__ import annotations
@@ -15,19 +15,24 @@ import argparse
 import numpy as np
 
 ROWS = 64
-# Bits of a word, columns of a ring, multipliers, whether four bytes are added, scale of the levels.
+# Bits of a word and of a window, columns of a ring, multipliers, whether four bytes are added,
+# deviation of the levels.
 CODES = {
-    "trellis1": (1, 1, 1, False, 0.87),
-    "trellis1.5": (3, 2, 2, False, 0.98),
-    "trellis2": (2, 1, 1, False, 1.04),
-    "trellis3": (3, 1, 2, True, 1.08),
-    "trellis4": (4, 1, 2, True, 1.12),
+    "trellis1": (1, 12, 1, 1, False, 0.87),
+    "trellis1w10": (1, 10, 1, 1, False, 0.87),
+    "trellis1.5": (3, 12, 2, 2, False, 0.98),
+    "trellis2": (2, 12, 1, 1, False, 1.04),
+    "trellis2w10": (2, 10, 1, 1, False, 1.04),
+    "trellis3": (3, 12, 1, 2, True, 1.08),
+    "trellis3w14": (3, 14, 1, 2, True, 1.06),
+    "trellis4": (4, 12, 1, 2, True, 1.12),
+    "trellis4w14": (4, 14, 1, 2, True, 1.10),
 }
 
 
-def levels_of(code, window, multipliers):
-    """Return the levels (cols, 2^window) of all windows, with mean 0 and deviation as in CODES."""
-    _, cols, _, wide, scale = CODES[code]
+def levels_of(code, multipliers):
+    """Return the levels (cols, windows) of all windows, around 0, with the deviation of CODES."""
+    _, window, cols, _, wide, scale = CODES[code]
     levels = []
     for column in range(cols):
         z = np.arange(2**window) * multipliers[column] % 2**16
@@ -68,13 +73,12 @@ def distortion(levels, bits, target):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("code", choices=CODES)
-    parser.add_argument("--window", type=int, default=12, help="bits of a window")
     parser.add_argument("--multipliers", nargs="+", type=lambda text: int(text, 0))
     parser.add_argument("--candidates", type=int, default=400)
     parser.add_argument("--rings", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    bits, cols, count, _, _ = CODES[options.code]
+    bits, _, cols, count, _, _ = CODES[options.code]
     rng = np.random.default_rng(options.seed)
     target = rng.standard_normal((ROWS, cols, options.rings), np.float32)
     candidates = 2 * rng.integers(0, 2**15, (options.candidates, count)) + 1
@@ -82,7 +86,7 @@ def main() -> None:
         candidates = np.array([options.multipliers])
     found = []
     for multipliers in candidates:
-        levels = levels_of(options.code, options.window, multipliers)
+        levels = levels_of(options.code, multipliers)
         parts = [target[:, :, i : i + 16] for i in range(0, options.rings, 16)]
         errors = [distortion(levels, bits, part) * part.shape[2] for part in parts]
         found.append((sum(errors) / options.rings, *multipliers))

@@ -18,6 +18,7 @@ except ImportError as error:
         "pip install -e ."
     ) from error
 from lowbitq import _core
+from lowbitq.analysis import analyze
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
 from lowbitq.distillation import distill
@@ -33,11 +34,15 @@ from lowbitq.evaluation import (
 )
 from lowbitq.formats import Format
 from lowbitq.free_running import Continuations, continuations
+from lowbitq.hints import Hints
+from lowbitq.importance import importance
+from lowbitq.linearity import linearity
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.quantizers import dequantize, quantize
+from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
 from lowbitq.rotations import Rotation
 from lowbitq.scores import Sensitivity, weights_for_bits
@@ -54,6 +59,7 @@ __all__ = [
     "Evaluation",
     "Format",
     "FormatError",
+    "Hints",
     "LayerPlan",
     "Linear",
     "Model",
@@ -70,16 +76,20 @@ __all__ = [
     "Statistics",
     "Tokenizer",
     "agreement",
+    "analyze",
     "calibrate",
     "compress",
     "continuations",
     "dequantize",
     "distill",
     "evaluate",
+    "importance",
     "kl_divergence",
+    "linearity",
     "load",
     "perplexity",
     "quantize",
+    "range_test",
     "reconstruct",
     "rotate",
     "sensitivity",

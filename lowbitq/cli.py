@@ -15,11 +15,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import lowbitq as lq
 from lowbitq import commands
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
-from lowbitq.distillation import RATES
+from lowbitq.optimizers import RATES
+from lowbitq.reconstruction import INPUTS
 from lowbitq.scores import LEVELS
 
 
@@ -110,6 +112,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
             _distill_arguments,
             "Train a quantized model on the float model's predictions and save it.",
         ),
+        "reconstruct": (
+            commands.reconstruct,
+            _reconstruct_arguments,
+            "Train each block of a quantized model on the float block's output and save it.",
+        ),
         "evaluate": (commands.evaluate, _evaluate_arguments, "Measure perplexity, size and speed."),
         "sensitivity": (
             commands.sensitivity,
@@ -155,28 +162,64 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drift", action="store_true", help=drift)
     _text_option(parser, "to calibrate on")
     _calibration_options(parser, samples=128, window=2048)
+    fisher = "weight tokens by squared gradients of the loss; every window is also taken back"
+    parser.add_argument("--fisher", action="store_true", help=fisher)
     _work_dir_options(parser, "FOLDER.work")
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare")
 
 
-def _distill_arguments(parser: argparse.ArgumentParser) -> None:
+def _student_arguments(parser: argparse.ArgumentParser, use: str) -> None:
     parser.add_argument("model", metavar="MODEL", help="a saved lowbitq model")
     parser.add_argument("teacher", metavar="TEACHER", help="its float model: file or folder")
     parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
-    _text_option(parser, "to train on; its last windows are held back")
+    _text_option(parser, use)
     parser.add_argument(
         "--learn",
         type=_kinds,
         default="scale,offset,norm",
         help=f"kinds of parameters, of {', '.join(RATES)}",
     )
-    parser.add_argument("--loss", default="kl", help="such as kl, or 'kl + 0.5 reverse'")
-    parser.add_argument("--steps", type=_positive, default=240, help="steps of AdamW")
-    parser.add_argument("--batch", type=_positive, default=2, help="windows per step")
-    parser.add_argument("--window", type=_positive, default=512, help="tokens per window")
-    parser.add_argument("--minutes", type=float, help="stop after this time (default: never)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the order of the windows")
+
+
+def _distill_arguments(parser: argparse.ArgumentParser) -> None:
+    _student_arguments(parser, "to train on; its last windows are held back")
+    parser.add_argument("--loss", default="kl", help="such as kl, or 'kl + 0.5 reverse'")
+    hidden = "weight of the distance of hidden states behind --blocks"
+    parser.add_argument("--features", type=float, default=0.0, metavar="W", help=hidden)
+    relations = "weight of the distance of their similarities to each other"
+    parser.add_argument("--relations", type=float, default=0.0, metavar="W", help=relations)
+    blocks = "blocks of --features and --relations, separated by commas; -1: the last"
+    parser.add_argument("--blocks", type=_numbers(int), default="-1", help=blocks)
+    temperatures = "of the loss, separated by commas: 5,3,1 begins with soft targets"
+    parser.add_argument("--temperatures", type=_numbers(float), default="", help=temperatures)
+    parser.add_argument("--steps", type=_positive, default=240, help="steps of AdamW")
+    batch = "windows per step, or auto: as many as --memory holds"
+    parser.add_argument("--batch", type=_batch, default=2, help=batch)
+    parser.add_argument("--window", type=_positive, default=512, help="tokens per window")
+    memory = "most memory of the process; larger batches are taken in parts (default: no limit)"
+    parser.add_argument("--memory", type=float, metavar="GB", help=memory)
+    rates = "first look for the learning rates, in at most 40 more steps"
+    parser.add_argument("--find-rates", action="store_true", help=rates)
+    parser.add_argument("--minutes", type=float, help="stop after this time (default: never)")
+    kept = "keep what the teacher says here, for later runs (default: run it for each window)"
+    parser.add_argument("--teacher-dir", type=Path, metavar="FOLDER", help=kept)
+    top_k = "keep its K most probable tokens and K others there (default: exact hidden states)"
+    parser.add_argument("--top-k", type=_positive, metavar="K", help=top_k)
+    parser.add_argument("--log", type=Path, metavar="FILE", help="write options and losses as JSON")
+    picture = "draw the losses: .png, .svg or .pdf (matplotlib)"
+    parser.add_argument("--plot", type=_picture, metavar="FILE", help=picture)
     _work_dir_options(parser, "FOLDER.work")
+
+
+def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
+    _student_arguments(parser, "to train on")
+    parser.add_argument("--steps", type=_positive, default=16, help="steps of AdamW per block")
+    parser.add_argument("--batch", type=_positive, default=2, help="windows per step")
+    parser.add_argument("--samples", type=_positive, default=16, help="windows of the text")
+    parser.add_argument("--window", type=_positive, default=1024, help="tokens per window")
+    inputs = "what enters a block: outputs of the quantized or of the float blocks before it"
+    parser.add_argument("--inputs", choices=INPUTS, default="quantized", help=inputs)
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +242,11 @@ def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", type=_formats, default="int2g64", help=formats)
     _text_option(parser, "to calibrate on")
     _calibration_options(parser, samples=16, window=512)
+    gradients = "also score by gradients of the cross entropy"
+    parser.add_argument("--gradients", action="store_true", help=gradients)
+    rotation = "also rank the rotated model and compare"
+    rotations = ["hadamard", "orthogonal"]
+    parser.add_argument("--rotation", choices=rotations, help=rotation)
     levels = "what to rank: linear layers, attention and MLP, or blocks"
     parser.add_argument("--level", choices=LEVELS, default="linear", help=levels)
     measured = "also quantize each alone and measure the KL divergence on this many of the windows"
@@ -277,6 +325,22 @@ def _format(text: str) -> lq.Format:
 
 def _formats(text: str) -> list[lq.Format]:
     return [_format(name) for name in text.split(",")]
+
+
+def _batch(text: str) -> int | str:
+    return text if text == "auto" else _positive(text)
+
+
+def _numbers(kind: type) -> Callable[[str], tuple[Any, ...]]:
+    """What reads numbers that are separated by commas; none from an empty text."""
+
+    def numbers(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(kind(one) for one in text.split(",") if text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return numbers
 
 
 def _kinds(text: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import math
 import os
 import shutil
@@ -21,7 +22,9 @@ import lowbitq as lq
 from lowbitq import plots, roofline
 from lowbitq.checkpoints.blocks import block_files, remove_blocks
 from lowbitq.checkpoints.packed import check_replaceable
+from lowbitq.checkpoints.writing import new_file
 from lowbitq.compression import leftovers
+from lowbitq.gradients import weight_gradients
 from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
@@ -90,12 +93,20 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
     started = time.perf_counter()
     with _resuming(options, {work_dir: options.format}, task):
         model = _load(options.model)
+        seen: dict[str, Any] = {"text": texts.calibration}
+        if options.fisher:
+            cut = {name: task.pop(name) for name in ("samples", "window")} | {"seed": options.seed}
+            with _bar("calibrating", unit="window") as progress:
+                stats = lq.calibrate(
+                    model, texts.calibration, fisher=True, progress=progress, **cut
+                )
+            seen = {"stats": stats}
         small = lq.compress(
             model,
             options.format,
-            text=texts.calibration,
             work_dir=work_dir,
             progress=sys.stderr.isatty(),
+            **seen,
             **task,
         )
         small.save(out)
@@ -152,28 +163,41 @@ def distill(options: Options) -> tuple[dict[str, Any], str]:
     """Train a quantized model on its float model's predictions and save it."""
     out: Path = options.out
     check_replaceable(out)
+    axes = plots.new_axes() if options.plot else None  # first, as matplotlib may be missing
     work_dir = options.work_dir or out.with_name(out.name + ".work")
     if options.restart:
         shutil.rmtree(work_dir, ignore_errors=True)
-    text = read_texts(options.text).calibration
-    model, teacher = _load(options.model), _load(options.teacher)
-    if not isinstance(model, lq.QuantizedModel):
-        raise CommandError(ERROR, f"{options.model} is a float model, expected a quantized one")
+    model, teacher, text = _student(options)
+    how = {
+        "learn": options.learn,
+        "loss": options.loss,
+        "hints": lq.Hints(options.blocks, options.features, options.relations),
+        "window": options.window,
+        "seed": options.seed,
+    }
     started = time.perf_counter()
     try:
+        rates = None
+        if options.find_rates:
+            few = 2 if options.batch == "auto" else options.batch
+            rates = lq.range_test(
+                model, teacher, text, batch=few, progress=sys.stderr.isatty(), **how
+            ).rates
         trained = lq.distill(
             model,
             teacher,
             text,
-            learn=options.learn,
-            loss=options.loss,
+            temperatures=options.temperatures,
             steps=options.steps,
             batch=options.batch,
-            window=options.window,
-            seed=options.seed,
+            memory=None if options.memory is None else int(1e9 * options.memory),
+            rates=rates,
             seconds=None if options.minutes is None else 60 * options.minutes,
             work_dir=work_dir,
+            teacher_dir=options.teacher_dir,
+            top_k=options.top_k,
             progress=sys.stderr.isatty(),
+            **how,
         )
     except KeyboardInterrupt:
         found = f"interrupted; the same command resumes from {work_dir}"
@@ -181,11 +205,19 @@ def distill(options: Options) -> tuple[dict[str, Any], str]:
     trained.save(out)
     if options.work_dir is None:
         shutil.rmtree(work_dir, ignore_errors=True)
-    curve = trained.provenance["distillation"]["validation"]
+    known = trained.provenance["distillation"]
+    if options.log:
+        with new_file(options.log) as file:
+            file.write(json.dumps(known, indent=1).encode())
+    if axes is not None:
+        plots.training(known, axes).figure.savefig(options.plot)
+    curve = known["validation"]
     result = {
         "saved": str(out),
         "bits_per_weight": trained.bits_per_weight,
         "steps": curve[-1][0],
+        "batch": known["options"]["batch"],
+        "rates": dict(known["options"]["rates"]),
         "held_back_kl": {"before": curve[0][1], "after": min(value for _, value in curve)},
         "seconds": time.perf_counter() - started,
     }
@@ -194,6 +226,49 @@ def distill(options: Options) -> tuple[dict[str, Any], str]:
         f"{out}: {trained.bits_per_weight:.3f} bits per weight, divergence on held-back text "
         f"{kl['before']:.4f} -> {kl['after']:.4f}, {result['seconds']:.0f} s"
     )
+
+
+def reconstruct(options: Options) -> tuple[dict[str, Any], str]:
+    """Train the blocks of a quantized model on the outputs of the float blocks and save it."""
+    out: Path = options.out
+    check_replaceable(out)
+    model, teacher, text = _student(options)
+    started = time.perf_counter()
+    with _bar("reconstructing", unit="block") as progress:
+        trained = lq.reconstruct(
+            model,
+            teacher,
+            text,
+            learn=options.learn,
+            steps=options.steps,
+            batch=options.batch,
+            samples=options.samples,
+            window=options.window,
+            inputs=options.inputs,
+            seed=options.seed,
+            progress=lambda found: progress(found.block + 1, found.blocks),
+        )
+    trained.save(out)
+    blocks = trained.provenance["reconstruction"]["blocks"]
+    result = {
+        "saved": str(out),
+        "bits_per_weight": trained.bits_per_weight,
+        "blocks": blocks,
+        "seconds": time.perf_counter() - started,
+    }
+    return result, (
+        f"{out}: {trained.bits_per_weight:.3f} bits per weight, error behind the last block "
+        f"{blocks[-1]['before']:.4f} -> {blocks[-1]['after']:.4f}, {result['seconds']:.0f} s"
+    )
+
+
+def _student(options: Options) -> tuple[lq.QuantizedModel, lq.Model, Any]:
+    """Read a quantized model, its teacher and a text to train on."""
+    text = read_texts(options.text).calibration
+    model, teacher = _load(options.model), _load(options.teacher)
+    if not isinstance(model, lq.QuantizedModel):
+        raise CommandError(ERROR, f"{options.model} is a float model, expected a quantized one")
+    return model, teacher, text
 
 
 def evaluate(options: Options) -> tuple[dict[str, Any], str]:
@@ -222,18 +297,36 @@ def sensitivity(options: Options) -> tuple[dict[str, Any], str]:
     """Score the layers of a model."""
     text = read_texts(options.text).calibration
     model = _load(options.model)
+    found = _scored(model, text, options)
+    result, shown = {**found.to_dict(), "correlations": found.correlations}, str(found)
+    if options.rotation:
+        turned = _scored(lq.rotate(model, options.rotation), text, options)
+        alike = found.compare(turned)
+        result["rotated"] = {**turned.to_dict(), "correlations": turned.correlations}
+        result["rank_correlations"] = alike
+        shown += f"\n\nrotated ({options.rotation}):\n{turned}"
+        for format, one in alike.items():
+            shown += (
+                f"\n{format}: the scores before and after rotation have Kendall's tau "
+                f"{one['kendall']:.2f}, Spearman's rho {one['spearman']:.2f}"
+            )
+    return result, shown
+
+
+def _scored(model: lq.Model, text: Any, options: Options) -> lq.Sensitivity:
+    """Calibrate a model and score its layers."""
     cut = {"samples": options.samples, "window": options.window, "seed": options.seed}
     stats = lq.calibrate(model, text, **cut)
     with _bar("scoring", unit="step") as progress:
-        found = lq.sensitivity(
+        return lq.sensitivity(
             model,
             stats,
             options.formats,
             level=options.level,
             measure=options.measure or False,
+            gradients=weight_gradients if options.gradients else None,
             progress=progress,
         )
-    return {**found.to_dict(), "correlations": found.correlations}, str(found)
 
 
 def generate(options: Options) -> tuple[dict[str, Any], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from typing import Any
 
@@ -11,9 +12,12 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.adapters import as_stored, low_rank, product
+from lowbitq.checkpoints.archives import digest
 from lowbitq.formats import Format
 from lowbitq.gptq import Feedback, feedback, gptq
 from lowbitq.linears import Activation, Adapter, Copy, Linear, QuantizedLinear
+from lowbitq.models.quantized import QuantizedModel
+from lowbitq.models.stored import LayerWriter
 from lowbitq.plans import LayerPlan, Rounding
 from lowbitq.quantizers import quantize, relative_error
 from lowbitq.tensors import QuantizedTensor
@@ -130,11 +134,43 @@ def encode(linear: Linear, inputs: LayerInputs, plan: LayerPlan) -> tuple[Quanti
         tensor, adapter, record = _round_with_adapter(linear, inputs, plan)
     else:
         tensor, record = _round(linear.weight, inputs, _format(plan), plan.rounding)
-    digest = hashlib.sha256(tensor.panels.data)
-    for array in adapter or ():
-        digest.update(array.data)
-    record |= {"seconds": round(time.perf_counter() - started, 4), "sha256": digest.hexdigest()}
-    return layer_of(tensor, adapter, linear, plan), record
+    layer = layer_of(tensor, adapter, linear, plan)
+    record |= {"seconds": round(time.perf_counter() - started, 4), "sha256": layer_digest(layer)}
+    return layer, record
+
+
+def layer_digest(layer: QuantizedLinear) -> str:
+    """Return the SHA-256 of a layer's packed codes and scales, and of its adapter."""
+    total = hashlib.sha256()
+    for copy in layer.copies:
+        total.update(copy.tensor.panels.data)
+    for array in layer.adapter or ():
+        total.update(array.data)
+    return total.hexdigest()
+
+
+def trained_records(before: QuantizedModel, after: QuantizedModel) -> dict[str, Record]:
+    """Return the records of a model, true again after training has changed some of its matrices.
+
+    Parameters
+    ----------
+    before, after : QuantizedModel
+        With the same matrices. What has changed has a new ``sha256``, no ``relative_error``, which
+        was of the arrays before, and the mark ``trained``.
+    """
+    found = {name: dict(record) for name, record in before.records.items()}
+    for (name, old), (_, new) in zip(before.matrices(), after.matrices(), strict=True):
+        if name in found and isinstance(new, QuantizedLinear) and _stored(old) != _stored(new):
+            found[name].pop("relative_error", None)
+            found[name] |= {"sha256": layer_digest(new), "trained": True}
+    return found
+
+
+def _stored(layer: Any) -> str:
+    """The digest of everything that is stored of a layer."""
+    writer = LayerWriter()
+    about = np.array(json.dumps(writer.layer("", layer)))
+    return digest(writer.arrays | {"about": about})
 
 
 def layer_of(

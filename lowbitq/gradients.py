@@ -38,6 +38,7 @@ class Differentiable(Protocol):
     embedding: Any
     head: Any
     final_norm: Array
+    residual_rotation: Any
 
     @property
     def handle(self) -> Any: ...
@@ -81,15 +82,26 @@ class BlockPass:
         What is kept of the way there. ``"all"``: the outputs of the layers, so that only norms and
         products with elements are computed again on the way back. ``"attention"``: a fifth of that
         memory; layers run again, attention does not. ``"nothing"``: attention runs again, too.
+
+    Attributes
+    ----------
+    input : ndarray of shape (t, hidden), float32
+        The residual stream before the block.
+    nbytes : int
+        Size of what is kept.
     """
 
     def __init__(self, model: Differentiable, index: int, x: Array, *, keep: str = "all") -> None:
-        self.model, self.index, self._input = model, index, x.copy()
-        self._known: list[Array | None] = [
-            None if width is None else np.empty((len(x), width), np.float32)
-            for width in kept_widths(model.config, keep)
-        ]
-        seen: list[Any] = [x, None, self._known[0], None, None, *self._known[1:]]
+        tokens, hidden = x.shape
+        widths = [hidden, *(width or 0 for width in kept_widths(model.config, keep))]
+        # One array: malloc leaves holes between many, an eighth of a batch's memory.
+        room = np.empty(tokens * sum(widths), np.float32)
+        parts = np.split(room, tokens * np.cumsum(widths[:-1]))
+        found: list[Any] = [part.reshape(tokens, -1) if part.size else None for part in parts]
+        self.model, self.index, self.nbytes = model, index, room.nbytes
+        self.input, self._known = found[0], found[1:]
+        self.input[:] = x
+        seen = [x, None, self._known[0], None, None, *self._known[1:]]
         _core.decoder_block(model.handle, *seen, block=index, steps=WHOLE_BLOCK)
 
     def back(self, sink: Any, dx: Array, outputs: dict[str, Array] | None = None) -> None:
@@ -105,7 +117,7 @@ class BlockPass:
             By slot name: where the gradients of layers' outputs are written.
         """
         seen = [(outputs or {}).get(slot.name) for slot in SLOTS]
-        arrays: list[Any] = [self._input, *self._known, sink, *seen, dx]
+        arrays: list[Any] = [self.input, *self._known, sink, *seen, dx]
         _core.block_backward(self.model.handle, *arrays, block=self.index)
 
 
@@ -161,6 +173,22 @@ class Pass:
         self._last = x
         self.hidden = model.finish(x)
         self.dx = np.empty_like(x)
+        self._injected: dict[int, Array] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of what is kept."""
+        outer = self._last.nbytes + self.hidden.nbytes + self.dx.nbytes
+        return outer + sum(block.nbytes for block in self._blocks)
+
+    def behind(self, index: int) -> Array:
+        """Return the residual stream (t, hidden) behind block `index`, to be read only."""
+        return self._last if index + 1 == len(self._blocks) else self._blocks[index + 1].input
+
+    def inject(self, index: int, gradient: Array) -> None:
+        """Add a gradient of the residual stream behind block `index` when the way back is there."""
+        before = self._injected.get(index)
+        self._injected[index] = gradient if before is None else before + gradient
 
     def loss(
         self,
@@ -216,11 +244,17 @@ class Pass:
             dy,
             **vars(loss),
         )
-        _core.finish_backward(self.model.handle, self._last, dy, final_norm, self.dx)
+        self.begin(dy, final_norm)
         return losses
+
+    def begin(self, dy: Array, final_norm: Array | None = None) -> None:
+        """Begin the way back with the gradient (t, hidden) of `hidden`, from another loss."""
+        _core.finish_backward(self.model.handle, self._last, dy, final_norm, self.dx)
 
     def back(self, index: int, sink: Any, outputs: dict[str, Array] | None = None) -> None:
         """Take `dx` through block `index`, the last one first; see `BlockPass.back`."""
+        if (gradient := self._injected.pop(index, None)) is not None:
+            self.dx += gradient
         self._blocks[index].back(sink, self.dx, outputs)
 
     def back_to_embedding(self, gradient: Array) -> None:
@@ -342,6 +376,18 @@ def gradients(
         for run in runs:
             run.back_to_embedding(table)
         yield {f"{EMBEDDING}.weight": table}
+
+
+def weight_gradients(model: Differentiable, tokens: ArrayLike) -> Iterator[tuple[str, Array]]:
+    """Yield the name and the gradient of each linear layer's weight, for `lowbitq.sensitivity`.
+
+    Examples
+    --------
+    >>> found = sensitivity(model, stats, gradients=weight_gradients)  # doctest: +SKIP
+    """
+    for found in gradients(model, tokens, of=["weight"]):
+        for name, gradient in found.items():
+            yield name.removesuffix(".weight"), gradient
 
 
 def _block_gradients(

@@ -225,7 +225,7 @@ def _result(value: Any, gradient: NDArray[np.float64], like: Floats) -> tuple[fl
 
 
 def feature_loss(
-    hidden: Floats, teacher: Floats, *, normalize: bool = False
+    hidden: Floats, teacher: Floats, *, normalize: str | None = None
 ) -> tuple[float, Floats]:
     """Mean squared distance of hidden states.
 
@@ -234,14 +234,16 @@ def feature_loss(
     hidden : ndarray of any shape, such as (tokens, hidden), float32 or float64
         The student's.
     teacher : ndarray of the same shape
-    normalize : bool, default=False
-        Divide by the mean square of `teacher`, so that layers with large states count no more than
-        others.
+    normalize : {"mean", "token"}, default=None
+        ``"mean"``: divide by the mean square of `teacher`, so that layers with large states count
+        no more than others. ``"token"``: each row by its own, so that the massive states of a few
+        tokens count no more either.
 
     Returns
     -------
     value : float
-        ``mean((hidden - teacher)^2)``, or that relative to ``mean(teacher^2)``.
+        ``mean((hidden - teacher)^2)``, that relative to ``mean(teacher^2)``, or the mean over rows
+        of ``||hidden - teacher||^2 / ||teacher||^2``.
     gradient : ndarray like `hidden`
 
     Raises
@@ -249,7 +251,8 @@ def feature_loss(
     TypeError
         If an array does not have floats.
     ValueError
-        If shapes differ, a number is not finite, or `teacher` is all zeros and `normalize`.
+        If shapes differ, a number is not finite, or `teacher`, or one of its rows, is all zeros and
+        has to normalize.
 
     References
     ----------
@@ -259,18 +262,22 @@ def feature_loss(
     Examples
     --------
     >>> x, teacher, step = np.random.default_rng(0).standard_normal((3, 4, 5))
-    >>> value, gradient = feature_loss(x, teacher, normalize=True)
-    >>> sides = [feature_loss(x + h * step, teacher, normalize=True)[0] for h in (1e-6, -1e-6)]
+    >>> value, gradient = feature_loss(x, teacher, normalize="token")
+    >>> sides = [feature_loss(x + h * step, teacher, normalize="token")[0] for h in (1e-6, -1e-6)]
     >>> bool(np.isclose((sides[0] - sides[1]) / 2e-6, (gradient * step).sum()))
     True
     """
     x, y = _floats(hidden=hidden, teacher=teacher)
     _same_shape(hidden=x, teacher=y)
-    size = (y * y).mean() if normalize else 1.0
-    if size == 0:
-        raise ValueError("teacher is all zeros, so that its mean square cannot normalize")
+    if normalize not in (None, "mean", "token"):
+        raise ValueError(f"normalize is {normalize!r}, expected 'mean', 'token' or None")
+    size = np.ones(1)
+    if normalize:
+        size = (y * y).mean(axis=-1 if normalize == "token" else None, keepdims=True)
+    if not size.all():
+        raise ValueError("teacher, or a row of it, is all zeros and cannot normalize")
     gap = x - y
-    return _result((gap * gap).mean() / size, 2 / (gap.size * size) * gap, hidden)
+    return _result((gap * gap / size).mean(), 2 / gap.size * gap / size, hidden)
 
 
 def relation_loss(hidden: Floats, teacher: Floats) -> tuple[float, Floats]:

@@ -125,3 +125,52 @@ def over_blocks(lines: Mapping[str, Mapping[int, float]], label: str, axes: Any 
     if any(lines):
         axes.legend(fontsize="small")
     return axes
+
+
+def training(known: Mapping[str, Any], axes: Any = None) -> Any:
+    """Draw the losses of a run of training over its steps.
+
+    Parameters
+    ----------
+    known : mapping
+        ``provenance["distillation"]`` of a model, or the object in the log of ``lowbitq distill``.
+    axes : matplotlib.axes.Axes, default=None
+        Where to draw. None: a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+        A thin line for the loss of each step (and for each of its terms, if there are several), a
+        thick one for the divergence on held-back text, a circle at the parameters that were kept.
+
+    Raises
+    ------
+    ValueError
+        If `known` is something else.
+    ImportError
+        If `axes` is None and matplotlib is not installed.
+
+    Examples
+    --------
+    >>> known = {"steps": [{"step": 1, "loss": 0.9, "norm": 2.0}], "validation": [(0, 1), (1, 0.8)]}
+    >>> training(known)  # doctest: +SKIP
+    <Axes: xlabel='step', ylabel='loss'>
+    """
+    try:
+        steps, validation = (
+            list(known["steps"]),
+            [(int(s), float(v)) for s, v in known["validation"]],
+        )
+        names = [name for name in steps[0] if name not in ("step", "norm")] if steps else []
+        lines = {name: [(int(one["step"]), float(one[name])) for one in steps] for name in names}
+        best = min(validation, key=lambda pair: pair[1])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"known is not of a run of training: {error!r}") from error
+    axes = new_axes() if axes is None else axes
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), linewidth=0.8, label=f"{name}, training text")
+    axes.plot(*zip(*validation, strict=True), linewidth=2, color="k", label="divergence, held back")
+    axes.plot(*best, "o", color="k", fillstyle="none", label=f"{best[1]:.4g} at step {best[0]}")
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend(fontsize="small")
+    return axes

@@ -7,20 +7,27 @@ and needs no head, so its steps are cheap, and what is wrong in one is mended be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbitq.distillation import RATES, AdamW, cosine, training_rows
+from lowbitq.distillation import training_rows
+from lowbitq.encoding import trained_records
 from lowbitq.gradients import BlockPass
+from lowbitq.hints import check_alike, turned
+from lowbitq.losses import feature_loss
 from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.tokens import check_count
+from lowbitq.optimizers import RATES, AdamW, cosine
 from lowbitq.students import Student
 from lowbitq.texts import Text
 
 Array = NDArray[np.float32]
+
+INPUTS = ("quantized", "float")
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def reconstruct(
         What enters a block: the output of the trained blocks before it, whose errors it then mends
         as well, or of the float blocks.
     rates : mapping of str to float, default=None
-        Learning rates of some kinds; see `lowbitq.distillation.RATES`.
+        Learning rates of some kinds; see `lowbitq.optimizers.RATES`.
     seed : int, default=0
         Of the choice of windows.
     progress : callable, default=None
@@ -85,6 +92,7 @@ def reconstruct(
     Returns
     -------
     QuantizedModel
+        With as many bits as before; ``provenance["reconstruction"]`` has options and errors.
 
     Raises
     ------
@@ -101,23 +109,27 @@ def reconstruct(
     --------
     >>> small = reconstruct(small, model, "train.txt")  # doctest: +SKIP
     """
+    learn = sorted(set(learn))
     for name, count in {"steps": steps, "batch": batch, "samples": samples}.items():
         check_count(name, count, 1)
-    if inputs not in ("quantized", "float"):
+    if inputs not in INPUTS:
         raise ValueError(f"inputs is {inputs!r}, expected 'quantized' or 'float'")
+    check_alike(model, teacher)
     rows = training_rows(model, text, window, 1)
     random = np.random.default_rng(seed)
     rows = rows[np.sort(random.permutation(len(rows))[:samples])]
+    used = RATES | dict(rates or {})
     student = Student(model, learn)
     streams = [student.model.embed(row) for row in rows]
     plain = [teacher.embed(row) for row in rows]
+    found: list[Rebuilt] = []
     for index in range(len(model.blocks)):
         if inputs == "float":
-            streams = [_turned(student.model, x) for x in plain]
+            streams = [turned(student.model, x) for x in plain]
         for x in plain:
             teacher.block_forward(index, x)
-        targets = [_turned(student.model, x) for x in plain]
-        optimizer = AdamW(student.block_parameters(index), RATES | dict(rates or {}))
+        targets = [turned(student.model, x) for x in plain]
+        optimizer = AdamW(student.block_parameters(index), used)
         errors = []
         for step in range(1, steps + 1):
             student.compose(index)
@@ -128,10 +140,24 @@ def reconstruct(
         ends = []
         for x, target in zip(streams, targets, strict=True):
             student.model.block_forward(index, x)
-            ends.append(_error(x, target)[0])
+            ends.append(feature_loss(x, target, normalize="token")[0])
+        found.append(Rebuilt(index, len(model.blocks), errors[0], float(np.mean(ends))))
         if progress is not None:
-            progress(Rebuilt(index, len(model.blocks), errors[0], float(np.mean(ends))))
-    return student.finish()
+            progress(found[-1])
+    result = student.finish()
+    options: dict[str, Any] = {
+        "steps": steps,
+        "batch": batch,
+        "windows": len(rows),
+        "window": rows.shape[1],
+    }
+    options |= {"learn": learn, "inputs": inputs, "rates": used, "seed": seed}
+    known = {"options": options, "blocks": [vars(one) for one in found]}
+    return replace(
+        result,
+        records=trained_records(model, result),
+        provenance=result.provenance | {"reconstruction": known},
+    )
 
 
 def _step(student: Student, index: int, pairs: list[tuple[Array, Array]]) -> float:
@@ -141,20 +167,7 @@ def _step(student: Student, index: int, pairs: list[tuple[Array, Array]]) -> flo
         for x, target in pairs:
             y = x.copy()
             run = BlockPass(student.model, index, y)
-            error, dy = _error(y, target)
+            error, dy = feature_loss(y, target, normalize="token")
             total += error / len(pairs)
             run.back(sink, dy / np.float32(len(pairs)))
     return total
-
-
-def _error(x: Array, target: Array) -> tuple[float, Array]:
-    """Mean over tokens of the relative squared error, and its gradient by x."""
-    difference = x - target
-    size = np.square(target).sum(1, keepdims=True) * np.float32(len(x))
-    error = float((np.square(difference) / size).sum(dtype=np.float64))
-    return error, 2 * difference / size
-
-
-def _turned(model: Model, x: Array) -> Array:
-    """The residual stream of a model that is not rotated, as `model` has it."""
-    return x.copy() if model.residual_rotation is None else model.residual_rotation.apply(x)

@@ -232,6 +232,7 @@ def random_layer(format: Format, rows: int, cols: int) -> QuantizedLinear:
     """
     shape = format.code_shape(rows, cols)
     codes = np.random.default_rng(0).integers(0, format.level_count, shape, dtype=np.uint8)
+    codes[:, np.arange(shape[1]) % round(format.bits / format.rate) > 0] = 0  # share a word
     scale = np.full((rows, format.groups(cols)), 2.0**-6, np.float32)
     offset = None if format.symmetric else -scale
     return QuantizedLinear.of(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.calibration import Progress, Statistics, Stream, reporter
+from lowbitq.divergences import each_alone
 from lowbitq.encoding import LayerInputs, encode
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
@@ -47,7 +48,6 @@ Tokens = NDArray[np.int32]
 Gradients: TypeAlias = Callable[[Model, Tokens], Iterable[tuple[str, Array]]]
 
 _MAGNITUDES = 1 << 15  # bins of magnitude_counts, one for each bfloat16
-_ROWS = 256  # of logits at a time
 
 
 def sensitivity(
@@ -110,13 +110,8 @@ def sensitivity(
     gradients : callable, default=None
         ``gradients(model, tokens)`` yields the name and the gradient (rows, cols), float32, of the
         loss with respect to each linear layer's weight, in any order, for tokens
-        (samples, window). None: no S_grad, and alpha and beta share its weight. From the model:
-
-            def by_layer(model, tokens):
-                for found in model.gradients(tokens, of=["weight"]):
-                    for name, gradient in found.items():
-                        yield name.removesuffix(".weight"), gradient
-
+        (samples, window), as `lowbitq.gradients.weight_gradients` does. None: no S_grad, and alpha
+        and beta share its weight.
     progress : bool or callable, default=False
         True: a bar with the remaining time. A function is called with the numbers of finished steps
         and of all steps.
@@ -217,7 +212,7 @@ def sensitivity(
         0.0,
     ).at(level)
     if len(measured):
-        kl = _measure(model, measured, layers, level, step)
+        kl = each_alone(model, measured, layers, level, step)
         with_kl = tuple(replace(row, measured=kl[row.format, row.layer]) for row in result.rows)
         result = replace(result, rows=with_kl, measured_windows=len(measured))
     return replace(result, seconds=time.perf_counter() - started)
@@ -468,64 +463,3 @@ def _row(
 
 def _root_ratio(error: float, whole: float) -> float:
     return math.sqrt(error / whole) if whole else 0.0
-
-
-# --- divergence -----------------------------------------------------------------------------------
-
-
-def _measure(
-    model: Model,
-    tokens: Tokens,
-    layers: Mapping[tuple[str, str], QuantizedLinear],
-    level: str,
-    step: Callable[[], None],
-) -> dict[tuple[str, str], float]:
-    """Return the divergence that quantizing each part in each format alone causes.
-
-    The float model takes each window through its blocks once. Before each block, a copy of the
-    residual stream goes on through a model in which a part of that block is quantized.
-    """
-    parts: dict[int, dict[tuple[str, str], dict[str, QuantizedLinear]]] = {}
-    for (format, name), layer in layers.items():
-        own = parts.setdefault(int(name.split(".")[2]), {})
-        own.setdefault((format, part_of(name, level)), {})[name.rsplit(".")[-1]] = layer
-    totals = {key: 0.0 for own in parts.values() for key in own}
-    for window in tokens:
-        reference = _Reference(model, window)
-        stream = Stream(model, window[None])
-        for index in stream:
-            for key, changed in parts[index].items():
-                student = model.copy()
-                student.blocks[index].linears.update(changed)
-                hidden = stream.hidden[0].copy()
-                for later in range(index, len(model.blocks)):
-                    student.block_forward(later, hidden)
-                totals[key] += reference.divergence(student.finish(hidden)) / len(tokens)
-                step()
-    return totals
-
-
-class _Reference:
-    """The predictions of the float model for a window."""
-
-    def __init__(self, model: Model, window: Tokens) -> None:
-        self._model = model
-        self._logits = _room(len(window) - 1, model)
-        self._own = _room(min(_ROWS, len(window) - 1), model)
-        model.head_logits(model.hidden(window)[:-1], self._logits)
-
-    def divergence(self, hidden: Array) -> float:
-        """Return the mean KL divergence per token of predictions from other inputs of the head."""
-        scored = len(self._logits)
-        kl, same = np.empty(scored), np.empty(scored, np.uint8)
-        for start in range(0, scored, _ROWS):
-            rows = slice(start, min(start + _ROWS, scored))
-            own = self._model.head_logits(hidden[rows], self._own[: rows.stop - start])
-            _core.kl_divergence(self._logits[rows], own, kl[rows], same[rows])
-        return float(kl.mean())
-
-
-def _room(tokens: int, model: Model) -> Array:
-    """Return an array for logits; aligned, as the head is fastest with it."""
-    shape = tokens, model.config.vocab_size
-    return _core.aligned_empty(bytes=4 * shape[0] * shape[1]).view(np.float32).reshape(shape)

@@ -1,4 +1,4 @@
-"""Fixtures: instruction sets, the demo model, the WikiText folder."""
+"""Fixtures: instruction sets, models, texts, the command line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import scipy_openblas32  # noqa: F401  (loads the library that _core links to)
 import tokenizers
+from command_line import run
 from golden import tiny_models
 
 from lowbitq import _core
@@ -81,3 +82,18 @@ def tiny_folder(tmp_path_factory) -> Path:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
     backend.save(str(folder / "tokenizer.json"))
     return folder
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("It was a bright cold day in April, and the clocks were striking. " * 60)
+    return path
+
+
+@pytest.fixture
+def quantize(capsys, tiny_folder, text_file, tmp_path):
+    """The quantize command on the tiny model, and where it saves."""
+    out = tmp_path / "small"
+    small = ["--format", "int3g32", "--text", text_file, "--samples", 4, "--window", 64]
+    return lambda *more: run(capsys, "quantize", tiny_folder, out, *small, *more), out

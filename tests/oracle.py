@@ -43,20 +43,23 @@ def decode(codes, scale, offset, group, levels=None):
     return wide[0] * (codes if levels is None else levels.astype(float)[codes]) + wide[1]
 
 
-# Bits of a word, columns of a ring, multipliers, whether four bytes are added instead of two.
+# Bits of a word and of a window, columns of a ring, multipliers, whether four bytes are added.
 TRELLIS = {
-    "trellis1": (1, 1, (0xC853,), False),
-    "trellis1.5": (3, 2, (0x0D47, 0xA371), False),
-    "trellis2": (2, 1, (0xE169,), False),
-    "trellis3": (3, 1, (0x9D8B, 0x7681), True),
-    "trellis4": (4, 1, (0x5FED, 0xC23F), True),
+    "trellis1": (1, 12, 1, (0xC853,), False),
+    "trellis1w10": (1, 10, 1, (0x53C9,), False),
+    "trellis1.5": (3, 12, 2, (0x0D47, 0xA371), False),
+    "trellis2": (2, 12, 1, (0xE169,), False),
+    "trellis2w10": (2, 10, 1, (0x19A1,), False),
+    "trellis3": (3, 12, 1, (0x9D8B, 0x7681), True),
+    "trellis3w14": (3, 14, 1, (0xC561, 0xE11F), True),
+    "trellis4": (4, 12, 1, (0x5FED, 0xC23F), True),
+    "trellis4w14": (4, 14, 1, (0x77C1, 0xBC13), True),
 }
-TRELLIS_WINDOW = 12
 
 
 def window_levels(code, window, column=0):
     """Levels of windows of a trellis."""
-    _, _, multipliers, wide = TRELLIS[code]
+    _, _, _, multipliers, wide = TRELLIS[code]
     product = window * multipliers[0 if wide else column] % 2**16
     if not wide:
         return product % 128 + product // 256 % 128
@@ -66,14 +69,14 @@ def window_levels(code, window, column=0):
 
 def trellis_levels(code, words):
     """Levels of words (64 n, cols): windows go around rings in which four panels take turns."""
-    bits, cols, _, _ = TRELLIS[code]
+    bits, length, cols, _, _ = TRELLIS[code]
     panels = words[:, ::cols].reshape(-1, 4, 16, words.shape[1] // cols).astype(np.int64)
     ring = panels.swapaxes(1, 2).reshape(len(panels), 64, -1)
-    window = sum(np.roll(ring, -i, axis=1) << bits * i for i in range(TRELLIS_WINDOW // bits + 1))
+    window = sum(np.roll(ring, -i, axis=1) << bits * i for i in range(length // bits + 1))
     window = window.reshape(len(panels), 16, 4, -1).swapaxes(1, 2).reshape(len(words), -1)
     levels = np.zeros(words.shape, np.int64)
     for column in range(cols):
-        levels[:, column::cols] = window_levels(code, window % 2**TRELLIS_WINDOW, column)
+        levels[:, column::cols] = window_levels(code, window % 2**length, column)
     return levels
 
 
@@ -83,8 +86,8 @@ def viterbi(code, target, scale, steps, before):
     target (64, cols) and scale (64) are those of the places of a ring. A state is the upper part of
     a window; `before` (states) are the sums to start with.
     """
-    bits, cols, _, _ = TRELLIS[code]
-    window = np.arange(2**TRELLIS_WINDOW)
+    bits, length, cols, _, _ = TRELLIS[code]
+    window = np.arange(2**length)
     levels = np.stack([window_levels(code, window, c) for c in range(cols)]).astype(float)
     states, sums, ways = len(window) >> bits, [before], []
     for step in range(steps):
@@ -98,7 +101,8 @@ def viterbi(code, target, scale, steps, before):
 
 def trellis_error(code, target, scale):
     """Squared error of a ring: two turns from any state say where a third begins and ends."""
-    states = 2 ** (TRELLIS_WINDOW - TRELLIS[code][0])
+    bits, length = TRELLIS[code][:2]
+    states = 2 ** (length - bits)
     sums, ways = viterbi(code, target, scale, 128, np.zeros(states))
     state = sums[-1].argmin()
     for way in ways[:63:-1]:
@@ -176,6 +180,22 @@ def packed_codes(codes, bits):
         return b"".join(_blocks(p & 3, 2).tobytes() + _blocks(p >> 2, 1).tobytes() for p in parts)
     blocks = _blocks(codes, bits)
     return (blocks.transpose(0, 2, 1) if bits == 1 else blocks).tobytes()
+
+
+def packed_rings(words, bits):
+    """Words (64, columns) of a strip's step as the bytes of its four panels, from core/ring.h."""
+    shifted = words.reshape(4, 16, -1).astype(np.int64) << bits * np.arange(4)[:, None, None]
+    quarters = np.split(shifted.sum(0), 4, axis=1)
+    if bits <= 2:
+        return [packed_codes(quarter, 4 * bits) for quarter in quarters]
+    columns, above = (8, 4) if bits == 3 else (4, 8)
+    return [
+        b"".join(
+            packed_codes(part % 256, 8) + packed_codes(part // 256, above)
+            for part in np.split(quarter, quarter.shape[1] // columns, axis=1)
+        )
+        for quarter in quarters
+    ]
 
 
 def _blocks(codes, bits):

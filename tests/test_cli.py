@@ -11,21 +11,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from command_line import run
 
 import lowbitq as lq
 from lowbitq import cli, commands, roofline
+from lowbitq.gradients import weight_gradients
 
 ROOT = Path(__file__).parents[1]
-
-
-def run(capsys, *arguments):
-    """Exit code, standard output and the lines of standard error."""
-    try:
-        code = cli.main([str(argument) for argument in arguments])
-    except SystemExit as exit:  # argparse's way to end
-        code = exit.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err.splitlines()
 
 
 def test_version(capsys):
@@ -40,7 +32,17 @@ def test_runs_as_a_module():
 
 @pytest.mark.parametrize(
     "command",
-    ["inspect", "quantize", "evaluate", "sensitivity", "generate", "bench", "demo"],
+    [
+        "inspect",
+        "quantize",
+        "distill",
+        "reconstruct",
+        "evaluate",
+        "sensitivity",
+        "generate",
+        "bench",
+        "demo",
+    ],
 )
 def test_help_shows_every_default(capsys, command):
     code, out, _ = run(capsys, command, "--help")
@@ -61,6 +63,10 @@ def test_help_shows_every_default(capsys, command):
         (["sensitivity", "m", "--formats", "int2g64,int9"], "unknown format 'int9'"),
         (["sensitivity", "m", "--level", "layer"], "invalid choice"),
         (["generate", "m", "p", "--top-k", "two"], "invalid"),
+        (["distill", "m", "t", "o", "--batch", "0"], "0 is not positive"),
+        (["distill", "m", "t", "o", "--blocks", "1,x"], "invalid literal"),
+        (["distill", "m", "t", "o", "--plot", "loss.txt"], "loss.txt does not end in .png"),
+        (["reconstruct", "m", "t", "o", "--inputs", "both"], "invalid choice"),
         (["bench", "--plot", "roof.txt"], "roof.txt does not end in .png, .svg or .pdf"),
     ],
 )
@@ -131,21 +137,6 @@ def test_demo_model_is_that_of_the_environment(monkeypatch):
     assert commands.demo_model() == Path("/somewhere/model.gguf")
 
 
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text("It was a bright cold day in April, and the clocks were striking. " * 60)
-    return path
-
-
-@pytest.fixture
-def quantize(capsys, tiny_folder, text_file, tmp_path):
-    """The quantize command on the tiny model, and where it saves."""
-    out = tmp_path / "small"
-    small = ["--format", "int3g32", "--text", text_file, "--samples", 4, "--window", 64]
-    return lambda *more: run(capsys, "quantize", tiny_folder, out, *small, *more), out
-
-
 def test_inspect(capsys, tiny_folder):
     code, out, err = run(capsys, "inspect", tiny_folder)
     assert (code, err) == (0, [])
@@ -198,26 +189,19 @@ def test_quantize_in_every_way(quantize, method, rotation):
     assert isinstance(lq.load(out), lq.QuantizedModel)
 
 
-def test_distill_trains_a_saved_model(capsys, quantize, tiny_folder, text_file, tmp_path):
-    command, small = quantize
+def test_quantize_by_fisher_information(quantize, tiny_folder, text_file):
+    command, out = quantize
     assert command()[0] == 0
-    out = tmp_path / "trained"
-    options = ["--text", text_file, "--steps", 3, "--window", 64, "--learn", "scale,norm"]
-    code, shown, err = run(capsys, "distill", small, tiny_folder, out, *options, "--json")
+    plain = lq.load(out)
+    code, _, err = command("--fisher")
     assert (code, err) == (0, [])
-    result, trained = json.loads(shown), lq.load(out)
-    assert result["steps"] == 3
-    assert result["held_back_kl"]["after"] <= result["held_back_kl"]["before"]
-    assert trained.bits_per_weight == lq.load(small).bits_per_weight
-    assert not out.with_name("trained.work").exists()
-    code, _, err = run(capsys, "distill", tiny_folder, tiny_folder, out, *options)
-    assert (code, err) == (
-        1,
-        [f"lowbitq: {tiny_folder} is a float model, expected a quantized one"],
-    )
-    code, _, err = run(capsys, "distill", small, tiny_folder, out, "--learn", "codes")
-    assert code == 2
-    assert "unknown kinds codes; expected some of scale, offset" in err[-1]
+    weighted = lq.load(out)
+    assert weighted.plan == plain.plan
+    differ = [
+        (one.tensor.codes != other.tensor.codes).any()
+        for (_, one), (_, other) in zip(plain.linears(), weighted.linears(), strict=True)
+    ]
+    assert any(differ)
 
 
 def test_quantize_with_adapters(capsys, quantize):
@@ -368,6 +352,28 @@ def test_sensitivity(capsys, tiny_folder, text_file):
     code, shown, _ = run(capsys, *arguments)
     assert shown.count("self_attn.q_proj") == 2 * model.config.layers
     assert "Spearman" not in shown
+
+
+def test_sensitivity_before_and_after_rotation(capsys, tiny_folder, text_file):
+    arguments = ["sensitivity", tiny_folder, "--text", text_file, "--samples", 2, "--window", 64]
+    options = ["--formats", "int2g32", "--gradients", "--rotation", "hadamard"]
+    code, shown, err = run(capsys, *arguments, *options, "--json")
+    assert (code, err) == (0, [])
+    result = json.loads(shown)
+    model = lq.load(tiny_folder)
+    both = []
+    for one in (model, lq.rotate(model, "hadamard")):
+        stats = lq.calibrate(one, text_file, samples=2, window=64)
+        both.append(lq.sensitivity(one, stats, "int2g32", gradients=weight_gradients))
+    before, after = both
+    assert before.ranking("int2g32") != after.ranking("int2g32")
+    assert [row["score"] for row in result["rows"]] == [row.score for row in before.rows]
+    rotated = result["rotated"]["rows"]
+    assert [row["score"] for row in rotated] == [row.score for row in after.rows]
+    alike = before.compare(after)
+    assert result["rank_correlations"] == alike
+    code, shown, _ = run(capsys, *arguments, *options)
+    assert f"Kendall's tau {alike['int2g32']['kendall']:.2f}" in shown
 
 
 def test_evaluate_continuations(capsys, tiny_folder, text_file):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,11 +15,17 @@ from random_model import random_tokens
 from student_models import TEXT, content, pair, tensors_of, with_activations, with_copies
 
 import lowbitq as lq
-from lowbitq.distillation import AdamW, cosine, distill
+from lowbitq.distillation import distill, options_of
+from lowbitq.encoding import layer_digest
 from lowbitq.losses import Loss
 from lowbitq.models.loading import load
+from lowbitq.optimizers import AdamW, cosine
 from lowbitq.parameters import Parameter
 from lowbitq.students import KINDS, Student
+from lowbitq.teachers import Teacher
+from lowbitq.training import Training
+
+ROOT = Path(__file__).parents[1]
 
 # Windows of text like that of calibration; the last four are held back.
 WINDOWS = random_tokens(20 * 48, seed=9).reshape(20, 48)
@@ -225,7 +235,7 @@ def test_time_ends_training():
 def test_the_last_step_of_a_shortened_run_is_validated(monkeypatch):
     small, teacher = pair()
     left = iter([0.0] * 6 + [9.0] * 100)
-    monkeypatch.setattr("lowbitq.distillation.time.monotonic", lambda: next(left))
+    monkeypatch.setattr("lowbitq.training.time.monotonic", lambda: next(left))
     learned = distill(small, teacher, WINDOWS, learn=["norm"], rates=FAST, seconds=5, **QUICK)
     steps = [step for step, _ in validations(learned)]
     assert steps[0] == 0
@@ -255,6 +265,181 @@ def test_other_losses_teach_too(loss):
     assert learned.provenance["distillation"]["options"]["loss"] == str(Loss.parse(loss))
 
 
+def test_temperatures_are_exact_at_the_ends_of_phases():
+    small, teacher = pair()
+    changes = {"loss": "kl + 0.5 ce", "temperatures": (5, 3, 1), "steps": 21}
+    options, _ = options_for(small, teacher, **changes)
+    assert [options.loss_at(step).temperature for step in (1, 11, 21)] == [5, 3, 1]
+    assert options.loss_at(6) == Loss(forward=1, cross_entropy=0.5, temperature=4)
+    back = replace(options, temperatures=(3.0, 5.0, 3.0))
+    assert [back.loss_at(step).temperature for step in (1, 11, 21)] == [3, 5, 3]
+
+
+def test_a_temperature_that_does_not_change_is_that_of_the_loss():
+    small, teacher = pair()
+    options = {"learn": ["norm"], **QUICK}
+    one = distill(small, teacher, WINDOWS, loss="kl, temperature 2", **options)
+    assert_same(one, distill(small, teacher, WINDOWS, temperatures=(2, 2), **options))
+
+
+def test_regularization_holds_parameters_near_the_start():
+    small, teacher = pair("int8g32 a32")
+    options = {"learn": ["norm"], "rates": FAST, **QUICK}
+    plain = distill(small, teacher, WINDOWS, **options)
+    assert_same(plain, distill(small, teacher, WINDOWS, regularization=0.0, **options))
+    run = []
+    for strength in (0.0, 30.0, 1e6):
+        student = Student(small, ["norm"])
+        optimizer = AdamW(student.parameters, FAST, pull=strength)
+        random = np.random.default_rng(0)
+        for _ in range(20):
+            for p in student.parameters:
+                p.gradient[:] = random.normal(1, 1, p.value.shape)
+            optimizer.step(1.0)
+        run.append(max(abs(p.value - p.start).max() for p in student.parameters))
+    assert run[0] > 2 * run[1] > 1000 * run[2]
+    assert run[2] < 1.2e-6  # the float32 next to 1 is 1.2e-7 away
+
+
+def test_accumulated_gradients_are_those_of_the_batch():
+    small, teacher = pair()
+    options, rows = options_for(small, teacher, batch=7)
+    sums = []
+    for at_once in (7, 3, 1):
+        run = Training(small, Teacher(teacher, rows), options, rows)
+        run.at_once = at_once
+        terms = run._gradient(list(range(7)), options.loss_at(1))
+        sums.append([p.gradient.copy() for p in run.student.parameters] + [terms["predictions"]])
+    for other in sums[1:]:
+        for one, two in zip(sums[0], other, strict=True):
+            assert np.allclose(one, two, rtol=1e-4, atol=1e-5 * np.abs(one).max())
+
+
+def options_for(small, teacher, **changes):
+    arguments = {
+        "learn": ["norm", "scale"],
+        "loss": "kl",
+        "hints": None,
+        "window": 48,
+        "memory": None,
+        "rates": None,
+        "top_k": None,
+        "temperatures": (),
+        "keep": 1,
+        "clip": 1.0,
+        "decay": 0.0,
+        "regularization": 0.0,
+        "seed": 0,
+    }
+    return options_of(small, teacher, WINDOWS, **arguments | QUICK | changes)
+
+
+MEMORY_PROGRAM = """
+import sys
+sys.path.insert(0, "tests")
+import numpy as np
+from random_model import random_model, random_tokens
+import lowbitq as lq
+from lowbitq.memory import peak_of
+from lowbitq.training import Training
+
+model = random_model(layers=12)
+text = random_tokens(72 * 512).reshape(72, 512)
+small = lq.compress(model, "int2g32", method="rtn", embedding=None)
+batch = int(sys.argv[1]) if sys.argv[1] != "auto" else "auto"
+memory = int(sys.argv[2]) or None
+chosen = []
+step = Training.step
+Training.step = lambda run: chosen.append((run.batch, run.at_once)) or step(run)
+options = {"steps": 2, "validation": 2, "learn": ["norm", "scale"]}
+held = peak_of(lambda: lq.distill(small, model, text, batch=batch, memory=memory, **options))
+print(held, *chosen[0])
+"""
+
+
+def measured(batch, memory):
+    """Peak bytes of a fresh process that trains, the batch and the windows at once."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY_PROGRAM, str(batch), str(memory)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return map(int, run.stdout.split())
+
+
+def test_a_batch_fits_the_memory():
+    least, *_ = measured(1, 0)
+    memory = least + 150_000_000
+    held, batch, at_once = measured("auto", memory)
+    assert 10 < batch < 70, "the test is of a batch that memory decides"
+    assert at_once == batch
+    assert held <= memory
+    more, *_ = measured(batch + 2, 0)
+    assert more > memory, "more would have fitted"
+    held, batch, at_once = measured(60, memory)
+    assert (batch, 10 < at_once < 60) == (60, True)
+    assert held <= memory
+
+
+def test_too_little_memory_is_said():
+    small, teacher = pair()
+    with pytest.raises(ValueError, match=r"memory is 1000, but one window takes \d+ bytes in all"):
+        distill(small, teacher, WINDOWS, memory=1000, **QUICK)
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+def test_an_automatic_batch_is_kept_when_a_run_goes_on(tmp_path, steps):
+    small, teacher = pair()
+    options = {"learn": ["norm"], "work_dir": tmp_path, "memory": 1 << 40, **QUICK}
+    options |= {"batch": "auto"}
+    with pytest.raises(StopError):
+        distill(small, teacher, WINDOWS, progress=stopping_after(steps), **options)
+    resumed = distill(small, teacher, WINDOWS, **options | {"memory": 1})
+    assert resumed.provenance["distillation"]["options"]["batch"] == 16
+
+
+def test_the_best_checkpoints_are_kept(tmp_path):
+    small, teacher = pair()
+    options = {"learn": ["scale"], "rates": {"scale": 0.05}, "work_dir": tmp_path, **QUICK}
+    with pytest.raises(StopError):
+        distill(small, teacher, WINDOWS, keep=2, progress=stopping_after(9), **options)
+    learned = distill(small, teacher, WINDOWS, keep=2, **options)
+    best = sorted((value, step) for step, value in validations(learned))[:2]
+    folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
+    assert folders == {f"step_{step}" for _, step in best}
+    assert learned.provenance["distillation"]["best"] == best[0][1]
+    tokens = TEXT[0]
+    for value, step in best:
+        found = load(tmp_path / f"step_{step}")
+        assert held_back_kl(found, teacher) == pytest.approx(value, rel=0.05)
+    first = load(tmp_path / f"step_{best[0][1]}")
+    assert np.array_equal(first.logits(tokens), learned.logits(tokens))
+
+
+def test_records_are_of_the_trained_arrays(tmp_path):
+    small, teacher = pair()
+    learned = distill(small, teacher, WINDOWS, learn=["scale"], rates=FAST, **QUICK)
+    for name, linear in learned.linears():
+        record, before = learned.records[name], small.records[name]
+        assert record["sha256"] == layer_digest(linear) != before["sha256"]
+        assert "relative_error" in before
+        assert record == {k: v for k, v in before.items() if k != "relative_error"} | {
+            "sha256": record["sha256"],
+            "trained": True,
+        }
+    name = "model.embed_tokens"
+    assert learned.records[name] == small.records[name]
+    learned.save(tmp_path / "m")
+    for name, record in load(tmp_path / "m").records.items():
+        assert learned.records[name].items() <= record.items()
+    levels, teacher = pair("kmeans2g32 a32")
+    learned = distill(levels, teacher, WINDOWS, learn=["level"], rates=FAST, **QUICK)
+    assert all(learned.records[name]["trained"] for name, _ in learned.linears())
+
+
 def test_text_may_be_one_row_of_tokens():
     small, teacher = pair()
     options = {"learn": ["norm"], **QUICK}
@@ -270,6 +455,11 @@ def test_text_may_be_one_row_of_tokens():
         ({"every": 0}, "every is 0, expected at least 1"),
         ({"validation": 0}, "validation is 0, expected at least 1"),
         ({"patience": 0}, "patience is 0, expected at least 1"),
+        ({"keep": 0}, "keep is 0, expected at least 1"),
+        ({"keep": 2}, "keep is 2, but there is no work_dir"),
+        ({"batch": "all"}, "batch is 'all', expected a number or 'auto'"),
+        ({"batch": "auto"}, "memory is None, expected a number of bytes with batch = 'auto'"),
+        ({"temperatures": (5, 0)}, "temperature is 0, expected 0.001 to 1000"),
         ({"rates": {"colour": 1}}, r"rates has \['colour'\], expected some of scale, "),
         ({"learn": ["colour"]}, r"learn has \['colour'\], expected some of scale, "),
         ({"loss": "anger"}, "unknown loss 'anger'"),

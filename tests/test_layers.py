@@ -43,8 +43,10 @@ PYTHON_ORDER = [
     "models.loading", "models",
     "texts", "fisher", "calibration", "adapters", "drift", "encoding", "walks", "compression",
     "parameters", "student_inputs", "student_rotations", "student_layers", "students",
-    "distillation", "reconstruction", "evaluation", "free_running",
-    "timing", "roofline", "plots", "ranks", "scores", "sensitivity", "",
+    "memory", "optimizers", "hints", "top_k", "teachers", "training", "distillation",
+    "range_test", "reconstruction", "evaluation", "free_running",
+    "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
+    "sensitivity", "linearity", "",
     "commands", "cli", "__main__",
 ]
 # fmt: on

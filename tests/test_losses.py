@@ -165,17 +165,26 @@ def test_arrays_that_a_loss_lacks_are_named():
 # --- inside two networks
 
 
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("normalize", [None, "mean", "token"])
 def test_feature_loss(normalize):
     x, teacher = pair(4, 6)
     assert_is_gradient(lambda z: feature_loss(z, teacher, normalize=normalize), x)
+    size = {None: 1, "mean": (teacher**2).mean(), "token": (teacher**2).mean(1, keepdims=True)}
+    expected = ((x - teacher) ** 2 / size[normalize]).mean()
+    assert feature_loss(x, teacher, normalize=normalize)[0] == pytest.approx(expected)
     assert feature_loss(teacher, teacher)[0] == 0
-    scaled = feature_loss(7 * x, 7 * teacher, normalize=normalize)[0]
-    factor = 1 if normalize else 49
-    assert scaled == pytest.approx(factor * feature_loss(x, teacher, normalize=normalize)[0])
     assert feature_loss(np.array([1.0, 3]), np.array([1.0, 1]))[0] == 2
-    with pytest.raises(ValueError, match="all zeros"):
-        feature_loss(x, 0 * x, normalize=True)
+
+
+def test_feature_loss_refuses_what_cannot_normalize():
+    x, teacher = pair(4, 6)
+    teacher[2] = 0
+    feature_loss(x, teacher, normalize="mean")
+    for bad, how in ((teacher, "token"), (0 * x, "mean")):
+        with pytest.raises(ValueError, match="all zeros and cannot normalize"):
+            feature_loss(x, bad, normalize=how)
+    with pytest.raises(ValueError, match="normalize is 'rows', expected 'mean', 'token' or None"):
+        feature_loss(x, teacher, normalize="rows")
 
 
 def test_relation_loss():

@@ -26,6 +26,8 @@ def test_notebook_runs(path, kind, tmp_path, request):
     model = request.getfixturevalue("smollm2") if kind == "demo" else tmp_path / "absent.gguf"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOWBITQ_DEMO_MODEL": str(model)}
     program = "\n".join("".join(cell["source"]) for cell in code_cells(path))
+    if "matplotlib" in program:
+        pytest.importorskip("matplotlib")
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         cwd=tmp_path,

@@ -18,10 +18,10 @@
 #include "core/packed.h"
 #include "core/status.h"
 #include "kernels/kernels.h"
+#include "kernels/trellis.h"
 
 enum {
     LBQ_MAX_LEVELS = 16, /* of a table */
-    LBQ_STRIP = 64,      /* rows of a strip, and */
     LBQ_MAX_RUN = 16,    /* columns of a block, at most */
     LBQ_NAME = 32,       /* bytes of a code's name */
 };
@@ -68,6 +68,7 @@ typedef struct {
     const float *lanes;
 } lbq_grid;
 
+/* A panel, or all panels of a strip, times a few tokens. */
 typedef void (*lbq_gemv)(const lbq_panel *panel, const lbq_activations *x, float *y);
 
 /* Where the levels of a kind come from. */
@@ -77,15 +78,17 @@ typedef enum { LBQ_NO_TABLE, LBQ_FIXED_TABLE, LBQ_LEARNED_TABLE } lbq_table;
  * [panel][k / 4][row][k % 4]. */
 typedef struct {
     const char *name;  /* as in formats: "int" */
-    const char *rates; /* bits per weight that may follow the name: "1.5 2 3"; "" if none may */
-    int rows, cols;    /* block whose words are chosen together: rows is 1 or whole panels, up to
-                          LBQ_STRIP; cols at most LBQ_MAX_RUN */
+    const char *rates; /* bits per weight that may follow the name, and what distinguishes codes of
+                          the same rate: "1.5 2 2w10"; "" if none may */
+    int rows, cols;    /* block whose words are chosen together: rows is 1 or LBQ_STRIP; cols at
+                          most LBQ_MAX_RUN */
     int word_cols; /* columns that share a word, stored for the first of them, the others have 0; 2
                       for fractional rates. 0 means 1 */
     int count;     /* values of a word; 0: 2^rate */
     int top;       /* the largest level; 0: count - 1 */
-    bool ordered;  /* word + 1 is the next level, so that neighbours can be tried */
-    bool offsets;  /* offsets may be stored */
+    const lbq_trellis *trellises; /* one for each rate, or NULL */
+    bool ordered;                 /* word + 1 is the next level, so that neighbours can be tried */
+    bool offsets;                 /* offsets may be stored */
     lbq_table table;
     /* LBQ_OK if weights can be rounded to the code. NULL: they always can. */
     lbq_status (*check)(const lbq_code *code);
@@ -109,13 +112,14 @@ typedef struct {
      * kernel. */
     ptrdiff_t (*pack)(const lbq_code *code, const lbq_search *search, const lbq_packed *packed,
                       const float *W, float limit, uint8_t *panel, bool *fit);
-    /* Decodes the first `columns` of `step` columns of words: w[k * stride + row of the strip] =
-     * fma(scale, level, offset). May overwrite words. */
-    void (*decode)(const lbq_code *code, const lbq_grid *grid, uint8_t *words, ptrdiff_t step,
-                   ptrdiff_t columns, ptrdiff_t stride, float *w);
-    /* Replaces `columns` columns of words, in place, by the bytes of their levels. NULL: words are
-     * already these bytes. */
+    /* Replaces `columns` columns of words, in place, by the bytes of their levels; these are the
+     * levels themselves unless there is a table. NULL: words are already these bytes. */
     void (*expand)(const lbq_code *code, ptrdiff_t columns, uint8_t *words);
+    /* The bytes of a strip's levels straight from its codes of one step, those of its panels
+     * `panel_bytes` apart; as [panel][k / 4][row][k % 4], panels `pitch` apart. For blocks of
+     * LBQ_STRIP rows; else NULL. */
+    void (*read)(const lbq_code *code, const uint8_t *codes, ptrdiff_t panel_bytes,
+                 ptrdiff_t columns, ptrdiff_t pitch, uint8_t *bytes);
     /* A kernel for a few tokens. NULL: expand, then GEMM. */
     lbq_gemv (*gemv)(const lbq_code *code);
     /* Scales and offsets (LBQ_PANEL) of groups, rounded to their stored form. */
@@ -136,7 +140,8 @@ struct lbq_code {
     int count;      /* values of a word, 2 to 256 */
     bool symmetric; /* offset = -zero * scale, not fitted */
     float zero;
-    const float *levels; /* a table of `count` values, or NULL */
+    const float *levels;        /* a table of `count` values, or NULL */
+    const lbq_trellis *trellis; /* of kinds that have one */
     int scale_bits; /* how scales and offsets are stored. 16: float16. 8 or 4: multiples of `unit`,
                        1 to 2^scale_bits - 1. 0: float32 */
     float unit;     /* 0: not chosen yet, scales stay float32 */
@@ -198,10 +203,6 @@ lbq_level_of(const lbq_code *code, int word)
 {
     return code->levels ? code->levels[word] : (float)word;
 }
-
-/* `decode` of kinds whose bytes are their levels. */
-void lbq_decode_bytes(const lbq_code *code, const lbq_grid *grid, uint8_t *words, ptrdiff_t step,
-                      ptrdiff_t columns, ptrdiff_t stride, float *w);
 
 /* Fits scalar codes. MINMAX and PERCENTILE round outwards, so that rounding clips nothing. A scale
  * is at least the smallest that can be stored, unless zeros fit a group better than its grid: then

@@ -54,12 +54,22 @@ lbq_code_name(int index, char name[LBQ_NAME])
     return true;
 }
 
-/* Bits of a word: a rate such as "2" or "1.5" times the columns that share the word. */
+/* Bits of a word: a rate such as "2", "1.5" or "2w10" times the columns that share the word. */
 static int
 bits_of_word(const lbq_code_kind *kind, const char *rate)
 {
     const bool half = strncmp(rate + strspn(rate, "0123456789"), ".5", 2) == 0;
     return lbq_word_cols(kind) * (2 * atoi(rate) + half) / 2;
+}
+
+/* The trellis of a rate: they come in the same order. */
+static const lbq_trellis *
+trellis_of(const lbq_code_kind *kind, const char *rate)
+{
+    const lbq_trellis *trellis = kind->trellises;
+    for (const char *c = kind->rates; trellis && c < rate; c++)
+        trellis += *c == ' ';
+    return trellis;
 }
 
 lbq_status
@@ -82,6 +92,7 @@ lbq_code_find(const char *name, lbq_code *code)
             .symmetric = true,
             .zero = kind->table ? 0 : 0.5f * (float)(kind->top ? kind->top : count - 1),
             .scale_bits = 16,
+            .trellis = trellis_of(kind, rate),
         };
         return LBQ_OK;
     }
@@ -96,7 +107,8 @@ bytes_of(const lbq_code *code)
 {
     const float *const levels = code->levels;
     if (!levels)
-        return (lbq_byte_levels){.step = 1, .bits = code->kind->expand ? 8 : code->bits};
+        return (lbq_byte_levels){.step = 1,
+                                 .bits = code->kind->expand || code->kind->read ? 8 : code->bits};
     if (code->bits == 1)
         return (lbq_byte_levels){.base = levels[0], .step = levels[1] - levels[0], .bits = 1};
     float largest = 0;

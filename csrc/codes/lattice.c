@@ -195,7 +195,6 @@ const lbq_code_kind lbq_kind_lattice = {
     .top = 11,
     .scratch = scratch,
     .encode = encode,
-    .decode = lbq_decode_bytes,
     .expand = expand,
     .fit = fit,
 };

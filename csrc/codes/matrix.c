@@ -33,40 +33,29 @@ void
 lbq_matrix_words(const lbq_matrix *matrix, const lbq_packed_geometry *g, ptrdiff_t panel,
                  ptrdiff_t first, ptrdiff_t end, uint8_t *words)
 {
-    const lbq_packed *const packed = &matrix->packed;
-    const lbq_unpacker unpack = unpacker_of(packed->bits);
-    for (ptrdiff_t p = panel; p < panel + g->strip; p++) {
-        const lbq_panel view = lbq_packed_panel(packed, g, p);
-        for (ptrdiff_t s = first; s < end; s++, words += g->step * LBQ_PANEL)
-            lbq_words_unpack(packed, unpack, view.codes + s * g->step_bytes, words);
-    }
+    assert(g->strip == 1);
+    const lbq_unpacker unpack = unpacker_of(matrix->packed.bits);
+    const lbq_panel view = lbq_packed_panel(&matrix->packed, g, panel);
+    for (ptrdiff_t s = first; s < end; s++, words += g->step * LBQ_PANEL)
+        unpack(view.codes + s * g->step_bytes, g->step, words);
 }
 
 void
-lbq_matrix_bytes(const lbq_matrix *matrix, const lbq_packed_geometry *geometry, ptrdiff_t panel,
+lbq_matrix_bytes(const lbq_matrix *matrix, const lbq_packed_geometry *g, ptrdiff_t panel,
                  ptrdiff_t first, ptrdiff_t end, uint8_t *bytes)
 {
     const lbq_code *const code = matrix->code;
-    lbq_matrix_words(matrix, geometry, panel, first, end, bytes);
+    const ptrdiff_t step_bytes = g->step * LBQ_PANEL, pitch = (end - first) * step_bytes;
+    if (code->kind->read) {
+        const lbq_panel view = lbq_packed_panel(&matrix->packed, g, panel);
+        for (ptrdiff_t s = first; s < end; s++, bytes += step_bytes)
+            code->kind->read(
+                code, view.codes + s * g->step_bytes, g->panel_bytes, g->step, pitch, bytes);
+        return;
+    }
+    lbq_matrix_words(matrix, g, panel, first, end, bytes);
     if (code->kind->expand)
-        code->kind->expand(code, (end - first) * geometry->step, bytes);
-}
-
-void
-lbq_decode_bytes(const lbq_code *code, const lbq_grid *grid, uint8_t *words, ptrdiff_t step,
-                 ptrdiff_t columns, ptrdiff_t stride, float *w)
-{
-    const ptrdiff_t rows = lbq_strip_rows(code);
-    if (code->kind->expand)
-        code->kind->expand(code, step, words);
-    for (ptrdiff_t r = 0; r < rows; r += LBQ_PANEL)
-        lbq_kernel.decode_f32(words + r * step,
-                              columns,
-                              NULL,
-                              grid->lanes + r,
-                              grid->lanes + rows + r,
-                              stride,
-                              w + r);
+        code->kind->expand(code, (end - first) * g->step, bytes);
 }
 
 void
@@ -74,11 +63,22 @@ lbq_matrix_decode(const lbq_matrix *matrix, const lbq_packed_geometry *geometry,
                   ptrdiff_t step, const float *lanes, ptrdiff_t stride, float *w)
 {
     const lbq_code *const code = matrix->code;
-    const ptrdiff_t columns = geometry->step, left = matrix->packed.cols - step * columns;
-    uint8_t words[LBQ_MAX_STEP * LBQ_STRIP];
-    lbq_matrix_words(matrix, geometry, panel, step, step + 1, words);
-    const lbq_grid grid = {.rows = geometry->strip * LBQ_PANEL, .lanes = lanes};
-    code->kind->decode(code, &grid, words, columns, lbq_smaller(columns, left), stride, w);
+    const ptrdiff_t rows = geometry->strip * LBQ_PANEL;
+    const ptrdiff_t left = matrix->packed.cols - step * geometry->step;
+    const ptrdiff_t columns = lbq_smaller(geometry->step, left);
+    uint8_t bytes[LBQ_MAX_STEP * LBQ_STRIP];
+    if (code->levels)
+        lbq_matrix_words(matrix, geometry, panel, step, step + 1, bytes);
+    else
+        lbq_matrix_bytes(matrix, geometry, panel, step, step + 1, bytes);
+    for (ptrdiff_t r = 0; r < rows; r += LBQ_PANEL)
+        lbq_kernel.decode_f32(bytes + r * geometry->step,
+                              columns,
+                              code->levels,
+                              lanes + r,
+                              lanes + rows + r,
+                              stride,
+                              w + r);
 }
 
 void

@@ -250,17 +250,6 @@ store_codes(const quantization *job, panel_rows rows, ptrdiff_t begin, ptrdiff_t
     }
 }
 
-/* Packs words of a strip into step `step` of its panels. */
-static void
-pack_words(const quantization *job, uint8_t *panels, ptrdiff_t step, const uint8_t *words)
-{
-    const lbq_packed_geometry *const to = &job->geometry;
-    for (ptrdiff_t p = 0; p < to->strip; p++)
-        lbq_words_pack(job->packed,
-                       words + p * to->step * LBQ_PANEL,
-                       panels + p * to->panel_bytes + step * to->step_bytes);
-}
-
 /* Packs scales and offsets of a panel's group; missing rows get 0. */
 static lbq_status
 pack_scales(const quantization *job, panel_rows rows, ptrdiff_t group, const float *scale,
@@ -362,7 +351,10 @@ round_strip(void *context, ptrdiff_t strip, int worker)
             const ptrdiff_t count = lbq_smaller(job->step, end - k);
             encode_step(job, rows, k, count, ahead, grid, worker, words);
             if (job->packed)
-                pack_words(job, panels, k / job->step, words);
+                lbq_strip_pack(job->packed,
+                               &job->geometry,
+                               words,
+                               panels + k / job->step * job->geometry.step_bytes);
             else
                 store_codes(job, rows, k, count, words);
         }

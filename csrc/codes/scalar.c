@@ -136,15 +136,6 @@ encode_table_rows(const lbq_code *code, const lbq_grid *grid, const float *w, pt
 /* --- products --------------------------------------------------------------------------------- */
 
 static void
-decode_table(const lbq_code *code, const lbq_grid *grid, uint8_t *words, ptrdiff_t step,
-             ptrdiff_t columns, ptrdiff_t stride, float *w)
-{
-    (void)step;
-    const float *const scale = grid->lanes, *const offset = scale + LBQ_PANEL;
-    lbq_kernel.decode_f32(words, columns, code->levels, scale, offset, stride, w);
-}
-
-static void
 expand_table(const lbq_code *code, ptrdiff_t columns, uint8_t *words)
 {
     if (code->bytes.bits == 8)
@@ -182,12 +173,12 @@ gemv_table(const lbq_code *code)
 #define UNIFORM                                                                                    \
     .rows = 1, .cols = 1, .ordered = true, .encode = encode_uniform,                               \
     .encode_f64 = encode_uniform_f64, .encode_rows = encode_uniform_rows, .pack = pack_uniform,    \
-    .decode = lbq_decode_bytes, .gemv = gemv_uniform, .fit = lbq_code_fit
+    .gemv = gemv_uniform, .fit = lbq_code_fit
 
 #define TABLE                                                                                      \
     .rows = 1, .cols = 1, .ordered = true, .check = check_table, .encode = encode_table,           \
-    .encode_f64 = encode_table_f64, .encode_rows = encode_table_rows, .decode = decode_table,      \
-    .expand = expand_table, .gemv = gemv_table, .fit = lbq_code_fit
+    .encode_f64 = encode_table_f64, .encode_rows = encode_table_rows, .expand = expand_table,      \
+    .gemv = gemv_table, .fit = lbq_code_fit
 
 const lbq_code_kind lbq_kind_int = {
     .name = "int", .rates = "1 2 3 4 5 6 7 8", .offsets = true, UNIFORM};

@@ -10,36 +10,39 @@
  * below it what no code of that rate can undercut:
  *
  *     bits a weight   1       1.5     2        3        4
- *     this            0.285   0.143   0.0747   0.0192   0.0050
+ *     12 bits         0.285   0.143   0.0747   0.0192   0.0050
+ *     10 bits         0.288           0.0755
+ *     14 bits                                  0.0187   0.0048
  *     bound           0.250   0.125   0.0625   0.0156   0.0039
- */
+ *
+ * Windows have 12 bits, or 10 at low rates: a quarter of the time. 14 bits take four times as long;
+ * at 2 bits they gain nothing, in rings of 64. */
 #include <math.h>
 #include <string.h>
 
 #include "codes/code.h"
 #include "codes/stored.h"
-#include "core/pack.h"
-#include "kernels/trellis.h"
 
-enum { WINDOW = 12, HISTORY = LBQ_RING + 1 };
+enum { HISTORY = LBQ_RING + 1 };
 
-/* The best multipliers of 400 tried by benchmarks/search_trellis.py; others give up to a tenth
- * more. */
-static const lbq_trellis OF_RATE[] = {
-    {0},
-    {.bits = 1, .window = WINDOW, .cols = 1, .multiplier = {0xC853}},
-    {.bits = 2, .window = WINDOW, .cols = 1, .multiplier = {0xE169}},
-    {.bits = 3, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x9D8B, 0x7681}},
-    {.bits = 4, .window = WINDOW, .cols = 1, .wide = true, .multiplier = {0x5FED, 0xC23F}},
+/* The best multipliers of 300 or more tried by benchmarks/search_trellis.py; others give up to a
+ * tenth more. `normal` is the deviation of the normal variable that the levels suit best: at low
+ * rates averages of many weights need less range than theirs, at high rates tails need more. */
+static const lbq_trellis NARROW[] = {
+    {.bits = 1, .window = 12, .cols = 1, .multiplier = {0xC853}, .normal = 60},
+    {.bits = 1, .window = 10, .cols = 1, .multiplier = {0x53C9}, .normal = 60},
+    {.bits = 2, .window = 12, .cols = 1, .multiplier = {0xE169}, .normal = 50},
+    {.bits = 2, .window = 10, .cols = 1, .multiplier = {0x19A1}, .normal = 50},
 };
-static const lbq_trellis OF_PAIR = {
-    .bits = 3, .window = WINDOW, .cols = 2, .multiplier = {0x0D47, 0xA371}};
-
-static inline const lbq_trellis *
-trellis_of(const lbq_code *code)
-{
-    return code->kind->cols == 2 ? &OF_PAIR : &OF_RATE[code->bits];
-}
+static const lbq_trellis PAIR[] = {
+    {.bits = 3, .window = 12, .cols = 2, .multiplier = {0x0D47, 0xA371}, .normal = 53},
+};
+static const lbq_trellis WIDE[] = {
+    {.bits = 3, .window = 12, .cols = 1, .wide = 1, .multiplier = {0x9D8B, 0x7681}, .normal = 36},
+    {.bits = 3, .window = 14, .cols = 1, .wide = 1, .multiplier = {0xC561, 0xE11F}, .normal = 35},
+    {.bits = 4, .window = 12, .cols = 1, .wide = 1, .multiplier = {0x5FED, 0xC23F}, .normal = 33},
+    {.bits = 4, .window = 14, .cols = 1, .wide = 1, .multiplier = {0x77C1, 0xBC13}, .normal = 34},
+};
 
 /* A state is the part of a window that the next row's window has too: its upper bits there, its
  * lower bits here. */
@@ -70,7 +73,7 @@ layout_of(const lbq_trellis *trellis, char *base, search *s)
 static size_t
 scratch(const lbq_code *code)
 {
-    return layout_of(trellis_of(code), NULL, NULL);
+    return layout_of(code->trellis, NULL, NULL);
 }
 
 /* Sums before the row that is number `step` of a pass. */
@@ -167,7 +170,7 @@ static void
 encode(const lbq_code *code, const lbq_grid *grid, const float *w, const float *shift,
        ptrdiff_t pitch, uint8_t *words, float *e, void *memory)
 {
-    const lbq_trellis *const trellis = trellis_of(code);
+    const lbq_trellis *const trellis = code->trellis;
     const float *const scale = grid->lanes, *const offset = scale + LBQ_RING;
     search s;
     layout_of(trellis, memory, &s);
@@ -192,74 +195,40 @@ encode(const lbq_code *code, const lbq_grid *grid, const float *w, const float *
 }
 
 static void
-expand(const lbq_code *code, ptrdiff_t columns, uint8_t *words)
+read_levels(const lbq_code *code, const uint8_t *codes, ptrdiff_t panel_bytes, ptrdiff_t columns,
+            ptrdiff_t pitch, uint8_t *bytes)
 {
-    const lbq_trellis *const trellis = trellis_of(code);
-    const uint32_t mask = (1u << trellis->window) - 1;
-    for (ptrdiff_t k = 0; k < columns; k += trellis->cols) {
-        uint8_t *at[LBQ_RING];
-        uint32_t window = 0;
-        for (int place = LBQ_RING - 1; place >= 0; place--) {
-            const int r = lbq_ring_row(place);
-            at[place] = words + r / LBQ_PANEL * columns * LBQ_PANEL + lbq_word_at(k, r % LBQ_PANEL);
-            window = (window << trellis->bits | *at[place]) & mask;
-        }
-        for (int place = LBQ_RING - 1; place >= 0; place--) {
-            window = (window << trellis->bits | *at[place]) & mask;
-            for (int c = 0; c < trellis->cols; c++) /* c < 4 columns lie side by side */
-                at[place][c] = (uint8_t)lbq_trellis_level(trellis, window, c);
-        }
-    }
+    lbq_kernel.expand_trellis(code->trellis, codes, panel_bytes, columns, pitch, bytes);
+}
+
+static lbq_gemv
+gemv(const lbq_code *code)
+{
+    (void)code;
+    return lbq_kernel.gemv_trellis_i8;
 }
 
 static void
 fit(const lbq_code *code, const lbq_search *how, const lbq_groups *groups, float *scale,
     float *offset)
 {
-    /* Standard deviation of the levels, changed to what errs least on a normal variable: at low
-     * rates averages of many weights need less than theirs, at high rates tails need more. */
-    static const double deviation[] = {0, 60, 50, 36, 33}, of_pair = 53;
     (void)how;
-    const bool pair = code->kind->cols == 2;
-    lbq_fit_deviation(code, groups, pair ? of_pair : deviation[code->bits], scale, offset);
+    lbq_fit_deviation(code, groups, (double)code->trellis->normal, scale, offset);
 }
 
-const lbq_code_kind lbq_kind_trellis = {
-    .name = "trellis",
-    .rates = "1 2",
-    .rows = LBQ_RING,
-    .cols = 1,
-    .top = 254,
-    .scratch = scratch,
-    .encode = encode,
-    .decode = lbq_decode_bytes,
-    .expand = expand,
-    .fit = fit,
-};
+#define TRELLIS                                                                                    \
+    .name = "trellis", .rows = LBQ_RING, .scratch = scratch, .encode = encode,                     \
+    .read = read_levels, .gemv = gemv, .fit = fit
 
-const lbq_code_kind lbq_kind_trellis_pair = {
-    .name = "trellis",
-    .rates = "1.5",
-    .rows = LBQ_RING,
-    .cols = LBQ_RING_COLS,
-    .word_cols = LBQ_RING_COLS,
-    .top = 254,
-    .scratch = scratch,
-    .encode = encode,
-    .decode = lbq_decode_bytes,
-    .expand = expand,
-    .fit = fit,
-};
+const lbq_code_kind lbq_kind_trellis = {
+    .rates = "1 1w10 2 2w10", .cols = 1, .top = 254, .trellises = NARROW, TRELLIS};
+
+const lbq_code_kind lbq_kind_trellis_pair = {.rates = "1.5",
+                                             .cols = LBQ_RING_COLS,
+                                             .word_cols = LBQ_RING_COLS,
+                                             .top = 254,
+                                             .trellises = PAIR,
+                                             TRELLIS};
 
 const lbq_code_kind lbq_kind_trellis_wide = {
-    .name = "trellis",
-    .rates = "3 4",
-    .rows = LBQ_RING,
-    .cols = 1,
-    .top = 252,
-    .scratch = scratch,
-    .encode = encode,
-    .decode = lbq_decode_bytes,
-    .expand = expand,
-    .fit = fit,
-};
+    .rates = "3 3w14 4 4w14", .cols = 1, .top = 252, .trellises = WIDE, TRELLIS};

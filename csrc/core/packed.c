@@ -1,4 +1,4 @@
-/* Packing and unpacking, panel by panel, four codes of a row at a time.
+/* Packing and unpacking, strip by strip, four codes of a row at a time.
  *
  * The four bytes of a 32-bit lane never exchange bits, so four consecutive codes are shifted and
  * combined as one word, on machines of either byte order. */
@@ -10,6 +10,7 @@
 
 #include "core/half.h"
 #include "core/pack.h"
+#include "core/ring.h"
 #include "core/threads.h"
 
 enum { WORKSET = 1 << 16 /* weights per task: some 20 us */ };
@@ -56,7 +57,8 @@ lbq_packed_geometry_of(const lbq_packed *packed, lbq_packed_geometry *geometry)
                 "unit is %g and zero is %g, expected finite numbers",
                 (double)packed->unit,
                 (double)packed->zero);
-    assert(packed->block_rows == 1 || packed->block_rows % LBQ_PANEL == 0);
+    assert(packed->block_rows == 1 || packed->block_rows == LBQ_STRIP);
+    assert(packed->block_rows == LBQ_STRIP ? bits <= 4 : packed->word_cols == 1);
     assert(16 % packed->block_cols == 0 && packed->block_cols % packed->word_cols == 0);
 
     const bool per_step = group < cols;
@@ -91,6 +93,7 @@ lbq_packed_panel(const lbq_packed *packed, const lbq_packed_geometry *geometry, 
         .has_offset = packed->has_offset,
         .unit = packed->unit,
         .zero = packed->zero,
+        .panel_bytes = geometry->panel_bytes,
     };
 }
 
@@ -190,71 +193,71 @@ lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out)
 }
 
 void
-lbq_words_unpack(const lbq_packed *packed, lbq_unpacker unpack, const uint8_t *codes,
-                 uint8_t *words)
+lbq_strip_pack(const lbq_packed *packed, const lbq_packed_geometry *geometry, const uint8_t *words,
+               uint8_t *codes)
 {
-    const ptrdiff_t apart = packed->word_cols, count = lbq_packed_step(packed) / apart;
-    unpack(codes, count, words);
-    for (ptrdiff_t i = count - 1; apart > 1 && i >= 0; i--)
-        for (ptrdiff_t r = 0; r < LBQ_PANEL; r++) {
-            const uint8_t word = words[lbq_word_at(i, r)];
-            for (ptrdiff_t k = 0; k < apart; k++)
-                words[lbq_word_at(i * apart + k, r)] = k ? 0 : word;
-        }
+    if (geometry->strip > 1)
+        lbq_ring_pack(
+            packed->bits, geometry->step, packed->word_cols, words, geometry->panel_bytes, codes);
+    else
+        lbq_step_pack(packed->bits, words, geometry->step, codes);
 }
 
 void
-lbq_words_pack(const lbq_packed *packed, const uint8_t *words, uint8_t *codes)
+lbq_strip_unpack(const lbq_packed *packed, const lbq_packed_geometry *geometry,
+                 const uint8_t *codes, uint8_t *words)
 {
-    const ptrdiff_t apart = packed->word_cols, count = lbq_packed_step(packed) / apart;
-    uint8_t stored[LBQ_MAX_STEP * LBQ_PANEL];
-    for (ptrdiff_t i = 0; apart > 1 && i < count; i++)
-        for (ptrdiff_t r = 0; r < LBQ_PANEL; r++)
-            stored[lbq_word_at(i, r)] = words[lbq_word_at(i * apart, r)];
-    lbq_step_pack(packed->bits, apart > 1 ? stored : words, count, codes);
+    lbq_ring_unpack(
+        packed->bits, geometry->step, packed->word_cols, codes, geometry->panel_bytes, words);
 }
 
-/* One call's work, cut into runs of panels. */
+/* One call's work, cut into runs of strips. */
 typedef struct {
     const lbq_packed *packed;
     lbq_packed_geometry geometry;
-    ptrdiff_t groups, panels_per_task;
+    ptrdiff_t groups, strips_per_task;
     const uint8_t *codes_in;
     const float *scale_in, *offset_in;
     uint8_t *panels_out;
     uint8_t *codes_out;
     float *scale_out, *offset_out;
-} panel_work;
+} strip_work;
 
-typedef lbq_status (*panel_function)(const panel_work *work, ptrdiff_t panel);
+typedef lbq_status (*strip_function)(const strip_work *work, ptrdiff_t strip);
 
 typedef struct {
-    const panel_work *work;
-    panel_function function;
-} panel_run;
+    const strip_work *work;
+    strip_function function;
+} strip_run;
+
+static ptrdiff_t
+strips_of(const strip_work *work)
+{
+    return work->geometry.panels / work->geometry.strip;
+}
 
 static lbq_status
-panel_run_task(void *context, ptrdiff_t index, int worker)
+strip_run_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
-    const panel_run *const run = context;
-    const ptrdiff_t begin = index * run->work->panels_per_task;
-    for (ptrdiff_t p = begin; p < begin + run->work->panels_per_task; p++)
-        if (p < run->work->geometry.panels)
-            LBQ_TRY(run->function(run->work, p));
+    const strip_run *const run = context;
+    const ptrdiff_t begin = index * run->work->strips_per_task;
+    for (ptrdiff_t i = begin; i < begin + run->work->strips_per_task; i++)
+        if (i < strips_of(run->work))
+            LBQ_TRY(run->function(run->work, i));
     return LBQ_OK;
 }
 
 static lbq_status
-over_panels(panel_work *work, panel_function function)
+over_strips(strip_work *work, strip_function function)
 {
     LBQ_TRY(lbq_packed_geometry_of(work->packed, &work->geometry));
     const ptrdiff_t cols = work->packed->cols;
     work->groups = work->geometry.scale_stride ? work->geometry.steps : 1;
-    work->panels_per_task = WORKSET / LBQ_PANEL / cols + 1;
-    panel_run run = {work, function};
-    const ptrdiff_t tasks = lbq_pieces(work->geometry.panels, work->panels_per_task);
-    return lbq_parallel(tasks, panel_run_task, &run);
+    work->strips_per_task = WORKSET / (work->geometry.strip * LBQ_PANEL) / cols + 1;
+    strip_run run = {work, function};
+    const ptrdiff_t tasks = lbq_pieces(strips_of(work), work->strips_per_task);
+    return lbq_parallel(tasks, strip_run_task, &run);
 }
 
 static lbq_status
@@ -326,80 +329,109 @@ refuse_code(const lbq_packed *packed, const uint8_t *codes, ptrdiff_t row, ptrdi
                     largest_code(packed, k));
 }
 
+/* Loads the words of a panel's step, laid out as by lbq_step_unpack. */
 static lbq_status
-pack_panel(const panel_work *work, ptrdiff_t panel)
+load_words(const strip_work *work, ptrdiff_t panel, ptrdiff_t step, uint8_t *words)
 {
     const lbq_packed *const packed = work->packed;
     const lbq_packed_geometry *const g = &work->geometry;
-    uint8_t *const out = work->panels_out + panel * g->panel_bytes;
-    memset(out, 0, (size_t)g->panel_bytes);
     const ptrdiff_t first = panel * LBQ_PANEL, cols = lbq_packed_code_cols(packed);
-    const ptrdiff_t words = lbq_smaller(LBQ_PANEL, lbq_packed_code_rows(packed) - first);
-    const ptrdiff_t rows = lbq_smaller(LBQ_PANEL, packed->rows - first);
+    const ptrdiff_t rows = lbq_smaller(LBQ_PANEL, lbq_packed_code_rows(packed) - first);
+    const ptrdiff_t begin = step * g->step, count = lbq_smaller(g->step, cols - begin);
     uint8_t largest[4];
     for (int k = 0; k < 4; k++)
         largest[k] = (uint8_t)largest_code(packed, k);
-    for (ptrdiff_t s = 0; s < g->steps; s++) {
-        const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, cols - begin);
-        uint8_t bytes[LBQ_MAX_STEP * LBQ_PANEL] = {0};
-        for (ptrdiff_t r = 0; r < words; r++) {
-            uint8_t codes[LBQ_MAX_STEP] = {0};
-            memcpy(codes, work->codes_in + (first + r) * cols + begin, (size_t)count);
-            uint32_t seen = 0;
-            for (ptrdiff_t k = 0; k < g->step; k += 4) {
-                const uint32_t word = lbq_load_word(codes + k);
-                seen |= word;
-                lbq_store_word(bytes + k * LBQ_PANEL + 4 * r, word);
-            }
-            if (seen & ~lbq_load_word(largest))
-                return refuse_code(packed, codes, first + r, begin);
+    memset(words, 0, (size_t)(g->step * LBQ_PANEL));
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        uint8_t codes[LBQ_MAX_STEP] = {0};
+        memcpy(codes, work->codes_in + (first + r) * cols + begin, (size_t)count);
+        uint32_t seen = 0;
+        for (ptrdiff_t k = 0; k < g->step; k += 4) {
+            const uint32_t word = lbq_load_word(codes + k);
+            seen |= word;
+            lbq_store_word(words + k * LBQ_PANEL + 4 * r, word);
         }
-        lbq_words_pack(packed, bytes, out + s * g->step_bytes);
+        if (seen & ~lbq_load_word(largest))
+            return refuse_code(packed, codes, first + r, begin);
     }
+    return LBQ_OK;
+}
+
+static lbq_status
+pack_strip(const strip_work *work, ptrdiff_t strip)
+{
+    const lbq_packed *const packed = work->packed;
+    const lbq_packed_geometry *const g = &work->geometry;
+    uint8_t *const out = work->panels_out + strip * g->strip * g->panel_bytes;
+    memset(out, 0, (size_t)(g->strip * g->panel_bytes));
+    for (ptrdiff_t s = 0; s < g->steps; s++) {
+        uint8_t words[LBQ_MAX_STEP * LBQ_STRIP];
+        for (ptrdiff_t p = 0; p < g->strip; p++)
+            LBQ_TRY(load_words(work, strip * g->strip + p, s, words + p * g->step * LBQ_PANEL));
+        lbq_strip_pack(packed, g, words, out + s * g->step_bytes);
+    }
+    const ptrdiff_t first = strip * g->strip * LBQ_PANEL;
+    const ptrdiff_t rows = lbq_smaller(g->strip * LBQ_PANEL, packed->rows - first);
     for (ptrdiff_t r = 0; r < rows; r++)
         for (ptrdiff_t i = 0; i < work->groups; i++) {
             const ptrdiff_t at = (first + r) * work->groups + i;
+            uint8_t *const panel = out + r / LBQ_PANEL * g->panel_bytes;
             LBQ_TRY(lbq_scale_pack(packed,
                                    first + r,
                                    i,
                                    packed->scale_bits ? work->scale_in[at] : 0,
                                    packed->has_offset ? work->offset_in[at] : 0,
-                                   out + g->scale_at + i * g->scale_stride));
+                                   panel + g->scale_at + i * g->scale_stride));
         }
     return LBQ_OK;
 }
 
-static lbq_status
-unpack_panel(const panel_work *work, ptrdiff_t panel)
+/* Stores the codes of one step of a strip. */
+static void
+store_codes(const strip_work *work, ptrdiff_t strip, ptrdiff_t step)
 {
     const lbq_packed *const packed = work->packed;
     const lbq_packed_geometry *const g = &work->geometry;
-    const lbq_panel view = lbq_packed_panel(packed, g, panel);
-    const ptrdiff_t first = panel * LBQ_PANEL, cols = lbq_packed_code_cols(packed);
-    const ptrdiff_t words = lbq_smaller(LBQ_PANEL, lbq_packed_code_rows(packed) - first);
-    const ptrdiff_t rows = lbq_smaller(LBQ_PANEL, packed->rows - first);
-    for (ptrdiff_t i = 0; i < work->groups; i++) {
-        float scale[LBQ_PANEL], offset[LBQ_PANEL];
-        lbq_panel_scale(&view, i, scale);
-        lbq_panel_offset(&view, i, offset);
-        for (ptrdiff_t r = 0; r < rows; r++) {
-            if (work->scale_out)
-                work->scale_out[(first + r) * work->groups + i] = scale[r];
-            if (work->offset_out)
-                work->offset_out[(first + r) * work->groups + i] = offset[r];
+    const lbq_panel view = lbq_packed_panel(packed, g, strip * g->strip);
+    const uint8_t *const at = view.codes + step * g->step_bytes;
+    const ptrdiff_t first = strip * g->strip * LBQ_PANEL, cols = lbq_packed_code_cols(packed);
+    const ptrdiff_t rows = lbq_smaller(g->strip * LBQ_PANEL, lbq_packed_code_rows(packed) - first);
+    const ptrdiff_t begin = step * g->step, count = lbq_smaller(g->step, cols - begin);
+    uint8_t words[LBQ_MAX_STEP * LBQ_STRIP];
+    if (g->strip > 1)
+        lbq_strip_unpack(packed, g, at, words);
+    else
+        lbq_step_unpack(packed->bits, at, g->step, words);
+    for (ptrdiff_t r = 0; r < rows; r++) {
+        const uint8_t *const from = words + r / LBQ_PANEL * g->step * LBQ_PANEL;
+        uint8_t *const to = work->codes_out + (first + r) * cols + begin;
+        for (ptrdiff_t k = 0; k < count; k++)
+            to[k] = from[lbq_word_at(k, r % LBQ_PANEL)];
+    }
+}
+
+static lbq_status
+unpack_strip(const strip_work *work, ptrdiff_t strip)
+{
+    const lbq_packed *const packed = work->packed;
+    const lbq_packed_geometry *const g = &work->geometry;
+    for (ptrdiff_t p = strip * g->strip; p < (strip + 1) * g->strip; p++) {
+        const lbq_panel view = lbq_packed_panel(packed, g, p);
+        const ptrdiff_t first = p * LBQ_PANEL, rows = lbq_smaller(LBQ_PANEL, packed->rows - first);
+        for (ptrdiff_t i = 0; i < work->groups; i++) {
+            float scale[LBQ_PANEL], offset[LBQ_PANEL];
+            lbq_panel_scale(&view, i, scale);
+            lbq_panel_offset(&view, i, offset);
+            for (ptrdiff_t r = 0; r < rows; r++) {
+                if (work->scale_out)
+                    work->scale_out[(first + r) * work->groups + i] = scale[r];
+                if (work->offset_out)
+                    work->offset_out[(first + r) * work->groups + i] = offset[r];
+            }
         }
     }
-    for (ptrdiff_t s = 0; work->codes_out && s < g->steps; s++) {
-        const ptrdiff_t begin = s * g->step, count = lbq_smaller(g->step, cols - begin);
-        for (ptrdiff_t r = 0; r < words; r++) {
-            uint8_t row[LBQ_MAX_STEP];
-            const uint8_t *const at = view.codes + s * g->step_bytes;
-            unpack_row(packed->bits, at, g->step / packed->word_cols, (int)r, row, 4);
-            uint8_t *const to = work->codes_out + (first + r) * cols + begin;
-            for (ptrdiff_t k = 0; k < count; k++)
-                to[k] = k % packed->word_cols ? 0 : row[k / packed->word_cols];
-        }
-    }
+    for (ptrdiff_t s = 0; work->codes_out && s < g->steps; s++)
+        store_codes(work, strip, s);
     return LBQ_OK;
 }
 
@@ -407,20 +439,20 @@ lbq_status
 lbq_pack(const lbq_packed *packed, const uint8_t *codes, const float *scale, const float *offset,
          uint8_t *panels)
 {
-    panel_work work = {
+    strip_work work = {
         .packed = packed,
         .codes_in = codes,
         .scale_in = scale,
         .offset_in = offset,
         .panels_out = panels,
     };
-    return over_panels(&work, pack_panel);
+    return over_strips(&work, pack_strip);
 }
 
 lbq_status
 lbq_unpack(const lbq_packed *packed, uint8_t *codes, float *scale, float *offset)
 {
-    panel_work work = {
+    strip_work work = {
         .packed = packed, .codes_out = codes, .scale_out = scale, .offset_out = offset};
-    return over_panels(&work, unpack_panel);
+    return over_strips(&work, unpack_strip);
 }

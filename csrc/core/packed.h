@@ -3,7 +3,7 @@
  *
  * It defines where the words of a code, one per weight, and the scales and offsets of their groups,
  * g = k / group, are stored; codes/matrix.h defines what they mean. Rows are stored in panels of
- * 16, the last one padded; if the words in a block of more rows depend on each other, panels are
+ * 16, the last one padded; if the words in a block of 64 rows depend on each other, panels are
  * padded to whole blocks. A panel is cut along k into steps of `step` columns, the last one padded
  * with zero codes. A step stores its codes in 64-byte blocks. In a block, every 32-bit lane r holds
  * four k-bytes of row r, so that a kernel broadcasts four activations and multiplies; only 1-bit
@@ -17,6 +17,8 @@
  *     8       4                  i                          4 r + i
  *     3      32                  two 2-bit blocks (low bits of columns 0-15, 16-31), then one with
  *                                the high bits: i + 4 p, p = 0..7, in byte 4 r + i
+ *
+ * If blocks have 64 rows, the four panels of one share out its columns (core/ring.h).
  *
  * Half-bit rates have one word for every two columns, word_cols = 2. It counts as the word of the
  * first column; the word of the second is 0 and not stored. "Column" in the table then counts
@@ -37,14 +39,14 @@
 
 #include "core/status.h"
 
-enum { LBQ_PANEL = 16, LBQ_ROW_STEP = 64, LBQ_MAX_STEP = 128 };
+enum { LBQ_PANEL = 16, LBQ_STRIP = 64, LBQ_ROW_STEP = 64, LBQ_MAX_STEP = 128 };
 
 typedef struct {
     const uint8_t *panels; /* geometry.bytes bytes; fastest if 64-byte aligned */
     ptrdiff_t rows, cols;
     ptrdiff_t group;            /* 16, 32, 64, 128; or >= cols: one group per row */
     int block_rows, block_cols; /* block whose words depend on each other, 1 x 1 if none do;
-                                   block_rows is 1 or whole panels, block_cols divides 16 */
+                                   block_rows is 1 or LBQ_STRIP, block_cols divides 16 */
     int bits;                   /* of a word: 1, 2, 3, 4, 8 */
     int word_cols;              /* columns that share a word: 1 or 2; divides block_cols */
     int scale_bits;             /* 16, 8, 4, 0 */
@@ -125,6 +127,9 @@ typedef struct {
     bool has_offset; /* else offsets are -zero * scale */
     float unit, zero;
     const uint8_t *bytes; /* (16): the byte of each code, for table kernels */
+    /* For kernels that multiply whole strips: what words mean; bytes to the strip's next panel. */
+    const struct lbq_trellis *trellis;
+    ptrdiff_t panel_bytes;
 } lbq_panel;
 
 lbq_panel lbq_packed_panel(const lbq_packed *packed, const lbq_packed_geometry *geometry,
@@ -138,11 +143,16 @@ void lbq_panel_offset(const lbq_panel *panel, ptrdiff_t step, float offset[LBQ_P
  * / 4][row][k % 4]. `columns` is a multiple of 16, or of 32 for 1 and 3 bits. */
 void lbq_step_unpack(int bits, const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
 
-/* The same for all columns of a step by `unpack`, with 0 for words that are not stored; and the
- * inverse. */
+/* The same for a step of a panel by `unpack`, with 0 for words that are not stored. */
 typedef void (*lbq_unpacker)(const uint8_t *codes, ptrdiff_t columns, uint8_t *out);
 void lbq_words_unpack(const lbq_packed *packed, lbq_unpacker unpack, const uint8_t *codes,
                       uint8_t *words);
-void lbq_words_pack(const lbq_packed *packed, const uint8_t *words, uint8_t *codes);
+
+/* Packs the words of a strip's step, [panel][k / 4][row][k % 4], to the codes of its panels; and
+ * unpacks those of a block of LBQ_STRIP rows. */
+void lbq_strip_pack(const lbq_packed *packed, const lbq_packed_geometry *geometry,
+                    const uint8_t *words, uint8_t *codes);
+void lbq_strip_unpack(const lbq_packed *packed, const lbq_packed_geometry *geometry,
+                      const uint8_t *codes, uint8_t *words);
 
 #endif

@@ -364,6 +364,17 @@ run_tiles(run_state *state)
     return lbq_parallel(tiles, p->float64 ? round_rows_f64 : round_rows_f32, state);
 }
 
+/* Rows of a task: at least four tasks, to balance threads. Words of a larger block take so long to
+ * find that a task is one strip. Depends on rows only, so results do not depend on the thread
+ * count. */
+static ptrdiff_t
+tile_of(ptrdiff_t rows, ptrdiff_t strip)
+{
+    if (strip > LANES)
+        return strip;
+    return lbq_smaller(lbq_pieces(lbq_pieces(rows, 4), strip) * strip, MAX_TILE);
+}
+
 /* Runs the tiles with scratch for every thread. */
 static lbq_status
 round_tiles(run_state *state)
@@ -407,9 +418,7 @@ lbq_gptq(const lbq_gptq_problem *problem, const float *W, uint8_t *codes, float 
         .codes = codes,
         .scale = scale,
         .offset = offset,
-        /* At least four tasks, to balance threads; whole strips. Depends on rows only, so results
-         * do not depend on the thread count. */
-        .tile = lbq_smaller(lbq_pieces(lbq_pieces(p->rows, 4), strip) * strip, MAX_TILE),
+        .tile = tile_of(p->rows, strip),
     };
     state.pitch = state.tile + (state.tile % (2 * LANES) == 0 ? LANES : 0);
 

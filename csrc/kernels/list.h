@@ -58,6 +58,16 @@ X(gemv_t2_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y)
 X(gemv_t3_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))
 X(gemv_t4_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))
 
+/* The four panels of a strip of rings (core/ring.h), whose first one is given, times x of width 1
+ * or 4, with y as [panel][t][r]: the same sums with levels of panel->trellis in place of codes. */
+X(gemv_trellis_i8, void, (const lbq_panel *panel, const lbq_activations *x, float *y))
+
+/* Levels of a strip's step of `columns` columns, from codes of rings whose panels lie `panel_bytes`
+ * apart; as [k / 4][r][k % 4] for each panel, panels `pitch` apart; exact. */
+X(expand_trellis, void,
+  (const struct lbq_trellis *trellis, const uint8_t *codes, ptrdiff_t panel_bytes,
+   ptrdiff_t columns, ptrdiff_t pitch, uint8_t *bytes))
+
 /* codes[i] = bytes[codes[i]] for codes below 16; count is a multiple of 64; exact. */
 X(lookup_u8, void, (const uint8_t bytes[16], ptrdiff_t count, uint8_t *codes))
 

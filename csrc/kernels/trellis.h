@@ -16,11 +16,12 @@
 
 enum { LBQ_RING = 64, LBQ_RING_COLS = 2 /* columns that may share a ring */ };
 
-typedef struct {
+typedef struct lbq_trellis {
     int bits, window;
     int cols; /* of a ring: 1, or 2 unless wide */
     bool wide;
     uint16_t multiplier[LBQ_RING_COLS];
+    float normal; /* deviation of the normal variable that the levels suit best */
 } lbq_trellis;
 
 /* The row of a strip at a place of the ring. */

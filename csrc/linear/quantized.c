@@ -20,16 +20,16 @@ enum {
     EXPANDED_COLS = 640, /* two panels of this many columns take five eighths of a 32 KiB L1 */
     PAIR = 2,            /* panels multiplied at a time */
     STRIP = LBQ_STRIP / LBQ_PANEL,
-    BAND = 8,             /* panels of a gemm task */
+    BAND = 8,             /* panels of a gemm unit */
     BLOCK = 32,           /* tiles of a gemm task; with 640 columns they take 160 KiB of L2 */
     SPLIT = 1 << 19,      /* fewer multiplications, some 10 us, stay on one thread */
     SPLIT_TASK = 1 << 18, /* and a task has at least this many */
     TILE_SUMS = LBQ_TILE * LBQ_PANEL,
 };
 
-/* One of the terms. Its unit, which threads do not share, is a panel for gemv and a band for gemm.
- * Units of all terms are numbered together. A term added to the previous one has no units: it
- * follows that one panel by panel, while the sums are in cache. */
+/* One of the terms. Its unit, which threads do not share, is a panel or strip for gemv and a band
+ * for gemm. Units of all terms are numbered together. A term added to the previous one has no
+ * units: it follows that one panel by panel, while the sums are in cache. */
 typedef struct {
     const lbq_matrix *matrix;
     lbq_packed_geometry geometry;
@@ -54,6 +54,7 @@ typedef struct {
     const float *x;
     part parts[LBQ_SHARED];
     ptrdiff_t count, units; /* of all parts */
+    ptrdiff_t unit_panels;  /* panels of a unit */
     grid grids[LBQ_SHARED]; /* of the parts, without duplicates */
     ptrdiff_t grid_count;   /* sets of factors */
     ptrdiff_t width, tiles; /* tokens per tile */
@@ -235,26 +236,32 @@ panel_at(const part *of, ptrdiff_t index)
 {
     lbq_panel panel = lbq_packed_panel(&of->matrix->packed, &of->geometry, index);
     panel.bytes = of->matrix->code->bytes.table;
+    panel.trellis = of->matrix->code->trellis;
     return panel;
 }
 
-/* Multiplies some panels of a part by a few tokens. */
+/* Multiplies some panels of a part, whole strips, by a few tokens. */
 static void
 multiply_panels(const product *job, const part *of, ptrdiff_t first, ptrdiff_t panels)
 {
-    const ptrdiff_t bytes = of->geometry.panel_bytes, rows = of->rows;
+    const ptrdiff_t strip = of->geometry.strip, bytes = strip * of->geometry.panel_bytes;
+    const ptrdiff_t rows = of->rows;
     const ptrdiff_t whole = job->tokens == 1 && is_plain(of) ? rows / LBQ_PANEL : 0;
     const lbq_activations x = tile_at(job, of, 0);
     lbq_panel panel = panel_at(of, first);
-    for (ptrdiff_t p = first; p < first + panels; p++) {
-        _Alignas(64) float sums[FEW * LBQ_PANEL];
-        if (p < whole) { /* sixteen sums of one token */
+    for (ptrdiff_t p = first; p < first + panels; p += strip) {
+        _Alignas(64) float sums[FEW * LBQ_STRIP];
+        if (p + strip <= whole) { /* sums of one token */
             of->gemv(&panel, &x, of->term->y + p * LBQ_PANEL);
         } else {
             of->gemv(&panel, &x, sums);
-            const ptrdiff_t row = p * LBQ_PANEL, here = lbq_smaller(LBQ_PANEL, rows - row);
-            for (ptrdiff_t t = 0; t < job->tokens; t++)
-                store_sums(job, of, t, row, here, sums + t * LBQ_PANEL);
+            for (ptrdiff_t i = 0; i < strip && (p + i) * LBQ_PANEL < rows; i++) {
+                const ptrdiff_t row = (p + i) * LBQ_PANEL;
+                const float *const from = sums + i * job->width * LBQ_PANEL;
+                const ptrdiff_t here = lbq_smaller(LBQ_PANEL, rows - row);
+                for (ptrdiff_t t = 0; t < job->tokens; t++)
+                    store_sums(job, of, t, row, here, from + t * LBQ_PANEL);
+            }
         }
         panel.codes += bytes;
         panel.scale += bytes;
@@ -271,10 +278,13 @@ gemv_task(void *context, ptrdiff_t index, int worker)
     for (ptrdiff_t unit = index * job->per_task; unit < end;) {
         const part *const of = part_of(job, unit);
         const ptrdiff_t first = unit - of->first_unit;
-        const ptrdiff_t panels = lbq_smaller(of->units - first, end - unit);
+        const ptrdiff_t units = lbq_smaller(of->units - first, end - unit);
+        const ptrdiff_t panel = first * job->unit_panels;
+        const ptrdiff_t panels =
+            lbq_smaller(units * job->unit_panels, lbq_pieces(of->rows, LBQ_PANEL) - panel);
         for (const part *p = of; p; p = following(job, p))
-            multiply_panels(job, p, first, panels);
-        unit += panels;
+            multiply_panels(job, p, panel, panels);
+        unit += units;
     }
     return LBQ_OK;
 }
@@ -391,11 +401,12 @@ run(product *job)
      * rotation as long as three. */
     const double rotating = job->hadamard ? 3 * (double)job->hadamard->cost : 0;
     LBQ_TRY(split(job, quantize_task, job->tiles, (16 + rotating) * row * width));
+    const double panel = LBQ_PANEL * row * width;
     if (job->width < LBQ_TILE)
-        return split(job, gemv_task, job->units, LBQ_PANEL * row * width);
+        return split(job, gemv_task, job->units, panel * (double)job->unit_panels);
     const ptrdiff_t tasks = job->units * lbq_pieces(job->tiles, BLOCK);
     const double tiles = (double)lbq_smaller(job->tiles, BLOCK);
-    return split(job, gemm_task, tasks, BAND * LBQ_PANEL * row * width * tiles);
+    return split(job, gemm_task, tasks, BAND * panel * tiles);
 }
 
 static lbq_gemv
@@ -422,7 +433,7 @@ add_part(product *job, const lbq_term *term)
     LBQ_TRY(lbq_packed_geometry_of(&matrix->packed, &to->geometry));
     to->together = to->geometry.strip > PAIR ? to->geometry.strip : PAIR;
     if (job->count == 0 || term->y != to[-1].term->y)
-        to->units = lbq_pieces(to->rows, LBQ_PANEL * (job->width < LBQ_TILE ? 1 : BAND));
+        to->units = lbq_pieces(to->rows, LBQ_PANEL * job->unit_panels);
     job->count++;
     job->units += to->units;
     if (to->gemv == lbq_kernel.gemv_u1_i8 && job->width < LBQ_TILE)
@@ -446,8 +457,12 @@ lbq_multiply_quantized(ptrdiff_t count, const lbq_term *terms, const lbq_hadamar
     assert(count <= LBQ_SHARED);
     const lbq_copy *const first = terms[0].copy;
     bool few = tokens <= FEW;
-    for (ptrdiff_t i = 0; i < count; i++)
+    ptrdiff_t strip = 1;
+    for (ptrdiff_t i = 0; i < count; i++) {
         few = few && gemv_of(terms[i].copy);
+        if (lbq_strip_rows(terms[i].copy->matrix.code) > LBQ_PANEL)
+            strip = STRIP;
+    }
     product job = {
         .hadamard = hadamard,
         .activation = &first->activation,
@@ -456,6 +471,7 @@ lbq_multiply_quantized(ptrdiff_t count, const lbq_term *terms, const lbq_hadamar
         .cols = first->cols,
         .step = lbq_packed_step(&first->matrix.packed),
         .x = x,
+        .unit_panels = few ? strip : BAND,
         .width = !few          ? LBQ_TILE
                  : tokens == 1 ? 1
                                : FEW,

@@ -45,6 +45,8 @@ lbq_table_avx512(lbq_kernels *table)
     table->gemv_t2_i8 = lbq_gemv_t2_i8_avx512;
     table->gemv_t3_i8 = lbq_gemv_t3_i8_avx512;
     table->gemv_t4_i8 = lbq_gemv_t4_i8_avx512;
+    table->gemv_trellis_i8 = lbq_gemv_trellis_i8_avx512;
+    table->expand_trellis = lbq_expand_trellis_avx512;
     table->lookup_u8 = lbq_lookup_u8_avx512;
     table->gemm_u8_i8 = lbq_gemm_u8_i8_avx512;
     table->store_tile = lbq_store_tile_avx512;

@@ -2,12 +2,12 @@
 #include <math.h>
 #include <string.h>
 
+#include "kernels/portable/gemv_portable.h"
 #include "kernels/portable/portable.h"
 
-/* One step: codes as [k / 4][row][k % 4] into y [token][row]. */
-static void
-add_step(const lbq_panel *panel, ptrdiff_t step, const uint8_t *codes, const lbq_activations *x,
-         float *y)
+void
+lbq_add_step_portable(const lbq_panel *panel, ptrdiff_t step, const uint8_t *codes,
+                      const lbq_activations *x, float *y)
 {
     float scale[LBQ_PANEL], offset[LBQ_PANEL];
     lbq_panel_scale(panel, step, scale);
@@ -43,7 +43,7 @@ gemv(int bits, const uint8_t *bytes, const lbq_panel *panel, const lbq_activatio
         lbq_step_unpack(bits, panel->codes + s * panel->step_bytes, panel->step, codes);
         if (bytes)
             lbq_lookup_u8_portable(bytes, panel->step * LBQ_PANEL, codes);
-        add_step(panel, s, codes, x, y);
+        lbq_add_step_portable(panel, s, codes, x, y);
     }
 }
 
@@ -104,7 +104,7 @@ lbq_gemm_u8_i8_portable(const lbq_panel *panel, ptrdiff_t count, int bits, const
         memset(y, 0, sizeof(float) * (size_t)(LBQ_PANEL * LBQ_TILE * count));
     for (ptrdiff_t p = 0; p < count; p++, y += LBQ_TILE * LBQ_PANEL)
         for (ptrdiff_t s = first; s < end; s++, codes += panel->step * LBQ_PANEL)
-            add_step(&panel[p], s, codes, x, y);
+            lbq_add_step_portable(&panel[p], s, codes, x, y);
 }
 
 void

@@ -120,6 +120,9 @@ def linearity(
 ) -> Linearity:
     """Predict the divergence of formats from noise, and measure it.
 
+    A layer costs a run of the later blocks and of the head for each format, window, and the noise.
+    Memory holds the weights of all of these, 4 bytes each.
+
     Parameters
     ----------
     model : Model

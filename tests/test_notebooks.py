@@ -34,7 +34,7 @@ def test_notebook_runs(path, kind, tmp_path, request):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     assert run.returncode == 0, run.stderr
 

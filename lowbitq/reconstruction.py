@@ -77,7 +77,9 @@ def reconstruct(
         Calibration text, as for `lowbitq.texts.windows`.
     learn : iterable of str
         Kinds of parameters, see `lowbitq.students`; ``("weight", "scale")`` is EfficientQAT's
-        Block-AP.
+        Block-AP. Short runs lose by it what error feedback has won: after 40 steps of 8 windows of
+        256 tokens, the first block of SmolLM2 in int2g64 erred by 0.035 of its held-back output
+        with scales, offsets and norms alone, by 0.043 or more with weights, by 0.042 untrained.
     rounding : LearnedRounding or str, default="nearest"
         How the codes learn, if ``"weight"`` does; see `lowbitq.roundings`.
     steps, batch : int

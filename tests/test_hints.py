@@ -26,6 +26,7 @@ def training(small, teacher, hints, learn=("norm",), **changes):
     others = {"steps": 4, "every": 4, "keep": 1, "warmup": 0, "seed": 0, "clip": 1.0, "decay": 0.0}
     arguments = {
         "learn": learn,
+        "rounding": "nearest",
         "loss": "kl",
         "hints": hints,
         "temperatures": (),

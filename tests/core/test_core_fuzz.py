@@ -196,7 +196,7 @@ class Calls:
                 absent = a.or_none and r.random() < 0.25
                 if name == "head_backward" and a.name in ("uniform", "teacher_hidden"):
                     absent = r.random() < 0.9
-                if a.name == "V" and r.random() < 0.9:  # with U or not at all
+                if a.name == "V" and "U" in given and r.random() < 0.9:  # with U or not at all
                     absent = given["U"] is None
                 if name == "code" and keywords["name"] in CODES and r.random() < 0.9:
                     absent = CODES[keywords["name"]]["table"] == "none"

@@ -10,9 +10,9 @@
  * below it what no code of that rate can undercut:
  *
  *     bits a weight   1       1.5     2        3        4
- *     12 bits         0.285   0.143   0.0747   0.0192   0.0050
- *     10 bits         0.288           0.0755
- *     14 bits                                  0.0187   0.0048
+ *     12 bits         0.287   0.144   0.0749   0.0194   0.0050
+ *     10 bits         0.288           0.0762
+ *     14 bits                                  0.0186   0.0048
  *     bound           0.250   0.125   0.0625   0.0156   0.0039
  *
  * Windows have 12 bits, or 10 at low rates: a quarter of the time. 14 bits take four times as long;
@@ -25,9 +25,9 @@
 
 enum { HISTORY = LBQ_RING + 1 };
 
-/* The best multipliers of 300 or more tried by benchmarks/search_trellis.py; others give up to a
- * tenth more. `normal` is the deviation of the normal variable that the levels suit best: at low
- * rates averages of many weights need less range than theirs, at high rates tails need more. */
+/* The best of some hundred random multipliers each (benchmarks/search_trellis.py); others give up
+ * to a tenth more. `normal` is the deviation of the normal variable that the levels suit best: at
+ * low rates averages of many weights need less range than theirs, at high rates tails need more. */
 static const lbq_trellis NARROW[] = {
     {.bits = 1, .window = 12, .cols = 1, .multiplier = {0xC853}, .normal = 60},
     {.bits = 1, .window = 10, .cols = 1, .multiplier = {0x53C9}, .normal = 60},

@@ -73,7 +73,9 @@ sum_u1(const uint8_t *codes, const ptrdiff_t columns, const int8_t *q, const int
 }
 
 /* One token looks up sums of four activations, 16 rows at once, as gemv_u1_avx2.c explains. Up to
- * two blocks are summed in bytes, low and high parts separately. */
+ * two blocks are summed in bytes, low and high parts separately. The sums take 8 bytes a column:
+ * those of 4096 columns fill the first-level cache of a Zen 4, where weights from memory then
+ * pass at 54 Gw/s instead of the 104 of 1024 columns. */
 LBQ_INLINE void
 look_up_u1(const uint8_t *codes, const ptrdiff_t columns, const uint8_t *subsets, sums *sum)
 {

@@ -229,7 +229,7 @@ class Calls:
                 sizes["b"] = 64
         if name == "code":
             sizes["l"] = CODES.get(keywords["name"], {"level_count": 1})["level_count"]
-        if name == "code_gradient":
+        if name in ("code_gradient", "latent_gradient", "soft_gradient"):
             sizes["l"] = CODES[stored["code"]]["level_count"]
         if name in ("kmeans", "fixed_levels"):
             sizes["l"] = r.choice([2, 4, 16])

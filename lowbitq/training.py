@@ -227,8 +227,7 @@ class Training:
             self.validate()
         options, step = self.options, self.done + 1
         at = Progress(step, options.steps, options.seed)
-        self.student.compose(at=at)
-        terms = self._gradient(list(self._chosen(step)), options.loss_at(step))
+        terms = self._gradient(list(self._chosen(step)), options.loss_at(step), at)
         total = sum(weight * terms[name] for name, weight in options.weights.items())
         usual = cosine(step, options.steps, options.warmup)
         norm = self.optimizer.step(usual if factor is None else factor, self.student.frozen(at))
@@ -239,8 +238,11 @@ class Training:
         self.history.append({"step": step, "loss": total, "norm": norm, **several})
         return Round(step, options.steps, total, validation, norm, self.seconds, terms)
 
-    def _gradient(self, windows: list[int], loss: Loss) -> dict[str, float]:
+    def _gradient(
+        self, windows: list[int], loss: Loss, at: Progress | None = None
+    ) -> dict[str, float]:
         """Add the gradients of the mean loss over windows; return the mean of each term."""
+        self.student.compose(at=at)
         share = 1 / len(windows)
         terms = dict.fromkeys(self.options.weights, 0.0)
         for start in range(0, len(windows), self.at_once):

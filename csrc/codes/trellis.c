@@ -208,6 +208,9 @@ gemv(const lbq_code *code)
     return lbq_kernel.gemv_trellis_i8;
 }
 
+/* By the deviation of the weights as they are, though error feedback widens what is coded: on eight
+ * layers of SmolLM2, scales times 1.03 changed the error of the outputs by -0.8 to 0.3 %, times 1.1
+ * by -1 to 2.3 % (2 bits; 3 bits alike). */
 static void
 fit(const lbq_code *code, const lbq_search *how, const lbq_groups *groups, float *scale,
     float *offset)

@@ -67,8 +67,10 @@ def compress(
 
     The model is rotated. Embedding and head are rounded to nearest. The calibration text then runs
     through the model block by block: the layers of a block are rounded to change their outputs
-    least, given the outputs of the quantized blocks before. Memory holds the activations of one
-    block: ``4 samples window hidden`` bytes.
+    least, given the outputs of the quantized blocks before; with ``drift=True`` given those of all
+    quantized layers before, whose errors they also repay (see `lowbitq.drift`). Memory holds the
+    activations of one block: ``4 samples window hidden`` bytes; with drift those of both models and
+    of one layer's inputs.
 
     Parameters
     ----------

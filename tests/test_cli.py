@@ -204,6 +204,15 @@ def test_quantize_by_fisher_information(quantize, tiny_folder, text_file):
     assert any(differ)
 
 
+def test_quantize_with_drift_correction(quantize):
+    command, out = quantize
+    code, _, err = command("--drift", "--format", "int2g32")
+    assert (code, err) == (0, [])
+    small = lq.load(out)
+    assert small.plan.drift
+    assert "alpha" in small.records["model.layers.0.mlp.down_proj"]
+
+
 def test_quantize_with_adapters(capsys, quantize):
     command, out = quantize
     code, shown, _ = command("--format", "int2g32+rank3", "--json")

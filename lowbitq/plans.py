@@ -366,7 +366,8 @@ class Plan:
     @property
     def needs_text(self) -> bool:
         """Whether rounding any layer needs its inputs."""
-        return any(layer.rounding.method == "gptq" for layer in self.layers.values())
+        feedback = any(layer.rounding.method == "gptq" for layer in self.layers.values())
+        return feedback or self.drift
 
     @classmethod
     def uniform(

@@ -120,6 +120,13 @@ def test_models_drift_less(rotation, scaled):
     assert {"alpha", "ridge"} <= corrected.records["model.layers.2.mlp.down_proj"].keys()
 
 
+def test_rounding_to_nearest_drifts_less():
+    model = random_model(layers=4)
+    options = {"text": TOKENS, "method": "rtn", "embedding": None}
+    plain, corrected = (compress(model, "int2g32", drift=d, **options) for d in (False, True))
+    assert last_error(model, corrected) < 0.9 * last_error(model, plain)
+
+
 def test_layers_with_biases_drift_less():
     model = random_model(layers=3)
     rng = np.random.default_rng(3)

@@ -36,7 +36,11 @@ STEPS = 200
 
 
 def products(model, tokens, *, weights):
-    """Return the operations of matrix products in a step: there, again, back, and dL/dW."""
+    """Return the operations of matrix products in a step.
+
+    There and back, and dL/dW or the gradients of rows of o and down; those of other rows follow
+    from outputs that are kept.
+    """
     config = model.config
     dense = sum(np.prod(linear.shape) for _, linear in model.linears())
     down = sum(np.prod(linear.shape) for name, linear in model.linears() if "down" in name)
@@ -44,9 +48,8 @@ def products(model, tokens, *, weights):
     head = np.prod((model.head or model.embedding).shape)
     attention = config.layers * config.heads * config.head_dim * tokens / 2  # one product
     there = dense + 2 * attention + head
-    again = dense - down - output
     back = dense + 5 * attention + head + head  # the teacher's logits too
-    return 2 * tokens * (there + again + back + (dense if weights else 0))
+    return 2 * tokens * (there + back + (dense if weights else down + output))
 
 
 def step_of(student, teacher, tokens, hidden):

@@ -52,12 +52,12 @@ def loss_of(student, teacher, tokens=TOKENS):
     return (np.exp(log_p) * (log_p - log_q)).sum(1).mean()
 
 
-def backward(student, teacher, windows=(TOKENS,)):
+def backward(student, teacher, windows=(TOKENS,), keep="all"):
     """Add the gradient of the sum of the windows' mean divergences."""
     student.compose()
     runs = []
     for tokens in windows:
-        run = Pass(student.model, tokens)
+        run = Pass(student.model, tokens, keep=keep)
         run.loss(
             Loss.parse("kl"),
             teacher=teacher,
@@ -293,6 +293,36 @@ def with_turned_inputs(small):
             turned = replace(copy, rotation=Rotation(linear.shape[1]))
             small.replace_linear(name, linear.replace(copies=(turned,)))
     return small
+
+
+@pytest.mark.parametrize("head_norms", [False, True])
+@pytest.mark.parametrize("format", ["int2g32 a32", "int2g32 a32 + rank2"])
+def test_gradients_do_not_depend_on_what_is_kept(format, head_norms):
+    small, teacher = pair(format)
+    if head_norms:
+        small = with_head_norms(small)
+    found = []
+    for keep in ("all", "attention", "nothing"):
+        student = Student(small, KINDS)
+        rng = np.random.default_rng(0)
+        for p in student.parameters:
+            if p.kind in ("row", "bias"):
+                p.value += rng.uniform(-0.2, 0.2, p.value.shape).astype(np.float32)
+        backward(student, teacher, keep=keep)
+        found.append([p.gradient for p in student.parameters])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            assert np.allclose(one, two, atol=2e-4 * abs(one).max())
+
+
+def test_a_row_of_zero_weight_has_a_gradient():
+    small, teacher = pair("int2g32 a32")
+    student = Student(small, ["row"])
+    for p in student.parameters:
+        p.value[3] = 0
+    backward(student, teacher)
+    for p in student.parameters:
+        assert p.gradient[3] != 0 or "k_proj" in p.name, p.name
 
 
 def test_gradients_of_windows_add_up():

@@ -166,6 +166,42 @@ weight_gradient(const lbq_copy *copy, ptrdiff_t tokens, const float *x, const fl
     return add_column_sums(tokens, copy->rows, g, z, to);
 }
 
+/* Whether the gradient of the weight follows from the layer's output: of a single copy without an
+ * adapter, if no weight is 0. */
+static bool
+follows(const lbq_linear *layer, const float *y)
+{
+    if (!y || layer->count != 1 || layer->rank)
+        return false;
+    const float *const weight = layer->copies[0].weight;
+    for (ptrdiff_t r = 0; weight && r < layer->rows; r++)
+        if (weight[r] == 0)
+            return false;
+    return true;
+}
+
+/* to += sum_t g (y - b) / weight. */
+static lbq_status
+weight_from_output(const lbq_linear *layer, ptrdiff_t tokens, const float *y, const float *g,
+                   float *to)
+{
+    const ptrdiff_t rows = layer->rows;
+    const float *const weight = layer->copies[0].weight;
+    const size_t bytes = sizeof(float) * (size_t)rows;
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, 2 * lbq_padded(bytes)));
+    float *const by_y = memset(lbq_arena_take(&arena, bytes), 0, bytes);
+    float *const by_b = memset(lbq_arena_take(&arena, bytes), 0, bytes);
+    lbq_status status = add_column_sums(tokens, rows, g, y, by_y);
+    if (status == LBQ_OK && layer->bias)
+        status = add_column_sums(tokens, rows, g, NULL, by_b);
+    for (ptrdiff_t r = 0; r < rows && status == LBQ_OK; r++)
+        to[r] +=
+            (by_y[r] - (layer->bias ? layer->bias[r] * by_b[r] : 0)) / (weight ? weight[r] : 1);
+    lbq_arena_close(&arena);
+    return status;
+}
+
 /* P (weight * g), where that is not g. */
 static lbq_status
 pull_back(const lbq_copy *copy, ptrdiff_t tokens, const float *g, float *h)
@@ -194,7 +230,8 @@ copy_backward(const lbq_linear *layer, ptrdiff_t index, ptrdiff_t tokens, const 
 {
     const lbq_copy *const copy = &layer->copies[index];
     const ptrdiff_t rows = copy->rows, cols = copy->cols;
-    float *const dense = gradient->dense[index], *const weight = gradient->weight[index];
+    float *const dense = gradient->dense[index];
+    float *const weight = s->z ? gradient->weight[index] : NULL; /* else it follows from y */
     float *const fake = gradient->fake[index], *const input = gradient->input[index];
     const float *turned = x; /* R x */
     if (s->x && (dense || weight || s->y)) {
@@ -263,13 +300,16 @@ adapter_backward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, cons
 }
 
 lbq_status
-lbq_linear_backward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, const float *g,
-                    const lbq_linear_gradient *gradient, bool add, float *dx)
+lbq_linear_backward(const lbq_linear *layer, ptrdiff_t tokens, const float *x, const float *y,
+                    const float *g, const lbq_linear_gradient *gradient, bool add, float *dx)
 {
     LBQ_TRY(check(layer, gradient));
+    const bool known = follows(layer, y);
+    if (known && gradient->weight[0])
+        LBQ_TRY(weight_from_output(layer, tokens, y, g, gradient->weight[0]));
     for (ptrdiff_t i = 0; i < layer->count; i++) {
         const lbq_copy *const copy = &layer->copies[i];
-        const bool weight = gradient->weight[i];
+        const bool weight = gradient->weight[i] && !known;
         scratch s = {0};
         lbq_arena arena = {0};
         LBQ_TRY(lbq_arena_open(&arena, take(copy, tokens, weight, &arena, &s)));

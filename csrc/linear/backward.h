@@ -32,11 +32,12 @@ typedef struct {
     float *bias, *U, *V;
 } lbq_linear_gradient;
 
-/* dx (tokens, cols) is written, or added to, for x alike and g (tokens, rows); dx may be NULL.
+/* dx (tokens, cols) is written, or added to, for x alike and g (tokens, rows); dx may be NULL. y
+ * (tokens, rows), the output for x, saves products where it is not NULL.
  * LBQ_BAD_VALUE for packed copies or too many of them; LBQ_BAD_SHAPE unless the sizes of the arrays
  * are those of the layer; LBQ_NO_MEMORY. */
 lbq_status lbq_linear_backward(const lbq_linear *layer, ptrdiff_t tokens, const float *x,
-                               const float *g, const lbq_linear_gradient *gradient, bool add,
-                               float *dx);
+                               const float *y, const float *g, const lbq_linear_gradient *gradient,
+                               bool add, float *dx);
 
 #endif

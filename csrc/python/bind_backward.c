@@ -204,7 +204,8 @@ linear_backward(const lbq_linear *layer, const lbq_array *x, const lbq_array *g,
 {
     LBQ_TRY(lbq_check_axis(x, "x", 1, "cols", layer->cols));
     LBQ_TRY(lbq_check_axis(g, "g", 1, "rows", layer->rows));
-    return lbq_linear_backward(layer, x->dims[0], x->data, g->data, gradient, false, dx->data);
+    return lbq_linear_backward(
+        layer, x->dims[0], x->data, NULL, g->data, gradient, false, dx->data);
 }
 
 LBQ_BINDING(linear_backward)

@@ -156,15 +156,16 @@ gate(pass *p)
     return lbq_rmsnorm(p->tokens, decoder->hidden, p->middle, gain, decoder->epsilon, p->n);
 }
 
-/* Through one layer of the block, for its input x and g = dL/dy. */
+/* Through one layer of the block, for its input x, its output y (or NULL) and g = dL/dy. */
 static lbq_status
-layer_backward(const pass *p, int slot, const float *x, const float *g, bool add, float *dx)
+layer_backward(const pass *p, int slot, const float *x, const float *y, const float *g, bool add,
+               float *dx)
 {
     const lbq_linear *const layer = layer_of(p->block, slot);
     float *const seen = p->outputs->layers[slot];
     if (seen)
         memcpy(seen, g, sizeof(float) * (size_t)(p->tokens * layer->rows));
-    return lbq_linear_backward(layer, p->tokens, x, g, &p->gradient->layers[slot], add, dx);
+    return lbq_linear_backward(layer, p->tokens, x, y, g, &p->gradient->layers[slot], add, dx);
 }
 
 /* What a half adds to the residual stream has this gradient. */
@@ -186,11 +187,11 @@ feed_forward_backward(pass *p)
     LBQ_TRY(gate(p));
     LBQ_TRY(lbq_swiglu(count, p->gate, p->up, p->y));
     const float *const dm = scaled(p, p->block->mlp_scale);
-    LBQ_TRY(layer_backward(p, LBQ_DOWN, p->y, dm, false, p->dy));
+    LBQ_TRY(layer_backward(p, LBQ_DOWN, p->y, NULL, dm, false, p->dy));
     /* dy and y are used up: the gradients of gate and up lie there. */
     LBQ_TRY(lbq_swiglu_backward(count, p->gate, p->up, p->dy, p->dy, p->y));
-    LBQ_TRY(layer_backward(p, LBQ_GATE, p->n, p->dy, false, p->dn));
-    LBQ_TRY(layer_backward(p, LBQ_UP, p->n, p->y, true, p->dn));
+    LBQ_TRY(layer_backward(p, LBQ_GATE, p->n, p->gate, p->dy, false, p->dn));
+    LBQ_TRY(layer_backward(p, LBQ_UP, p->n, p->up, p->y, true, p->dn));
     return lbq_rmsnorm_backward(tokens,
                                 decoder->hidden,
                                 p->middle,
@@ -225,7 +226,7 @@ attention_half_backward(pass *p)
     const ptrdiff_t tokens = p->tokens;
     LBQ_TRY(project(p));
     const float *const da = scaled(p, block->attention_scale);
-    LBQ_TRY(layer_backward(p, LBQ_OUTPUT, p->output, da, false, p->dout));
+    LBQ_TRY(layer_backward(p, LBQ_OUTPUT, p->output, NULL, da, false, p->dout));
     LBQ_TRY(lbq_attention_backward(
         heads, tokens, p->q, p->k, p->v, p->log_sum, p->output, p->dout, p->dq, p->dk, p->dv));
     float *dq = p->dq, *dk = p->dk; /* q and k are used up: their gradients may lie there */
@@ -233,9 +234,9 @@ attention_half_backward(pass *p)
         p, heads->heads, p->raw_q, block->query_norm, p->gradient->query_norm, &dq, p->q));
     LBQ_TRY(turn_backward(
         p, heads->kv_heads, p->raw_k, block->key_norm, p->gradient->key_norm, &dk, p->k));
-    LBQ_TRY(layer_backward(p, LBQ_QUERY, p->n, dq, false, p->dn));
-    LBQ_TRY(layer_backward(p, LBQ_KEY, p->n, dk, true, p->dn));
-    LBQ_TRY(layer_backward(p, LBQ_VALUE, p->n, p->dv, true, p->dn));
+    LBQ_TRY(layer_backward(p, LBQ_QUERY, p->n, p->raw_q, dq, false, p->dn));
+    LBQ_TRY(layer_backward(p, LBQ_KEY, p->n, p->raw_k, dk, true, p->dn));
+    LBQ_TRY(layer_backward(p, LBQ_VALUE, p->n, p->v, p->dv, true, p->dn));
     return lbq_rmsnorm_backward(tokens,
                                 decoder->hidden,
                                 p->x,

@@ -55,7 +55,7 @@ tile_backward(const lbq_decoder *decoder, const lbq_objective *objective, ptrdif
                               target,
                               objective->weight ? objective->weight + first : NULL,
                               loss ? loss : s->loss));
-    return lbq_linear_backward(head, count, y, s->logits, gradient, false, dy);
+    return lbq_linear_backward(head, count, y, NULL, s->logits, gradient, false, dy);
 }
 
 lbq_status

@@ -17,26 +17,31 @@ in_order(__m256 pairs)
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xD8));
 }
 
-/* Sorts 2^bits vectors of numbers by their places modulo 2^bits, halving bit by bit. */
+/* Sorts 2^bits vectors of numbers by their places modulo 2^bits, halving bit by bit. Loops end at
+ * constants: gcc does not unroll others without optimisation, and says so. */
 INLINE void
 sort_by_word(const int bits, const float *from, __m256 *sorted)
 {
 #pragma GCC unroll 16
-    for (int i = 0; i < 1 << bits; i++)
-        sorted[i] = _mm256_loadu_ps(from + i * LANES);
+    for (int i = 0; i < MOST_WORDS; i++)
+        if (i < 1 << bits)
+            sorted[i] = _mm256_loadu_ps(from + i * LANES);
 #pragma GCC unroll 4
     for (int done = 0; done < bits; done++) {
         const int half = 1 << (bits - 1 - done);
         __m256 next[MOST_WORDS];
 #pragma GCC unroll 8
-        for (int i = 0; i < 1 << (bits - 1); i++) {
+        for (int i = 0; i < MOST_WORDS / 2; i++) {
+            if (i >= 1 << (bits - 1))
+                break;
             const __m256 a = sorted[2 * i], b = sorted[2 * i + 1];
             next[i] = in_order(_mm256_shuffle_ps(a, b, 0x88));
             next[i + (1 << done) * half] = in_order(_mm256_shuffle_ps(a, b, 0xDD));
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < 1 << bits; i++)
-            sorted[i] = next[i];
+        for (int i = 0; i < MOST_WORDS; i++)
+            if (i < 1 << bits)
+                sorted[i] = next[i];
     }
 }
 

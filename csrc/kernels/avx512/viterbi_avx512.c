@@ -10,7 +10,8 @@ enum { LANES = 16, MOST_WORDS = 16 };
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Sorts 2^bits vectors of numbers by their places modulo 2^bits, halving bit by bit. */
+/* Sorts 2^bits vectors of numbers by their places modulo 2^bits, halving bit by bit. Loops end at
+ * constants: gcc does not unroll others without optimisation, and says so. */
 INLINE void
 sort_by_word(const int bits, const float *from, __m512 *sorted)
 {
@@ -18,21 +19,25 @@ sort_by_word(const int bits, const float *from, __m512 *sorted)
         _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
 #pragma GCC unroll 16
-    for (int i = 0; i < 1 << bits; i++)
-        sorted[i] = _mm512_loadu_ps(from + i * LANES);
+    for (int i = 0; i < MOST_WORDS; i++)
+        if (i < 1 << bits)
+            sorted[i] = _mm512_loadu_ps(from + i * LANES);
 #pragma GCC unroll 4
     for (int done = 0; done < bits; done++) {
         const int half = 1 << (bits - 1 - done);
         __m512 next[MOST_WORDS];
 #pragma GCC unroll 8
-        for (int i = 0; i < 1 << (bits - 1); i++) {
+        for (int i = 0; i < MOST_WORDS / 2; i++) {
+            if (i >= 1 << (bits - 1))
+                break;
             const __m512 a = sorted[2 * i], b = sorted[2 * i + 1];
             next[i] = _mm512_permutex2var_ps(a, even, b);
             next[i + (1 << done) * half] = _mm512_permutex2var_ps(a, odd, b);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < 1 << bits; i++)
-            sorted[i] = next[i];
+        for (int i = 0; i < MOST_WORDS; i++)
+            if (i < 1 << bits)
+                sorted[i] = next[i];
     }
 }
 

@@ -82,22 +82,34 @@ round_token(const job *j, ptrdiff_t index, token *t)
     lbq_activation_round(&j->how, j->cols, j->step, t->x, t->q, t->scale, t->total);
 }
 
+/* Rounds some tokens and visits each of them. */
 static lbq_status
-forward_task(void *context, ptrdiff_t index, int worker)
+visit_tokens(const job *j, ptrdiff_t index, void (*visit)(const job *, ptrdiff_t, const token *))
 {
-    (void)worker;
-    const job *const j = context;
     lbq_arena arena;
     token t;
     LBQ_TRY(open_token(j, &arena, &t));
     const ptrdiff_t end = lbq_smaller((index + 1) * TOKENS, j->tokens);
     for (ptrdiff_t i = index * TOKENS; i < end; i++) {
         round_token(j, i, &t);
-        for (ptrdiff_t k = 0; k < j->cols; k++)
-            j->y[i * j->cols + k] = t.scale[k / j->step] * (float)t.q[k] + t.zero;
+        visit(j, i, &t);
     }
     lbq_arena_close(&arena);
     return LBQ_OK;
+}
+
+static void
+token_forward(const job *j, ptrdiff_t i, const token *t)
+{
+    for (ptrdiff_t k = 0; k < j->cols; k++)
+        j->y[i * j->cols + k] = t->scale[k / j->step] * (float)t->q[k] + t->zero;
+}
+
+static lbq_status
+forward_task(void *context, ptrdiff_t index, int worker)
+{
+    (void)worker;
+    return visit_tokens(context, index, token_forward);
 }
 
 lbq_status
@@ -117,8 +129,8 @@ largest(const float *x, ptrdiff_t begin, ptrdiff_t end)
     return at;
 }
 
-/* Through the columns of a step: g becomes dL/dx but for what the scale and the zero hand on. Adds
- * dL/dzero; returns dL/dscale. */
+/* Backward pass over the columns of a step: g becomes dL/dx, without the parts that flow through
+ * the scale and the zero. Adds dL/dzero; returns dL/dscale. */
 static double
 through_step(const token *t, ptrdiff_t begin, ptrdiff_t end, float scale, float limit, float *g,
              double *zero)
@@ -138,7 +150,7 @@ through_step(const token *t, ptrdiff_t begin, ptrdiff_t end, float scale, float 
     return sum;
 }
 
-/* Hands dL/dzero on to the ends of the token's range, of which the zero is the middle. */
+/* Adds dL/dzero to the gradients of the token's minimum and maximum: the zero is their mean. */
 static void
 to_ends(const token *t, ptrdiff_t cols, double zero, float *g)
 {
@@ -152,8 +164,10 @@ to_ends(const token *t, ptrdiff_t cols, double zero, float *g)
 }
 
 static void
-token_backward(const job *j, const token *t, float *g, double *sums)
+token_backward(const job *j, ptrdiff_t i, const token *t)
 {
+    float *const g = j->g + i * j->cols;
+    double *const sums = j->sums + i * LBQ_FAKE_VALUES;
     const double limit = (1 << (j->how.bits - 1)) - 1;
     double zero = 0;
     for (ptrdiff_t s = 0; s < j->steps; s++) {
@@ -181,17 +195,7 @@ static lbq_status
 backward_task(void *context, ptrdiff_t index, int worker)
 {
     (void)worker;
-    const job *const j = context;
-    lbq_arena arena;
-    token t;
-    LBQ_TRY(open_token(j, &arena, &t));
-    const ptrdiff_t end = lbq_smaller((index + 1) * TOKENS, j->tokens);
-    for (ptrdiff_t i = index * TOKENS; i < end; i++) {
-        round_token(j, i, &t);
-        token_backward(j, &t, j->g + i * j->cols, j->sums + i * LBQ_FAKE_VALUES);
-    }
-    lbq_arena_close(&arena);
-    return LBQ_OK;
+    return visit_tokens(context, index, token_backward);
 }
 
 lbq_status

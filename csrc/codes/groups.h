@@ -1,6 +1,6 @@
-/* Visits the groups of a dense matrix, rows in parallel, and collects what the gradients of their
- * scales, offsets and levels add up to. For code that chooses words anew at each step of training;
- * codes/gradient.h does the same for words that are packed. */
+/* Visits the groups of a dense matrix, rows in parallel, and sums the gradients of their scales,
+ * offsets and levels. Used where each training step chooses the words again; codes/gradient.h does
+ * the same for packed words, which stay. */
 #ifndef LBQ_GROUPS_H
 #define LBQ_GROUPS_H
 

@@ -45,9 +45,9 @@ lbq_ring_number(int bits, const uint8_t *codes, ptrdiff_t column, int lane)
     }
 }
 
-/* Packs words of a strip's step, [panel][k / 4][row][k % 4], of which every `apart`-th column is
- * stored; to the codes of its panels, `panel_bytes` apart. And the inverse, with 0 for the other
- * columns. */
+/* Packs the words of a strip's step, [panel][k / 4][row][k % 4], into the codes of its panels,
+ * which are `panel_bytes` apart. Only every `apart`-th column is stored; the inverse sets the
+ * others to 0. */
 void lbq_ring_pack(int bits, ptrdiff_t columns, ptrdiff_t apart, const uint8_t *words,
                    ptrdiff_t panel_bytes, uint8_t *codes);
 void lbq_ring_unpack(int bits, ptrdiff_t columns, ptrdiff_t apart, const uint8_t *codes,

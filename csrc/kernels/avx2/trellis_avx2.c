@@ -88,7 +88,7 @@ half_of(__m256i bytes, const int upper)
     return upper ? _mm256_srli_epi16(bytes, 4) : bytes;
 }
 
-/* The numbers of columns 4 * four and up, of which `second` is four % 2. */
+/* Loads the numbers of four columns, the first of them 4 * four; `second` is four % 2. */
 LBQ_INLINE columns
 load_columns(const int bits, const uint8_t *codes, ptrdiff_t four, const int second)
 {

@@ -90,7 +90,7 @@ def gptq_row(run: Run, rows: int, cols: int) -> None:
     def solve(method: str) -> None:
         shared = fit_shared(weight, FORMAT, range=method)
         _core.gptq(
-            shared.code(FORMAT), factor, order, weight, importance, codes, scale, offset,
+            shared.code(FORMAT), factor, order, None, weight, importance, codes, scale, offset,
             group=FORMAT.group, fixed=False, block=128, **search_options(range=method),
         )  # fmt: skip
 

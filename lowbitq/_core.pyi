@@ -194,6 +194,7 @@ def gptq(
     code: Any,
     factor: NDArray[np.float32] | NDArray[np.float64],
     order: NDArray[np.int64] | None,
+    start: NDArray[np.float32] | NDArray[np.float64] | None,
     weight: NDArray[np.float32],
     importance: NDArray[np.float32] | None,
     codes: NDArray[np.uint8],

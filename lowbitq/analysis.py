@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbitq.adapters import product
+from lowbitq.gptq import product
 from lowbitq.linears import QuantizedLinear
 from lowbitq.models.decoder import AnyLinear, Model
 from lowbitq.models.finite import check_finite

@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.adapters import as_stored, low_rank, product
+from lowbitq.adapters import as_stored, low_rank
 from lowbitq.checkpoints.archives import digest
 from lowbitq.formats import Format
-from lowbitq.gptq import Feedback, feedback, gptq
+from lowbitq.gptq import Feedback, feedback, gptq, product
 from lowbitq.linears import Activation, Adapter, Copy, Linear, QuantizedLinear
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.stored import LayerWriter
@@ -44,7 +44,6 @@ class LayerInputs:
     def __init__(self, hessian: NDArray[np.float64] | None = None) -> None:
         self.hessian = hessian
         self._factors: dict[tuple[object, ...], Feedback] = {}
-        self._damped: dict[float, NDArray[np.float64]] = {}
 
     def feedback(self, format: Format, rounding: Rounding) -> Feedback:
         """Return the factored Hessian, computed once for each group, run and way to factor it.
@@ -66,14 +65,6 @@ class LayerInputs:
                 self.hessian, group=format.group, run=format.run, **options
             )
         return self._factors[key]
-
-    def damped(self, known: Feedback) -> NDArray[np.float64]:
-        """Return the whole Hessian, both triangles, with the damping of `known`."""
-        if known.damping not in self._damped:
-            full = np.triu(known.hessian) + np.triu(known.hessian, 1).T
-            full[np.diag_indices_from(full)] += known.damping
-            self._damped[known.damping] = full
-        return self._damped[known.damping]
 
 
 def check_plan(plan: LayerPlan, shape: tuple[int, int], name: str = "the layer") -> None:
@@ -222,7 +213,7 @@ def _round_with_adapter(
     if how.method != "rtn":
         known = inputs.feedback(format, how)
         weight = np.where(known.dead, np.float32(0), weight)
-        hessian, damped = known.hessian, inputs.damped(known)
+        hessian, damped = known.hessian, known.damped
     size = _squares(weight, hessian)
     best: tuple[QuantizedTensor, Adapter, Record] | None = None
     rest = weight

@@ -255,10 +255,14 @@ class Format:
         """Columns whose words are chosen together."""
         return int(self._properties["cols"])
 
+    @property
+    def strip(self) -> int:
+        """Rows whose words are chosen together."""
+        return int(self._properties["rows"])
+
     def code_shape(self, rows: int, cols: int) -> tuple[int, int]:
         """Shape of the codes of a (rows, cols) matrix: padded to blocks chosen together."""
-        block = int(self._properties["rows"])
-        return -(-rows // block) * block, -(-cols // self.run) * self.run
+        return -(-rows // self.strip) * self.strip, -(-cols // self.run) * self.run
 
     def groups(self, cols: int) -> int:
         """Number of scales in a row of `cols` columns; 1 if the matrix has only one."""

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.adapters import product
+from lowbitq.gptq import product
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.adapters import product
+from lowbitq.gptq import product
 from lowbitq.parameters import Parameter
 from lowbitq.rotations import Rotation
 

@@ -19,6 +19,8 @@ SMALL = [
     "ternaryg64",
     "kmeans2g64",
     "int4g32s8",
+    "lattice2g64",
+    "trellis2w10",
 ]
 
 
@@ -57,11 +59,22 @@ def test_a_power_of_two_changes_no_bit():
         assert (rounded[0].panels == rounded[1].panels).all()
 
 
+@pytest.mark.parametrize("text", ["trellis2w10", "trellis1.5", "lattice2"])
+@pytest.mark.parametrize("order", ["none", "act"])
+def test_sweeps_lower_the_error_of_codes_without_order(text, order):
+    weight, hessian = normal(100, 190), oracle.gram(190, 0)  # neither whole strips nor whole runs
+    inputs = feedback(hessian, run=Format.parse(text).run, order=order)
+    errors = [gptq(weight, inputs, text, sweeps=sweeps)[1] for sweeps in (0, 1, 3)]
+    assert errors[1] < 0.995 * errors[0]
+    assert errors[2] <= errors[1]
+
+
 @pytest.mark.parametrize("text", SMALL)
 @pytest.mark.parametrize("order", ["group", "act"])
 def test_zeros_stay_zeros_and_small_weights_do_not_grow(text, order):
     hessian, weight = oracle.gram(192, 1, decay=0), normal(20, 192)
-    inputs = feedback(hessian, group=Format.parse(text).group, order=order)
+    format = Format.parse(text)
+    inputs = feedback(hessian, group=format.group, run=format.run, order=order)
     assert not gptq(np.zeros_like(weight), inputs, text)[0].dequantize().any()
     mixed = weight.copy()
     mixed[3] = 0
@@ -69,7 +82,7 @@ def test_zeros_stay_zeros_and_small_weights_do_not_grow(text, order):
     for sweeps in (0, 2):
         values = gptq(mixed, inputs, text, sweeps=sweeps)[0].dequantize()
         assert not values[3].any()
-        if Format.parse(text).group:
+        if format.group:
             assert not values[:, 64:128].any()
     for exponent in (-7, -8, -9, -12, -42):
         small = (weight.astype(float) * 10.0**exponent).astype(np.float32)

@@ -228,16 +228,16 @@ void
 lbq_fit_deviation(const lbq_code *code, const lbq_groups *groups, double deviation, float *scale,
                   float *offset)
 {
-    wide total, squares, s, o = {0};
+    wide total, squares, wanted, s, o = {0};
     second_moments(groups, groups->importance, total, squares);
     if (total[0] == 0) /* importance is all zero */
         second_moments(groups, NULL, total, squares);
     for (int l = 0; l < LANES; l++)
-        s[l] = sqrt(squares[l] / total[l]) / deviation;
+        wanted[l] = s[l] = sqrt(squares[l] / total[l]) / deviation;
     lbq_store_scales(code, LBQ_NEAREST, s);
     lbq_store_offsets(code, s, LBQ_NEAREST, o);
     for (int l = 0; l < LANES; l++) {
-        scale[l] = (float)s[l];
+        scale[l] = code->scale_bits == 16 && wanted[l] <= 0x1p-25 ? 0 : (float)s[l];
         offset[l] = (float)o[l];
     }
 }

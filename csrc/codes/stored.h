@@ -21,7 +21,7 @@ void lbq_store_scales(const lbq_code *code, int direction, double *scale);
 void lbq_store_offsets(const lbq_code *code, const double *scale, int direction, double *offset);
 
 /* Scales a code whose levels have standard deviation `deviation` to that of the groups, about
- * zero. */
+ * zero. A float16 scale may be 0. */
 void lbq_fit_deviation(const lbq_code *code, const lbq_groups *groups, double deviation,
                        float *scale, float *offset);
 

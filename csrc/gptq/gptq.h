@@ -7,6 +7,10 @@
  * Pre-trained Transformers", 2023) without its Cholesky factor of H^-1 (J. Chee, Y. Cai, V.
  * Kuleshov, C. De Sa, "QuIP", 2023, theorem 6): a quarter of the work.
  *
+ * A sweep of coordinate descent is the same pass: column j, rounded for all others as they are, is
+ * rounded from W_j + sum_{i<j} E_i H_ij / H_jj + sum_{i>j} E_i H_ij / H_jj, where the first sum has
+ * the errors of this pass, so that R_ij = H_ij / H_jj, and the second, `start`, those before it.
+ *
  * `order` (cols), a permutation, is the order in which columns are rounded; NULL: ascending.
  * Results are bit-identical for any number of threads. */
 #ifndef LBQ_GPTQ_H
@@ -26,6 +30,7 @@ typedef struct {
     ptrdiff_t group;         /* columns k with the same k / group share scale and offset */
     const int64_t *order;    /* as given to lbq_gptq_factor, gptq/factor.h */
     const void *R;           /* its result: double if `float64`, else float */
+    const void *start;       /* (cols in that order, rows): feedback besides E R, or NULL */
     const float *importance; /* (cols), for fitting scales (codes/importance.h), or NULL */
     bool fixed;              /* scale and offset are given, not fitted */
     bool float64;            /* arithmetic; else float32 */

@@ -250,5 +250,10 @@ NAME(round_rows)(void *context, ptrdiff_t index, int worker)
     NAME(scratch) s;
     NAME(scratch_of)(state, state->scratch + (size_t)worker * state->scratch_bytes, &s);
     memset(s.errors, 0, (size_t)(state->problem->cols * state->pitch) * sizeof(REAL));
+    const REAL *const start = state->problem->start;
+    for (ptrdiff_t k = 0; k < state->problem->cols && start; k++)
+        memcpy(s.errors + k * state->pitch,
+               start + k * state->problem->rows + first,
+               (size_t)rows * sizeof(REAL));
     return NAME(round_blocks)(state, first, rows, 0, state->blocks, &s);
 }

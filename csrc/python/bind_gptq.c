@@ -136,10 +136,19 @@ gptq(lbq_gptq_problem *problem, const lbq_search_args *found, const lbq_array *W
     return lbq_gptq(problem, W->data, codes->data, scale->data, offset->data);
 }
 
+static lbq_status
+check_start(const lbq_array *start, const lbq_array *factor)
+{
+    LBQ_REQUIRE(!start->data || start->dtype == factor->dtype,
+                LBQ_BAD_VALUE,
+                "start and factor are of different dtypes");
+    return LBQ_OK;
+}
+
 LBQ_BINDING(gptq)
 {
     const lbq_code *code;
-    lbq_array R, order, W, importance, codes, scale, offset;
+    lbq_array R, order, start, W, importance, codes, scale, offset;
     lbq_search_args search;
     Py_ssize_t group, block;
     int fixed;
@@ -147,6 +156,7 @@ LBQ_BINDING(gptq)
         LBQ_CODE(&code),
         LBQ_IN("factor", &R, LBQ_FLOAT32_OR_64, "kk"),
         LBQ_IN_OR_NONE("order", &order, NPY_INT64, "k"),
+        LBQ_IN_OR_NONE("start", &start, LBQ_FLOAT32_OR_64, "kr"),
         LBQ_IN("weight", &W, NPY_FLOAT32, "rk"),
         LBQ_IN_OR_NONE("importance", &importance, NPY_FLOAT32, "k"),
         LBQ_OUT("codes", &codes, NPY_UINT8, "RK"),
@@ -158,6 +168,9 @@ LBQ_BINDING(gptq)
         LBQ_SEARCH_ARGS(search),
     };
     LBQ_PARSE("gptq", spec);
+    const lbq_status status = check_start(&start, &R);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
     lbq_gptq_problem problem = {
         .code = code,
         .rows = W.dims[0],
@@ -165,6 +178,7 @@ LBQ_BINDING(gptq)
         .group = group,
         .order = order.data,
         .R = R.data,
+        .start = start.data,
         .importance = importance.data,
         .fixed = fixed,
         .float64 = R.dtype == NPY_FLOAT64,
@@ -364,9 +378,10 @@ PyMethodDef lbq_methods_gptq[] = {
         "Fill factor (k, k), of float32 or float64, for gptq; returns damping, retries, dead "
         "columns and whether it took float64 as a dict."),
     LBQ_METHOD(
-        gptq, "gptq(code, factor, order, weight, importance, codes, scale, offset, /, *, group, "
-              "fixed, block, " LBQ_SEARCH_TEXT ")\n--\n\n"
-              "Round weight (r, k) with error feedback, in the arithmetic of factor: codes (r, k), "
-              "scale and offset (r, g)."),
+        gptq,
+        "gptq(code, factor, order, start, weight, importance, codes, scale, offset, /, *, group, "
+        "fixed, block, " LBQ_SEARCH_TEXT ")\n--\n\n"
+        "Round weight (r, k) with error feedback, in the arithmetic of factor: codes (r, k), "
+        "scale and offset (r, g)."),
     LBQ_METHODS_END,
 };

@@ -47,7 +47,7 @@ def layer(rows, cols, seed):
 
 def run(
     hessian, weight, group, code="int3", order=None, damping=0.01, median=False,
-    importance=None, scales=None, block=128, float64=True, **search
+    importance=None, scales=None, block=128, float64=True, start=None, **search
 ):  # fmt: skip
     """Codes, scale and offset (both (rows, groups)) and the C report."""
     factor = np.full(hessian.shape, np.nan, np.float64 if float64 else np.float32)
@@ -58,7 +58,8 @@ def run(
     if scales is not None:
         scale[1:-1], offset[1:-1] = scales
     _core.gptq(
-        code_of(code), factor, order, weight, importance, codes[1:-1], scale[1:-1], offset[1:-1],
+        code_of(code), factor, order, start, weight, importance,
+        codes[1:-1], scale[1:-1], offset[1:-1],
         group=group, fixed=scales is not None, block=block, **SEARCH | search
     )  # fmt: skip
     for array in (codes, scale, offset):
@@ -109,6 +110,41 @@ def test_codes_are_those_of_the_published_algorithm(seed):
     assert np.array_equal(offset, expected[2])
     assert report["damping"] == pytest.approx(0.01 * np.diag(hessian).mean(), rel=1e-14)
     assert (report["retries"], report["dead"], report["float64"]) == (0, 0, True)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_with_a_start_it_is_a_sweep_of_coordinate_descent(seed):
+    rows, cols, group = 9, 100, 32
+    hessian, weight = layer(rows, cols, seed)
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(cols) if seed % 2 else np.arange(cols)
+    codes, scale, offset, _ = run(hessian, weight, group)
+    diagonal = np.diag(hessian)
+    expected = codes.astype(np.float64)
+    for k in order:  # the best level of column k for all others as they are
+        error = weight - decode(expected, scale, offset, group)
+        others = error @ hessian[:, k] - error[:, k] * diagonal[k]
+        target = weight[:, k] + others / diagonal[k]
+        s, o = scale[:, k // group], offset[:, k // group]
+        expected[:, k] = np.clip(np.rint((target - o) / s), 0, 7)
+
+    H = hessian[np.ix_(order, order)]
+    error = weight - decode(codes, scale, offset, group)
+    start = np.triu(H, 1) / np.diag(H)[:, None] @ error[:, order].T
+    factor = np.triu(H, 1) / np.diag(H) + np.eye(cols)
+    found = np.empty_like(codes)
+    _core.gptq(
+        code_of("int3"), factor, order.astype(np.int64), start, weight, None, found, scale, offset,
+        group=group, fixed=True, block=32, **SEARCH
+    )  # fmt: skip
+    assert np.array_equal(found, expected)
+    assert (found != codes).any()
+
+
+def test_a_start_of_another_dtype_is_refused():
+    hessian, weight = layer(4, 32, 0)
+    with pytest.raises(ValueError, match="start and factor are of different dtypes"):
+        run(hessian, weight, 32, start=np.zeros((32, 4), np.float32))
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -104,7 +104,7 @@ def gptq():
     options = {"group": 64, "fixed": False, "method": "mse", "clip": 1.0, "percentile": 99.0}
     options |= {"candidates": 99, "shrink": 0.3, "norm": 2.0, "block": 128}
     code, W = code_of(4, symmetric=False), normal(SIDE, SIDE)
-    return lambda: _core.gptq(code, R, None, W, None, codes, scale, offset, **options)
+    return lambda: _core.gptq(code, R, None, None, W, None, codes, scale, offset, **options)
 
 
 def factor():

@@ -214,7 +214,7 @@ class Bench:
             seed=seed,
             embedding=None,
             progress=True,
-            **row.options,
+            **{"drift": False} | row.options,
         )
         if not row.steps:
             return small

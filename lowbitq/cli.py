@@ -21,6 +21,7 @@ import lowbitq as lq
 from lowbitq import commands
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
 from lowbitq.optimizers import RATES
+from lowbitq.plans import PRESETS
 from lowbitq.reconstruction import INPUTS
 from lowbitq.scores import LEVELS
 
@@ -158,8 +159,8 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rotation", choices=rotations, default="hadamard", help="rotation of the model"
     )
-    drift = "make up for what the layers before have changed; takes two to three times as long"
-    parser.add_argument("--drift", action="store_true", help=drift)
+    chain = "the best known chain for its time: fast or balanced (the default)"
+    parser.add_argument("--preset", choices=list(PRESETS), help=chain)
     _text_option(parser, "to calibrate on")
     _calibration_options(parser, samples=128, window=2048)
     fisher = "weight tokens by squared gradients of the loss; every window is also taken back"

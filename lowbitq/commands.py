@@ -85,7 +85,7 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
         "window": options.window,
         "method": options.method,
         "rotation": options.rotation,
-        "drift": options.drift,
+        "preset": options.preset,
         "embedding": None if options.embedding is None else str(options.embedding),
         "seed": options.seed,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.rotating import rotate
 from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, name_in_block
 from lowbitq.models.tokens import token_array
-from lowbitq.plans import Plan
+from lowbitq.plans import PRESETS, Plan
 from lowbitq.rotations import Rotation
 from lowbitq.texts import Text, fallback_texts, windows
 from lowbitq.version import __version__
@@ -59,6 +59,7 @@ def compress(
     text: Text | None = None,
     samples: int = 128,
     window: int = 2048,
+    preset: str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool | Callable[[Step], object] = False,
     **options: Any,
@@ -67,10 +68,10 @@ def compress(
 
     The model is rotated. Embedding and head are rounded to nearest. The calibration text then runs
     through the model block by block: the layers of a block are rounded to change their outputs
-    least, given the outputs of the quantized blocks before; with ``drift=True`` given those of all
-    quantized layers before, whose errors they also repay (see `lowbitq.drift`). Memory holds the
-    activations of one block: ``4 samples window hidden`` bytes; with drift those of both models and
-    of one layer's inputs.
+    least, given the outputs of all quantized layers before, whose errors they also repay (see
+    `lowbitq.drift`); or with ``drift=False`` given those of the quantized blocks before. Memory
+    holds the activations of one block: ``4 samples window hidden`` bytes; with drift those of both
+    models and of one layer's inputs.
 
     Parameters
     ----------
@@ -89,6 +90,11 @@ def compress(
         windows of 2048 tokens. Text like that of the intended use gives a better model.
     samples, window : int
         Number of windows to take from the text, fewer if it is short, and tokens per window.
+    preset : {"fast", "balanced"}, default=None
+        The best chain known for its time; only if `plan` is a format. ``"fast"``: one pass of error
+        feedback. ``"balanced"``: with drift correction. None: balanced where that is possible, that
+        is, layers are rounded with feedback and there are two windows of text. `options` go before
+        it.
     work_dir : path, default=None
         Folder for finished blocks. A second call with the same arguments, version and instruction
         set resumes from them; the result is the same as without an interruption.
@@ -127,16 +133,22 @@ def compress(
     >>> small = compress(model, "int4g64", text="train.txt", samples=32)  # doctest: +SKIP
     >>> compress(model, "int4g64sym", method="rtn", rotation="none")  # doctest: +SKIP
     """
+    automatic = False
     if not isinstance(plan, Plan):
-        plan = Plan.uniform(dict(model.linears()), plan, **options)
-    elif options:
-        raise TypeError(f"{next(iter(options))!r} is given beside a plan; set it in the plan")
+        automatic = preset is None and "drift" not in options
+        plan = Plan.uniform(dict(model.linears()), plan, **_preset(preset) | options)
+    elif options or preset:
+        name = next(iter(options), "preset")
+        raise TypeError(f"{name!r} is given beside a plan; set it in the plan")
     _check(model, plan)
-    if plan.drift and stats is not None and stats.hessians:
+    known = isinstance(stats, Statistics) and bool(stats.hessians)
+    if plan.drift and known:
         raise ValueError("drift correction runs the text, but stats has Hessians in its place")
     tokens = None
     if plan.needs_text:
         tokens = _tokens(model, plan, stats, text, samples, window)
+        if automatic and not known:
+            plan = replace(plan, drift=len(tokens) > 1)
 
     source = rotate(model, plan.rotation, plan.seed)
     result = _unfinished(source, plan)
@@ -176,6 +188,13 @@ def compress(
                     finish(name, layer_of(tensor, adapter, linear, plan.layers[name]), record)
             walk.leave(index)
     return result
+
+
+def _preset(name: str | None) -> dict[str, Any]:
+    if name is not None and name not in PRESETS:
+        expected = ", ".join(map(repr, PRESETS))
+        raise ValueError(f"preset is {name!r}, expected one of {expected}")
+    return PRESETS[name] if name is not None else {}
 
 
 def _check(model: Model, plan: Plan) -> None:
@@ -246,6 +265,7 @@ def leftovers(
     *,
     samples: int,
     window: int,
+    preset: str | None = None,
     **options: Any,
 ) -> str | None:
     """Say why `compress` would refuse the blocks in a folder, as far as known without the model.
@@ -254,7 +274,7 @@ def leftovers(
     ----------
     work_dir : path
         Missing, or left by an earlier run.
-    format, samples, window, **options
+    format, samples, window, preset, **options
         As for `compress`.
 
     Returns
@@ -270,7 +290,10 @@ def leftovers(
     found = read_fingerprint(work_dir)
     if found is None:
         return None
-    plan = Plan.uniform(["any"], format, **options)
+    plan = Plan.uniform(["any"], format, **_preset(preset) | options)
+    if preset is None and "drift" not in options and plan.needs_text:
+        one = isinstance(windows := found.get("windows"), list) and windows[:1] == [1]
+        plan = replace(plan, drift=not one)
     asked = str(plan.layers["any"])
     layers = found.get("layers")
     formats = sorted(set(map(str, layers.values()))) if isinstance(layers, dict) else []

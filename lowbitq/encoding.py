@@ -195,7 +195,7 @@ def _round(
         range=how.range,
         norm=how.norm,
         importance=how.importance,
-        sweeps=how.sweeps_for(format.rate),
+        sweeps=how.sweeps_for(format),
     )
     record |= {"damping": known.damping, "retries": known.retries}
     return tensor, record | {"dead": int(known.dead.sum()), "relative_error": error}

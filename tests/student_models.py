@@ -45,6 +45,7 @@ def pair(format="int2g32 a32 + rank2", **options):
 @cache
 def _pair(format, *, biases=True, layers=2, **options):
     teacher = biased_model(layers=layers) if biases else random_model(layers=layers)
+    options = {"drift": False} | options
     return compress(teacher, format, text=TEXT, embedding="int8g64 a32", **options), teacher
 
 

@@ -204,13 +204,14 @@ def test_quantize_by_fisher_information(quantize, tiny_folder, text_file):
     assert any(differ)
 
 
-def test_quantize_with_drift_correction(quantize):
+@pytest.mark.parametrize(("preset", "drift"), [("fast", False), ("balanced", True)])
+def test_quantize_with_a_preset(quantize, preset, drift):
     command, out = quantize
-    code, _, err = command("--drift", "--format", "int2g32")
+    code, _, err = command("--preset", preset, "--format", "int2g32")
     assert (code, err) == (0, [])
     small = lq.load(out)
-    assert small.plan.drift
-    assert "alpha" in small.records["model.layers.0.mlp.down_proj"]
+    assert small.plan.drift is drift
+    assert ("alpha" in small.records["model.layers.0.mlp.down_proj"]) is drift
 
 
 def test_quantize_with_adapters(capsys, quantize):
@@ -278,7 +279,7 @@ def test_blocks_of_another_task_are_named_before_the_model_is_loaded(quantize, m
         for option, different in {
             ("--format", "int2g32"): "format (int3g32, not int2g32)",
             ("--seed", 1): "plan (seed)",
-            ("--method", "rtn"): "plan (rounding (method)) and windows",
+            ("--method", "rtn"): "plan (drift, rounding (method)) and windows",
             ("--samples", 3): "samples",
             ("--window", 65): "windows",
         }.items():

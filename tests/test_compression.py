@@ -235,7 +235,7 @@ def test_the_embedding_may_have_an_adapter(tmp_path):
 def test_records_hold_the_errors_of_the_outputs():
     """Of block 0, whose inputs are those of the float model with the packed embedding."""
     model = random_model()
-    small = compress(model, "int3g32", text=TOKENS, rotation="none", first_tokens=0)
+    small = compress(model, "int3g32", text=TOKENS, rotation="none", first_tokens=0, drift=False)
     taps = {}
     inputs = []
     for row in TOKENS:
@@ -271,11 +271,32 @@ def test_statistics_bring_their_tokens():
         compress(model, "int4g32", stats, text=TOKENS)
 
 
+def test_presets():
+    model = random_model(layers=1)
+    plans = {
+        preset: compress(model, "int3g32", text=TOKENS, preset=preset).plan
+        for preset in (None, "fast", "balanced")
+    }
+    assert [plan.drift for plan in plans.values()] == [True, False, True]
+    up = plans["fast"].layers["model.layers.0.mlp.up_proj"]
+    assert up.rounding.sweeps == 0
+    assert plans[None] == plans["balanced"]
+    assert not compress(model, "int3g32", text=TOKENS, preset="balanced", drift=False).plan.drift
+    assert not compress(model, "int3g32", text=TOKENS[:1]).plan.drift, "one window"
+    assert not compress(model, "int3g32", method="rtn").plan.drift, "no text"
+    assert not compress(model, "int3g32", calibrate(model, TOKENS, hessians=True)).plan.drift
+    with pytest.raises(ValueError, match="preset is 'slow', expected one of 'fast', 'balanced'"):
+        compress(model, "int3g32", text=TOKENS, preset="slow")
+    with pytest.raises(TypeError, match="'preset' is given beside a plan"):
+        compress(model, plans[None], text=TOKENS, preset="fast")
+
+
 def test_hessians_stand_for_the_text():
     """Without rotation and with a float embedding, those of the first block are those it sees."""
     model = random_model(layers=2)
     stats = calibrate(model, TOKENS, hessians=True, first_tokens=3, first_weight=7)
     options = {"rotation": "none", "embedding": None, "first_tokens": 3, "first_weight": 7}
+    options["drift"] = False
     seen = compress(model, "int3g32", text=TOKENS, **options).records
     known = compress(model, "int3g32", stats, **options).records
     for name, record in seen.items():
@@ -289,7 +310,7 @@ def test_hessians_are_turned_with_the_model(rotation):
     model = random_model(layers=1)
     model.blocks[0].attention_norm[:] = np.linspace(0.5, 2, 64)
     stats = calibrate(model, MUCH, hessians=True)
-    options = {"rotation": rotation, "embedding": None}
+    options = {"rotation": rotation, "embedding": None, "drift": False}
     seen = compress(model, "int3g32", text=MUCH, **options).records
     known = compress(model, "int3g32", stats, **options).records
     for name, record in seen.items():
@@ -319,6 +340,7 @@ def test_fisher_weights_reach_the_layers():
     model = random_model(layers=2)
     plain = calibrate(model, TOKENS, hessians=True)
     options = {"rotation": "none", "embedding": None, "first_tokens": 2, "clip": 5}
+    options["drift"] = False
     stats = calibrate(model, TOKENS, fisher=True, first_tokens=2, clip=5)
     weighted = calibrate(model, TOKENS, fisher=True, hessians=True, first_tokens=2, clip=5)
     unweighted, seen, known, clipped = (
@@ -335,7 +357,7 @@ def test_fisher_weights_reach_the_layers():
 def test_weighted_hessians_are_turned_with_the_model(rotation):
     model = random_model(layers=1)
     model.blocks[0].attention_norm[:] = np.linspace(0.5, 2, 64)
-    options = {"rotation": rotation, "embedding": None}
+    options = {"rotation": rotation, "embedding": None, "drift": False}
     seen, known = (
         compress(model, "int3g32", calibrate(model, MUCH, fisher=True, hessians=h), **options)
         for h in (False, True)

@@ -143,7 +143,7 @@ def test_an_equal_plan_goes_on(tmp_path):
     before = (tmp_path / "block_0000.npz").stat().st_mtime_ns
     turned = dict(reversed(patterns.items()))
     names = [name for name, _ in random_model(layers=1).linears()][::-1]
-    plan = Plan.uniform(names, "int3g32", overrides=turned, norm=2, first_weight=8.0)
+    plan = Plan.uniform(names, "int3g32", overrides=turned, norm=2, first_weight=8.0, drift=True)
     again = compress(random_model(layers=1), plan, text=TOKENS, work_dir=tmp_path)
     assert (tmp_path / "block_0000.npz").stat().st_mtime_ns == before
     assert_same(again, first)
@@ -166,7 +166,7 @@ def test_leftovers_are_known_without_the_model(tmp_path):
     assert leftovers(tmp_path, "int3g32", **options | {"samples": 7}) == "samples"
     assert (
         leftovers(tmp_path, "int3g32", **options, method="rtn")
-        == "plan (rounding (method)) and windows"
+        == "plan (drift, rounding (method)) and windows"
     )
     assert leftovers(tmp_path, "int3g32", **options, embedding=None) == "plan (embedding)"
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbitq.formats import Format
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding, Sampling
 
 NAMES = [
@@ -140,9 +141,9 @@ def test_unknown_options_are_named():
 
 
 def test_few_bits_are_swept_unless_told_otherwise():
-    assert [Rounding().sweeps_for(bits) for bits in (1, 2, 3, 8)] == [2, 2, 0, 0]
-    assert [Rounding(sweeps=1).sweeps_for(bits) for bits in (1, 8)] == [1, 1]
-    assert Rounding(sweeps=0).sweeps_for(2) == 0
+    formats = [*map(Format.parse, ("binary", "int2g64", "lattice2", "trellis2", "int3", "int8"))]
+    assert [Rounding().sweeps_for(format) for format in formats] == [2, 2, 2, 0, 0, 0]
+    assert {Rounding(sweeps=1).sweeps_for(format) for format in formats} == {1}
 
 
 def test_text_is_needed_for_feedback_only():

@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.calibration import Statistics
-from lowbitq.checkpoints.archives import digest
-from lowbitq.checkpoints.blocks import Blocks, Made, differences, read_fingerprint
-from lowbitq.encoding import LayerInputs, Record, check_plan, encode, layer_of
+from lowbitq.checkpoints.archives import Arrays, digest
+from lowbitq.checkpoints.blocks import Blocks, differences, read_fingerprint
+from lowbitq.copies import LayerInputs, Record
+from lowbitq.encoding import check_plan, encode
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import Model
@@ -23,6 +24,7 @@ from lowbitq.models.finite import check_finite
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.rotating import rotate
 from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, name_in_block
+from lowbitq.models.stored import LayerReader, LayerWriter
 from lowbitq.models.tokens import token_array
 from lowbitq.plans import PRESETS, Plan
 from lowbitq.rotations import Rotation
@@ -171,21 +173,22 @@ def compress(
             names = [name_in_block(index, slot) for slot in SLOTS]
             found = store.load(index, names) if store else None
             if found is None:
-                made = {}
+                writer, about = LayerWriter(narrow=np.asarray), {}
                 for task in walk.tasks(index):
                     name = name_in_block(index, task.slot)
-                    layer, record = encode(task.linear, task.inputs, plan.layers[name])
+                    layer, record = encode(task.linear, task.inputs, plan.layers[name], plan.seed)
                     record |= task.about
-                    made[name] = Made(layer.tensor, layer.adapter, record)
+                    about[name] = {"layer": writer.layer(name, layer), "record": record}
                     finish(name, layer, record)
                 if store:
-                    store.save(index, made)
+                    store.save(index, writer.arrays, about)
             else:
-                linears = dict(source.linears())
-                for name, (tensor, adapter, record) in found.items():
-                    linear = linears[name]
-                    assert isinstance(linear, Linear)
-                    finish(name, layer_of(tensor, adapter, linear, plan.layers[name]), record)
+                arrays, about = found
+                reader = LayerReader(Arrays(arrays))
+                for name, item in about.items():
+                    again = reader.layer(name, item["layer"])
+                    assert isinstance(again, QuantizedLinear)
+                    finish(name, again, item["record"])
             walk.leave(index)
     return result
 

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.calibration import Progress, Statistics, Stream, reporter
+from lowbitq.copies import LayerInputs
 from lowbitq.divergences import each_alone
-from lowbitq.encoding import LayerInputs, encode
+from lowbitq.encoding import encode
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.decoder import Block, Model

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq.calibration import Hessians, Statistics, Stream, weights_of_tokens
+from lowbitq.copies import LayerInputs
 from lowbitq.drift import Moments, correct
-from lowbitq.encoding import LayerInputs
 from lowbitq.linears import Linear
 from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lowbitq.encoding import LayerInputs, _as_weights, encode
+from lowbitq.copies import LayerInputs
+from lowbitq.encoding import _as_weights, encode
 from lowbitq.formats import Format
 from lowbitq.gptq import feedback, gptq
 from lowbitq.linears import Linear
@@ -60,8 +61,12 @@ def test_layers_of_one_input_share_a_factor():
 def test_refusals():
     with pytest.raises(ValueError, match="needs the Hessian of the layer's inputs, found None"):
         encode(LINEAR, LayerInputs(), LayerPlan.parse("int4g32"))
-    with pytest.raises(ValueError, match="plan is 'int4 \\+ int4 residual', expected one copy"):
-        encode(LINEAR, LayerInputs(H), LayerPlan.parse("int4 + int4 residual"))
+    follows = r"the layer: copy 'int4 hadamard' follows a residual copy in plan 'int4 \+ int4 res"
+    with pytest.raises(ValueError, match=follows):
+        encode(LINEAR, LayerInputs(H), LayerPlan.parse("int4 + int4 residual + int4 hadamard"))
+    for bad in ("int3 shared", "int4 hadamard shared"):
+        with pytest.raises(ValueError, match=f"copy is '{bad}'.* expected format int4 and no rot"):
+            encode(LINEAR, LayerInputs(H), LayerPlan.parse(f"int4 + {bad}"))
     message = "the layer: rank is 21, expected at most 20 for 20 x 96 weights"
     with pytest.raises(ValueError, match=message):
         encode(LINEAR, LayerInputs(H), LayerPlan.parse("int4g32 + rank21"))

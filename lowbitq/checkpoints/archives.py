@@ -17,6 +17,26 @@ from lowbitq._core import FormatError
 from lowbitq.checkpoints.writing import new_file
 
 
+class Arrays:
+    """Arrays in memory that are read like those of a saved model's folder.
+
+    Attributes
+    ----------
+    tensors : mapping of str to ndarray
+    """
+
+    def __init__(self, tensors: Mapping[str, NDArray[Any]]) -> None:
+        self.tensors = tensors
+
+    def view(self, name: str) -> NDArray[Any]:
+        """Return an array; KeyError if there is none of this name."""
+        return self.tensors[name]
+
+    def load(self, name: str) -> NDArray[np.float32]:
+        """Return an array of floats as float32."""
+        return np.asarray(self.tensors[name], np.float32)
+
+
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Any]) -> None:
     """Write arrays to an ``.npz`` file, atomically and synced to disk.
 

@@ -1,7 +1,7 @@
 """Finished blocks of a model that is being quantized, kept in a folder for a second run.
 
     fingerprint.json   everything that determines the blocks
-    block_NNNN.npz     layers of a block and their records, the same fingerprint, a digest of all
+    block_NNNN.npz     arrays of a block and what is said of them, the same fingerprint, a digest
 
 Each file is written atomically and synced to disk, so a process may be killed at any time, and two
 may share the folder.
@@ -15,30 +15,17 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
 from lowbitq.checkpoints.archives import digest, load_arrays, save_arrays
 from lowbitq.checkpoints.mapping import MappedFile
 from lowbitq.checkpoints.packed import json_text
 from lowbitq.checkpoints.writing import make_folder, new_file, remove
-from lowbitq.linears import Adapter
-from lowbitq.tensors import QuantizedTensor, aligned
-
-Record = dict[str, Any]
-
-
-class Made(NamedTuple):
-    """What is kept of a layer."""
-
-    tensor: QuantizedTensor
-    adapter: Adapter | None
-    record: Record
-
-
-Finished = dict[str, Made]
+from lowbitq.tensors import aligned
 
 FINGERPRINT = "fingerprint.json"
 
@@ -88,29 +75,27 @@ class Blocks:
             with _naming(path), contextlib.suppress(FileNotFoundError):  # cleared by another run
                 self._check(path, load_arrays(path, only="fingerprint"))
 
-    def save(self, index: int, finished: Finished) -> None:
+    def save(self, index: int, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Keep a block.
 
         Parameters
         ----------
         index : int
-        finished : dict of str to Made
-            By the layer's name.
+        arrays : mapping of str to ndarray
+            Of dtypes that NumPy knows; not named ``about``, ``fingerprint`` or ``sha256``.
+        about : mapping
+            What JSON can hold of each layer, by its name.
         """
-        arrays: dict[str, Any] = {}
-        about: dict[str, Any] = {}
-        for name, (tensor, adapter, record) in finished.items():
-            parts, metadata = tensor.to_arrays()
-            parts |= dict(zip("UV", adapter or (), strict=False))
-            arrays |= {f"{name}/{part}": array for part, array in parts.items()}
-            about[name] = {"metadata": metadata, "record": record}
-        arrays["about"] = np.array(json.dumps(about))
-        arrays["fingerprint"] = np.array(json.dumps(self._fingerprint))
-        arrays["sha256"] = np.array(digest(arrays))
+        kept = dict(arrays)
+        kept["about"] = np.array(json.dumps(about))
+        kept["fingerprint"] = np.array(json.dumps(self._fingerprint))
+        kept["sha256"] = np.array(digest(kept))
         make_folder(self.folder)  # another process may have finished and removed it
-        save_arrays(self._path(index), arrays)
+        save_arrays(self._path(index), kept)
 
-    def load(self, index: int, names: Sequence[str]) -> Finished | None:
+    def load(
+        self, index: int, names: Sequence[str]
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]] | None:
         """Return a block as it was given to `save`; None if it does not exist.
 
         Parameters
@@ -126,19 +111,8 @@ class Blocks:
             return None
         if list(about) != list(names):
             raise FormatError(f"{path}: holds {list(about)}, expected {list(names)}")
-        finished = {}
-        with _naming(path):
-            for name, item in about.items():
-                parts = {
-                    key.rpartition("/")[2]: array
-                    for key, array in arrays.items()
-                    if key.rpartition("/")[0] == name
-                }
-                parts["panels"] = aligned(parts["panels"])
-                adapter = (parts.pop("U"), parts.pop("V")) if "U" in parts else None
-                tensor = QuantizedTensor.from_arrays(parts, item["metadata"])
-                finished[name] = Made(tensor, adapter, item["record"])
-        return finished
+        packed = {name: array for name, array in arrays.items() if array.dtype == np.uint8}
+        return arrays | {name: aligned(array) for name, array in packed.items()}, about
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block_{index:04}.npz"
@@ -150,7 +124,8 @@ class Blocks:
             self._check(path, arrays)
             if str(arrays.pop("sha256")) != digest(arrays):
                 raise FormatError(f"{path}: not as it was saved; remove it to recompute it")
-            return arrays, dict(json.loads(str(arrays["about"])))
+            arrays.pop("fingerprint")
+            return arrays, dict(json.loads(str(arrays.pop("about"))))
 
     def _check(self, path: Path, arrays: Mapping[str, Any]) -> None:
         """Compare a block's fingerprint with this run's."""

@@ -13,13 +13,14 @@ with the arrays ``NAME.copies.0.panels``, ``.levels`` and ``.weight``, ``NAME.ad
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from numpy.typing import NDArray
 
 from lowbitq.checkpoints import PackedFolder
+from lowbitq.checkpoints.archives import Arrays
 from lowbitq.checkpoints.packed import narrowest
 from lowbitq.linears import Activation, Copy, Linear, QuantizedLinear
 from lowbitq.rotations import Rotation
@@ -31,14 +32,20 @@ AnyLinear = Linear | QuantizedLinear
 class LayerWriter:
     """Splits layers into arrays and JSON; shared parts are stored once.
 
+    Parameters
+    ----------
+    narrow : callable, default=narrowest
+        What makes stored floats of float32 ones.
+
     Attributes
     ----------
     arrays : dict of str to ndarray
         All arrays so far.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, narrow: Callable[[Any], NDArray[Any]] = narrowest) -> None:
         self.arrays: dict[str, NDArray[Any]] = {}
+        self._narrow = narrow
         self._layers: dict[int, str] = {}
         self._tensors: dict[int, str] = {}
 
@@ -48,13 +55,13 @@ class LayerWriter:
             return {"same_as": self._layers[id(linear)]}
         self._layers[id(linear)] = name
         if linear.bias is not None:
-            self.arrays[f"{name}.bias"] = narrowest(linear.bias)
+            self.arrays[f"{name}.bias"] = self._narrow(linear.bias)
         if isinstance(linear, Linear):
-            self.arrays[f"{name}.weight"] = narrowest(linear.weight)
+            self.arrays[f"{name}.weight"] = self._narrow(linear.weight)
             rotation = self.rotation(f"{name}.rotation", linear.rotation)
             return {} if rotation is None else {"rotation": rotation}
         for letter, array in zip("UV", linear.adapter or (), strict=False):
-            self.arrays[f"{name}.adapter.{letter}"] = narrowest(array)
+            self.arrays[f"{name}.adapter.{letter}"] = self._narrow(array)
         copies = enumerate(linear.copies)
         return {"copies": [self._copy(f"{name}.copies.{i}", copy) for i, copy in copies]}
 
@@ -64,7 +71,7 @@ class LayerWriter:
         if at == name:
             self.arrays |= {f"{name}.{part}": array for part, array in arrays.items()}
         if copy.weight is not None:
-            self.arrays[f"{name}.weight"] = narrowest(copy.weight)
+            self.arrays[f"{name}.weight"] = self._narrow(copy.weight)
         entry: dict[str, Any] = {
             "tensor": metadata,
             "at": at,
@@ -96,7 +103,7 @@ class LayerReader:
         Names of the arrays that have been read.
     """
 
-    def __init__(self, folder: PackedFolder) -> None:
+    def __init__(self, folder: PackedFolder | Arrays) -> None:
         self.folder = folder
         self.used: set[str] = set()
         self._layers: dict[str, AnyLinear] = {}

@@ -157,3 +157,66 @@ def test_models_of_copies_are_saved_and_resumed(tmp_path, drift):
     rank = 16 * 2 * sum(sum(linear.shape) for _, linear in small.linears())
     weights = sum(np.prod(linear.shape) for _, linear in small.linears())
     assert small.bits_per_weight > 2 * 3 + 1 + rank / weights
+
+
+PROGRESSIVE = "int2g32 + int2g32 hadamard residual + trellis1w10 orthogonal residual"
+
+
+@pytest.fixture(scope="module")
+def progressive():
+    return compress(random_model(layers=2), PROGRESSIVE, text=TOKENS, drift=False)
+
+
+@pytest.mark.parametrize(("bits", "count"), [(2, 1), (3.9, 1), (4, 2), (5, 3), (9, 3)])
+def test_a_progressive_model_is_read_at_several_widths(tmp_path, progressive, bits, count):
+    progressive.save(tmp_path / "all")
+    found = load(tmp_path / "all", bits=bits)
+    assert {len(linear.copies) for _, linear in found.linears()} == {count}
+    found.save(tmp_path / "some")
+    again = load(tmp_path / "some")
+    expected = progressive.with_copies(count).hidden(TOKENS[0])
+    assert np.array_equal(found.hidden(TOKENS[0]), expected)
+    assert np.array_equal(again.hidden(TOKENS[0]), expected)
+    assert again.bits_per_weight == found.bits_per_weight
+    assert {str(layer) for layer in again.plan.layers.values()} == {
+        " + ".join(PROGRESSIVE.split(" + ")[:count])
+    }
+
+
+def test_its_first_width_is_the_model_of_that_plan(progressive):
+    """In the first block, whose inputs do not depend on the copies."""
+    first = compress(random_model(layers=2), "int2g32", text=TOKENS, drift=False)
+    narrow = progressive.with_copies(1)
+    for name, record in first.records.items():
+        if name.startswith("model.layers.0."):
+            one, other = dict(first.linears())[name], dict(narrow.linears())[name]
+            assert np.array_equal(one.tensor.panels, other.tensor.panels)
+            assert narrow.records[name]["relative_error"] == pytest.approx(
+                record["relative_error"], rel=1e-3
+            )
+            assert narrow.records[name]["format"] == "int2g32"
+
+
+def test_copies_of_some_layers(progressive):
+    name = "model.layers.1.mlp.up_proj"
+    some = progressive.with_copies({name: 2})
+    counts = {key: len(linear.copies) for key, linear in some.linears()}
+    assert counts.pop(name) == 2
+    assert set(counts.values()) == {3}
+    shared = dict(some.linears())[name].copies[0].tensor
+    assert shared is dict(progressive.linears())[name].copies[0].tensor
+    assert len(dict(progressive.linears())[name].copies) == 3
+
+
+def test_widths_that_do_not_exist_are_refused(tmp_path, progressive):
+    with pytest.raises(ValueError, match=r"count of model.layers.0.* is 0, expected at least 1"):
+        progressive.with_copies(0)
+    with pytest.raises(KeyError, match="unknown"):
+        progressive.with_copies({"unknown": 1})
+    averaged = compress(random_model(layers=1), "int2g32 + int2g32 hadamard", text=TOKENS)
+    with pytest.raises(ValueError, match="its 2 copies are averaged, and 1 of them are another"):
+        averaged.with_copies(1)
+    assert averaged.with_copies(2).hidden(TOKENS[0]).shape == (len(TOKENS[0]), 64)
+    progressive.save(tmp_path / "all")
+    with pytest.raises(ValueError, match=r"bits is 1, but model.layers.0.* has at least 2.0"):
+        load(tmp_path / "all", bits=1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
 from lowbitq.checkpoints import GGUFFile, PackedFolder, SafetensorsFolder, open_checkpoint
-from lowbitq.linears import Linear
+from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.config_gguf import config_from_gguf
 from lowbitq.models.config_hf import config_from_hf
@@ -45,7 +47,7 @@ AnyModel = TypeVar("AnyModel", bound=Model)
 _DERIVED = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn_rot_embd.weight")
 
 
-def load(path: str | os.PathLike[str]) -> Model:
+def load(path: str | os.PathLike[str], *, bits: float | None = None) -> Model:
     """Load a model.
 
     Parameters
@@ -53,6 +55,9 @@ def load(path: str | os.PathLike[str]) -> Model:
     path : str or path-like
         A GGUF file, a Hugging Face folder, a folder that `QuantizedModel.save` wrote, or the name
         of a repository on the Hugging Face hub.
+    bits : float, default=None
+        Of a saved model with residual copies, run only as many copies of each layer as have codes
+        of at most this many bits in all; the others are not read from the disk. None: all.
 
     Returns
     -------
@@ -73,7 +78,8 @@ def load(path: str | os.PathLike[str]) -> Model:
         If a file is damaged, or a tensor is missing or does not have the shape that the
         configuration implies.
     ValueError
-        If the decoder cannot run the model; the message lists all differences.
+        If the decoder cannot run the model; the message lists all differences. If `bits` is given
+        for a float model, or for one with a layer whose first copy has more bits.
 
     Examples
     --------
@@ -82,11 +88,24 @@ def load(path: str | os.PathLike[str]) -> Model:
     FileNotFoundError: absent.gguf: no such file or folder
     """
     source = open_checkpoint(path)
-    if isinstance(source, GGUFFile):
-        return _from_gguf(source)
-    if isinstance(source, SafetensorsFolder):
-        return _from_hf(source)
-    return _from_packed(source)
+    if isinstance(source, PackedFolder):
+        model = _from_packed(source)
+        return model if bits is None else _narrow(model, bits, source)
+    if bits is not None:
+        raise ValueError(f"bits is {bits}, but {path} is not a saved quantized model")
+    return _from_gguf(source) if isinstance(source, GGUFFile) else _from_hf(source)
+
+
+def _narrow(model: QuantizedModel, bits: float, source: PackedFolder) -> QuantizedModel:
+    """Keep the copies of each layer whose codes have at most this many bits in all."""
+    counts = {}
+    for name, linear in model.linears():
+        if isinstance(linear, QuantizedLinear):
+            rates = list(accumulate(copy.tensor.format.rate for copy in linear.copies))
+            if rates[0] > bits:
+                raise ValueError(f"bits is {bits}, but {name} of {source} has at least {rates[0]}")
+            counts[name] = bisect_right(rates, bits)
+    return model.with_copies(counts)
 
 
 def _from_hf(source: SafetensorsFolder) -> Model:

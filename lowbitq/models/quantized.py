@@ -23,6 +23,7 @@ from lowbitq.checkpoints.packed import (
     write_arrays,
     write_json,
 )
+from lowbitq.linears import QuantizedLinear
 from lowbitq.models.decoder import Model
 from lowbitq.models.slots import NORMS, OUTER, name_in_block
 from lowbitq.models.stored import LayerWriter
@@ -59,6 +60,64 @@ class QuantizedModel(Model):
             self.bits_per_weight,
             self.nbytes,
         )
+
+    def with_copies(self, count: int | Mapping[str, int]) -> QuantizedModel:
+        """Return a model that runs only the first copies of its layers.
+
+        Arrays are shared, so this takes no memory and a millisecond. A progressive model, whose
+        later copies are residuals, is thereby a narrower one.
+
+        Parameters
+        ----------
+        count : int or mapping of str to int
+            Copies to keep, 1 or more: of all layers, or by names of `linears`; others keep all.
+            Layers with no more copies than that stay as they are, and all others lose their
+            adapter, which makes up for what the last copy left.
+
+        Returns
+        -------
+        QuantizedModel
+            The one that a plan of only these copies gives, bit for bit, if no layer has an adapter
+            and drift was not corrected.
+
+        Raises
+        ------
+        KeyError
+            If there is no layer of such a name.
+        ValueError
+            If `count` is less than 1, or copies to be left out are averaged with others.
+
+        Examples
+        --------
+        >>> small = compress(model, "trellis2 + trellis2 hadamard residual")  # doctest: +SKIP
+        >>> small.with_copies(1).bits_per_weight  # doctest: +SKIP
+        2.02
+        """
+        linears = dict(self.linears())
+        counts = count if isinstance(count, Mapping) else dict.fromkeys(linears, count)
+        result = self.copy()
+        assert isinstance(result, QuantizedModel)
+        result.records = dict(self.records)
+        layers = {} if self.plan is None else dict(self.plan.layers)
+        for name, kept in counts.items():
+            if kept < 1:
+                raise ValueError(f"count of {name} is {kept}, expected at least 1")
+            linear = linears[name]
+            if not isinstance(linear, QuantizedLinear) or kept >= len(linear.copies):
+                continue
+            if any(copy.weight is not None for copy in linear.copies):
+                raise ValueError(
+                    f"{name}: its {len(linear.copies)} copies are averaged, and {kept} of them are "
+                    "another layer"
+                )
+            first = linear.replace(copies=linear.copies[:kept], adapter=None)
+            result.replace_linear(name, first)
+            if name in layers:
+                layers[name] = replace(layers[name], copies=layers[name].copies[:kept], rank=0)
+            result.records[name] = _narrower(self.records.get(name, {}), kept)
+        if self.plan is not None:
+            result.plan = replace(self.plan, layers=layers)
+        return result
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to a folder; `load` restores it with bit-identical logits.
@@ -114,6 +173,17 @@ class QuantizedModel(Model):
                 write_json(folder / "plan.json", self.plan.to_dict())
             if self.tokenizer is not None:
                 self.tokenizer.save(folder)
+
+
+def _narrower(record: Mapping[str, Any], kept: int) -> dict[str, Any]:
+    """Return what a record says of a layer's first copies alone."""
+    result = {k: v for k, v in record.items() if k not in ("sha256", "rank", "correlation")}
+    if errors := result.pop("errors", None):
+        result["relative_error"] = errors[kept - 1]
+        result["format"] = " + ".join(str(result["format"]).split(" + ")[:kept])
+        if kept > 1:
+            result["errors"] = errors[:kept]
+    return result
 
 
 def _provenance(known: Any) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import lowbitq as lq
 from lowbitq import commands
+from lowbitq.budgets import FORMATS
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
 from lowbitq.optimizers import RATES
 from lowbitq.plans import PRESETS
@@ -31,6 +32,20 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class _Noted(argparse.Action):
+    """Stores a value and notes in `given` that the user gave it, for options that exclude it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = [*namespace.given, option_string]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     choices = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, add_arguments, text) in _commands().items():
         command = choices.add_parser(name, help=text, description=text, formatter_class=_Help)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, given=[])
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--threads", type=_positive, help="(default: all CPUs)")
         add_arguments(command)
@@ -108,6 +123,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
     return {
         "inspect": (commands.inspect, _model_argument, "Describe a model."),
         "quantize": (commands.quantize, _quantize_arguments, "Quantize a model and save it."),
+        "plan": (
+            commands.plan,
+            _plan_arguments,
+            "Choose the format of each layer under a budget, for quantize --plan.",
+        ),
         "distill": (
             commands.distill,
             _distill_arguments,
@@ -147,26 +167,60 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
     how = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
-    parser.add_argument("--format", type=_layer, default="int4g64", help=how)
+    parser.add_argument("--format", type=_layer, default="int4g64", action=_Noted, help=how)
     parser.add_argument(
         "--embedding",
         type=_embedding,
         default=lq.Plan({}).embedding,
+        action=_Noted,
         help="format of the embedding and the head, or none",
     )
-    methods, rotations = ["gptq", "rtn"], ["hadamard", "orthogonal", "none"]
-    parser.add_argument("--method", choices=methods, default="gptq", help="rounding method")
+    methods = ["gptq", "rtn"]
     parser.add_argument(
-        "--rotation", choices=rotations, default="hadamard", help="rotation of the model"
+        "--method", choices=methods, default="gptq", action=_Noted, help="rounding method"
     )
+    _rotation_option(parser)
     chain = "the best known chain for its time: fast or balanced (the default)"
-    parser.add_argument("--preset", choices=list(PRESETS), help=chain)
+    parser.add_argument("--preset", choices=list(PRESETS), action=_Noted, help=chain)
+    planned = "plan of every layer, as lowbitq plan writes it, instead of the options above"
+    parser.add_argument("--plan", type=Path, metavar="FILE", help=planned)
     _text_option(parser, "to calibrate on")
     _calibration_options(parser, samples=128, window=2048)
     fisher = "weight tokens by squared gradients of the loss; every window is also taken back"
     parser.add_argument("--fisher", action="store_true", help=fisher)
     _work_dir_options(parser, "FOLDER.work")
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare")
+
+
+def _rotation_option(parser: argparse.ArgumentParser) -> None:
+    rotations = ["hadamard", "orthogonal", "none"]
+    parser.add_argument(
+        "--rotation",
+        choices=rotations,
+        default="hadamard",
+        action=_Noted,
+        help="rotation of the model",
+    )
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    bits = "stored bits per weight of the linear layers, at most"
+    budget.add_argument("--bits", type=float, help=bits)
+    size = "bytes of the whole model, at most"
+    budget.add_argument("--size", type=_positive, metavar="BYTES", help=size)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="destination")
+    formats = "candidates, separated by commas, such as 'trellis2, trellis3, int2g64 + rank8'"
+    default = ",".join(FORMATS)
+    parser.add_argument("--formats", type=_layers, default=default, help=formats)
+    by = "format whose divergence is measured and scaled, noise, or measured: all candidates are"
+    parser.add_argument("--by", default="int2g64", help=by)
+    measure = "windows that the divergence is measured on"
+    parser.add_argument("--measure", type=_positive, default=2, metavar="N", help=measure)
+    _rotation_option(parser)
+    _text_option(parser, "to calibrate on")
+    _calibration_options(parser, samples=16, window=512)
 
 
 def _student_arguments(parser: argparse.ArgumentParser, use: str) -> None:
@@ -291,7 +345,8 @@ def _text_option(parser: argparse.ArgumentParser, use: str) -> None:
 def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, window: int) -> None:
     parser.add_argument("--samples", type=_positive, default=samples, help="calibration windows")
     parser.add_argument("--window", type=_positive, default=window, help="tokens per window")
-    parser.add_argument("--seed", type=int, default=0, help="seed for samples and rotations")
+    seed = "seed for samples and rotations"
+    parser.add_argument("--seed", type=int, default=0, action=_Noted, help=seed)
 
 
 def _work_dir_options(parser: argparse.ArgumentParser, default: str) -> None:
@@ -357,6 +412,10 @@ def _layer(text: str) -> str:
         return str(lq.LayerPlan.parse(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _layers(text: str) -> list[str]:
+    return [_layer(one.strip()) for one in text.split(",")]
 
 
 def _embedding(text: str) -> lq.Format | None:

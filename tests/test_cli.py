@@ -35,6 +35,7 @@ def test_runs_as_a_module():
     [
         "inspect",
         "quantize",
+        "plan",
         "distill",
         "reconstruct",
         "evaluate",

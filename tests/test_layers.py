@@ -35,7 +35,7 @@ PYTHON_ORDER = [
     "linears",
     "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors",
     "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
-    "checkpoints", "plans",
+    "checkpoints", "plans", "costs",
     "models.rope", "models.families", "models.config", "models.config_hf", "models.config_gguf",
     "models.sandbox", "models.chat", "models.vocabulary", "models.tokenizer_folder",
     "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
@@ -46,7 +46,7 @@ PYTHON_ORDER = [
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "evaluation", "free_running",
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
-    "sensitivity", "linearity", "",
+    "sensitivity", "linearity", "knapsack", "prices", "budgets", "",
     "commands", "cli", "__main__",
 ]
 # fmt: on

@@ -46,7 +46,7 @@ PYTHON_ORDER = [
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "evaluation", "free_running",
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
-    "sensitivity", "linearity", "knapsack", "prices", "budgets", "",
+    "sensitivity", "linearity", "knapsack", "prices", "budgets", "duplication", "",
     "commands", "cli", "__main__",
 ]
 # fmt: on

@@ -48,6 +48,7 @@ from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
 from lowbitq.rotations import Rotation
 from lowbitq.scores import Sensitivity, weights_for_bits
+from lowbitq.search import search
 from lowbitq.sensitivity import sensitivity
 from lowbitq.tensors import QuantizedTensor
 from lowbitq.version import __version__ as __version__
@@ -98,6 +99,7 @@ __all__ = [
     "range_test",
     "reconstruct",
     "rotate",
+    "search",
     "sensitivity",
     "set_num_threads",
     "show_config",

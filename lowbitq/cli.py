@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import lowbitq as lq
-from lowbitq import commands
+from lowbitq import commands, commands_choosing
 from lowbitq.budgets import FORMATS
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
 from lowbitq.optimizers import RATES
 from lowbitq.plans import PRESETS
 from lowbitq.reconstruction import INPUTS
 from lowbitq.scores import LEVELS
+from lowbitq.search import SAMPLERS, TERMS
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -124,7 +125,7 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
         "inspect": (commands.inspect, _model_argument, "Describe a model."),
         "quantize": (commands.quantize, _quantize_arguments, "Quantize a model and save it."),
         "plan": (
-            commands.plan,
+            commands_choosing.plan,
             _plan_arguments,
             "Choose the format of each layer under a budget, for quantize --plan.",
         ),
@@ -137,6 +138,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
             commands.reconstruct,
             _reconstruct_arguments,
             "Train each block of a quantized model on the float block's output and save it.",
+        ),
+        "search": (
+            commands_choosing.search,
+            _search_arguments,
+            "Search the parameters of a quantized model's copies and save the best ones.",
         ),
         "evaluate": (commands.evaluate, _evaluate_arguments, "Measure perplexity, size and speed."),
         "sensitivity": (
@@ -275,6 +281,27 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=_positive, default=1024, help="tokens per window")
     inputs = "what enters a block: outputs of the quantized or of the float blocks before it"
     parser.add_argument("--inputs", choices=INPUTS, default="quantized", help=inputs)
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a saved lowbitq model")
+    parser.add_argument("teacher", metavar="TEACHER", help="its float model: file or folder")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
+    space = "clips: a clip for each kind of layer; grid: 225 points of two copies; or a JSON file"
+    parser.add_argument("--space", default="clips", help=space)
+    objective = "what to make small, such as kl, perplexity or block"
+    parser.add_argument("--objective", choices=TERMS, default="kl", help=objective)
+    parser.add_argument("--trials", type=_positive, default=50, help="number of trials")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="gaussian", help="strategy")
+    storage = "keep the study here, to resume and to share: .log, .db or a URL (default: nowhere)"
+    parser.add_argument("--storage", metavar="PLACE", help=storage)
+    parser.add_argument("--study", default="lowbitq", metavar="NAME", help="its name there")
+    scales = "first give the inputs of copies static scales that cover this share of them, up to 1"
+    parser.add_argument("--static", type=float, metavar="SHARE", help=scales)
+    _text_option(parser, "to run")
+    parser.add_argument("--measure", type=_positive, default=4, help="windows of the text")
+    parser.add_argument("--window", type=_positive, default=512, help="tokens per window")
+    parser.add_argument("--seed", type=int, default=0, help="seed of windows and trials")
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:

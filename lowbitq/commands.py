@@ -292,31 +292,6 @@ def _student(options: Options) -> tuple[lq.QuantizedModel, lq.Model, Any]:
     return model, teacher, text
 
 
-def plan(options: Options) -> tuple[dict[str, Any], str]:
-    """Plan each layer of a model under a budget and write the plan."""
-    text = read_texts(options.text).calibration
-    model = _load(options.model)
-    with _bar("pricing", unit="step") as progress:
-        found = lq.plan(
-            model,
-            text,
-            bits=options.bits,
-            size=options.size,
-            formats=options.formats,
-            by=options.by,
-            measure=options.measure,
-            samples=options.samples,
-            window=options.window,
-            rotation=options.rotation,
-            seed=options.seed,
-            progress=progress,
-        )
-    with new_file(options.out) as file:
-        file.write(found.to_json().encode())
-    shown = f"{found}\n{options.out}: {found.outcome.bits:.3f} bits per weight"
-    return {"saved": str(options.out), **found.comparison()}, shown
-
-
 def evaluate(options: Options) -> tuple[dict[str, Any], str]:
     """Measure a model, alone or against another."""
     if options.continuations and not options.reference:

@@ -38,6 +38,7 @@ def test_runs_as_a_module():
         "plan",
         "distill",
         "reconstruct",
+        "search",
         "evaluate",
         "sensitivity",
         "generate",

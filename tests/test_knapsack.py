@@ -6,6 +6,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from lowbitq.knapsack import cheapest
 
@@ -34,7 +35,6 @@ def test_brute_force(seed):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_the_solver_of_scipy(seed):
-    optimize = pytest.importorskip("scipy.optimize")
     costs, prices, budget = random_problem(seed, classes=60, options=6, unit=997)
     sizes = [len(row) for row in costs]
     each = np.repeat(np.eye(len(costs)), sizes, axis=1)

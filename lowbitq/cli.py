@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import lowbitq as lq
-from lowbitq import commands
+from lowbitq import commands, commands_choosing
+from lowbitq.budgets import FORMATS
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
 from lowbitq.optimizers import RATES
 from lowbitq.plans import PRESETS
 from lowbitq.reconstruction import INPUTS
 from lowbitq.scores import LEVELS
+from lowbitq.search import SAMPLERS, TERMS
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -31,6 +33,20 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class _Noted(argparse.Action):
+    """Stores a value and notes in `given` that the user gave it, for options that exclude it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = [*namespace.given, option_string]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     choices = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, add_arguments, text) in _commands().items():
         command = choices.add_parser(name, help=text, description=text, formatter_class=_Help)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, given=[])
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--threads", type=_positive, help="(default: all CPUs)")
         add_arguments(command)
@@ -108,6 +124,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
     return {
         "inspect": (commands.inspect, _model_argument, "Describe a model."),
         "quantize": (commands.quantize, _quantize_arguments, "Quantize a model and save it."),
+        "plan": (
+            commands_choosing.plan,
+            _plan_arguments,
+            "Choose the format of each layer under a budget, for quantize --plan.",
+        ),
         "distill": (
             commands.distill,
             _distill_arguments,
@@ -117,6 +138,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
             commands.reconstruct,
             _reconstruct_arguments,
             "Train each block of a quantized model on the float block's output and save it.",
+        ),
+        "search": (
+            commands_choosing.search,
+            _search_arguments,
+            "Search the parameters of a quantized model's copies and save the best ones.",
         ),
         "evaluate": (commands.evaluate, _evaluate_arguments, "Measure perplexity, size and speed."),
         "sensitivity": (
@@ -147,26 +173,60 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
     how = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
-    parser.add_argument("--format", type=_layer, default="int4g64", help=how)
+    parser.add_argument("--format", type=_layer, default="int4g64", action=_Noted, help=how)
     parser.add_argument(
         "--embedding",
         type=_embedding,
         default=lq.Plan({}).embedding,
+        action=_Noted,
         help="format of the embedding and the head, or none",
     )
-    methods, rotations = ["gptq", "rtn"], ["hadamard", "orthogonal", "none"]
-    parser.add_argument("--method", choices=methods, default="gptq", help="rounding method")
+    methods = ["gptq", "rtn"]
     parser.add_argument(
-        "--rotation", choices=rotations, default="hadamard", help="rotation of the model"
+        "--method", choices=methods, default="gptq", action=_Noted, help="rounding method"
     )
+    _rotation_option(parser)
     chain = "the best known chain for its time: fast or balanced (the default)"
-    parser.add_argument("--preset", choices=list(PRESETS), help=chain)
+    parser.add_argument("--preset", choices=list(PRESETS), action=_Noted, help=chain)
+    planned = "plan of every layer, as lowbitq plan writes it, instead of the options above"
+    parser.add_argument("--plan", type=Path, metavar="FILE", help=planned)
     _text_option(parser, "to calibrate on")
     _calibration_options(parser, samples=128, window=2048)
     fisher = "weight tokens by squared gradients of the loss; every window is also taken back"
     parser.add_argument("--fisher", action="store_true", help=fisher)
     _work_dir_options(parser, "FOLDER.work")
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare")
+
+
+def _rotation_option(parser: argparse.ArgumentParser) -> None:
+    rotations = ["hadamard", "orthogonal", "none"]
+    parser.add_argument(
+        "--rotation",
+        choices=rotations,
+        default="hadamard",
+        action=_Noted,
+        help="rotation of the model",
+    )
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    bits = "stored bits per weight of the linear layers, at most"
+    budget.add_argument("--bits", type=float, help=bits)
+    size = "bytes of the whole model, at most"
+    budget.add_argument("--size", type=_positive, metavar="BYTES", help=size)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="destination")
+    formats = "candidates, separated by commas, such as 'trellis2, trellis3, int2g64 + rank8'"
+    default = ",".join(FORMATS)
+    parser.add_argument("--formats", type=_layers, default=default, help=formats)
+    by = "format whose divergence is measured and scaled, noise, or measured: all candidates are"
+    parser.add_argument("--by", default="int2g64", help=by)
+    measure = "windows that the divergence is measured on"
+    parser.add_argument("--measure", type=_positive, default=2, metavar="N", help=measure)
+    _rotation_option(parser)
+    _text_option(parser, "to calibrate on")
+    _calibration_options(parser, samples=16, window=512)
 
 
 def _student_arguments(parser: argparse.ArgumentParser, use: str) -> None:
@@ -221,6 +281,27 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=_positive, default=1024, help="tokens per window")
     inputs = "what enters a block: outputs of the quantized or of the float blocks before it"
     parser.add_argument("--inputs", choices=INPUTS, default="quantized", help=inputs)
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a saved lowbitq model")
+    parser.add_argument("teacher", metavar="TEACHER", help="its float model: file or folder")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
+    space = "clips: a clip for each kind of layer; grid: 225 points of two copies; or a JSON file"
+    parser.add_argument("--space", default="clips", help=space)
+    objective = "what to make small, such as kl, perplexity or block"
+    parser.add_argument("--objective", choices=TERMS, default="kl", help=objective)
+    parser.add_argument("--trials", type=_positive, default=50, help="number of trials")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="gaussian", help="strategy")
+    storage = "keep the study here, to resume and to share: .log, .db or a URL (default: nowhere)"
+    parser.add_argument("--storage", metavar="PLACE", help=storage)
+    parser.add_argument("--study", default="lowbitq", metavar="NAME", help="its name there")
+    scales = "first give the inputs of copies static scales that cover this share of them, up to 1"
+    parser.add_argument("--static", type=float, metavar="SHARE", help=scales)
+    _text_option(parser, "to run")
+    parser.add_argument("--measure", type=_positive, default=4, help="windows of the text")
+    parser.add_argument("--window", type=_positive, default=512, help="tokens per window")
+    parser.add_argument("--seed", type=int, default=0, help="seed of windows and trials")
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -291,7 +372,8 @@ def _text_option(parser: argparse.ArgumentParser, use: str) -> None:
 def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, window: int) -> None:
     parser.add_argument("--samples", type=_positive, default=samples, help="calibration windows")
     parser.add_argument("--window", type=_positive, default=window, help="tokens per window")
-    parser.add_argument("--seed", type=int, default=0, help="seed for samples and rotations")
+    seed = "seed for samples and rotations"
+    parser.add_argument("--seed", type=int, default=0, action=_Noted, help=seed)
 
 
 def _work_dir_options(parser: argparse.ArgumentParser, default: str) -> None:
@@ -357,6 +439,10 @@ def _layer(text: str) -> str:
         return str(lq.LayerPlan.parse(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _layers(text: str) -> list[str]:
+    return [_layer(one.strip()) for one in text.split(",")]
 
 
 def _embedding(text: str) -> lq.Format | None:

@@ -35,8 +35,10 @@ def test_runs_as_a_module():
     [
         "inspect",
         "quantize",
+        "plan",
         "distill",
         "reconstruct",
+        "search",
         "evaluate",
         "sensitivity",
         "generate",

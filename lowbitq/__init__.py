@@ -23,6 +23,7 @@ from lowbitq.budgets import BudgetPlan, plan
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
 from lowbitq.distillation import distill
+from lowbitq.enhancement import Enhanced, enhance
 from lowbitq.evaluation import (
     Divergence,
     Estimate,
@@ -59,6 +60,7 @@ __all__ = [
     "Continuations",
     "CopyPlan",
     "Divergence",
+    "Enhanced",
     "Estimate",
     "Evaluation",
     "Format",
@@ -87,6 +89,7 @@ __all__ = [
     "continuations",
     "dequantize",
     "distill",
+    "enhance",
     "evaluate",
     "importance",
     "kl_divergence",

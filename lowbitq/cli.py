@@ -129,6 +129,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
             _plan_arguments,
             "Choose the format of each layer under a budget, for quantize --plan.",
         ),
+        "enhance": (
+            commands_choosing.enhance,
+            _enhance_arguments,
+            "Quantize a model as well as is known how under a budget: plan, compress, train.",
+        ),
         "distill": (
             commands.distill,
             _distill_arguments,
@@ -174,13 +179,7 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
     how = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
     parser.add_argument("--format", type=_layer, default="int4g64", action=_Noted, help=how)
-    parser.add_argument(
-        "--embedding",
-        type=_embedding,
-        default=lq.Plan({}).embedding,
-        action=_Noted,
-        help="format of the embedding and the head, or none",
-    )
+    _embedding_option(parser)
     methods = ["gptq", "rtn"]
     parser.add_argument(
         "--method", choices=methods, default="gptq", action=_Noted, help="rounding method"
@@ -217,9 +216,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     size = "bytes of the whole model, at most"
     budget.add_argument("--size", type=_positive, metavar="BYTES", help=size)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="destination")
-    formats = "candidates, separated by commas, such as 'trellis2, trellis3, int2g64 + rank8'"
-    default = ",".join(FORMATS)
-    parser.add_argument("--formats", type=_layers, default=default, help=formats)
+    _formats_option(parser)
     by = "format whose divergence is measured and scaled, noise, or measured: all candidates are"
     parser.add_argument("--by", default="int2g64", help=by)
     measure = "windows that the divergence is measured on"
@@ -227,6 +224,39 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     _rotation_option(parser)
     _text_option(parser, "to calibrate on")
     _calibration_options(parser, samples=16, window=512)
+
+
+def _enhance_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
+    bits = "stored bits per weight of the linear layers, at most"
+    parser.add_argument("--bits", type=float, required=True, help=bits)
+    _formats_option(parser)
+    _embedding_option(parser)
+    trials = "of a search for the parameters of copies; 0: none"
+    parser.add_argument("--trials", type=_count, default=0, metavar="N", help=trials)
+    steps = "of training; 0: none"
+    parser.add_argument("--steps", type=_count, default=240, metavar="N", help=steps)
+    parser.add_argument("--minutes", type=float, help="stop training after this time")
+    _text_option(parser, "to calibrate and train on; its last two windows are held back")
+    _calibration_options(parser, samples=32, window=2048)
+    _work_dir_options(parser, "FOLDER.work")
+
+
+def _formats_option(parser: argparse.ArgumentParser) -> None:
+    formats = "candidates, separated by commas, such as 'trellis2, trellis3, int2g64 + rank8'"
+    default = ",".join(FORMATS)
+    parser.add_argument("--formats", type=_layers, default=default, help=formats)
+
+
+def _embedding_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--embedding",
+        type=_embedding,
+        default=lq.Plan({}).embedding,
+        action=_Noted,
+        help="format of the embedding and the head, or none",
+    )
 
 
 def _student_arguments(parser: argparse.ArgumentParser, use: str) -> None:
@@ -396,6 +426,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
     return number
 
 

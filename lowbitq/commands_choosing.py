@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from typing import Any
 
@@ -67,3 +69,31 @@ def search(options: Options) -> tuple[dict[str, Any], str]:
     seconds = time.perf_counter() - started
     result = {"saved": str(options.out), **found.to_dict(), "seconds": seconds}
     return result, f"{found}\n{options.out}: {seconds:.0f} s"
+
+
+def enhance(options: Options) -> tuple[dict[str, Any], str]:
+    """Quantize a model as well as is known how under a budget, and save it."""
+    check_replaceable(options.out)
+    work_dir = options.work_dir or options.out.with_name(options.out.name + ".work")
+    if options.restart:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    text = read_texts(options.text).calibration
+    found = lq.enhance(
+        _load(options.model),
+        text,
+        bits=options.bits,
+        formats=options.formats,
+        samples=options.samples,
+        window=options.window,
+        trials=options.trials,
+        steps=options.steps,
+        seconds=None if options.minutes is None else 60 * options.minutes,
+        embedding=None if options.embedding is None else str(options.embedding),
+        seed=options.seed,
+        work_dir=work_dir,
+        progress=sys.stderr.isatty(),
+    )
+    found.model.save(options.out)
+    if options.work_dir is None:
+        shutil.rmtree(work_dir, ignore_errors=True)
+    return {"saved": str(options.out), **found.to_dict()}, f"{found}\n{options.out}"

@@ -36,6 +36,7 @@ def test_runs_as_a_module():
         "inspect",
         "quantize",
         "plan",
+        "enhance",
         "distill",
         "reconstruct",
         "search",

@@ -48,7 +48,7 @@ PYTHON_ORDER = [
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
     "sensitivity", "linearity", "knapsack", "prices", "budgets", "duplication",
     "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
-    "search", "",
+    "search", "enhancement", "",
     "commands", "commands_choosing", "cli", "__main__",
 ]
 # fmt: on

@@ -92,7 +92,8 @@ def test_bad_plan_files_are_refused(small, tmp_path, content, said):
 
 
 @pytest.mark.parametrize(
-    "option", [["--format", "int4g64"], ["--rotation", "none"], ["--seed", "1"], ["--preset", "fast"]]
+    "option",
+    [["--format", "int4g64"], ["--rotation", "none"], ["--seed", "1"], ["--preset", "fast"]],
 )
 def test_what_the_plan_says_is_not_said_twice(small, tmp_path, option):
     quantize, _ = small

@@ -9,9 +9,9 @@ from lowbitq.plans import LayerPlan
 def stored_bytes(plan: LayerPlan, shape: tuple[int, int]) -> int:
     """Return the bytes of a layer: codes, scales, tables, factors, dense rotations, adapter.
 
-    Copies of mode ``"shared"`` have no codes of their own. Where a copy stands for the whole layer
-    (``"own"``, ``"shared"``), every copy has a factor for each row, in 16 bits. A Hadamard rotation
-    is a seed; an orthogonal one is a matrix of float32. A bias is not counted.
+    Copies of mode ``"shared"`` have no codes of their own. Copies that are averaged (``"own"`` and
+    ``"shared"``) have a factor for each row, in 16 bits. A Hadamard rotation is a seed; an
+    orthogonal one is a matrix of float32. A bias is not counted.
 
     Parameters
     ----------
@@ -37,9 +37,8 @@ def stored_bytes(plan: LayerPlan, shape: tuple[int, int]) -> int:
             total += Format.parse(copy.format).stored_bytes(rows, cols)
         if copy.rotation == "orthogonal":
             total += 4 * cols * cols
-    if any(copy.mode != "residual" for copy in plan.copies[1:]):
-        total += 2 * rows * len(plan.copies)
-    return total
+    averaged = sum(copy.mode != "residual" for copy in plan.copies)
+    return total + 2 * rows * averaged * (averaged > 1)
 
 
 def multiplications(plan: LayerPlan, shape: tuple[int, int]) -> int:

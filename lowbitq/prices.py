@@ -221,6 +221,8 @@ def prices(
         and of all steps.
     **options
         Fields of Rounding, Sampling and Plan, as for `Plan.uniform`: rotation, seed, embedding.
+        Plans that are made of the prices correct for drift, unless told ``drift=False``, given
+        statistics with Hessians, or rounded to nearest.
 
     Returns
     -------
@@ -272,7 +274,8 @@ def prices(
         for candidate in candidates:
             check_plan(candidate, linear.shape, name)
     check_finite(model)
-    template = replace(Plan.uniform(linears, candidates[0], **options), layers={})
+    plan = Plan.uniform(linears, candidates[0], **options)
+    template = replace(plan, layers={})
     stats = data
     if not isinstance(stats, Statistics):
         stats = calibrate(
@@ -280,6 +283,9 @@ def prices(
         )
     if measure > len(stats.tokens):
         raise ValueError(f"measure is {measure}, but data has only {len(stats.tokens)} windows")
+    if "drift" not in options:
+        known = stats is data and bool(stats.hessians)
+        template = replace(template, drift=plan.needs_text and not known and len(stats.tokens) > 1)
     tokens = token_array(stats.tokens[:measure], model.config.vocab_size, axes=(2,))
 
     source = rotate(model, template.rotation, template.seed)
@@ -293,8 +299,8 @@ def prices(
         probe = None if probe is None else replace(probe, rounding=_TO_NEAREST)
     total = len(linears) * (1 + (len(candidates) if measured else 1) * len(tokens))
     report, steps = reporter(progress, total, title="prices", unit="step"), count(1)
-    work = _Work(source, walk, rounded, tokens, lambda: report(next(steps), total))
-    kl = work.measured() if measured else work.scaled(probe, noise, rows, template.seed)
+    work = _Work(source, walk, rounded, tokens, template.seed, lambda: report(next(steps), total))
+    kl = work.measured() if measured else work.scaled(probe, noise, rows)
 
     shapes = [linear.shape for linear in linears.values()]
     return Prices(
@@ -351,30 +357,32 @@ class _Work:
     walk: Walk
     candidates: list[LayerPlan]
     tokens: NDArray[np.int32]
+    seed: int
     step: Callable[[], object]
 
     def measured(self) -> NDArray[np.float64]:
         layers: dict[tuple[str, str], AnyLinear] = {}
         for name, task in self._tasks():
             for plan in self.candidates:
-                layers[str(plan), name] = encode(task.linear, task.inputs, plan)[0]
+                made, _ = encode(task.linear, task.inputs, plan, self.seed)
+                layers[str(plan), name] = made
         found = each_alone(self.source, self.tokens, layers, "linear", self.step)
         names = [name for name, _ in self.source.linears()]
         kl = [[found[str(plan), name] for plan in self.candidates] for name in names]
         return np.array(kl, np.float64)
 
     def scaled(
-        self, probe: LayerPlan | None, noise: float, rows: int | None, seed: int
+        self, probe: LayerPlan | None, noise: float, rows: int | None
     ) -> NDArray[np.float64]:
         """Measure the probe, or noise in its place, and scale by errors."""
         layers: dict[tuple[str, str], AnyLinear] = {}
         ratios = []
         for number, (name, task) in enumerate(self._tasks()):
-            place = [seed, number]
+            place = [self.seed, number]
             if probe is None:
                 changed = noisy(task.linear, noise, place)
             else:
-                changed = _rounded(task.linear, task, probe)
+                changed = self._rounded(task.linear, task, probe)
             layers["", name] = changed
             size = _relative_error(task.linear, changed, task)
             part = _some_rows(task.linear, rows, place)
@@ -387,7 +395,14 @@ class _Work:
 
     def _error(self, part: Linear, task: Task, plan: LayerPlan) -> float:
         before = task.linear if plan.rank else part
-        return _relative_error(before, _rounded(before, task, plan), task)
+        return _relative_error(before, self._rounded(before, task, plan), task)
+
+    def _rounded(self, linear: Linear, task: Task, plan: LayerPlan) -> Linear:
+        """Return the layer with quantized weights, decoded, for inputs that are rotated alike."""
+        weight = encode(linear, task.inputs, plan, self.seed)[0].dequantize()
+        if linear.rotation is not None:
+            weight = linear.rotation.apply(weight)
+        return replace(linear, weight=weight)
 
     def _tasks(self) -> Iterator[tuple[str, Task]]:
         for index in range(len(self.source.blocks)):
@@ -403,14 +418,6 @@ def _some_rows(linear: Linear, rows: int | None, seed: list[int]) -> Linear:
         return linear
     drawn = np.random.default_rng(seed).choice(linear.shape[0], rows, replace=False)
     return replace(linear, weight=linear.weight[np.sort(drawn)], bias=None)
-
-
-def _rounded(linear: Linear, task: Task, plan: LayerPlan) -> Linear:
-    """Return the layer with quantized weights, decoded, for inputs that are rotated alike."""
-    weight = encode(linear, task.inputs, plan)[0].dequantize()
-    if linear.rotation is not None:
-        weight = linear.rotation.apply(weight)
-    return replace(linear, weight=weight)
 
 
 def _relative_error(before: Linear, after: Linear, task: Task) -> float:

@@ -13,8 +13,10 @@ import lowbitq as lq
 from lowbitq import budgets
 from lowbitq.budgets import choose, front
 from lowbitq.calibration import calibrate
+from lowbitq.copies import LayerInputs
 from lowbitq.costs import multiplications, stored_bytes
-from lowbitq.linears import Copy, QuantizedLinear
+from lowbitq.encoding import encode
+from lowbitq.linears import Copy, Linear, QuantizedLinear
 from lowbitq.plans import LayerPlan, Plan
 from lowbitq.prices import Prices
 from lowbitq.quantizers import quantize
@@ -126,11 +128,29 @@ def test_copies_cost_what_they_store():
     assert own == 2 * tensor.nbytes + 2 * 2 * 96 + 4 * 64 * 64
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "int2g32 + int3g32 hadamard",
+        "int2g32 + int2g32 shared",
+        "int2g32 + int2g32 hadamard residual + rank2",
+        "int2g32 + int2g32 + int3g32 residual",
+        "int2g32 hadamard + int2g32 hadamard + int2g32",
+    ],
+)
+def test_encoded_copies_cost_what_was_planned(text):
+    linear = Linear(np.random.default_rng(1).standard_normal((40, 64), dtype=np.float32))
+    plan = LayerPlan.parse(text)
+    layer, _ = encode(linear, LayerInputs(np.eye(64)), plan)
+    assert stored_bytes(plan, linear.shape) == layer.nbytes
+
+
 def test_a_whole_run():
     """The model that a plan makes has the bits that it says."""
     model, tokens = random_model(layers=2), random_tokens(3 * 40).reshape(3, 40)
     stats = calibrate(model, tokens, hessians=True)
-    how = {"formats": ["int2g32", "int3g32", "int2g32 + rank2", "int6g32"], "measure": 1}
+    formats = ["int2g32", "int3g32", "int2g32 + rank2", "int2g32 + int2g32 hadamard residual"]
+    how = {"formats": [*formats, "int2g32 + int2g32 hadamard", "int6g32"], "measure": 1}
     made = lq.plan(model, stats, bits=4.1, rows=None, **how)
     small = lq.compress(model, made, stats)
     assert small.bits_per_weight == pytest.approx(made.outcome.bits, rel=1e-12)

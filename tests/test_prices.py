@@ -12,7 +12,8 @@ from random_model import random_model, random_tokens
 import lowbitq as lq
 from lowbitq.calibration import calibrate
 from lowbitq.compression import compress
-from lowbitq.encoding import LayerInputs, encode
+from lowbitq.copies import LayerInputs
+from lowbitq.encoding import encode
 from lowbitq.models.rotating import rotate, rotate_hessians
 from lowbitq.plans import LayerPlan, Plan, Rounding
 from lowbitq.prices import Prices, prices
@@ -44,7 +45,7 @@ def alone(model, name, layer):
 
 @pytest.mark.parametrize("rotation", ["none", "hadamard"])
 def test_measured_prices_are_those_of_one_layer_at_a_time(model, stats, rotation):
-    formats = ["int2g32", "int2g32 + rank2"]
+    formats = ["int2g32", "int2g32 + rank2", "int2g32 + int2g32 hadamard residual"]
     found = prices(model, stats, formats, by="measured", measure=1, rotation=rotation)
     source = rotate(model, rotation)
     for name, block in ((Q0, 0), (DOWN1, 1)):
@@ -134,6 +135,20 @@ def test_text_is_calibrated_on(model, stats):
     text = prices(model, TOKENS.ravel(), FORMATS, samples=3, window=40, measure=1)
     assert text.kl.shape == given.kl.shape
     assert (text.kl > 0).all()
+
+
+def test_plans_correct_for_drift_where_they_can(model, stats):
+    def drift(data, **options):
+        options = {"samples": 3, "window": 40, "measure": 1, **options}
+        found = prices(model, data, FORMATS[:1], **options)
+        return found.template.drift
+
+    assert drift(TOKENS.ravel())
+    assert not drift(TOKENS.ravel(), drift=False)
+    assert not drift(TOKENS.ravel(), method="rtn")
+    assert not drift(TOKENS[0], samples=1)
+    assert not drift(stats)
+    assert drift(calibrate(model, TOKENS))
 
 
 def test_json_keeps_everything(model, stats, tmp_path):

@@ -43,9 +43,11 @@ from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer,
 from lowbitq.models.rotating import rotate
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.prices import Prices, prices
+from lowbitq.procrustes import OptimizedRotation, optimize_rotation, procrustes
 from lowbitq.quantizers import dequantize, quantize
 from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
+from lowbitq.rotation_scores import RotationScore, score_rotation
 from lowbitq.rotations import Rotation
 from lowbitq.scores import Sensitivity, weights_for_bits
 from lowbitq.search import search
@@ -69,6 +71,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "NumericalError",
+    "OptimizedRotation",
     "Perplexity",
     "Plan",
     "Prices",
@@ -76,6 +79,7 @@ __all__ = [
     "QuantizedModel",
     "QuantizedTensor",
     "Rotation",
+    "RotationScore",
     "Rounding",
     "Sensitivity",
     "Statistics",
@@ -92,14 +96,17 @@ __all__ = [
     "kl_divergence",
     "linearity",
     "load",
+    "optimize_rotation",
     "perplexity",
     "plan",
     "prices",
+    "procrustes",
     "quantize",
     "range_test",
     "reconstruct",
     "rotate",
     "search",
+    "score_rotation",
     "sensitivity",
     "set_num_threads",
     "show_config",

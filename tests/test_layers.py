@@ -32,7 +32,7 @@ HAVE_LOCKS = {f"core/{name}.c" for name in ["threads", "memory", "blas"]}
 # fmt: off
 PYTHON_ORDER = [
     "version", "_core", "formats", "tensors", "grids", "quantizers", "gptq", "losses", "rotations",
-    "linears",
+    "linears", "rotation_scores", "procrustes",
     "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors",
     "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
     "checkpoints", "plans", "costs",

@@ -39,6 +39,7 @@ from lowbitq.hints import Hints
 from lowbitq.importance import importance
 from lowbitq.linearity import linearity
 from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.massive import MassiveActivations, massive_activations
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
@@ -68,6 +69,7 @@ __all__ = [
     "Hints",
     "LayerPlan",
     "Linear",
+    "MassiveActivations",
     "Model",
     "ModelConfig",
     "NumericalError",
@@ -96,6 +98,7 @@ __all__ = [
     "kl_divergence",
     "linearity",
     "load",
+    "massive_activations",
     "optimize_rotation",
     "perplexity",
     "plan",

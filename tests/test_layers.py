@@ -41,7 +41,7 @@ PYTHON_ORDER = [
     "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
-    "texts", "fisher", "calibration", "adapters", "drift", "copies", "encoding", "walks",
+    "texts", "fisher", "calibration", "massive", "adapters", "drift", "copies", "encoding", "walks",
     "compression", "parameters", "roundings", "student_inputs", "student_rotations",
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "evaluation", "free_running",

@@ -41,13 +41,14 @@ from lowbitq.linearity import linearity
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.massive import MassiveActivations, massive_activations
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
-from lowbitq.models.rotating import rotate
+from lowbitq.models.rotating import rotate, rotate_inputs
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.prices import Prices, prices
 from lowbitq.procrustes import OptimizedRotation, optimize_rotation, procrustes
 from lowbitq.quantizers import dequantize, quantize
 from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
+from lowbitq.rotation_choice import ChosenRotations, choose_rotations, residual_inputs
 from lowbitq.rotation_scores import RotationScore, score_rotation
 from lowbitq.rotations import Rotation
 from lowbitq.scores import Sensitivity, weights_for_bits
@@ -59,6 +60,7 @@ from lowbitq.version import __version__ as __version__
 __all__ = [
     "Block",
     "BudgetPlan",
+    "ChosenRotations",
     "Continuations",
     "CopyPlan",
     "Divergence",
@@ -89,6 +91,7 @@ __all__ = [
     "agreement",
     "analyze",
     "calibrate",
+    "choose_rotations",
     "compress",
     "continuations",
     "dequantize",
@@ -107,8 +110,10 @@ __all__ = [
     "quantize",
     "range_test",
     "reconstruct",
+    "residual_inputs",
     "rotate",
     "search",
+    "rotate_inputs",
     "score_rotation",
     "sensitivity",
     "set_num_threads",

@@ -37,6 +37,7 @@ from lowbitq.formats import Format
 from lowbitq.free_running import Continuations, continuations
 from lowbitq.hints import Hints
 from lowbitq.importance import importance
+from lowbitq.joint_rotations import JointRotations, optimize_copies
 from lowbitq.linearity import linearity
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.massive import MassiveActivations, massive_activations
@@ -69,6 +70,7 @@ __all__ = [
     "Format",
     "FormatError",
     "Hints",
+    "JointRotations",
     "LayerPlan",
     "Linear",
     "MassiveActivations",
@@ -102,6 +104,7 @@ __all__ = [
     "linearity",
     "load",
     "massive_activations",
+    "optimize_copies",
     "optimize_rotation",
     "perplexity",
     "plan",

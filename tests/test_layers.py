@@ -42,7 +42,7 @@ PYTHON_ORDER = [
     "models.decoder", "models.stored", "models.quantized", "models.finite", "models.rotating",
     "models.loading", "models",
     "texts", "fisher", "calibration", "massive", "adapters", "drift", "copies", "encoding",
-    "rotation_choice", "walks",
+    "rotation_choice", "joint_rotations", "walks",
     "compression", "parameters", "roundings", "student_inputs", "student_rotations",
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "evaluation", "free_running",

@@ -43,6 +43,7 @@ from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.massive import MassiveActivations, massive_activations
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate, rotate_inputs
+from lowbitq.monitoring import Detector, Moments, OnlineModel, learn_normal
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.prices import Prices, prices
 from lowbitq.procrustes import OptimizedRotation, optimize_rotation, procrustes
@@ -64,6 +65,7 @@ __all__ = [
     "ChosenRotations",
     "Continuations",
     "CopyPlan",
+    "Detector",
     "Divergence",
     "Estimate",
     "Evaluation",
@@ -76,7 +78,9 @@ __all__ = [
     "MassiveActivations",
     "Model",
     "ModelConfig",
+    "Moments",
     "NumericalError",
+    "OnlineModel",
     "OptimizedRotation",
     "Perplexity",
     "Plan",
@@ -101,6 +105,7 @@ __all__ = [
     "evaluate",
     "importance",
     "kl_divergence",
+    "learn_normal",
     "linearity",
     "load",
     "massive_activations",

@@ -440,6 +440,7 @@ def decoder_forward(
     cache: Any | None,
     hidden: NDArray[np.float32] | None,
     logits: NDArray[np.float32] | None,
+    moments: NDArray[np.float64] | None,
     /,
     *,
     past: int,

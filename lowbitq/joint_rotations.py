@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq._core import NumericalError
-from lowbitq.adapters import product
 from lowbitq.encoding import LayerInputs, check_plan, encode
 from lowbitq.formats import Format
+from lowbitq.gptq import product
 from lowbitq.linears import Copy, Linear, QuantizedLinear
 from lowbitq.plans import LayerPlan
 from lowbitq.procrustes import nearest

@@ -47,10 +47,9 @@ PYTHON_ORDER = [
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "evaluation", "free_running",
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
-    "sensitivity", "linearity", "knapsack", "prices", "budgets", "duplication",
+    "sensitivity", "linearity", "monitoring", "knapsack", "prices", "budgets", "duplication",
     "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
-    "search", "",
-    "commands", "commands_choosing", "cli", "__main__",
+    "search", "", "commands", "commands_choosing", "cli", "__main__",
 ]
 # fmt: on
 

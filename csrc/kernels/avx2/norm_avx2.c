@@ -1,9 +1,10 @@
-/* RMSNorm of one row, 32 squares at a time. */
+/* RMSNorm and moments of one row, 32 squares at a time. */
 #include <immintrin.h>
 #include <math.h>
 
 #include "kernels/avx2/avx2.h"
 #include "kernels/avx2/sum_avx2.h"
+#include "kernels/row_moments.h"
 #include "kernels/norm.h"
 
 void
@@ -36,4 +37,10 @@ lbq_rmsnorm_f32_avx2(const float *x, const float *gain, ptrdiff_t count, float e
     }
     for (; i < count; i++)
         y[i] = gain ? x[i] * scale * gain[i] : x[i] * scale;
+}
+
+ptrdiff_t
+lbq_moments_f32_avx2(const float *x, ptrdiff_t count, float threshold, float *sum, float *largest)
+{
+    return lbq_moments_row(x, count, threshold, sum, largest);
 }

@@ -1,9 +1,10 @@
-/* RMSNorm of one row, 64 squares at a time. */
+/* RMSNorm and moments of one row, 64 squares at a time. */
 #include <immintrin.h>
 #include <math.h>
 
 #include "kernels/avx512/avx512.h"
 #include "kernels/avx512/lanes_avx512.h"
+#include "kernels/row_moments.h"
 #include "kernels/norm.h"
 
 void
@@ -37,4 +38,10 @@ lbq_rmsnorm_f32_avx512(const float *x, const float *gain, ptrdiff_t count, float
             v = _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, gain + i));
         _mm512_mask_storeu_ps(y + i, mask, v);
     }
+}
+
+ptrdiff_t
+lbq_moments_f32_avx512(const float *x, ptrdiff_t count, float threshold, float *sum, float *largest)
+{
+    return lbq_moments_row(x, count, threshold, sum, largest);
 }

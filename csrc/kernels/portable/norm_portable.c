@@ -1,6 +1,7 @@
-/* RMSNorm of one row. */
+/* RMSNorm and moments of one row. */
 #include <math.h>
 
+#include "kernels/row_moments.h"
 #include "kernels/norm.h"
 #include "kernels/portable/portable.h"
 
@@ -31,4 +32,11 @@ lbq_rmsnorm_f32_portable(const float *x, const float *gain, ptrdiff_t count, flo
     else
         for (i = 0; i < count; i++)
             y[i] = x[i] * scale;
+}
+
+ptrdiff_t
+lbq_moments_f32_portable(const float *x, ptrdiff_t count, float threshold, float *sum,
+                         float *largest)
+{
+    return lbq_moments_row(x, count, threshold, sum, largest);
 }

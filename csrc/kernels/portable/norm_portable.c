@@ -1,7 +1,6 @@
 /* RMSNorm and moments of one row. */
 #include <math.h>
 
-#include "kernels/row_moments.h"
 #include "kernels/norm.h"
 #include "kernels/portable/portable.h"
 
@@ -38,5 +37,18 @@ ptrdiff_t
 lbq_moments_f32_portable(const float *x, ptrdiff_t count, float threshold, float *sum,
                          float *largest)
 {
-    return lbq_moments_row(x, count, threshold, sum, largest);
+    float lane[64] = {0}, most = 0;
+    ptrdiff_t above = 0;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const float magnitude = fabsf(x[i]);
+        lane[i % 64] += magnitude;
+        most = magnitude > most ? magnitude : most;
+        above += magnitude > threshold;
+    }
+    for (int half = 32; half > 0; half /= 2)
+        for (int j = 0; j < half; j++)
+            lane[j] += lane[j + half];
+    *sum = lane[0];
+    *largest = most;
+    return above;
 }

@@ -38,15 +38,21 @@ from lowbitq.formats import Format
 from lowbitq.free_running import Continuations, continuations
 from lowbitq.hints import Hints
 from lowbitq.importance import importance
+from lowbitq.joint_rotations import JointRotations, optimize_copies
 from lowbitq.linearity import linearity
 from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.massive import MassiveActivations, massive_activations
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
-from lowbitq.models.rotating import rotate
+from lowbitq.models.rotating import rotate, rotate_inputs
+from lowbitq.monitoring import Detector, Moments, OnlineModel, learn_normal
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.prices import Prices, prices
+from lowbitq.procrustes import OptimizedRotation, optimize_rotation, procrustes
 from lowbitq.quantizers import dequantize, quantize
 from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
+from lowbitq.rotation_choice import ChosenRotations, choose_rotations, residual_inputs
+from lowbitq.rotation_scores import RotationScore, score_rotation
 from lowbitq.rotations import Rotation
 from lowbitq.scores import Sensitivity, weights_for_bits
 from lowbitq.search import search
@@ -57,8 +63,10 @@ from lowbitq.version import __version__ as __version__
 __all__ = [
     "Block",
     "BudgetPlan",
+    "ChosenRotations",
     "Continuations",
     "CopyPlan",
+    "Detector",
     "Divergence",
     "Enhanced",
     "Estimate",
@@ -66,11 +74,16 @@ __all__ = [
     "Format",
     "FormatError",
     "Hints",
+    "JointRotations",
     "LayerPlan",
     "Linear",
+    "MassiveActivations",
     "Model",
     "ModelConfig",
+    "Moments",
     "NumericalError",
+    "OnlineModel",
+    "OptimizedRotation",
     "Perplexity",
     "Plan",
     "Prices",
@@ -78,6 +91,7 @@ __all__ = [
     "QuantizedModel",
     "QuantizedTensor",
     "Rotation",
+    "RotationScore",
     "Rounding",
     "Sensitivity",
     "Statistics",
@@ -85,6 +99,7 @@ __all__ = [
     "agreement",
     "analyze",
     "calibrate",
+    "choose_rotations",
     "compress",
     "continuations",
     "dequantize",
@@ -93,15 +108,23 @@ __all__ = [
     "evaluate",
     "importance",
     "kl_divergence",
+    "learn_normal",
     "linearity",
     "load",
+    "massive_activations",
+    "optimize_copies",
+    "optimize_rotation",
     "perplexity",
     "plan",
     "prices",
+    "procrustes",
     "quantize",
     "range_test",
     "reconstruct",
+    "residual_inputs",
     "rotate",
+    "rotate_inputs",
+    "score_rotation",
     "search",
     "sensitivity",
     "set_num_threads",

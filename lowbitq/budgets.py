@@ -211,8 +211,7 @@ def plan(
     progress : bool or callable, default=False
         As for `lowbitq.prices`.
     **options
-        As for `lowbitq.prices`: ``by``, ``measure`` and others, and fields of Plan; ``drift`` is
-        True unless given.
+        As for `lowbitq.prices`: ``by``, ``measure`` and others, and fields of Plan.
 
     Returns
     -------
@@ -233,7 +232,6 @@ def plan(
     """
     if (bits is None) == (size is None):
         raise ValueError(f"bits is {bits} and size is {size}, expected one of them")
-    options = {"drift": True} | options
     return choose(prices(model, data, formats, progress=progress, **options), bits=bits, size=size)
 
 

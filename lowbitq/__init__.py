@@ -24,16 +24,8 @@ from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
 from lowbitq.distillation import distill
 from lowbitq.enhancement import Enhanced, enhance
-from lowbitq.evaluation import (
-    Divergence,
-    Estimate,
-    Evaluation,
-    Perplexity,
-    agreement,
-    evaluate,
-    kl_divergence,
-    perplexity,
-)
+from lowbitq.estimates import Divergence, Estimate, Evaluation, Perplexity
+from lowbitq.evaluation import agreement, evaluate, kl_divergence, perplexity
 from lowbitq.formats import Format
 from lowbitq.free_running import Continuations, continuations
 from lowbitq.hints import Hints

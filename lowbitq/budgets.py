@@ -17,6 +17,7 @@ from lowbitq.knapsack import cheapest
 from lowbitq.models.decoder import Model
 from lowbitq.plans import LayerPlan, Plan
 from lowbitq.prices import Prices, prices
+from lowbitq.tables import as_frame
 from lowbitq.texts import Text
 
 FORMATS = ("trellis1", "trellis2", "trellis3", "trellis4")
@@ -69,7 +70,7 @@ class Outcome:
         return f"{self.kl:9.4g} {self.bits:7.3f} {self.multiplications:8.3f}  {mix}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BudgetPlan(Plan):
     """A plan chosen under a budget, with what else the same budget buys. Its str is a table.
 
@@ -257,17 +258,13 @@ class Front:
 
     def to_frame(self) -> Any:
         """Return a pandas DataFrame, a row for each budget and outcome; ImportError without it."""
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ImportError("to_frame needs pandas; get it with: pip install pandas") from error
         rows = [
             {"budget": at, "what": name, **{k: v for k, v in one.items() if k != "layers"}}
             for at, plan in self.plans.items()
             for name, one in plan.comparison().items()
             if one is not None
         ]
-        return pandas.DataFrame(rows)
+        return as_frame(rows)
 
     def plot(self, axes: Any = None) -> Any:
         """Draw the predicted divergence over bits; see `lowbitq.plots.front`."""

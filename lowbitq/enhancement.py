@@ -27,6 +27,7 @@ from lowbitq.models.tokens import check_count
 from lowbitq.plans import EMBEDDING, LayerPlan, Plan
 from lowbitq.prices import Prices, prices
 from lowbitq.search import search
+from lowbitq.tables import as_html
 from lowbitq.texts import Text, windows
 
 # What a stage may fail with on inputs that the others can work with.
@@ -75,6 +76,12 @@ class Enhanced:
 
     def __str__(self) -> str:
         return "\n".join(self._lines())
+
+    def _repr_html_(self) -> str:
+        rows = [{"stage": s.name, "seconds": s.seconds, "held-back KL": s.kl, "": s.note}
+                for s in self.stages]  # fmt: skip
+        bits = f"{self.model.bits_per_weight:.3f} bits per weight of the linear layers"
+        return as_html(list(rows[0]), rows, caption=bits, bars=["seconds"])
 
     def _lines(self) -> Iterator[str]:
         yield f"{'stage':9} {'seconds':>8} {'held-back KL':>13}  "

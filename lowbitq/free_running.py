@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.evaluation import Estimate, check_reference, mean_estimate
+from lowbitq.estimates import Estimate, mean_estimate
+from lowbitq.evaluation import check_reference
 from lowbitq.generation import generate
 from lowbitq.models.decoder import Model
 from lowbitq.models.tokens import check_count

@@ -15,6 +15,7 @@ from lowbitq.calibration import Massive, Progress, Stream, reporter
 from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.slots import TAPS, name_in_block
+from lowbitq.tables import as_frame
 from lowbitq.texts import Text, windows
 
 Array = NDArray[np.float32]
@@ -75,12 +76,8 @@ class MassiveActivations:
 
         Its columns are the fields of `Massive`, and ``token``, the number of the token there.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ImportError("to_frame needs pandas; get it with: pip install pandas") from error
         names = ["layer", "sample", "position", "channel", "value", "ratio"]
-        frame = pandas.DataFrame([asdict(row) for row in self.rows], columns=names)
+        frame = as_frame(map(asdict, self.rows), names)
         frame["token"] = [int(self.tokens[row.sample, row.position]) for row in self.rows]
         return frame
 

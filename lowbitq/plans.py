@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from lowbitq.formats import Format
 from lowbitq.gptq import ORDERS
 from lowbitq.quantizers import RANGES
+from lowbitq.tables import as_html
 
 ROTATIONS = ("hadamard", "orthogonal", "none")
 MODES = ("own", "shared", "residual")
@@ -315,7 +316,7 @@ class Sampling:
             raise ValueError(f"clip is {self.clip}, expected a positive number")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What `compress` does to a model; made by `Plan.uniform` and kept with the result.
 
@@ -371,6 +372,18 @@ class Plan:
     def __hash__(self) -> int:
         layers = frozenset(self.layers.items())
         return hash((layers, self.rotation, self.seed, self.sampling, self.embedding, self.drift))
+
+    def __repr__(self) -> str:
+        kinds = Counter(map(str, self.layers.values()))
+        mix = ", ".join(f"{count} x {text!r}" for text, count in kinds.most_common())
+        return (
+            f"{type(self).__name__}({mix}; rotation={self.rotation!r}, seed={self.seed}, "
+            f"drift={self.drift}, embedding={str(self.embedding)!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [{"layer": name, "plan": str(layer)} for name, layer in self.layers.items()]
+        return as_html(["layer", "plan"], rows, caption=repr(self))
 
     @property
     def needs_text(self) -> bool:

@@ -29,6 +29,7 @@ from lowbitq.models.rotating import rotate
 from lowbitq.models.slots import name_in_block
 from lowbitq.models.tokens import check_count, token_array
 from lowbitq.plans import LayerPlan, Plan, Rounding
+from lowbitq.tables import as_frame
 from lowbitq.texts import Text
 from lowbitq.walks import Known, Task, Walk, WithoutInputs
 
@@ -150,14 +151,10 @@ class Prices:
 
     def to_frame(self) -> Any:
         """Return a pandas DataFrame, a row for each layer and candidate; ImportError without it."""
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ImportError("to_frame needs pandas; get it with: pip install pandas") from error
         pairs = [(name, str(plan)) for name in self.layers for plan in self.candidates]
         names = ("kl", "nbytes", "multiplications")
         columns = {name: getattr(self, name).ravel() for name in names}
-        return pandas.DataFrame(pairs, columns=["layer", "candidate"]).assign(**columns)
+        return as_frame(pairs, ["layer", "candidate"]).assign(**columns)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())

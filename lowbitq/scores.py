@@ -19,6 +19,7 @@ from lowbitq.checkpoints.writing import new_file
 from lowbitq.formats import Format
 from lowbitq.plans import LayerPlan
 from lowbitq.ranks import kendall, ranks, spearman
+from lowbitq.tables import as_frame, as_html
 
 NORMALIZE = ("minmax", "zscore", "rank")
 LEVELS = ("linear", "half", "block")
@@ -392,11 +393,12 @@ class Sensitivity:
 
     def to_frame(self) -> Any:
         """Return the rows as a pandas DataFrame; ImportError if pandas is missing."""
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise ImportError("to_frame needs pandas; get it with: pip install pandas") from error
-        return pandas.DataFrame([asdict(row) for row in self.rows])
+        return as_frame(map(asdict, self.rows))
+
+    def _repr_html_(self) -> str:
+        columns = ["layer", "format", *self._computed, *["measured"] * (self.measured_windows > 0)]
+        rows = sorted(map(asdict, self.rows), key=lambda row: -row["score"])
+        return as_html(columns, rows, caption=next(self._lines()), bars=columns[2:])
 
     def plot(self, format: str, *, by: str = "score", axes: Any = None) -> Any:
         """Draw a metric over the blocks, one line for each kind of layer.

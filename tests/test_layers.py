@@ -31,8 +31,8 @@ HAVE_LOCKS = {f"core/{name}.c" for name in ["threads", "memory", "blas"]}
 # the root ("") below everything but the command line, which uses what every program uses.
 # fmt: off
 PYTHON_ORDER = [
-    "version", "_core", "formats", "tensors", "grids", "quantizers", "gptq", "losses", "rotations",
-    "linears", "rotation_scores", "procrustes",
+    "version", "tables", "_core", "formats", "tensors", "grids", "quantizers", "gptq", "losses",
+    "rotations", "linears", "rotation_scores", "procrustes",
     "checkpoints.mapping", "checkpoints.gguf", "checkpoints.safetensors",
     "checkpoints.writing", "checkpoints.packed", "checkpoints.archives", "checkpoints.blocks",
     "checkpoints", "plans", "costs",
@@ -45,7 +45,7 @@ PYTHON_ORDER = [
     "rotation_choice", "joint_rotations", "walks",
     "compression", "parameters", "roundings", "student_inputs", "student_rotations",
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
-    "distillation", "range_test", "reconstruction", "evaluation", "free_running",
+    "distillation", "range_test", "reconstruction", "estimates", "evaluation", "free_running",
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
     "sensitivity", "linearity", "monitoring", "knapsack", "prices", "budgets", "duplication",
     "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",

@@ -28,6 +28,7 @@ from lowbitq.models.decoder import Model
 from lowbitq.models.slots import NORMS, OUTER, name_in_block
 from lowbitq.models.stored import LayerWriter
 from lowbitq.plans import Plan
+from lowbitq.tables import as_frame, as_html, as_text, columns_of
 from lowbitq.version import __version__
 
 RESIDUAL_ROTATION = "model.residual_rotation"
@@ -247,24 +248,18 @@ class Report:
     nbytes: int
 
     def __str__(self) -> str:
-        columns = list(
-            dict.fromkeys(key for layer in self.layers for key in layer if key != "sha256")
-        )
-        rows = [columns] + [[_cell(layer.get(c)) for c in columns] for layer in self.layers]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        columns = columns_of(self.layers, without=["sha256"])
+        return f"{as_text(columns, self.layers)}\n{self._total()}"
+
+    def _repr_html_(self) -> str:
+        columns = columns_of(self.layers, without=["sha256"])
+        bars = {"bits_per_weight", "relative_error", "seconds"} & set(columns)
+        return as_html(columns, self.layers, caption=self._total(), bars=bars)
+
+    def _total(self) -> str:
         size = f"{self.nbytes / 1e6:.1f} MB"
-        total = f"{self.bits_per_weight:.3f} bits per weight of the linear layers, {size} in all"
-        return "\n".join([*lines, total])
+        return f"{self.bits_per_weight:.3f} bits per weight of the linear layers, {size} in all"
 
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame, a row for each matrix; ImportError without pandas."""
+        return as_frame(self.layers)

@@ -68,7 +68,7 @@ def test_results_show_themselves():
     ):
         page = shown._repr_html_()
         assert Balanced(page).cells > 4
-        assert len(page) < 10**4
+        assert len(page) < 20_000
     assert len(repr(small.plan)) < 200
     assert "56 x 'int4g32'" in repr(small.plan)
     assert "drift=False" in repr(small.plan)

@@ -104,7 +104,7 @@ def test_a_study_goes_on_where_it_ended(models, tmp_path, ending, sampler):
 def test_two_workers_share_a_study(models, tmp_path):
     path = str(tmp_path / "study.db")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
-        values = list(workers.map(search_in, [path] * 2, [0, 0], [12, 12]))
+        values = list(workers.map(search_in, [path] * 2, [0, 1], [12, 12]))
     found = small_search(*models, TOKENS, GRID, storage=path, trials=12)
     trials = found.study.trials
     assert 12 <= len(trials) <= 13

@@ -234,6 +234,9 @@ def prices(
 
     Notes
     -----
+    Memory holds the changed weights of all layers, 4 bytes each. SmolLM2-135M takes five minutes of
+    one thread for four scalar formats, half of them runs of the model on 512 tokens.
+
     How well the measured divergence of GPTQ-rounded layers is predicted: Spearman's correlation
     over 42 layers of SmolLM2-135M, 256 tokens, and the sum of predicted over that of measured
     prices. Noise on weights predicts rounding to nearest (0.95) but not GPTQ, whose errors avoid
@@ -265,6 +268,7 @@ def prices(
     linears = dict(model.linears())
     measured = by == "measured"
     candidates = _candidates(formats, measured, options)
+    probe = None if measured or by == "noise" else _layer_plan(by, options)
     for name, linear in linears.items():
         if not isinstance(linear, Linear):
             raise ValueError(f"{name} is quantized already; price the float original")
@@ -287,7 +291,6 @@ def prices(
 
     source = rotate(model, template.rotation, template.seed)
     walk: Walk = WithoutInputs(source)
-    probe = None if by == "noise" or measured else _layer_plan(by, options)
     rounded = candidates
     if stats.hessians:
         walk = Known(model, source, stats, template.seed)

@@ -37,6 +37,5 @@ def _two_copies(bits, dynamic):
 
 def search_in(storage, seed, trials):
     """What a worker does."""
-    model, small = two_copies()
-    found = search(model, small, TOKENS, GRID, storage=storage, seed=seed, trials=trials, window=64)
-    return found.value
+    how = {"sampler": "random", "seed": seed, "trials": trials, "window": 64}
+    return search(*two_copies(), TOKENS, GRID, storage=storage, **how).value

@@ -14,7 +14,14 @@ import lowbitq as lq
 def plan(capsys, tiny_folder, text_file, tmp_path):
     """The plan command on the tiny model, and the file it writes."""
     out = tmp_path / "plan.json"
-    arguments = ["plan", tiny_folder, "--out", out, "--formats", "int2g32, int3g32,int2g32 + rank2"]
+    arguments = [
+        "plan",
+        tiny_folder,
+        "--out",
+        out,
+        "--formats",
+        "int2g32, int3g32,int2g32 + int2g32 hadamard residual",
+    ]
     arguments += ["--text", text_file, "--samples", 4, "--window", 64, "--by", "int2g32"]
     return lambda *more: run(capsys, *arguments, *more), out
 

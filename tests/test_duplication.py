@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 import pytest
-from random_model import random_model
+from random_model import random_model, random_tokens
 
+import lowbitq as lq
+from lowbitq.calibration import calibrate
 from lowbitq.costs import multiplications, stored_bytes
 from lowbitq.duplication import grouped, threshold, top_k
 from lowbitq.plans import CopyPlan, Plan
@@ -134,6 +136,30 @@ def test_the_threshold_of_a_scan(seed):
         )
     assert len(calls) <= math.ceil(math.log2(len(values))) + 1
     assert len(set(calls)) == len(calls)
+
+
+def test_a_whole_run():
+    """Residual copies of the most sensitive layers bring a model nearer to the float one."""
+    model, tokens = random_model(layers=2), random_tokens(3 * 40).reshape(3, 40)
+    stats = calibrate(model, tokens, hessians=True)
+    scores = lq.sensitivity(model, stats, "int2g32", measure=1)
+    plan = Plan.uniform(dict(model.linears()), "int2g32")
+    calls = []
+
+    def objective(one):
+        calls.append(len(copied(one)))
+        return float(lq.kl_divergence(lq.compress(model, one, stats), model, tokens.ravel(), 40))
+
+    none, all_of_them = objective(plan), objective(top_k(scores, plan, COPY, share=1))
+    assert all_of_them < 0.5 * none
+    target = (none + all_of_them) / 2
+    calls.clear()
+    made, score = threshold(scores, plan, COPY, objective, target, by="measured")
+    assert objective(made) <= target
+    chosen = scores.ranking("int2g32", by="measured")[: len(copied(made))]
+    assert sorted(chosen) == sorted(copied(made))
+    assert min(row.measured for row in scores.rows if row.layer in chosen) == score
+    assert len(calls) <= math.ceil(math.log2(14)) + 1 + 1  # and once here
 
 
 def two_formats():

@@ -38,9 +38,8 @@ def test_expected_improvement_is_the_mean_gain():
     assert expected_improvement(0.5, 0.7, 0.2) == pytest.approx(gain.mean(), abs=four)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_branin(seed):
-    study = optuna.create_study(sampler=GaussianSampler(seed))
+def test_branin():
+    study = optuna.create_study(sampler=GaussianSampler())
     study.optimize(branin, n_trials=50)
     assert study.best_value == pytest.approx(0.397887, abs=1e-2)
 

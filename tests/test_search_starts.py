@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from searched_models import TOKENS, two_copies
 
+from lowbitq.models.rotating import rotate
 from lowbitq.search import complementary, inputs_of, progressive, static, symmetric
 
 
@@ -81,6 +82,16 @@ def test_a_share_of_inputs_may_be_clipped():
 def test_float_inputs_stay():
     _, small = two_copies(bits=None, dynamic=True)
     assert dict(static(small, TOKENS).linears()).popitem()[1].copies[0].activation.bits is None
+
+
+def test_float_layers_stay():
+    model, small = two_copies(dynamic=True)
+    name = "model.layers.0.self_attn.q_proj"
+    layer = dict(rotate(model).linears())[name]
+    small.replace_linear(name, layer)
+    assert dict(static(small, TOKENS).linears())[name] is layer
+    with pytest.raises(ValueError, match="no copy 0 of a layer"):
+        inputs_of(small, TOKENS, name)
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,9 @@ def test_the_grid_has_each_point_once(models, grid):
     assert objective(small) == grid.before
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_bayesian_search_finds_the_best_of_the_grid(models, grid, seed):
+def test_bayesian_search_finds_the_best_of_the_grid(models, grid):
     """In 50 of its 225 evaluations."""
-    found = small_search(*models, TOKENS, GRID, trials=50, seed=seed)
+    found = small_search(*models, TOKENS, GRID, trials=50)
     assert len(found.study.trials) == 50
     assert found.value <= grid.value
 
@@ -105,7 +104,7 @@ def test_a_study_goes_on_where_it_ended(models, tmp_path, ending, sampler):
 def test_two_workers_share_a_study(models, tmp_path):
     path = str(tmp_path / "study.db")
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as workers:
-        values = list(workers.map(search_in, [path] * 2, [0, 0], [12, 12]))
+        values = list(workers.map(search_in, [path] * 2, [0, 1], [12, 12]))
     found = small_search(*models, TOKENS, GRID, storage=path, trials=12)
     trials = found.study.trials
     assert 12 <= len(trials) <= 13

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from math import cos, pi
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -164,7 +163,8 @@ def static(model: QuantizedModel, tokens: ArrayLike, *, share: float = 1.0) -> Q
     Returns
     -------
     QuantizedModel
-        Copies that did not round their inputs still do not. Zero points for each token are removed.
+        Float layers and copies that did not round their inputs still do not. Zero points are
+        removed.
 
     Raises
     ------
@@ -182,7 +182,8 @@ def static(model: QuantizedModel, tokens: ArrayLike, *, share: float = 1.0) -> Q
         found = size.max() if share == 1 else np.quantile(size, share)
         largest.setdefault((name, index), []).append(float(found))
     for name, linear in model.linears():
-        assert isinstance(linear, QuantizedLinear)
+        if not isinstance(linear, QuantizedLinear):
+            continue
         copies = []
         for index, copy in enumerate(linear.copies):
             found = largest[name, index]
@@ -237,10 +238,12 @@ def _each_input(
     windows = token_array(tokens, model.config.vocab_size, axes=(2,))
     stream = Stream(model, windows)
     for block in stream:
-        linears: dict[str, Any] = model.blocks[block].linears
+        linears = model.blocks[block].linears
         for taps in stream.taps(advance=True):
             for slot in SLOTS:
-                for index, copy in enumerate(linears[slot.name].copies):
+                linear = linears[slot.name]
+                copies = linear.copies if isinstance(linear, QuantizedLinear) else ()
+                for index, copy in enumerate(copies):
                     x = taps[slot.tap]
                     turned = x.copy() if copy.rotation is None else copy.rotation.apply(x)
                     yield name_in_block(block, slot), index, turned

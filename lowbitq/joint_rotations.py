@@ -356,8 +356,10 @@ class _Task:
             raise ValueError(f"hessian has shape {hessian.shape}, expected ({cols}, {cols})")
         self._weight, self._plan = weight, LayerPlan.parse(plan)
         check_plan(self._plan, weight.shape, "weight")
-        if self._plan.rank:
-            raise ValueError(f"plan is '{self._plan}', expected no adapter")
+        if self._plan.rank or len(self._plan.copies) > 1 or self._plan.copies[0].rotation:
+            raise ValueError(
+                f"plan is '{self._plan}', expected one copy without rotation or adapter"
+            )
         if hessian is None and self._plan.rounding.method != "rtn":
             raise ValueError("hessian is None, but the plan rounds by gptq; expected method 'rtn'")
         self._hessian, self._fused = hessian, objective == "fused"

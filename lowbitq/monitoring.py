@@ -336,7 +336,8 @@ class OnlineModel:
     Parameters
     ----------
     off, on : Model
-        Without and with further copies, otherwise equal.
+        Without and with further copies, otherwise equal, such as ``small.with_copies(1)`` and
+        ``small``.
     normal, normal_on : Normal
         Of `off` and of `on`, from `learn_normal`; levels and smoothing are those of the first. None
         for the second: the same.
@@ -354,7 +355,10 @@ class OnlineModel:
 
     Examples
     --------
-    >>> online = OnlineModel(fewer, model, learn_normal(fewer, "text.txt"))  # doctest: +SKIP
+    >>> small = compress(model, "int3g64 + int3g64 residual")  # doctest: +SKIP
+    >>> pair = small.with_copies(1), small  # doctest: +SKIP
+    >>> normals = [learn_normal(one, "text.txt") for one in pair]  # doctest: +SKIP
+    >>> online = OnlineModel(*pair, *normals)  # doctest: +SKIP
     >>> online.hidden(tokens), online.is_on  # doctest: +SKIP
     """
 

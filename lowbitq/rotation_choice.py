@@ -137,6 +137,7 @@ def choose_rotations(
     For each input of a block, each kind of rotation is tried: the layers that read it are quantized
     in that rotation and run on the inputs, rounded as the plan says. The kind with the smallest sum
     of relative squared errors of their outputs is chosen; layers with the same input share it.
+    Memory holds the inputs of one block for all windows.
 
     Parameters
     ----------

@@ -166,8 +166,9 @@ def test_refusals(weight):
         optimize_copies(weight, "int2g32")
     with pytest.raises(ValueError, match=r"hessian has shape \(3, 3\), expected \(32, 32\)"):
         optimize_copies(weight, "int2g32", np.eye(3))
-    with pytest.raises(ValueError, match="expected no adapter"):
-        optimize_copies(weight, "int2g32 + rank2", H)
+    for plan in ("int2g32 + rank2", "int2g32 + int2g32 residual", "int2g32 hadamard"):
+        with pytest.raises(ValueError, match="expected one copy without rotation or adapter"):
+            optimize_copies(weight, plan, H)
     with pytest.raises(ValueError, match="strength is -1"):
         optimize_copies(weight, "int2g32", H, strength=-1)
     with pytest.raises(ValueError, match="weight has a NaN"):

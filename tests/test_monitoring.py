@@ -9,6 +9,7 @@ import pytest
 from random_model import random_model
 
 from lowbitq.calibration import Stream
+from lowbitq.compression import compress
 from lowbitq.evaluation import perplexity
 from lowbitq.linears import Copy, Linear, QuantizedLinear
 from lowbitq.models.slots import TAPS
@@ -177,6 +178,17 @@ def test_copies_are_switched_on_by_unusual_text_and_off_again(pair, normals):
     assert online.switches == 2
     assert len(online.looks) == len(stream)
     assert all(look.tokens == WINDOW for look in online.looks)
+
+
+def test_a_progressive_model_switches_its_later_copies(model):
+    small = compress(model, "int2g32 + int2g32 residual", method="rtn", embedding=None)
+    pair = small.with_copies(1), small
+    normal = learn_normal(pair[0], texts(16, 1), samples=16, window=WINDOW)
+    online, tokens = OnlineModel(*pair, normal), texts(1, 13)[0]
+    for state in (False, True, False):
+        online.force(state)
+        assert online.model is pair[state]
+        assert np.array_equal(online.logits(tokens), pair[state].logits(tokens))
 
 
 def test_looks_gather_enough_tokens(pair, normals):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lowbitq.linears import Activation
-from lowbitq.procrustes import optimize_rotation, procrustes
+from lowbitq.procrustes import nearest, optimize_rotation, procrustes
 from lowbitq.rotation_scores import token_errors
 from lowbitq.rotations import Rotation
 
@@ -36,6 +36,18 @@ def test_procrustes_equals_scipy(tokens, n, weighted):
         assert abs(matrix - expected).max() <= 1e-5
     distance = [np.linalg.norm(root * (a @ R - b)) for R in (matrix, expected)]
     assert np.isclose(*distance, rtol=1e-10)
+
+
+def test_a_product_of_many_rotations_is_made_orthogonal_again():
+    product = np.eye(48, dtype=np.float32)
+    for seed in range(1000):
+        product = Rotation(48, seed=seed).apply(product)
+    gap = abs(product @ product.T - np.eye(48)).max()
+    matrix, scale = nearest(product.astype(float))
+    assert abs(matrix @ matrix.T - np.eye(48)).max() < 1e-13
+    assert 1e-7 < gap < 1e-3  # what float32 lost
+    assert abs(matrix - product).max() <= gap
+    assert np.isclose(scale, 48, rtol=1e-4)
 
 
 def test_procrustes_refuses():

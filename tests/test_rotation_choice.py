@@ -11,6 +11,7 @@ from random_model import random_model, random_tokens
 from lowbitq.calibration import Stream, calibrate
 from lowbitq.compression import compress
 from lowbitq.linears import QuantizedLinear
+from lowbitq.models import load
 from lowbitq.models.rotating import rotate
 from lowbitq.models.slots import SLOTS, TAPS, name_in_block
 from lowbitq.plans import LayerPlan, Rounding
@@ -126,13 +127,16 @@ def test_residual_inputs_are_normalised_rows_of_all_blocks(model, tokens):
     assert np.array_equal(some, residual_inputs(model, tokens, most=100, **SHAPE))
 
 
-def test_a_fitted_rotation_turns_the_model(model, tokens):
+def test_a_fitted_rotation_turns_the_model(model, tokens, tmp_path):
     x = residual_inputs(model, tokens, **SHAPE)
     turned = rotate(model, optimize_rotation(x, rounds=3).rotation, seed=1)
     expected = model.logits(tokens[0])
     assert np.allclose(turned.logits(tokens[0]), expected, atol=1e-3 * abs(expected).max())
     small = compress(turned, PLAN, text=tokens, rotation="none", embedding=None, **SHAPE)
     assert small.residual_rotation.kind == "matrix"
+    small.save(tmp_path / "small")
+    again = load(tmp_path / "small")
+    assert np.array_equal(again.logits(tokens[0]), small.logits(tokens[0]))
     with pytest.raises(ValueError, match="rotated already"):
         compress(turned, PLAN, text=tokens, embedding=None, **SHAPE)
 

@@ -62,6 +62,20 @@ def residual_inputs(
     ValueError
         If the model is not finite or is rotated, a gain is 0, or text and `window` do not fit.
 
+    Notes
+    -----
+    SmolLM2 with weights of 8 and activations of 4 bits, all rounded to nearest in groups of 64, 3
+    windows of 512 tokens; ln of the perplexity over the float model's:
+
+    ======================================  =====
+    residual rotation                        loss
+    ======================================  =====
+    Haar-random                             0.635
+    Hadamard, seed 0                        0.444
+    Hadamard, seed 1                        0.418
+    fitted from seed 0, 12 rounds           0.410
+    ======================================  =====
+
     Examples
     --------
     >>> found = optimize_rotation(residual_inputs(model, "text.txt"))  # doctest: +SKIP

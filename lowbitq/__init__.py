@@ -32,6 +32,7 @@ from lowbitq.evaluation import (
     kl_divergence,
     perplexity,
 )
+from lowbitq.exports import Export, export
 from lowbitq.formats import Format
 from lowbitq.free_running import Continuations, continuations
 from lowbitq.hints import Hints
@@ -57,6 +58,7 @@ __all__ = [
     "Divergence",
     "Estimate",
     "Evaluation",
+    "Export",
     "Format",
     "FormatError",
     "Hints",
@@ -83,6 +85,7 @@ __all__ = [
     "dequantize",
     "distill",
     "evaluate",
+    "export",
     "importance",
     "kl_divergence",
     "linearity",

@@ -20,6 +20,8 @@ from typing import Any
 import lowbitq as lq
 from lowbitq import commands
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
+from lowbitq.exports import TARGETS
+from lowbitq.models.plain import DTYPES
 from lowbitq.optimizers import RATES
 from lowbitq.plans import PRESETS
 from lowbitq.reconstruction import INPUTS
@@ -118,6 +120,7 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
             _reconstruct_arguments,
             "Train each block of a quantized model on the float block's output and save it.",
         ),
+        "export": (commands.export, _export_arguments, "Write a model for other programs."),
         "evaluate": (commands.evaluate, _evaluate_arguments, "Measure perplexity, size and speed."),
         "sensitivity": (
             commands.sensitivity,
@@ -223,12 +226,24 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inputs", choices=INPUTS, default="quantized", help=inputs)
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="destination: a folder")
+    parser.add_argument("--to", choices=TARGETS, default="hf", help="who reads it")
+    dtype = "of float weights; auto: the narrowest that holds all of them exactly"
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype)
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    check = "measure the perplexity of a text before and after"
+    parser.add_argument("--check", action="store_true", help=check)
+    _text_option(parser, "to predict with --check")
+    _windows_options(parser)
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("--reference", metavar="MODEL", help="also compare with this model")
     _text_option(parser, "to predict")
-    parser.add_argument("--window", type=_positive, default=2048, help="tokens per window")
-    parser.add_argument("--windows", type=_positive, help="number of windows (default: all)")
+    _windows_options(parser)
     parser.add_argument(
         "--continuations",
         type=_positive,
@@ -286,6 +301,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _text_option(parser: argparse.ArgumentParser, use: str) -> None:
     default = "(default: WikiText-2 in the folder LOWBITQ_DATA, else Python's help texts)"
     parser.add_argument("--text", type=Path, metavar="FILE", help=f"UTF-8 text {use} {default}")
+
+
+def _windows_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--window", type=_positive, default=2048, help="tokens per window")
+    parser.add_argument("--windows", type=_positive, help="number of windows (default: all)")
 
 
 def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, window: int) -> None:

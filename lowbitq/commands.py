@@ -293,6 +293,25 @@ def evaluate(options: Options) -> tuple[dict[str, Any], str]:
     return result, shown
 
 
+def export(options: Options) -> tuple[dict[str, Any], str]:
+    """Write a model for other programs."""
+    text = read_texts(options.text).held_out if options.check else None
+    model = _load(options.model)
+    with _bar("evaluating") as progress:
+        found = lq.export(
+            model,
+            options.out,
+            options.to,
+            dtype=options.dtype,
+            overwrite=options.force,
+            check=text,
+            window=options.window,
+            windows=options.windows,
+            progress=progress,
+        )
+    return found.to_dict(), str(found)
+
+
 def sensitivity(options: Options) -> tuple[dict[str, Any], str]:
     """Score the layers of a model."""
     text = read_texts(options.text).calibration

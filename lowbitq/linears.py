@@ -122,6 +122,10 @@ class Linear(_Layer):
         """32.0."""
         return 8 * self.nbytes / self.weight.size
 
+    def dequantize(self) -> NDArray[np.float32]:
+        """Return the matrix W R that the layer represents, of shape (rows, cols), float32."""
+        return self.weight if self.rotation is None else self.rotation.inverse(self.weight)
+
     def to_float(self) -> Linear:
         """Return the layer itself."""
         return self

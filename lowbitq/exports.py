@@ -1,0 +1,169 @@
+"""export(): write a model for other programs, and say what that changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowbitq.evaluation import Perplexity, perplexity
+from lowbitq.linears import QuantizedLinear
+from lowbitq.models.decoder import Model
+from lowbitq.models.loading import load
+from lowbitq.models.plain import plain, write_hf
+from lowbitq.texts import Text
+
+TARGETS = ("hf",)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` wrote.
+
+    Attributes
+    ----------
+    path : Path
+    to : str
+    nbytes : int
+        Size of the file, or of all files of the folder.
+    changes : tuple of str
+        How the weights in the file differ from the model's; empty: not at all.
+    notes : tuple of str
+        What else differs when another program runs them.
+    before, after : Perplexity or None
+        Of the model as it runs, and of what was written; None: not measured.
+    """
+
+    path: Path
+    to: str
+    nbytes: int
+    changes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    before: Perplexity | None = None
+    after: Perplexity | None = None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether the weights in the file are the model's, to the bit."""
+        return not self.changes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict for JSON."""
+        return {
+            "path": str(self.path),
+            "to": self.to,
+            "size_bytes": self.nbytes,
+            "lossless": self.lossless,
+            "changes": list(self.changes),
+            "notes": list(self.notes),
+            "perplexity": None
+            if self.before is None or self.after is None
+            else {"before": self.before.to_dict(), "after": self.after.to_dict()},
+        }
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {self.to}, {self.nbytes / 1e6:.1f} MB"]
+        lines += self.changes or ["lossless: the weights are those of the model, to the bit"]
+        lines += self.notes
+        if self.before is not None and self.after is not None:
+            lines.append(f"perplexity {self.before:.3f} before, {self.after:.3f} after")
+        return "\n".join(lines)
+
+
+def export(
+    model: Model,
+    path: str | os.PathLike[str],
+    to: str = "hf",
+    *,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    check: Text | None = None,
+    window: int = 2048,
+    windows: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Export:
+    """Write a model for other programs.
+
+    Parameters
+    ----------
+    model : Model
+        Float or quantized, rotated or not. Left unchanged.
+    path : str or path-like
+        Destination: a folder.
+    to : {"hf"}, default="hf"
+        A Hugging Face folder of float weights: what the layers compute, without rotations.
+    dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
+        Of float weights. ``"auto"``: the narrowest that holds all of them exactly.
+    overwrite : bool, default=False
+        Whether an earlier export at `path` may be replaced.
+    check : text, default=None
+        Measure the perplexity of this text before and after; see `lowbitq.perplexity`, also for
+        `window`, `windows` and `progress`.
+
+    Returns
+    -------
+    Export
+        What changed; it prints as a few lines.
+
+    Raises
+    ------
+    FileExistsError
+        If `path` exists and may not be replaced; it is not touched.
+    OSError
+        If something cannot be written; nothing is left behind.
+    ValueError
+        If `to` or `dtype` is unknown, a weight is too large for `dtype`, or the model has a bias
+        that its family has no place for.
+
+    Examples
+    --------
+    >>> print(export(small, "smollm2-hf"))  # doctest: +SKIP
+    smollm2-hf: hf, 538.1 MB
+    rotations are multiplied into the weights, to rounding in float32
+    inputs of layers are float, not rounded to 8 bits
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to is {to!r}, expected one of {', '.join(TARGETS)}")
+    path = Path(path)
+    changes = _write_hf(model, path, dtype, overwrite)
+    before = after = None
+    if check is not None:
+        cut: dict[str, Any] = {"window": window, "windows": windows, "progress": progress}
+        before = perplexity(model, check, **cut)
+        after = perplexity(load(path), check, **cut)
+    return Export(path, to, _nbytes(path), tuple(changes), tuple(_notes(model)), before, after)
+
+
+def _write_hf(model: Model, path: Path, dtype: str, overwrite: bool) -> list[str]:
+    rotated = model.residual_rotation is not None or any(
+        copy.rotation is not None or getattr(copy, "output_rotation", None) is not None
+        for _, layer in model.matrices()
+        for copy in (layer.copies if isinstance(layer, QuantizedLinear) else [layer])
+    )
+    exact = write_hf(plain(model), path, dtype, overwrite=overwrite)
+    changes = ["rotations are multiplied into the weights, to rounding in float32"] * rotated
+    return changes + [f"weights are rounded to {dtype}"] * (not exact)
+
+
+def _notes(model: Model) -> list[str]:
+    """Say how rounded inputs of layers differ where other programs run the model."""
+    bits = sorted(
+        {
+            copy.activation.bits
+            for _, layer in model.matrices()
+            if isinstance(layer, QuantizedLinear)
+            for copy in layer.copies
+            if copy.activation.bits is not None
+        }
+    )
+    if not bits:
+        return []
+    some = " and ".join(map(str, bits))
+    return [f"lowbitq rounds inputs of layers to {some} bits; other programs have their own way"]
+
+
+def _nbytes(path: Path) -> int:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files)

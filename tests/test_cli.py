@@ -334,21 +334,6 @@ def test_folder_that_cannot_be_read_exits_5(quantize, monkeypatch):
     assert err[0].startswith(f"lowbitq: {out} was saved but does not load")
 
 
-def test_export(capsys, tiny_folder, text_file, tmp_path):
-    arguments = ["export", tiny_folder, tmp_path / "out", "--check", "--text", text_file]
-    arguments += ["--window", 128, "--windows", 1]
-    code, shown, err = run(capsys, *arguments, "--json")
-    assert (code, err) == (0, [])
-    result = json.loads(shown)
-    assert result["lossless"]
-    assert result["perplexity"]["before"] == result["perplexity"]["after"]
-    assert result["perplexity"]["after"]["tokens"] == 127
-    code, _, err = run(capsys, *arguments)
-    assert (code, len(err)) == (1, 1)
-    assert "--force replaces it" in err[0]
-    assert run(capsys, *arguments, "--force")[0] == 0
-
-
 def test_evaluate(capsys, tiny_folder, text_file, quantize):
     command, out = quantize
     command()

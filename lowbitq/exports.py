@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lowbitq.evaluation import Perplexity, perplexity
+from lowbitq.integer_folders import write_compressed_tensors, write_gptq
 from lowbitq.linears import QuantizedLinear
 from lowbitq.llama_cpp import write_llama_cpp
 from lowbitq.models.decoder import Model
@@ -16,7 +17,11 @@ from lowbitq.models.loading import load
 from lowbitq.models.plain import plain, write_hf
 from lowbitq.texts import Text
 
-TARGETS = ("hf", "gguf")
+TARGETS = ("hf", "gguf", "compressed-tensors", "gptq")
+
+
+# Those that `load` reads.
+_READ_BACK = ("hf", "gguf")
 
 
 @dataclass(frozen=True)
@@ -93,19 +98,21 @@ def export(
         Float or quantized, rotated or not. Left unchanged.
     path : str or path-like
         Destination: a folder, or for ``"gguf"`` a file.
-    to : {"hf", "gguf"}, default="hf"
+    to : {"hf", "gguf", "compressed-tensors", "gptq"}, default="hf"
         ``"hf"``: a Hugging Face folder of float weights, which are what the layers compute, without
         rotations. ``"gguf"``: a file for llama.cpp. Codes and scales of packed matrices are written
         as they are, into Q4_0, Q4_1, Q8_0, Q2_K, Q3_K or Q4_K; matrices that none of these holds,
-        and those of layers that rotate their inputs, are decoded.
+        and those of layers that rotate their inputs, are decoded. ``"compressed-tensors"`` and
+        ``"gptq"``: folders for transformers and vLLM with the integers and scales of formats such
+        as ``int4g32symz8``; the former decodes other layers, the latter refuses them.
     dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
         Of decoded and float weights. ``"auto"``: for ``"hf"`` the narrowest that holds all of them
-        exactly, for ``"gguf"`` float16.
+        exactly, for the others float16.
     overwrite : bool, default=False
         Whether an earlier export at `path` may be replaced.
     check : text, default=None
-        Measure the perplexity of this text before and after; see `lowbitq.perplexity`, also for
-        `window`, `windows` and `progress`.
+        Measure the perplexity of this text before and after, if `to` is ``"hf"`` or ``"gguf"``; see
+        `lowbitq.perplexity`, also for `window`, `windows` and `progress`.
 
     Returns
     -------
@@ -119,8 +126,9 @@ def export(
     OSError
         If something cannot be written; nothing is left behind.
     ValueError
-        If `to` or `dtype` is unknown, a weight is too large for `dtype`, or the model has a bias,
-        a scaling of rotary frequencies or a tokenizer that the other program has no place for.
+        If `to` or `dtype` is unknown, a weight is too large for `dtype`, no layer fits, `check` is
+        given for a folder that `load` cannot read, or the model has a bias, a scaling of rotary
+        frequencies or a tokenizer that the other program has no place for.
 
     Examples
     --------
@@ -131,6 +139,8 @@ def export(
     """
     if to not in TARGETS:
         raise ValueError(f"to is {to!r}, expected one of {', '.join(TARGETS)}")
+    if check is not None and to not in _READ_BACK:
+        raise ValueError(f"check reads the export back, which lowbitq cannot if to = {to!r}")
     path = Path(path)
     changes = _WRITERS[to](model, path, dtype, overwrite)
     before = after = None
@@ -153,7 +163,19 @@ def _write_hf(model: Model, path: Path, dtype: str, overwrite: bool) -> list[str
 
 
 def _write_gguf(model: Model, path: Path, dtype: str, overwrite: bool) -> list[str]:
-    return write_llama_cpp(model, path, "float16" if dtype == "auto" else dtype, overwrite)
+    return write_llama_cpp(model, path, _half_unless_told(dtype), overwrite)
+
+
+def _write_compressed_tensors(model: Model, path: Path, dtype: str, overwrite: bool) -> list[str]:
+    return write_compressed_tensors(model, path, _half_unless_told(dtype), overwrite)
+
+
+def _write_gptq(model: Model, path: Path, dtype: str, overwrite: bool) -> list[str]:
+    return write_gptq(model, path, _half_unless_told(dtype), overwrite)
+
+
+def _half_unless_told(dtype: str) -> str:
+    return "float16" if dtype == "auto" else dtype
 
 
 def _notes(model: Model) -> list[str]:
@@ -173,7 +195,12 @@ def _notes(model: Model) -> list[str]:
     return [f"lowbitq rounds inputs of layers to {some} bits; other programs have their own way"]
 
 
-_WRITERS = {"hf": _write_hf, "gguf": _write_gguf}
+_WRITERS = {
+    "hf": _write_hf,
+    "gguf": _write_gguf,
+    "compressed-tensors": _write_compressed_tensors,
+    "gptq": _write_gptq,
+}
 
 
 def _nbytes(path: Path) -> int:

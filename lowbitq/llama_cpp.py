@@ -190,12 +190,13 @@ class _Tensors:
             "the rotation of the model is multiplied into the embedding and the head"
         ] * folding
         if self.scales:
-            found.append(f"scales are rounded, by up to 2^-9 of a weight: {_some(self.scales)}")
+            found.append(f"scales are rounded, by up to 2^-9 of a weight: {some(self.scales)}")
         if self.decoded:
-            found.append(f"decoded and rounded to {self.dtype}: {_some(self.decoded)}")
+            found.append(f"decoded and rounded to {self.dtype}: {some(self.decoded)}")
         return found
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """Return the first three names and the number of the others."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown

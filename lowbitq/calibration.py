@@ -40,13 +40,14 @@ class Massive:
     Attributes
     ----------
     layer : str
-        A linear layer that reads it.
+        A linear layer that reads it, or the block that it leaves.
     sample, position, channel : int
         Index of the window, of the token in it, and of the column.
     value : float
-        The value of largest magnitude in that channel and window.
+        `calibrate` lists the one of largest magnitude in a channel and window.
     ratio : float
-        Its magnitude divided by the median of the channels' root mean squares.
+        Its magnitude over the typical one: of `calibrate`, the median of the channels' root mean
+        squares; of `massive_activations`, median or mean of the magnitudes.
     """
 
     layer: str

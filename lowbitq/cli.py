@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import lowbitq as lq
-from lowbitq import commands
+from lowbitq import commands, commands_choosing
+from lowbitq.budgets import FORMATS
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
 from lowbitq.exports import TARGETS
-from lowbitq.llama_cpp import PRESET
 from lowbitq.models.plain import DTYPES
 from lowbitq.optimizers import RATES
 from lowbitq.plans import PRESETS
 from lowbitq.reconstruction import INPUTS
 from lowbitq.scores import LEVELS
+from lowbitq.search import SAMPLERS, TERMS
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -34,6 +35,20 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+class _Noted(argparse.Action):
+    """Stores a value and notes in `given` that the user gave it, for options that exclude it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.given = [*namespace.given, option_string]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     choices = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, (run, add_arguments, text) in _commands().items():
         command = choices.add_parser(name, help=text, description=text, formatter_class=_Help)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, given=[])
         command.add_argument("--json", action="store_true", help="print one JSON object")
         command.add_argument("--threads", type=_positive, help="(default: all CPUs)")
         add_arguments(command)
@@ -111,6 +126,16 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
     return {
         "inspect": (commands.inspect, _model_argument, "Describe a model."),
         "quantize": (commands.quantize, _quantize_arguments, "Quantize a model and save it."),
+        "plan": (
+            commands_choosing.plan,
+            _plan_arguments,
+            "Choose the format of each layer under a budget, for quantize --plan.",
+        ),
+        "enhance": (
+            commands_choosing.enhance,
+            _enhance_arguments,
+            "Quantize a model as well as is known how under a budget: plan, compress, train.",
+        ),
         "distill": (
             commands.distill,
             _distill_arguments,
@@ -122,6 +147,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
             "Train each block of a quantized model on the float block's output and save it.",
         ),
         "export": (commands.export, _export_arguments, "Write a model for other programs."),
+        "search": (
+            commands_choosing.search,
+            _search_arguments,
+            "Search the parameters of a quantized model's copies and save the best ones.",
+        ),
         "evaluate": (commands.evaluate, _evaluate_arguments, "Measure perplexity, size and speed."),
         "sensitivity": (
             commands.sensitivity,
@@ -152,27 +182,86 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
     program = "make what this program can hold unchanged; `lowbitq export` writes its file"
     parser.add_argument("--for", dest="target", choices=["llama.cpp"], help=program)
-
-    def add(name: str, help: str, **how: Any) -> None:
-        default, preset = commands.DEFAULTS[name], PRESET[name]
-        help += f" (default: {default}; for llama.cpp: {preset})"
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=help, **how)
-
-    parser.set_defaults(**dict.fromkeys(PRESET, "auto"))
-    layer = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
-    add("format", layer, type=_layer)
-    add("embedding", "format of the embedding and the head, or none", type=_embedding)
-    add("rotation", "rotation of the model", choices=["hadamard", "orthogonal", "none"])
+    how = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
+    parser.add_argument("--format", type=_layer, default="int4g64", action=_Noted, help=how)
+    _embedding_option(parser)
     methods = ["gptq", "rtn"]
-    parser.add_argument("--method", choices=methods, default="gptq", help="rounding method")
+    parser.add_argument(
+        "--method", choices=methods, default="gptq", action=_Noted, help="rounding method"
+    )
+    _rotation_option(parser)
     chain = "the best known chain for its time: fast or balanced (the default)"
-    parser.add_argument("--preset", choices=list(PRESETS), help=chain)
+    parser.add_argument("--preset", choices=list(PRESETS), action=_Noted, help=chain)
+    planned = "plan of every layer, as lowbitq plan writes it, instead of the options above"
+    parser.add_argument("--plan", type=Path, metavar="FILE", help=planned)
     _text_option(parser, "to calibrate on")
     _calibration_options(parser, samples=128, window=2048)
     fisher = "weight tokens by squared gradients of the loss; every window is also taken back"
     parser.add_argument("--fisher", action="store_true", help=fisher)
     _work_dir_options(parser, "FOLDER.work")
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare")
+
+
+def _rotation_option(parser: argparse.ArgumentParser) -> None:
+    rotations = ["hadamard", "orthogonal", "none"]
+    parser.add_argument(
+        "--rotation",
+        choices=rotations,
+        default="hadamard",
+        action=_Noted,
+        help="rotation of the model",
+    )
+
+
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    bits = "stored bits per weight of the linear layers, at most"
+    budget.add_argument("--bits", type=float, help=bits)
+    size = "bytes of the whole model, at most"
+    budget.add_argument("--size", type=_positive, metavar="BYTES", help=size)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="destination")
+    _formats_option(parser)
+    by = "format whose divergence is measured and scaled, noise, or measured: all candidates are"
+    parser.add_argument("--by", default="int2g64", help=by)
+    measure = "windows that the divergence is measured on"
+    parser.add_argument("--measure", type=_positive, default=2, metavar="N", help=measure)
+    _rotation_option(parser)
+    _text_option(parser, "to calibrate on")
+    _calibration_options(parser, samples=16, window=512)
+
+
+def _enhance_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
+    bits = "stored bits per weight of the linear layers, at most"
+    parser.add_argument("--bits", type=float, required=True, help=bits)
+    _formats_option(parser)
+    _embedding_option(parser)
+    trials = "of a search for the parameters of copies; 0: none"
+    parser.add_argument("--trials", type=_count, default=0, metavar="N", help=trials)
+    steps = "of training; 0: none"
+    parser.add_argument("--steps", type=_count, default=240, metavar="N", help=steps)
+    parser.add_argument("--minutes", type=float, help="stop training after this time")
+    _text_option(parser, "to calibrate and train on; its last two windows are held back")
+    _calibration_options(parser, samples=32, window=2048)
+    _work_dir_options(parser, "FOLDER.work")
+
+
+def _formats_option(parser: argparse.ArgumentParser) -> None:
+    formats = "candidates, separated by commas, such as 'trellis2, trellis3, int2g64 + rank8'"
+    default = ",".join(FORMATS)
+    parser.add_argument("--formats", type=_layers, default=default, help=formats)
+
+
+def _embedding_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--embedding",
+        type=_embedding,
+        default=lq.Plan({}).embedding,
+        action=_Noted,
+        help="format of the embedding and the head, or none",
+    )
 
 
 def _student_arguments(parser: argparse.ArgumentParser, use: str) -> None:
@@ -242,6 +331,27 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--check", action="store_true", help=check)
     _text_option(parser, "to predict with --check")
     _windows_options(parser)
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a saved lowbitq model")
+    parser.add_argument("teacher", metavar="TEACHER", help="its float model: file or folder")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
+    space = "clips: a clip for each kind of layer; grid: 225 points of two copies; or a JSON file"
+    parser.add_argument("--space", default="clips", help=space)
+    objective = "what to make small, such as kl, perplexity or block"
+    parser.add_argument("--objective", choices=TERMS, default="kl", help=objective)
+    parser.add_argument("--trials", type=_positive, default=50, help="number of trials")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="gaussian", help="strategy")
+    storage = "keep the study here, to resume and to share: .log, .db or a URL (default: nowhere)"
+    parser.add_argument("--storage", metavar="PLACE", help=storage)
+    parser.add_argument("--study", default="lowbitq", metavar="NAME", help="its name there")
+    scales = "first give the inputs of copies static scales that cover this share of them, up to 1"
+    parser.add_argument("--static", type=float, metavar="SHARE", help=scales)
+    _text_option(parser, "to run")
+    parser.add_argument("--measure", type=_positive, default=4, help="windows of the text")
+    parser.add_argument("--window", type=_positive, default=512, help="tokens per window")
+    parser.add_argument("--seed", type=int, default=0, help="seed of windows and trials")
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -316,7 +426,8 @@ def _windows_options(parser: argparse.ArgumentParser) -> None:
 def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, window: int) -> None:
     parser.add_argument("--samples", type=_positive, default=samples, help="calibration windows")
     parser.add_argument("--window", type=_positive, default=window, help="tokens per window")
-    parser.add_argument("--seed", type=int, default=0, help="seed for samples and rotations")
+    seed = "seed for samples and rotations"
+    parser.add_argument("--seed", type=int, default=0, action=_Noted, help=seed)
 
 
 def _work_dir_options(parser: argparse.ArgumentParser, default: str) -> None:
@@ -339,6 +450,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative")
     return number
 
 
@@ -382,6 +500,10 @@ def _layer(text: str) -> str:
         return str(lq.LayerPlan.parse(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _layers(text: str) -> list[str]:
+    return [_layer(one.strip()) for one in text.split(",")]
 
 
 def _embedding(text: str) -> lq.Format | None:

@@ -28,8 +28,6 @@ from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
 
-DEFAULTS = {"format": "int4g64", "embedding": "int8g64", "rotation": "hadamard"}
-
 DEMO_FORMATS = ("int4g64", "int3g64", "int2g64")
 DEMO_WORK = Path("lowbitq-demo.work")
 DEMO_PROMPT = "The capital of France is"
@@ -79,32 +77,36 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
     """Quantize a model, save it and verify that it loads unchanged."""
     out: Path = options.out
     check_replaceable(out)
-    _take_preset(options)
+    if options.target:
+        _fit_program(options)
     work_dir = options.work_dir or out.with_name(out.name + ".work")
-    task = {
-        "samples": options.samples,
-        "window": options.window,
+    cut = {"samples": options.samples, "window": options.window}
+    how: lq.Plan | str = options.format
+    task: dict[str, Any] = {
         "method": options.method,
         "rotation": options.rotation,
         "preset": options.preset,
         "embedding": None if options.embedding is None else str(options.embedding),
         "seed": options.seed,
     }
+    seed = options.seed
+    if options.plan is not None:
+        how, task = _read_plan(options), {}
+        seed = how.seed
     texts = read_texts(options.text)
     started = time.perf_counter()
-    with _resuming(options, {work_dir: options.format}, task):
+    with _resuming(options, {work_dir: how}, cut | task):
         model = _load(options.model)
-        seen: dict[str, Any] = {"text": texts.calibration}
+        seen: dict[str, Any] = {"text": texts.calibration, **cut}
         if options.fisher:
-            cut = {name: task.pop(name) for name in ("samples", "window")} | {"seed": options.seed}
             with _bar("calibrating", unit="window") as progress:
                 stats = lq.calibrate(
-                    model, texts.calibration, fisher=True, progress=progress, **cut
+                    model, texts.calibration, fisher=True, progress=progress, seed=seed, **cut
                 )
             seen = {"stats": stats}
         small = lq.compress(
             model,
-            options.format,
+            how,
             work_dir=work_dir,
             progress=sys.stderr.isatty(),
             **seen,
@@ -115,8 +117,9 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
             _verify(small, out)
     result = {
         "saved": str(out),
-        "format": str(options.format),
-        "embedding": task["embedding"],
+        "format": str(options.format) if options.plan is None else None,
+        "plan": None if options.plan is None else str(options.plan),
+        "embedding": _text_of(small.plan.embedding if small.plan else None),
         "bits_per_weight": small.bits_per_weight,
         "size_bytes": small.nbytes,
         "seconds": time.perf_counter() - started,
@@ -128,24 +131,39 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
     return result, text
 
 
-def _take_preset(options: Options) -> None:
-    """Fill in what depends on --for, and refuse what the program named there cannot hold."""
-    preset = llama_cpp.PRESET if options.target else DEFAULTS
-    for name, value in preset.items():
-        if getattr(options, name) == "auto":
+def _fit_program(options: Options) -> None:
+    """Fill in the options that --for decides, and refuse what that program cannot hold."""
+    if options.plan is not None:
+        raise CommandError(USAGE, f"--for is given beside --plan {options.plan}")
+    for name, value in llama_cpp.PRESET.items():
+        if f"--{name}" not in options.given:
             setattr(options, name, value)
-    if options.target:
-        try:
-            llama_cpp.check_plan(lq.LayerPlan.parse(options.format), options.rotation)
-            if options.embedding is not None:
-                llama_cpp.check_plan(lq.LayerPlan.parse(options.embedding), name="embedding")
-        except ValueError as error:
-            raise CommandError(USAGE, str(error)) from error
+    try:
+        llama_cpp.check_plan(lq.LayerPlan.parse(options.format), options.rotation)
+        if options.embedding is not None:
+            llama_cpp.check_plan(lq.LayerPlan.parse(options.embedding), name="embedding")
+    except ValueError as error:
+        raise CommandError(USAGE, str(error)) from error
+
+
+def _text_of(layer: lq.LayerPlan | None) -> str | None:
+    return None if layer is None else str(layer)
+
+
+def _read_plan(options: Options) -> lq.Plan:
+    """Read --plan, which no other option may contradict."""
+    if options.given:
+        said = f"{options.given[0]} is given beside --plan; set it in {options.plan}"
+        raise CommandError(USAGE, said)
+    try:
+        return lq.Plan.from_json(options.plan.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(ERROR, f"{options.plan}: {error}") from error
 
 
 @contextlib.contextmanager
 def _resuming(
-    options: Options, work_dirs: Mapping[Path, lq.Format | str], task: dict[str, Any]
+    options: Options, work_dirs: Mapping[Path, lq.Plan | lq.Format | str], task: dict[str, Any]
 ) -> Iterator[None]:
     """First refuse or discard blocks of another task; on an interrupt, say where the blocks are.
 
@@ -154,6 +172,8 @@ def _resuming(
     for work_dir, format in work_dirs.items():
         if options.restart:
             remove_blocks(work_dir)
+        elif isinstance(format, lq.Plan):
+            continue  # compress knows
         elif different := leftovers(work_dir, format, **task):
             raise CommandError(
                 ERROR,

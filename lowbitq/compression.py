@@ -83,9 +83,10 @@ def compress(
         A format or layer plan, such as ``"int2g64 + rank16"``, stands for
         ``Plan.uniform(names, format, **options)``.
     stats : Statistics, default=None
-        From `calibrate`. If it has Hessians, they are used as they are: nothing is run, and layers
-        are rounded for their inputs in the float model. Otherwise its tokens are the calibration
-        text, weighted by its `token_weights` if it has them, each layer's by its own.
+        From `calibrate`. If it has Hessians and the plan no ``drift=True``, they are used as they
+        are: nothing is run, and layers are rounded for their inputs in the float model. Otherwise
+        its tokens are the calibration text, weighted by its `token_weights` if it has them, each
+        layer's by its own.
     text : str, path, sequence of str or of paths, or array_like of int, default=None
         Calibration text, as for `lowbitq.texts.windows`. None: half of Python's own
         ``pydoc_data.topics``, English about Python that every machine has, enough for about 30
@@ -144,8 +145,6 @@ def compress(
         raise TypeError(f"{name!r} is given beside a plan; set it in the plan")
     _check(model, plan)
     known = isinstance(stats, Statistics) and bool(stats.hessians)
-    if plan.drift and known:
-        raise ValueError("drift correction runs the text, but stats has Hessians in its place")
     tokens = None
     if plan.needs_text:
         tokens = _tokens(model, plan, stats, text, samples, window)
@@ -249,7 +248,7 @@ def _walk(
     assert result.plan is not None
     if tokens is None:
         return WithoutInputs(source)
-    if stats is not None and stats.hessians:
+    if stats is not None and stats.hessians and not result.plan.drift:
         return Known(model, source, stats, result.plan.seed)
     kind = Drifting if result.plan.drift else Behind
     return kind(source, result, tokens, stats.token_weights if stats else {})

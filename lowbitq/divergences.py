@@ -23,7 +23,7 @@ def each_alone(
     tokens: Tokens,
     layers: Mapping[tuple[str, str], AnyLinear],
     level: str,
-    step: Callable[[], None],
+    step: Callable[[], object],
 ) -> dict[tuple[str, str], float]:
     """Return the divergence from a model that replacing each part of it alone causes.
 

@@ -181,7 +181,7 @@ def linearity(
     for index, (name, linear) in enumerate(model.linears()):
         if not isinstance(linear, Linear):
             raise ValueError(f"{name} is quantized already; measure the float original")
-        layers[_NOISE, name] = _noisy(linear, noise, [seed, index])
+        layers[_NOISE, name] = noisy(linear, noise, [seed, index])
         for format in formats:
             layers[format, name] = _rounded(linear, format)
     total = len(windows) * len(layers)
@@ -210,8 +210,8 @@ def linearity(
     return Linearity(tuple(rows), noise, together)
 
 
-def _noisy(linear: Linear, noise: float, seed: list[int]) -> Linear:
-    """A layer with Gaussian noise of exactly this relative size."""
+def noisy(linear: Linear, noise: float, seed: list[int]) -> Linear:
+    """Return a layer with Gaussian noise of exactly this relative size."""
     N = np.random.default_rng(seed).standard_normal(linear.shape, np.float32)
     size = noise * np.linalg.norm(linear.weight) / np.linalg.norm(N)
     return replace(linear, weight=linear.weight + np.float32(size) * N)

@@ -440,7 +440,7 @@ class Plan:
         if isinstance(outer, (str, Format)):
             head_bits = None if bits is None else 8
             options["embedding"] = LayerPlan.parse(outer, NEAREST, activation_bits=head_bits)
-        return cls(layers, **options)
+        return Plan(layers, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as a dict for JSON.
@@ -515,7 +515,7 @@ class Plan:
             raise ValueError(
                 f"roundings has {next(iter(roundings))!r}, which is not a layer of the plan"
             )
-        return cls(parsed, sampling=sampling, embedding=outer, **left)
+        return Plan(parsed, sampling=sampling, embedding=outer, **left)
 
     def to_json(self) -> str:
         """Return `to_dict` as indented JSON."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,5 +172,46 @@ def training(known: Mapping[str, Any], axes: Any = None) -> Any:
     axes.plot(*zip(*validation, strict=True), linewidth=2, color="k", label="divergence, held back")
     axes.plot(*best, "o", color="k", fillstyle="none", label=f"{best[1]:.4g} at step {best[0]}")
     axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.legend(fontsize="small")
+    return axes
+
+
+def front(
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    points: Mapping[str, tuple[float, float]],
+    axes: Any = None,
+) -> Any:
+    """Draw divergence over bits: a line for each way to choose plans, a point for each plan.
+
+    Parameters
+    ----------
+    lines : mapping of str to sequence of (float, float)
+        Bits per weight and divergence of the plans of each way.
+    points : mapping of str to (float, float)
+        The same for single plans.
+    axes : matplotlib.axes.Axes, default=None
+        Where to draw. None: a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        If `axes` is None and matplotlib is not installed.
+
+    Examples
+    --------
+    >>> front({"per layer": [(2, 0.5), (3, 0.1)]}, {"int2": (2.5, 0.4)})  # doctest: +SKIP
+    <Axes: xlabel='bits per weight', ylabel='predicted KL, nats per token'>
+    """
+    axes = new_axes() if axes is None else axes
+    for name, line in lines.items():
+        axes.plot(*zip(*line, strict=True), ".-", linewidth=1, label=name)
+    for name, point in points.items():
+        axes.plot(*point, "o", color="0.5", fillstyle="none")
+        axes.annotate(name, point, (4, 4), textcoords="offset points", color="0.3")
+    axes.set(xlabel="bits per weight", ylabel="predicted KL, nats per token", yscale="log")
     axes.legend(fontsize="small")
     return axes

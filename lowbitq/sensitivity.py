@@ -25,6 +25,7 @@ from lowbitq.divergences import each_alone
 from lowbitq.encoding import encode
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.massive import magnitude_quantile
 from lowbitq.models.decoder import Block, Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.slots import SLOTS, name_in_block
@@ -321,7 +322,7 @@ def _scan(
         for index in stream:
             counts += sum(_counts(stream, _inputs(model.blocks[index], index), advance=True))
             step()
-        tau = _quantile(counts, tau)
+        tau = magnitude_quantile(counts, tau)
     found: dict[str, _Found] = {}
     stream = Stream(model, tokens)
     for index in stream:
@@ -331,7 +332,9 @@ def _scan(
             first = _sums(stream, inputs, thresholds)
             thresholds = [tau * sums["magnitude"] / sums["numbers"] for sums in first]
         elif tau_by == "median":
-            thresholds = [tau * _quantile(counts, 0.5) for counts in _counts(stream, inputs)]
+            thresholds = [
+                tau * magnitude_quantile(counts, 0.5) for counts in _counts(stream, inputs)
+            ]
         for one, sums in zip(inputs, _sums(stream, inputs, thresholds, advance=True), strict=True):
             squares, columns = sums["squares"], sums["columns"]
             result = _Found(
@@ -374,13 +377,6 @@ def _counts(
             with _naming(f"the input of {one.readers[0]}"):
                 _core.magnitude_counts(one.read(taps), counts)
     return totals
-
-
-def _quantile(counts: NDArray[np.int64], share: float) -> float:
-    """Return the quantile of the numbers that were counted, rounded down to bfloat16."""
-    total = np.cumsum(counts)
-    place = np.searchsorted(total, share * total[-1])
-    return float(np.array(place << 16, np.uint32).view(np.float32))
 
 
 @contextmanager

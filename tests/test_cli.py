@@ -35,9 +35,12 @@ def test_runs_as_a_module():
     [
         "inspect",
         "quantize",
+        "plan",
+        "enhance",
         "distill",
         "reconstruct",
         "export",
+        "search",
         "evaluate",
         "sensitivity",
         "generate",

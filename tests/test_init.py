@@ -39,9 +39,8 @@ def test_dir_and_help_show_what_is_public():
     names = {name for name in dir(lq) if not name.startswith("__")}
     assert names == set(lq.__all__)
     words = set(re.findall(r"\w+", lq.__doc__))
-    left = {"Continuations", "Divergence", "Estimate", "Evaluation", "Perplexity"}
-    left |= {"Export", "FormatError", "NumericalError"}  # results and errors
-    assert set(lq.__all__) - words == left
+    missing = set(lq.__all__) - words
+    assert all(inspect.isclass(getattr(lq, name)) for name in missing), "functions without a place"
 
 
 def test_version_is_the_package_version():

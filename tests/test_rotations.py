@@ -8,9 +8,12 @@ import pickle
 import numpy as np
 import pytest
 from golden import tiny_models
+from random_model import random_model, random_tokens
 
+from lowbitq.calibration import Stream, calibrate
 from lowbitq.models import load
-from lowbitq.models.rotating import rotate
+from lowbitq.models.rotating import rotate, rotate_hessians, rotate_inputs
+from lowbitq.models.slots import SLOTS, name_in_block
 from lowbitq.rotations import Rotation, hadamard_orders
 
 SIZES = [1, 2, 3, 5, 7, 12, 20, 64, 80, 96, 128, 144, 171, 576]
@@ -202,10 +205,73 @@ def test_no_rotation_is_no_change(tmp_path):
     assert np.array_equal(same.logits(tokens), model.logits(tokens))
 
 
+def test_any_orthogonal_matrix_rotates_the_residual_stream():
+    model, tokens = random_model(2), random_tokens(30)
+    given = Rotation.from_matrix(Rotation(64, "orthogonal", seed=9).matrix())
+    rotated = rotate(model, given, seed=1)
+    assert rotated.residual_rotation is given
+    expected = model.logits(tokens)
+    assert abs(rotated.logits(tokens) - expected).max() <= LIMIT * abs(expected).max()
+    again = rotate(rotated, "none")  # what compress does with rotation="none"
+    assert np.array_equal(again.logits(tokens), rotated.logits(tokens))
+
+
+def test_layers_rotate_their_own_inputs():
+    model, tokens = random_model(2), random_tokens(30)
+    turn, other = Rotation(64, seed=5), Rotation(96, "orthogonal", seed=6)
+    given = {f"model.layers.1.self_attn.{name}_proj": turn for name in "qkv"}
+    given |= {"model.layers.0.mlp.down_proj": other, "model.layers.0.self_attn.o_proj": None}
+    rotated = rotate_inputs(model, given)
+    own = {name: linear.rotation for name, linear in rotated.linears() if linear.rotation}
+    assert own == {name: rotation for name, rotation in given.items() if rotation}
+    expected = model.logits(tokens)
+    assert abs(rotated.logits(tokens) - expected).max() <= LIMIT * abs(expected).max()
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_hessians_follow_all_rotations(before):
+    """Those of the inputs as the weights see them, whether the model is rotated before or after."""
+    plain, tokens = random_model(2), random_tokens(60).reshape(2, 30)
+    turn = Rotation(96, "orthogonal", seed=6)
+    given = {"model.layers.1.mlp.down_proj": turn}
+    if before:
+        model = rotate_inputs(rotate(plain, seed=3, online_down=False), given)
+        rotated = rotate(model, "none")
+    else:
+        model, rotated = plain, rotate(plain, seed=3)
+    stats = calibrate(model, tokens, samples=2, window=30, hessians=True, first_weight=1)
+    for index in range(2):
+        known = {s.name: stats.hessians[name_in_block(index, s)] for s in SLOTS}
+        found = rotate_hessians(model, rotated, index, known, 3)
+        stream = Stream(rotated, tokens)
+        for _ in range(index):
+            stream.advance()
+        sums = dict.fromkeys(known, 0.0)
+        for taps in stream.taps():
+            for slot in SLOTS:
+                x = rotated.blocks[index].linears[slot.name].rotate_input(taps[slot.tap])
+                sums[slot.name] = sums[slot.name] + x.T.astype(float) @ x
+        for name, expected in sums.items():
+            assert np.allclose(found[name], expected, atol=1e-3 * abs(expected).max()), name
+
+
 def test_refusals_of_models(tmp_path):
     model = load(tiny_models.write_folder(next(iter(tiny_models.MODELS)), tmp_path))
-    with pytest.raises(ValueError, match="expected 'hadamard', 'orthogonal' or 'none'"):
+    with pytest.raises(ValueError, match="expected 'hadamard', 'orthogonal', 'none' or a Rot"):
         rotate(model, "givens")
+    hidden = model.config.hidden_size
+    with pytest.raises(ValueError, match=f"kind has order {hidden + 1}, expected {hidden}"):
+        rotate(model, Rotation(hidden + 1))
+    down = "model.layers.0.mlp.down_proj"
+    with pytest.raises(ValueError, match=f"rotation of {down} has order 3"):
+        rotate_inputs(model, {down: Rotation(3)})
+    turned = rotate_inputs(model, {down: Rotation(model.config.intermediate_size)})
+    with pytest.raises(ValueError, match=f"{down} rotates its input already"):
+        rotate_inputs(turned, {down: Rotation(model.config.intermediate_size)})
+    with pytest.raises(KeyError, match="no linear layer 'down_proj'"):
+        rotate_inputs(model, {"down_proj": None})
+    with pytest.raises(ValueError, match="read the same input, expected one rotation"):
+        rotate_inputs(model, {"model.layers.0.mlp.up_proj": Rotation(hidden)})
     for rotated in (rotate(model), rotate(model, online_down=False)):
         with pytest.raises(ValueError, match="rotated already"):
             rotate(rotated)

@@ -10,7 +10,8 @@ from random_model import random_model, random_tokens
 
 import lowbitq as lq
 from lowbitq.calibration import calibrate
-from lowbitq.encoding import LayerInputs, encode
+from lowbitq.copies import LayerInputs
+from lowbitq.encoding import encode
 from lowbitq.linears import Linear
 from lowbitq.models.decoder import Model
 from lowbitq.models.rotating import rotate

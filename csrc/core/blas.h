@@ -77,6 +77,9 @@ void BLAS(dorgqr_)(const int *m, const int *n, const int *k, double *a, const in
 void BLAS(dormqr_)(const char *side, const char *trans, const int *m, const int *n, const int *k,
                    const double *a, const int *lda, const double *tau, double *c, const int *ldc,
                    double *work, const int *lwork, int *info, size_t, size_t);
+void BLAS(dgesdd_)(const char *jobz, const int *m, const int *n, double *a, const int *lda,
+                   double *s, double *u, const int *ldu, double *vt, const int *ldvt, double *work,
+                   const int *lwork, int *iwork, int *info, size_t);
 void BLAS(dsyevx_)(const char *jobz, const char *range, const char *uplo, const int *n, double *a,
                    const int *lda, const double *vl, const double *vu, const int *il, const int *iu,
                    const double *abstol, int *m, double *w, double *z, const int *ldz, double *work,

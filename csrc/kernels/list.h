@@ -215,6 +215,12 @@ X(viterbi_f32, void,
  * leave the range of float32 they are summed in float64 (norm.h), so every finite x works. */
 X(rmsnorm_f32, void, (const float *x, const float *gain, ptrdiff_t count, float epsilon, float *y))
 
+/* How many |x[i]| exceed the threshold; sum and maximum of |x[i]|, 0 if there is none. Every
+ * 64th number goes to the same partial sum; then halves of these are added to halves; exact. A NaN
+ * makes the sum NaN and is passed over elsewhere. */
+X(moments_f32, ptrdiff_t,
+  (const float *x, ptrdiff_t count, float threshold, float *sum, float *largest))
+
 /* y[i] = up[i] gate[i] / (1 + exp(-gate[i])); y may be gate or up. */
 X(swiglu_f32, void, (const float *gate, const float *up, ptrdiff_t count, float *y))
 

@@ -52,7 +52,11 @@ lbq_fake_check(const lbq_fake *fake)
                 LBQ_BAD_VALUE,
                 "inputs are rounded to %d bits, expected 8 or 4",
                 fake->bits);
-    LBQ_REQUIRE(fake->step >= 1, LBQ_BAD_VALUE, "step is %td, expected at least 1", fake->step);
+    const ptrdiff_t step = fake->step;
+    LBQ_REQUIRE(step == 16 || step == 32 || step == 64 || step == 128,
+                LBQ_BAD_VALUE,
+                "step is %td, expected 16, 32, 64 or 128",
+                step);
     LBQ_REQUIRE(clip > 0 && clip <= 1,
                 LBQ_BAD_VALUE,
                 "clip is %g, expected a number above 0, at most 1",

@@ -29,7 +29,7 @@ enum { LBQ_FAKE_VALUES = 3 };
 
 typedef struct {
     int bits;            /* 8 or 4 */
-    ptrdiff_t step;      /* columns that share a scale */
+    ptrdiff_t step;      /* columns that share a scale: 16, 32, 64 or 128 */
     const float *values; /* clip, scale and zero as in lbq_activation (0: no zero point), read by
                             each call; NULL: x stays as it is */
 } lbq_fake;

@@ -71,6 +71,25 @@ LBQ_BINDING(copy_rounding)
     return copy_handle(module, &copy, args);
 }
 
+LBQ_BINDING(round_inputs)
+{
+    lbq_array x, values, y;
+    Py_ssize_t bits, step;
+    const lbq_arg spec[] = {
+        LBQ_IN("x", &x, NPY_FLOAT32, "t*k"),
+        LBQ_IN("values", &values, NPY_FLOAT32, "3"),
+        LBQ_OUT("y", &y, NPY_FLOAT32, "tk"),
+        LBQ_INT("bits", &bits, 4, 8),
+        LBQ_INT("step", &step, 1, PY_SSIZE_T_MAX),
+    };
+    LBQ_PARSE("round_inputs", spec);
+    const lbq_fake fake = {(int)bits, step, values.data};
+    const lbq_status status = lbq_fake_check(&fake);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    LBQ_RUN(lbq_fake_forward(&fake, x.dims[0], x.dims[1], x.data, y.data));
+}
+
 LBQ_BINDING(copy_packed)
 {
     const lbq_code *code;
@@ -251,6 +270,9 @@ PyMethodDef lbq_methods_linear[] = {
         "A handle like that of copy_dense that rounds its input, in the bits and steps of a "
         "packed copy; values (clip, scale, zero) are read in place, scale 0 and zero NaN: by "
         "each token."),
+    LBQ_METHOD(round_inputs,
+               "round_inputs(x, values, y, /, *, bits, step)\n--\n\n"
+               "y (t, k): x as a packed copy rounds it, in float32; values as for copy_rounding."),
     LBQ_METHOD(copy_packed,
                "copy_packed(code, panels, input, output, fusion, sums, /, *, rows, cols, group, "
                "activation_bits, activation_clip, activation_scale, activation_zero, "

@@ -4,6 +4,7 @@
 #include "core/memory.h"
 #include "python/module.h"
 #include "rotate/hadamard.h"
+#include "rotate/procrustes.h"
 #include "rotate/rotation.h"
 
 LBQ_BINDING(hadamard_orders)
@@ -37,6 +38,18 @@ LBQ_BINDING(orthogonal)
     };
     LBQ_PARSE("orthogonal", spec);
     LBQ_RUN(lbq_orthogonal((uint64_t)seed, (uint64_t)stream, q.dims[0], q.data));
+}
+
+LBQ_BINDING(polar)
+{
+    lbq_array matrix, q, values;
+    const lbq_arg spec[] = {
+        LBQ_IN("matrix", &matrix, NPY_FLOAT64, "nn"),
+        LBQ_OUT("q", &q, NPY_FLOAT64, "nn"),
+        LBQ_OUT("values", &values, NPY_FLOAT64, "n"),
+    };
+    LBQ_PARSE("polar", spec);
+    LBQ_RUN(lbq_polar(q.dims[0], matrix.data, q.data, values.data));
 }
 
 static PyObject *
@@ -139,6 +152,10 @@ PyMethodDef lbq_methods_rotate[] = {
     LBQ_METHOD(orthogonal,
                "orthogonal(q, /, *, seed, stream)\n--\n\n"
                "Fill q (n, n) with a Haar-distributed orthogonal matrix."),
+    LBQ_METHOD(polar,
+               "polar(matrix, q, values, /)\n--\n\n"
+               "Fill q (n, n) with the orthogonal matrix nearest to matrix, values (n) with its "
+               "singular values."),
     LBQ_METHOD(hadamard_rotation,
                "hadamard_rotation(orders, bases, diagonal, /)\n--\n\n"
                "Handle of (B_1 (x) ... (x) H) diag(diagonal); bases holds B_1, B_1^T, B_2, B_2^T, ..."),

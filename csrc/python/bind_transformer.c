@@ -428,9 +428,9 @@ LBQ_BINDING(cache)
 
 static lbq_status
 forward(const lbq_decoder *decoder, const lbq_array *tokens, const owned_cache *owned,
-        const lbq_array *hidden, const lbq_array *logits, ptrdiff_t past)
+        const lbq_array *hidden, const lbq_array *logits, const lbq_array *moments, ptrdiff_t past)
 {
-    LBQ_REQUIRE(!owned || owned->decoder == decoder,
+    LBQ_REQUIRE(!owned || lbq_decoder_same_cache(owned->decoder, decoder),
                 LBQ_BAD_VALUE,
                 "the cache was made for another decoder");
     lbq_cache cache = {0};
@@ -439,20 +439,22 @@ forward(const lbq_decoder *decoder, const lbq_array *tokens, const owned_cache *
     cache.past = past;
     LBQ_TRY(lbq_check_axis(hidden, "hidden", 1, "hidden", decoder->hidden));
     LBQ_TRY(lbq_check_axis(logits, "logits", 1, "vocab", decoder->vocab));
+    LBQ_TRY(lbq_check_axis(moments, "moments", 0, "blocks", decoder->block_count));
     return lbq_decoder_forward(decoder,
                                tokens->dims[0],
                                tokens->data,
                                owned ? &cache : NULL,
                                hidden->data ? hidden->dims[0] : logits->dims[0],
                                hidden->data,
-                               logits->data);
+                               logits->data,
+                               moments->data);
 }
 
 LBQ_BINDING(decoder_forward)
 {
     const lbq_decoder *decoder;
     const owned_cache *cache;
-    lbq_array tokens, hidden, logits;
+    lbq_array tokens, hidden, logits, moments;
     Py_ssize_t past;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
@@ -460,10 +462,11 @@ LBQ_BINDING(decoder_forward)
         LBQ_HANDLE_OR_NONE("cache", &cache, CACHE),
         LBQ_OUT_OR_NONE("hidden", &hidden, NPY_FLOAT32, "r*h"),
         LBQ_OUT_OR_NONE("logits", &logits, NPY_FLOAT32, "r*v"),
+        LBQ_OUT_OR_NONE("moments", &moments, NPY_FLOAT64, "b45"),
         LBQ_INT("past", &past, 0, INT32_MAX),
     };
     LBQ_PARSE("decoder_forward", spec);
-    LBQ_RUN(forward(decoder, &tokens, cache, &hidden, &logits, past));
+    LBQ_RUN(forward(decoder, &tokens, cache, &hidden, &logits, &moments, past));
 }
 
 PyMethodDef lbq_methods_transformer[] = {
@@ -512,11 +515,14 @@ PyMethodDef lbq_methods_transformer[] = {
     LBQ_METHOD(decoder_head, "decoder_head(decoder, y, logits, /)\n--\n\n"
                              "logits (t, vocab) of y (t, hidden)."),
     LBQ_METHOD(decoder_forward, "decoder_forward(decoder, tokens, cache, "
-                                "hidden, logits, /, *, past)\n--\n\n"
+                                "hidden, logits, moments, /, *, past)\n--\n\n"
                                 "The whole network on tokens (t) that follow "
                                 "past ones in the cache, or None; hidden\n"
                                 "(r, hidden) and logits (r, vocab) of the last "
-                                "r tokens, or None."),
+                                "r tokens, or None. Of the inputs of layers\n"
+                                "qkv, o, mlp, down, moments (blocks, 4, 5) has "
+                                "a threshold, and gets added: count,\n"
+                                "count above it, sum, maximum of magnitudes."),
     LBQ_METHOD(cache, "cache(decoder, /, *, capacity, bits)\n--"
                       "\n\n"
                       "A handle of keys and values of at least "

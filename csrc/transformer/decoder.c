@@ -225,6 +225,15 @@ lbq_block_gate(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tok
     return lbq_linears_forward(2, layers, tokens, n, outputs);
 }
 
+static lbq_status
+count_moments(const lbq_trace *trace, int tap, ptrdiff_t tokens, ptrdiff_t cols, const float *x)
+{
+    const ptrdiff_t first = trace->starts ? 1 : 0;
+    if (!trace->moments || tokens == first)
+        return LBQ_OK;
+    return lbq_moments_add(trace->moments + tap, tokens - first, cols, x + first * cols);
+}
+
 /* Attention of x, into the tap `output`. */
 static lbq_status
 attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdiff_t tokens,
@@ -242,10 +251,12 @@ attend(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t past, ptrdi
         .raw_k = trace->key,
     };
     LBQ_TRY(lbq_block_project(decoder, block, tokens, x, &store->bias, &projection));
+    LBQ_TRY(count_moments(trace, LBQ_TAP_QKV, tokens, decoder->hidden, trace->qkv));
     show(block->value, tokens, s->v, trace->value);
     LBQ_TRY(lbq_store_write(heads, past, tokens, s->k, s->v, store));
-    return lbq_attention(
-        heads, past, tokens, s->q, store, s->attention, trace->output, trace->log_sum);
+    LBQ_TRY(lbq_attention(
+        heads, past, tokens, s->q, store, s->attention, trace->output, trace->log_sum));
+    return count_moments(trace, LBQ_TAP_OUTPUT, tokens, block->output->cols, trace->output);
 }
 
 /* What the feed-forward half multiplies last, into the tap `down`. */
@@ -254,7 +265,9 @@ feed(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens, const
      const float *x)
 {
     LBQ_TRY(lbq_block_gate(decoder, block, tokens, x, trace->mlp, trace->gate, trace->up));
-    return lbq_swiglu(tokens * block->gate->rows, trace->gate, trace->up, trace->down);
+    LBQ_TRY(count_moments(trace, LBQ_TAP_MLP, tokens, decoder->hidden, trace->mlp));
+    LBQ_TRY(lbq_swiglu(tokens * block->gate->rows, trace->gate, trace->up, trace->down));
+    return count_moments(trace, LBQ_TAP_DOWN, tokens, block->down->cols, trace->down);
 }
 
 /* x += scale * layer(tap): the end of a half. */
@@ -324,6 +337,8 @@ run_block(const lbq_decoder *decoder, const lbq_block *block, int steps, ptrdiff
             .value = later(trace->value, first * block->value->rows, NULL),
             .gate = later(trace->gate, first * block->gate->rows, s->gate),
             .up = later(trace->up, first * block->up->rows, s->up),
+            .moments = trace->moments,
+            .starts = past + first == 0,
         };
         scratch batch = *s;
         batch.cosine += first * (d / 2);
@@ -507,22 +522,38 @@ lbq_decoder_head(const lbq_decoder *decoder, ptrdiff_t rows, const float *y, flo
 
 static lbq_status
 run_blocks(const lbq_decoder *decoder, ptrdiff_t tokens, const lbq_cache *cache, scratch *s,
-           float *x)
+           float *x, lbq_moments *moments)
 {
-    const lbq_trace none = {0};
     const ptrdiff_t past = cache ? cache->past : 0;
     LBQ_TRY(fill_tables(decoder, past, tokens, s));
     for (ptrdiff_t i = 0; i < decoder->block_count; i++) {
         const lbq_store store = cache ? store_of(decoder, cache, i, s) : s->store;
         const lbq_block *const block = decoder->blocks[i];
-        LBQ_TRY(run_block(decoder, block, LBQ_BLOCK, past, tokens, &store, &none, s, x));
+        const lbq_trace trace = {.moments = moments ? moments + i * LBQ_TAPS : NULL};
+        LBQ_TRY(run_block(decoder, block, LBQ_BLOCK, past, tokens, &store, &trace, s, x));
     }
     return LBQ_OK;
 }
 
+bool
+lbq_decoder_same_cache(const lbq_decoder *a, const lbq_decoder *b)
+{
+    const lbq_heads *const p = &a->heads, *const q = &b->heads;
+    bool same = a->block_count == b->block_count && p->heads == q->heads &&
+                p->kv_heads == q->kv_heads && p->head_dim == q->head_dim &&
+                a->rope_factor == b->rope_factor;
+    for (ptrdiff_t i = 0; same && i < p->head_dim / 2; i++)
+        same = a->frequency[i] == b->frequency[i];
+    for (ptrdiff_t i = 0; same && i < a->block_count; i++)
+        same = key_bias_of(a->blocks[i]) == key_bias_of(b->blocks[i]) &&
+               a->blocks[i]->value->bias == b->blocks[i]->value->bias;
+    return same;
+}
+
 lbq_status
 lbq_decoder_forward(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token,
-                    const lbq_cache *cache, ptrdiff_t rows, float *hidden, float *logits)
+                    const lbq_cache *cache, ptrdiff_t rows, float *hidden, float *logits,
+                    lbq_moments *moments)
 {
     LBQ_REQUIRE(tokens >= 1, LBQ_BAD_SHAPE, "there are no tokens");
     LBQ_REQUIRE(rows <= tokens, LBQ_BAD_SHAPE, "%td rows of only %td tokens", rows, tokens);
@@ -542,7 +573,7 @@ lbq_decoder_forward(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t 
 
     lbq_status status = lbq_decoder_embed(decoder, tokens, token, x);
     if (status == LBQ_OK)
-        status = run_blocks(decoder, tokens, cache, &s, x);
+        status = run_blocks(decoder, tokens, cache, &s, x, moments);
     float *const last = x + (tokens - rows) * decoder->hidden, *const y = hidden ? hidden : last;
     if (status == LBQ_OK)
         status = lbq_decoder_finish(decoder, rows, last, y);

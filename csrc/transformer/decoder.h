@@ -11,12 +11,14 @@
 #ifndef LBQ_DECODER_H
 #define LBQ_DECODER_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 #include "linear/linear.h"
 #include "rotate/rotation.h"
 #include "transformer/attention.h"
+#include "transformer/moments.h"
 
 typedef struct {
     ptrdiff_t hidden, head_dim;             /* lengths of the norms below; 0: both are NULL */
@@ -57,6 +59,8 @@ typedef struct {
     float *middle;  /* (tokens, hidden): x between the halves */
     /* Outputs of the layers, (tokens, rows), before norms of heads and rope: */
     float *query, *key, *value, *gate, *up;
+    lbq_moments *moments; /* (LBQ_TAPS): the inputs above are added to them, but for: */
+    bool starts;          /* whether token 0 is the first of all, which moments leave out */
 } lbq_trace;
 
 /* LBQ_BAD_SHAPE unless all layers fit together; LBQ_BAD_VALUE if the heads or the embedding are not
@@ -116,11 +120,16 @@ lbq_status lbq_decoder_finish(const lbq_decoder *decoder, ptrdiff_t rows, const 
 lbq_status lbq_decoder_head(const lbq_decoder *decoder, ptrdiff_t rows, const float *y,
                             float *logits);
 
+/* Whether a cache of one decoder may be used with the other: keys and values are stored alike. */
+bool lbq_decoder_same_cache(const lbq_decoder *a, const lbq_decoder *b);
+
 /* The whole network. hidden (rows, hidden) and logits (rows, vocab) are of the last `rows` tokens;
  * either may be NULL. The tokens follow the cache's past ones and are stored in it; the caller
- * advances `past`. cache NULL: a window without earlier tokens. */
+ * advances `past`. cache NULL: a window without earlier tokens. Moments (block_count, LBQ_TAPS) of
+ * the layers' inputs are added to, unless NULL; they leave out position 0, to which later tokens
+ * attend by activations so large that they would hide all others. */
 lbq_status lbq_decoder_forward(const lbq_decoder *decoder, ptrdiff_t tokens, const int32_t *token,
-                               const lbq_cache *cache, ptrdiff_t rows, float *hidden,
-                               float *logits);
+                               const lbq_cache *cache, ptrdiff_t rows, float *hidden, float *logits,
+                               lbq_moments *moments);
 
 #endif

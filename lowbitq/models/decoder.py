@@ -310,12 +310,16 @@ class Model:
         arrays = [hidden, *seen, *[None] * 7]  # what a way back needs is not asked for
         _core.decoder_block(self.handle, *arrays, block=index, steps=steps)
 
-    def hidden(self, tokens: ArrayLike) -> NDArray[np.float32]:
+    def hidden(
+        self, tokens: ArrayLike, *, moments: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
         """Return the input of the head.
 
         Parameters
         ----------
         tokens : array_like of shape (t,), integers
+        moments : ndarray of shape (blocks, 4, 5), float64, default=None
+            Added to, as `lowbitq.monitoring.Moments` describes it.
 
         Returns
         -------
@@ -329,7 +333,7 @@ class Model:
         """
         tokens = self._tokens(tokens)
         hidden = np.empty((len(tokens), self.config.hidden_size), np.float32)
-        _core.decoder_forward(self.handle, tokens, None, hidden, None, past=0)
+        _core.decoder_forward(self.handle, tokens, None, hidden, None, moments, past=0)
         return hidden
 
     def finish(self, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -359,12 +363,16 @@ class Model:
         _core.decoder_head(self.handle, hidden, out)
         return out
 
-    def logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
+    def logits(
+        self, tokens: ArrayLike, *, moments: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
         """Run the whole network.
 
         Parameters
         ----------
         tokens : array_like of shape (t,), integers
+        moments : ndarray of shape (blocks, 4, 5), float64, default=None
+            As for `hidden`.
 
         Returns
         -------
@@ -379,7 +387,7 @@ class Model:
         """
         tokens = self._tokens(tokens)
         logits = np.empty((len(tokens), self.config.vocab_size), np.float32)
-        _core.decoder_forward(self.handle, tokens, None, None, logits, past=0)
+        _core.decoder_forward(self.handle, tokens, None, None, logits, moments, past=0)
         return logits
 
     def new_cache(self, capacity: int, *, bits: int = 32) -> Cache:
@@ -414,7 +422,9 @@ class Model:
         handle, nbytes = _core.cache(decoder, capacity=capacity, bits=bits)
         return Cache(0, capacity, bits, nbytes, handle, decoder)
 
-    def step(self, tokens: ArrayLike, cache: Cache) -> NDArray[np.float32]:
+    def step(
+        self, tokens: ArrayLike, cache: Cache, *, moments: NDArray[np.float64] | None = None
+    ) -> NDArray[np.float32]:
         """Run the network on tokens that follow those in the cache.
 
         Parameters
@@ -423,6 +433,8 @@ class Model:
             A prompt, or only the last chosen token.
         cache : Cache
             Extended by t tokens.
+        moments : ndarray of shape (blocks, 4, 5), float64, default=None
+            As for `hidden`.
 
         Returns
         -------
@@ -446,7 +458,7 @@ class Model:
             chunk = tokens[start : start + _PREFILL]
             out = logits if start + _PREFILL >= len(tokens) else nothing
             past = cache.length
-            _core.decoder_forward(cache.decoder, chunk, cache.handle, None, out, past=past)
+            _core.decoder_forward(cache.decoder, chunk, cache.handle, None, out, moments, past=past)
             cache.length += len(chunk)
         return logits.reshape(-1)
 

@@ -1,4 +1,4 @@
-"""rotate(): fold rotations into a float model without changing what it computes."""
+"""Fold rotations into a float model without changing what it computes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from numpy.typing import NDArray
 
 from lowbitq.linears import Linear
 from lowbitq.models.decoder import Block, Model
-from lowbitq.models.slots import SLOTS
+from lowbitq.models.slots import SLOTS, TAPS, name_in_block
 from lowbitq.rotations import Rotation
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
+_TAP_OF = {slot.name: slot.tap for slot in SLOTS}
+
 
 def rotate(
-    model: Model, kind: str = "hadamard", seed: int = 0, *, online_down: bool = True
+    model: Model, kind: str | Rotation = "hadamard", seed: int = 0, *, online_down: bool = True
 ) -> Model:
     """Rotate a float model without changing what it computes.
 
@@ -37,10 +39,10 @@ def rotate(
     Parameters
     ----------
     model : Model
-        In float32 and not yet rotated. Left unchanged.
-    kind : {"hadamard", "orthogonal", "none"}, default="hadamard"
-        Kind of the residual rotation R; P and Q are Hadamard. ``"none"``: an equal model with
-        unchanged norm gains.
+        In float32, and not yet rotated unless `kind` is ``"none"``. Left unchanged.
+    kind : {"hadamard", "orthogonal", "none"} or Rotation, default="hadamard"
+        R itself, such as `optimize_rotation` returns it, or its kind; P and Q are Hadamard.
+        ``"none"``: an equal model, whether rotated or not, with unchanged norm gains.
     seed : int, default=0
         Seed of all rotations; each draws its own signs.
     online_down : bool, default=True
@@ -55,7 +57,8 @@ def rotate(
     Raises
     ------
     ValueError
-        If `kind` is unknown, or the model is rotated or quantized already.
+        If `kind` is unknown or of another order than the residual stream, or the model is rotated
+        or quantized already.
 
     References
     ----------
@@ -66,23 +69,84 @@ def rotate(
     >>> rotate(model, seed=1).residual_rotation  # doctest: +SKIP
     Rotation(576, 'hadamard', seed=1, stream=0)
     """
-    if kind not in ("hadamard", "orthogonal", "none"):
-        raise ValueError(f"kind is {kind!r}, expected 'hadamard', 'orthogonal' or 'none'")
-    linears = [linear for block in model.blocks for linear in block.linears.values()]
-    if model.residual_rotation is not None or any(x.rotation is not None for x in linears):
-        raise ValueError("model is rotated already; rotate the original")
-    if not all(hasattr(linear, "weight") for linear in linears):
-        raise ValueError("model is quantized already; rotate the float original")
+    if not isinstance(kind, Rotation) and kind not in ("hadamard", "orthogonal", "none"):
+        raise ValueError(
+            f"kind is {kind!r}, expected 'hadamard', 'orthogonal', 'none' or a Rotation"
+        )
+    _check_float(model)
     rotated = model.copy()
     if kind == "none":
         return rotated
-    residual = Rotation(model.config.hidden_size, kind, seed)
+    if model.residual_rotation is not None or any(x.rotation for _, x in model.linears()):
+        raise ValueError("model is rotated already; rotate the original, or with kind 'none'")
+    hidden = model.config.hidden_size
+    residual = kind if isinstance(kind, Rotation) else Rotation(hidden, kind, seed)
+    if residual.n != hidden:
+        raise ValueError(f"kind has order {residual.n}, expected {hidden}, the residual stream's")
     rotated.residual_rotation = residual
     for index, block in enumerate(rotated.blocks):
         inner = Rotation(model.config.intermediate_size, seed=seed, stream=2 * index + 2)
         head = _head_rotation(model, index, seed)
         _rotate_block(block, residual, head, inner if online_down else None)
     return rotated
+
+
+def rotate_inputs(model: Model, rotations: Mapping[str, Rotation | None]) -> Model:
+    """Let layers of a float model rotate their inputs, without changing what it computes.
+
+    Parameters
+    ----------
+    model : Model
+        In float32. Left unchanged.
+    rotations : mapping of str to Rotation or None
+        By the name of a layer, whose weights W become W R^T; None: stays as it is. Layers with the
+        same input, such as q, k and v, have the same rotation, so that it is rotated once.
+
+    Returns
+    -------
+    Model
+        Its logits equal the original's up to rounding. `compress` it with ``rotation="none"``.
+
+    Raises
+    ------
+    KeyError
+        If the model has no layer of a name.
+    ValueError
+        If a rotation has another order, layers with the same input differ, or a layer rotates its
+        input already, or is quantized.
+
+    Examples
+    --------
+    >>> turn = {"model.layers.0.mlp.down_proj": Rotation(1536)}
+    >>> rotate_inputs(model, turn).linears()  # doctest: +SKIP
+    """
+    _check_float(model)
+    rotated = model.copy()
+    known = dict(model.linears())
+    if unknown := [name for name in rotations if name not in known]:
+        raise KeyError(f"the model has no linear layer {unknown[0]!r}")
+    for index in range(len(model.blocks)):
+        for slots in TAPS.values():
+            names = [name_in_block(index, slot) for slot in slots]
+            found = [rotations.get(name) for name in names]
+            if any(rotation is not found[0] for rotation in found):
+                raise ValueError(f"{', '.join(names)} read the same input, expected one rotation")
+            for name in names if found[0] is not None else ():
+                rotated.replace_linear(name, _rotating(known[name], found[0], name))
+    return rotated
+
+
+def _rotating(linear: Any, rotation: Any, name: str) -> Any:
+    if linear.rotation is not None:
+        raise ValueError(f"{name} rotates its input already")
+    if rotation.n != linear.shape[1]:
+        raise ValueError(f"rotation of {name} has order {rotation.n}, expected {linear.shape[1]}")
+    return linear.replace(weight=rotation.apply(linear.weight), rotation=rotation)
+
+
+def _check_float(model: Model) -> None:
+    if not all(isinstance(linear, Linear) for _, linear in model.linears()):
+        raise ValueError("model is quantized already; rotate the float original")
 
 
 def rotate_hessians(
@@ -105,30 +169,32 @@ def rotate_hessians(
     -------
     dict of str to ndarray of shape (in, in), float64
         Hessians of the rotated layers' inputs: ``A H A^T`` with ``A = R diag(1 / gain)`` for q, k,
-        v, gate and up, P for o, Q for down.
+        v, gate and up, P for o, Q for down; a layer's own rotation comes on top.
 
     Raises
     ------
     ValueError
         If a gain is zero, because that channel's value before the gain is unknown.
     """
-    if rotated.residual_rotation is None:
-        return dict(hessians)
-    block, residual = model.blocks[index], _matrix(rotated.residual_rotation)
-    changes: dict[str, Float64] = {}
-    for tap, gain in (("qkv", block.attention_norm), ("mlp", block.mlp_norm)):
-        if gain is not None and not gain.all():
-            raise ValueError(f"a norm of block {index} has gains of 0: give text, not Hessians")
-        changes[tap] = residual if gain is None else residual / gain
-    head = _matrix(_head_rotation(model, index, seed))
-    changes["o"] = np.asarray(np.kron(np.eye(model.config.heads), head), np.float64)
-    inner = rotated.blocks[index].linears["down_proj"].rotation
-    changes["down"] = np.eye(model.config.intermediate_size) if inner is None else _matrix(inner)
-    by_layer = {slot.name: changes[slot.tap] for slot in SLOTS}
-    return {
-        name: np.ascontiguousarray(by_layer[name] @ hessian @ by_layer[name].T)
-        for name, hessian in hessians.items()
-    }
+    changes: dict[str, Float64] = {}  # by tap; the others stay
+    turn = rotated.residual_rotation
+    if turn is not None and turn is not model.residual_rotation:
+        block, residual = model.blocks[index], _matrix(turn)
+        for tap, gain in (("qkv", block.attention_norm), ("mlp", block.mlp_norm)):
+            if gain is not None and not gain.all():
+                raise ValueError(f"a norm of block {index} has gains of 0: give text, not Hessians")
+            changes[tap] = residual if gain is None else residual / gain
+        head = _matrix(_head_rotation(model, index, seed))
+        changes["o"] = np.asarray(np.kron(np.eye(model.config.heads), head), np.float64)
+    for tap, slots in TAPS.items():
+        own = rotated.blocks[index].linears[slots[0].name].rotation
+        if own is not None:
+            changes[tap] = _matrix(own) @ changes[tap] if tap in changes else _matrix(own)
+    found = dict(hessians)
+    for name in found.keys() & {slot.name for tap in changes for slot in TAPS[tap]}:
+        change = changes[_TAP_OF[name]]
+        found[name] = np.ascontiguousarray(change @ hessians[name] @ change.T)
+    return found
 
 
 def _head_rotation(model: Model, index: int, seed: int) -> Rotation:

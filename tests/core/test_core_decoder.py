@@ -33,7 +33,7 @@ LIMIT = 1e-4  # of the largest logit of a row; what the library promises
 
 def forward(decoder, tokens, rows=None, cache=None, past=0):
     logits = np.full(((rows or len(tokens)) + 2, VOCAB), np.nan, np.float32)
-    _core.decoder_forward(decoder, tokens, cache, None, logits[1:-1], past=past)
+    _core.decoder_forward(decoder, tokens, cache, None, logits[1:-1], None, past=past)
     assert np.isnan(logits[[0, -1]]).all(), "wrote outside logits"
     return logits[1:-1]
 
@@ -71,7 +71,7 @@ def test_the_last_rows_are_the_same_rows():
     whole = forward(decoder, tokens)
     assert close(forward(decoder, tokens, rows=3), whole[-3:])
     hidden, logits = np.empty((3, HIDDEN), np.float32), np.empty((3, VOCAB), np.float32)
-    _core.decoder_forward(decoder, tokens, None, hidden, None, past=0)
+    _core.decoder_forward(decoder, tokens, None, hidden, None, None, past=0)
     _core.decoder_head(decoder, hidden, logits)
     assert close(logits, whole[-3:])
 
@@ -263,7 +263,7 @@ def test_batches_of_a_window_do_not_change_a_bit(isa, bits, options):
         _core.set_num_threads(threads=count)
         cache = cache_of(decoder, 640, bits) if bits else None
         hidden = np.empty((len(tokens), HIDDEN), np.float32)
-        _core.decoder_forward(decoder, tokens, cache, hidden, None, past=0)
+        _core.decoder_forward(decoder, tokens, cache, hidden, None, None, past=0)
         results.append(hidden)
     _core.set_num_threads(threads=threads)
     assert (results[0] == results[1]).all()
@@ -285,6 +285,68 @@ def test_taps_of_batches_are_those_of_the_window(isa):
     _core.set_num_threads(threads=threads)
     for batches, whole in zip(*results, strict=True):
         assert (batches == whole).all()
+
+
+def moments_of(decoder, tokens, threshold, cache=None, past=0):
+    moments = np.zeros((2, 4, 5))
+    moments[..., 0] = threshold
+    hidden = np.empty((len(tokens), HIDDEN), np.float32)
+    _core.decoder_forward(decoder, tokens, cache, hidden, None, moments, past=past)
+    return moments, hidden
+
+
+def test_moments_are_those_of_the_taps(isa):
+    """Of all tokens but the first, exactly counted; float32 sums over a token."""
+    network = network_of(17)
+    decoder, tokens = decoder_of(network), tokens_of(70)
+    found, hidden = moments_of(decoder, tokens, [0.5, 0.1, 1.0, 0.05])
+    plain = np.empty_like(hidden)
+    _core.decoder_forward(decoder, tokens, None, plain, None, None, past=0)
+    assert np.array_equal(hidden, plain)
+    x = np.empty((70, HIDDEN), np.float32)
+    _core.decoder_embed(decoder, tokens, x)
+    for block in range(2):
+        taps = [np.empty((70, n), np.float32) for n in (HIDDEN, HEADS * HEAD_DIM, HIDDEN, INNER)]
+        _core.decoder_block(decoder, x, *taps, *[None] * 7, block=block, steps=63)
+        for tap, moments in zip(taps, found[block], strict=True):
+            size = abs(tap[1:])
+            assert moments[1] == size.size
+            assert moments[2] == (size > np.float32(moments[0])).sum()
+            assert np.isclose(moments[3], size.sum(dtype=float), rtol=1e-5)
+            assert moments[4] == size.max()
+
+
+def test_moments_do_not_depend_on_threads_or_pieces(isa):
+    decoder, tokens = quantized_decoder(), tokens_of(600)
+    threads, found = _core.config()["threads"], []
+    for count in (1, 3):
+        _core.set_num_threads(threads=count)
+        found.append(moments_of(decoder, tokens, 0.3)[0])
+    _core.set_num_threads(threads=threads)
+    assert np.array_equal(*found)
+    cache, total = cache_of(decoder, 640), np.zeros((2, 4, 5))
+    for first, last in ((0, 1), (1, 100), (100, 600)):
+        moments, _ = moments_of(decoder, tokens[first:last], 0.3, cache, first)
+        total[..., 1:4] += moments[..., 1:4]
+    assert np.array_equal(total[..., 1], found[0][..., 1])
+    assert (abs(total[..., 2] - found[0][..., 2]) <= 3).all()  # attention rounds otherwise
+    assert np.allclose(total[..., 3], found[0][..., 3], rtol=1e-3)
+
+
+def test_a_cache_goes_on_in_a_decoder_that_stores_alike():
+    network, other, tokens = network_of(18), network_of(19), tokens_of(30)
+    parts = decoder_of(network), decoder_of(other)
+    cache = cache_of(parts[0])
+    forward(parts[0], tokens[:20], cache=cache)
+    mixed = forward(parts[1], tokens[20:], cache=cache, past=20)
+    again = cache_of(parts[0])
+    assert not np.allclose(mixed, forward(parts[0], tokens[:10], cache=again))
+    longer = decoder_of(network | {"frequency": network["frequency"] / 2})
+    with pytest.raises(ValueError, match="the cache was made for another decoder"):
+        forward(longer, tokens[20:], cache=cache, past=20)
+    three = decoder_of(network_of(18, blocks=3))
+    with pytest.raises(ValueError, match="the cache was made for another decoder"):
+        forward(three, tokens[20:], cache=cache, past=20)
 
 
 def test_two_threads_may_run_one_decoder():
@@ -351,7 +413,7 @@ def test_bad_calls_are_refused():
     two = tokens_of(2)
 
     def call(tokens=two, cache=None, hidden=None, logits=logits, past=0):
-        _core.decoder_forward(decoder, tokens, cache, hidden, logits, past=past)
+        _core.decoder_forward(decoder, tokens, cache, hidden, logits, None, past=past)
 
     with pytest.raises(ValueError, match=r"tokens\[1\] is 50, expected 0 to 49"):
         call(np.array([0, 50], np.int32))
@@ -368,7 +430,7 @@ def test_bad_calls_are_refused():
     with pytest.raises(ValueError, match="holds 127 of at most 128 tokens, no room for 2"):
         call(cache=cache, past=127)
     with pytest.raises(ValueError, match="the cache was made for another decoder"):
-        call(cache=cache_of(decoder_of(network_of(7))))
+        call(cache=cache_of(decoder_of(network_of(7, blocks=3))))
     with pytest.raises(TypeError, match=r"cache is not a lowbitq\.cache"):
         call(cache=decoder)
     with pytest.raises(ValueError, match="bits is 16, expected 8 or 32"):

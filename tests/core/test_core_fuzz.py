@@ -196,6 +196,8 @@ class Calls:
                 absent = a.or_none and r.random() < 0.25
                 if name == "head_backward" and a.name in ("uniform", "teacher_hidden"):
                     absent = r.random() < 0.9
+                if name == "pack":
+                    absent = r.random() < 0.05
                 if a.name == "V" and "U" in given and r.random() < 0.9:  # with U or not at all
                     absent = given["U"] is None
                 if name == "code" and keywords["name"] in CODES and r.random() < 0.9:
@@ -246,6 +248,8 @@ class Calls:
             sizes["h"] = sizes["j"] * r.choice([1, 2, 3])
         if name == "decoder_forward":
             sizes["r"] = r.choice([0, 1, sizes["t"]])
+        if name == "round_inputs":
+            keywords |= {"bits": r.choice([4, 8]), "step": r.choice([16, 32, 64, 128])}
         if name == "hadamard_rotation":
             sizes |= {"m": 1, "n": 12 * r.choice([1, 2, 32]), "b": 288}
         if name == "rope":

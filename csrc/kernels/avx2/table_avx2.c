@@ -26,6 +26,7 @@ lbq_table_avx2(lbq_kernels *table)
     table->add_rows_f32 = lbq_add_rows_f32_avx2;
     table->viterbi_f32 = lbq_viterbi_f32_avx2;
     table->round_f32 = lbq_round_f32_avx2;
+    table->moments_f32 = lbq_moments_f32_avx2;
     table->rmsnorm_f32 = lbq_rmsnorm_f32_avx2;
     table->swiglu_f32 = lbq_swiglu_f32_avx2;
     table->softmax_f32 = lbq_softmax_f32_avx2;

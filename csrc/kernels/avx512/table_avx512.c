@@ -24,6 +24,7 @@ lbq_table_avx512(lbq_kernels *table)
     table->add_rows_f32 = lbq_add_rows_f32_avx512;
     table->viterbi_f32 = lbq_viterbi_f32_avx512;
     table->round_f32 = lbq_round_f32_avx512;
+    table->moments_f32 = lbq_moments_f32_avx512;
     table->rmsnorm_f32 = lbq_rmsnorm_f32_avx512;
     table->swiglu_f32 = lbq_swiglu_f32_avx512;
     table->softmax_f32 = lbq_softmax_f32_avx512;

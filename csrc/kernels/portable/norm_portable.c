@@ -1,4 +1,4 @@
-/* RMSNorm of one row. */
+/* RMSNorm and moments of one row. */
 #include <math.h>
 
 #include "kernels/norm.h"
@@ -31,4 +31,24 @@ lbq_rmsnorm_f32_portable(const float *x, const float *gain, ptrdiff_t count, flo
     else
         for (i = 0; i < count; i++)
             y[i] = x[i] * scale;
+}
+
+ptrdiff_t
+lbq_moments_f32_portable(const float *x, ptrdiff_t count, float threshold, float *sum,
+                         float *largest)
+{
+    float lane[64] = {0}, most = 0;
+    ptrdiff_t above = 0;
+    for (ptrdiff_t i = 0; i < count; i++) {
+        const float magnitude = fabsf(x[i]);
+        lane[i % 64] += magnitude;
+        most = magnitude > most ? magnitude : most;
+        above += magnitude > threshold;
+    }
+    for (int half = 32; half > 0; half /= 2)
+        for (int j = 0; j < half; j++)
+            lane[j] += lane[j + half];
+    *sum = lane[0];
+    *largest = most;
+    return above;
 }

@@ -1,4 +1,27 @@
-"""Language models in 1 to 4 bits: quantize, run and evaluate them on a CPU, without PyTorch."""
+"""Language models in 1 to 4 bits: quantize, run and evaluate them on a CPU, without PyTorch.
+
+    model = lq.load(lq.demo_model())               a GGUF file, a Hugging Face folder, a saved model
+    small = lq.compress(model, "int3g64", text)    rotate, then round block by block
+    print(small.report(), lq.evaluate(small, held_out, reference=model))
+    small.save("folder"), lq.export(small, "small.gguf", "gguf")
+
+Models         load, demo_model, rotate, rotate_inputs; Model, QuantizedModel, Block, Linear,
+               QuantizedLinear, ModelConfig, Tokenizer
+Quantizing     calibrate, plan, prices, compress, search, enhance, export; Plan, LayerPlan,
+               CopyPlan, Rounding, Statistics
+Measuring      evaluate, perplexity, kl_divergence, agreement, continuations, analyze
+Sensitivity    sensitivity, linearity, importance, weights_for_bits
+Training       distill, reconstruct, range_test; Hints
+Activations    massive_activations, learn_normal; Moments, Detector, OnlineModel
+One matrix     quantize, dequantize, gptq, adaround, kmeans, hessian; Format, QuantizedTensor
+Rotations      hadamard, procrustes, optimize_rotation, optimize_copies, choose_rotations,
+               residual_inputs, score_rotation; Rotation
+Texts          windows
+This machine   show_config, set_num_threads
+
+Functions of arrays take float64, float16, bfloat16, any memory order, lists, and tensors of torch.
+`lowbitq --help` has the same verbs for the command line.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +45,12 @@ from lowbitq.analysis import analyze
 from lowbitq.budgets import BudgetPlan, plan
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
+from lowbitq.demo import demo_model
 from lowbitq.distillation import distill
 from lowbitq.enhancement import Enhanced, enhance
 from lowbitq.estimates import Divergence, Estimate, Evaluation, Perplexity
 from lowbitq.evaluation import agreement, evaluate, kl_divergence, perplexity
+from lowbitq.exports import Export, export
 from lowbitq.formats import Format
 from lowbitq.free_running import Continuations, continuations
 from lowbitq.hints import Hints
@@ -34,22 +59,24 @@ from lowbitq.joint_rotations import JointRotations, optimize_copies
 from lowbitq.linearity import linearity
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.massive import MassiveActivations, massive_activations
+from lowbitq.matrices import gptq, hessian, kmeans
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate, rotate_inputs
 from lowbitq.monitoring import Detector, Moments, OnlineModel, learn_normal
 from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
 from lowbitq.prices import Prices, prices
 from lowbitq.procrustes import OptimizedRotation, optimize_rotation, procrustes
-from lowbitq.quantizers import dequantize, quantize
+from lowbitq.quantizers import adaround, dequantize, quantize
 from lowbitq.range_test import range_test
 from lowbitq.reconstruction import reconstruct
 from lowbitq.rotation_choice import ChosenRotations, choose_rotations, residual_inputs
 from lowbitq.rotation_scores import RotationScore, score_rotation
-from lowbitq.rotations import Rotation
+from lowbitq.rotations import Rotation, hadamard
 from lowbitq.scores import Sensitivity, weights_for_bits
 from lowbitq.search import search
 from lowbitq.sensitivity import sensitivity
 from lowbitq.tensors import QuantizedTensor
+from lowbitq.texts import windows
 from lowbitq.version import __version__ as __version__
 
 __all__ = [
@@ -63,6 +90,7 @@ __all__ = [
     "Enhanced",
     "Estimate",
     "Evaluation",
+    "Export",
     "Format",
     "FormatError",
     "Hints",
@@ -88,18 +116,25 @@ __all__ = [
     "Sensitivity",
     "Statistics",
     "Tokenizer",
+    "adaround",
     "agreement",
     "analyze",
     "calibrate",
     "choose_rotations",
     "compress",
     "continuations",
+    "demo_model",
     "dequantize",
     "distill",
     "enhance",
     "evaluate",
+    "export",
+    "gptq",
+    "hadamard",
+    "hessian",
     "importance",
     "kl_divergence",
+    "kmeans",
     "learn_normal",
     "linearity",
     "load",
@@ -122,7 +157,12 @@ __all__ = [
     "set_num_threads",
     "show_config",
     "weights_for_bits",
+    "windows",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__all__", "__doc__", "__version__"])
 
 
 def set_num_threads(threads: int) -> None:

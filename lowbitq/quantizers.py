@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lowbitq import _core
+from lowbitq.arrays import float32, float64
 from lowbitq.formats import Format
 from lowbitq.grids import entropy_clip
 from lowbitq.tensors import QuantizedTensor, code_of
@@ -49,11 +50,11 @@ class Shared:
 
 
 def quantize(
-    weight: NDArray[np.float32],
+    weight: ArrayLike,
     format: Format | str,
     *,
     range: str = "mse",
-    importance: NDArray[np.float32] | None = None,
+    importance: ArrayLike | None = None,
     percentile: float = 99.9,
     clip_ratio: float = 1.0,
     norm: float = 2.0,
@@ -68,7 +69,7 @@ def quantize(
 
     Parameters
     ----------
-    weight : ndarray of shape (rows, cols), float32
+    weight : array_like of shape (rows, cols)
         Left unchanged. Any number of rows and columns; the last group may be shorter.
     format : Format or str
         For example ``"int3g64"``: uniform, 3 bits, groups of 64 columns.
@@ -78,7 +79,7 @@ def quantize(
         on either side. ``"kl"``: one clip ratio for the matrix, where the histogram of its groups,
         each divided by its largest magnitude, loses least information; not for binary and ternary
         codes, which have only one magnitude.
-    importance : ndarray of shape (cols,), float32, default=None
+    importance : array_like of shape (cols,), default=None
         Non-negative weight of each column's error, such as the diagonal of the layer's Hessian;
         for range ``"mse"`` and for learned levels. Only ratios matter. None: all columns count the
         same, as they do in a group whose importance is 0 throughout.
@@ -100,7 +101,7 @@ def quantize(
     Raises
     ------
     TypeError
-        If `weight` or `importance` is not a float32 array.
+        If `weight` or `importance` is not real numbers.
     ValueError
         If an option is unknown or out of range, a shape does not fit, `weight` has a NaN, an
         infinity or a number too large for a stored scale, or `importance` has a number that is
@@ -124,6 +125,8 @@ def quantize(
     format = Format.parse(format)
     if zero is not None:
         format = format.with_zero(zero)
+    weight = float32(weight, "weight")
+    importance = None if importance is None else float32(importance, "importance")
     shared = fit_shared(
         weight,
         format,
@@ -142,8 +145,8 @@ def quantize(
 
 
 def adaround(
-    weight: NDArray[np.float32],
-    hessian: NDArray[np.float64],
+    weight: ArrayLike,
+    hessian: ArrayLike,
     format: Format | str,
     *,
     steps: int = 500,
@@ -161,9 +164,9 @@ def adaround(
 
     Parameters
     ----------
-    weight : ndarray of shape (rows, cols), float32
+    weight : array_like of shape (rows, cols)
         Left unchanged.
-    hessian : ndarray of shape (cols, cols), float64
+    hessian : array_like of shape (cols, cols)
         ``X^T X`` of the layer's inputs, up to a factor; its upper triangle is read.
     format : Format or str
         As for `quantize`.
@@ -185,8 +188,8 @@ def adaround(
     Raises
     ------
     TypeError, ValueError
-        As `quantize`; and if `hessian` has another shape or dtype, a NaN or an infinity, or
-        a negative diagonal.
+        As `quantize`; and if `hessian` has another shape, a NaN or an infinity, or a negative
+        diagonal.
 
     References
     ----------
@@ -203,8 +206,7 @@ def adaround(
     format = Format.parse(format)
     if not format.ordered:
         raise ValueError(f"format {format} has no neighbouring levels to choose between")
-    if not isinstance(hessian, np.ndarray) or hessian.dtype != np.float64:
-        raise TypeError("hessian is not an ndarray of float64")
+    weight, hessian = float32(weight, "weight"), float64(hessian, "hessian")
     if hessian.ndim != 2 or hessian.shape != (np.shape(weight)[-1],) * 2:
         raise ValueError(f"hessian has shape {hessian.shape}, expected (cols, cols)")
     diagonal = np.diagonal(hessian)
@@ -476,11 +478,6 @@ def _check(
     range: str,
     format: Format,
 ) -> None:
-    for name, array in [("weight", weight), ("importance", importance)]:
-        if array is not None and not isinstance(array, np.ndarray):
-            raise TypeError(f"{name} is a {type(array).__name__}, expected an ndarray")
-        if array is not None and array.dtype != np.float32:
-            raise TypeError(f"{name} has dtype {array.dtype}, expected float32")
     if weight.ndim != 2 or weight.size == 0:
         raise ValueError(f"weight has shape {weight.shape}, expected (rows, cols), not empty")
     if importance is not None and importance.shape != (weight.shape[1],):

@@ -8,9 +8,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from lowbitq import _core
+from lowbitq.arrays import float32
 
 Float32 = NDArray[np.float32]
 
@@ -152,12 +153,12 @@ class Rotation:
     def __reduce__(self) -> tuple[Any, ...]:
         return Rotation.from_dict, (self.to_dict(), self.to_arrays())
 
-    def apply(self, x: Float32) -> Float32:
+    def apply(self, x: ArrayLike) -> Float32:
         """Return R x for every vector along the last axis of `x`.
 
         Parameters
         ----------
-        x : ndarray of shape (..., n), float32
+        x : array_like of shape (..., n)
             Left unchanged.
 
         Returns
@@ -170,18 +171,18 @@ class Rotation:
         ValueError
             If the last axis of `x` is not n long.
         TypeError
-            If `x` is not float32.
+            If `x` is not real numbers.
 
         Examples
         --------
         >>> Rotation(4, seed=1).apply(np.ones((2, 3, 4), np.float32)).shape
         (2, 3, 4)
         """
-        rows = self._rows_of(x)
-        _core.rotate(self.handle, rows)
-        return rows.reshape(x.shape)
+        rows = self._copy_of(x)
+        _core.rotate(self.handle, rows.reshape(-1, self.n))
+        return rows
 
-    def inverse(self, x: Float32) -> Float32:
+    def inverse(self, x: ArrayLike) -> Float32:
         """Return R^T x for every vector along the last axis of `x`; see :meth:`apply`.
 
         Examples
@@ -190,16 +191,15 @@ class Rotation:
         >>> rotation.inverse(rotation.apply(x))
         array([1., 1., 1., 1.], dtype=float32)
         """
-        rows = self._rows_of(x)
-        _core.rotate_back(self.handle, rows)
-        return rows.reshape(x.shape)
+        rows = self._copy_of(x)
+        _core.rotate_back(self.handle, rows.reshape(-1, self.n))
+        return rows
 
-    def _rows_of(self, x: Float32) -> Float32:
-        if x.dtype != np.float32:
-            raise TypeError(f"x has dtype {x.dtype}, expected float32")
-        if x.ndim == 0 or x.shape[-1] != self.n:
-            raise ValueError(f"x has shape {x.shape}, expected (..., {self.n})")
-        return np.array(x, order="C").reshape(-1, self.n)
+    def _copy_of(self, x: ArrayLike) -> Float32:
+        found = float32(x, "x")
+        if found.ndim == 0 or found.shape[-1] != self.n:
+            raise ValueError(f"x has shape {found.shape}, expected (..., {self.n})")
+        return np.array(found)
 
     def matrix(self) -> Float32:
         """Return R, dense.
@@ -298,6 +298,47 @@ class Rotation:
             raise ValueError(f"array 'matrix' of a rotation is {found}, expected ({n}, {n})")
         rotation._start(n, kind, seed, stream, matrix=matrix)
         return rotation
+
+
+def hadamard(x: ArrayLike) -> Float32:
+    """Return H x for every vector along the last axis of `x`, H orthogonal and without signs.
+
+    H is Sylvester's matrix divided by ``sqrt(n)`` if n is a power of two, and otherwise the
+    Kronecker product of that and of one matrix of each order in `hadamard_orders`. `Rotation` first
+    flips random signs.
+
+    Parameters
+    ----------
+    x : array_like of shape (..., n)
+        Left unchanged.
+
+    Returns
+    -------
+    ndarray of shape (..., n), float32
+        A new array of the same norms.
+
+    Raises
+    ------
+    TypeError
+        If `x` is not real numbers.
+    ValueError
+        If `x` has no axis, or n has a prime factor for which there is no matrix.
+
+    Examples
+    --------
+    >>> hadamard([[3, 1, 0, 0], [1, 1, 1, 1]])
+    array([[2., 1., 2., 1.],
+           [2., 0., 0., 0.]], dtype=float32)
+    """
+    found = np.array(float32(x, "x"))
+    if found.ndim == 0 or found.size == 0:
+        raise ValueError(f"x has shape {found.shape}, expected (..., n), not empty")
+    n = found.shape[-1]
+    orders = hadamard_orders(n)
+    diagonal = np.full(n, 1 / np.sqrt(n), np.float32)
+    handle = _core.hadamard_rotation(np.array(orders, np.int64), _bases(orders), diagonal)
+    _core.rotate(handle, found.reshape(-1, n))
+    return found
 
 
 def hadamard_orders(n: int) -> tuple[int, ...]:

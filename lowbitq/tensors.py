@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lowbitq import _core
+from lowbitq.arrays import float32
 from lowbitq.formats import Format
 
 _KEYS = {"format", "rows", "cols", "gamma", "zero"}
@@ -20,7 +21,8 @@ class QuantizedTensor:
     """A quantized matrix: ``W[r, k] ~ scale[r, g] * level[code[r, k]] + offset[r, g]``.
 
     Usually made by `lowbitq.quantize` or `QuantizedTensor.pack`. The arrays are shared, not copied,
-    and must not change afterwards.
+    and must not change afterwards. To NumPy it is the decoded matrix: ``np.asarray(q)``,
+    ``x @ q.T`` and ``w - q`` work, and `len` and indexing have rows.
 
     Parameters
     ----------
@@ -81,8 +83,8 @@ class QuantizedTensor:
         cls,
         format: Format | str,
         codes: NDArray[np.uint8],
-        scale: NDArray[np.float32] | None = None,
-        offset: NDArray[np.float32] | None = None,
+        scale: ArrayLike | None = None,
+        offset: ArrayLike | None = None,
         *,
         levels: NDArray[np.float32] | None = None,
         unit: float = 1.0,
@@ -97,10 +99,10 @@ class QuantizedTensor:
             What to store them as.
         codes : ndarray of shape ``format.code_shape(rows, cols)``, uint8
             Each below ``format.level_count``; only ``2**format.bits`` is checked.
-        scale : ndarray of shape (rows, groups), float32, or None
+        scale : array_like of shape (rows, groups), or None
             Exactly representable in the stored form: a float16, or an integer times `unit`. None
             only with one scale per tensor, which is `unit`.
-        offset : ndarray of shape (rows, groups), float32, or None
+        offset : array_like of shape (rows, groups), or None
             A float16 each; None for formats without offsets.
         levels : ndarray of shape (2**bits,), float32, or None, default=None
             Values of the codes, for formats that have a table.
@@ -129,6 +131,8 @@ class QuantizedTensor:
         if (offset is not None) != format.has_offsets:
             expected = "an array" if format.has_offsets else "None"
             raise ValueError(f"format {format} expects offset to be {expected}")
+        scale = None if scale is None else float32(scale, "scale")
+        offset = None if offset is None else float32(offset, "offset")
         rows, cols = codes.shape if shape is None else shape
         code = code_of(format, levels, unit, zero)
         panels = _core.aligned_empty(bytes=format.panel_bytes(rows, cols))
@@ -184,15 +188,52 @@ class QuantizedTensor:
         _core.packed_dequantize(self.handle, self.panels, weight, group=self._layout["group"])
         return weight
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        """Return `dequantize`, for `numpy.asarray`; a new array in any case."""
+        if copy is False:
+            raise ValueError("copy is False, but packed codes have no array of weights to share")
+        weight = self.dequantize()
+        return weight if dtype is None else weight.astype(dtype, copy=False)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        """Return decoded rows: ``q[3]``, ``q[2:5]``, ``q[[0, 7]]``; ``q[3, 5]`` is one weight."""
+        found: NDArray[np.float32] = self.dequantize()[rows]
+        return found
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        return iter(self.dequantize())
+
+    @property
+    def T(self) -> NDArray[np.float32]:  # noqa: N802 (NumPy's name)
+        """The transpose of `dequantize`, of shape (cols, rows), float32."""
+        return self.dequantize().T
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both have the same format and shape, and the same codes and scales to the bit."""
+        if not isinstance(other, QuantizedTensor):
+            return NotImplemented
+        if self._key() != other._key() or not np.array_equal(self.panels, other.panels):
+            return False
+        if self.levels is None or other.levels is None:
+            return self.levels is other.levels
+        return np.array_equal(self.levels, other.levels)
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def _key(self) -> tuple[Any, ...]:
+        return self.format, self.rows, self.cols, self.unit, self.zero
+
     def __matmul__(self, x: ArrayLike) -> NDArray[np.float32]:
-        """Product with a vector (cols,) or matrix (cols, t) of float32, in float32.
+        """Product with a vector (cols,) or matrix (cols, t), in float32.
 
         The reference path: weights are decoded and multiplied by BLAS. It agrees with
         ``dequantize() @ x`` to rounding. `QuantizedLinear` has the fast one.
         """
-        x = np.asarray(x)
-        if x.dtype != np.float32:
-            raise TypeError(f"x has dtype {x.dtype}, expected float32")
+        x = float32(x, "x")
         if x.ndim not in (1, 2) or x.shape[0] != self.cols:
             raise ValueError(f"x has shape {x.shape}, expected ({self.cols},) or ({self.cols}, t)")
         tokens = np.ascontiguousarray(np.atleast_2d(x.T))

@@ -39,6 +39,7 @@ def test_runs_as_a_module():
         "enhance",
         "distill",
         "reconstruct",
+        "export",
         "search",
         "evaluate",
         "sensitivity",

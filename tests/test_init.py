@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,14 @@ def test_public_name_is_documented_with_an_example(name):
 def test_all_names_every_function_and_class():
     ours = [n for n, v in vars(lq).items() if getattr(v, "__module__", "").startswith("lowbitq")]
     assert {name for name in ours if not name.startswith("_")} == set(lq.__all__)
+
+
+def test_dir_and_help_show_what_is_public():
+    names = {name for name in dir(lq) if not name.startswith("__")}
+    assert names == set(lq.__all__)
+    words = set(re.findall(r"\w+", lq.__doc__))
+    missing = set(lq.__all__) - words
+    assert all(inspect.isclass(getattr(lq, name)) for name in missing), "functions without a place"
 
 
 def test_version_is_the_package_version():

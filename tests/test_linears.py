@@ -154,14 +154,12 @@ def test_parts_that_do_not_fit_are_refused():
         QuantizedLinear.of(tensor, np.zeros(15, np.float32))
     with pytest.raises(ValueError, match="axis 0 of bias has size 4, expected rows = 3"):
         Linear(weight, np.zeros(4, np.float32))
-    with pytest.raises(TypeError, match="weight has dtype float64, expected float32"):
-        Linear(weight.astype(np.float64))
-    with pytest.raises(ValueError, match="weight is not C-contiguous"):
-        Linear(weight.T)
+    with pytest.raises(TypeError, match="weight has dtype complex128, expected real numbers"):
+        Linear(weight.astype(complex))
     with pytest.raises(ValueError, match="axis 1 of x has size 4, expected cols = 5"):
         Linear(weight).forward(np.zeros((1, 4), np.float32))
-    with pytest.raises(TypeError, match="x has dtype float64"):
-        Linear(weight).forward(np.zeros((1, 5)))
+    with pytest.raises(TypeError, match="x has dtype bool"):
+        Linear(weight).forward(np.zeros((1, 5), bool))
 
 
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])

@@ -328,12 +328,12 @@ def test_error_measures():
 
 def test_wrong_types_are_named():
     weight = normal(4, 64)
-    with pytest.raises(TypeError, match="weight has dtype float64, expected float32"):
-        quantize(weight.astype(float), "int4")
-    with pytest.raises(TypeError, match="weight is a list"):
-        quantize([[1.0]], "int4")
-    with pytest.raises(TypeError, match="importance has dtype float64"):
-        quantize(weight, "int4", importance=np.ones(64))
+    with pytest.raises(TypeError, match="weight has dtype complex64, expected real numbers"):
+        quantize(weight.astype(np.complex64), "int4")
+    with pytest.raises(TypeError, match="weight has dtype object"):
+        quantize([[None]], "int4")
+    with pytest.raises(TypeError, match="importance has dtype bool"):
+        quantize(weight, "int4", importance=np.ones(64, bool))
     with pytest.raises(TypeError, match="tensor is a ndarray"):
         dequantize(weight)
 
@@ -360,7 +360,6 @@ def test_weights_that_are_not_finite_are_named(text, bad):
         ({"format": "int4g63"}, "unknown format 'int4g63'"),
         ({"weight": np.zeros((0, 4), np.float32)}, r"weight has shape \(0, 4\)"),
         ({"weight": np.zeros(4, np.float32)}, r"weight has shape \(4,\)"),
-        ({"weight": normal(64, 64).T}, "weight is not C-contiguous"),
         ({"weight": np.full((1, 64), 1e6, np.float32)}, r"weight\[0, 0\] is 1e\+06"),
     ],
 )

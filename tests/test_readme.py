@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import lowbitq as lq
-from lowbitq import commands
+from lowbitq import demo
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,7 +27,7 @@ def test_command_stands_on_a_line_of_its_own(command):
 
 
 def test_command_for_the_demo_model_is_the_one_that_the_demo_gives():
-    assert commands.DEMO_MODEL_COMMAND in README
+    assert demo.DEMO_MODEL_COMMAND in README
 
 
 def test_program_has_ten_lines():

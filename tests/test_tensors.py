@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lowbitq import FormatError
+from lowbitq import FormatError, quantize
 from lowbitq.formats import Format
 from lowbitq.tensors import QuantizedTensor
 
@@ -203,7 +203,42 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match="unit"):
         pack("int4tensor", codes, unit=np.nan)
     tensor = pack("int4g32sym", codes, scale)
-    with pytest.raises(TypeError, match="x has dtype float64, expected float32"):
-        tensor @ np.zeros(40)
+    with pytest.raises(TypeError, match="x has dtype <U1, expected real numbers"):
+        tensor @ np.full(40, "x")
     with pytest.raises(ValueError, match=r"x has shape \(39,\), expected \(40,\) or \(40, t\)"):
         tensor @ np.zeros(39, np.float32)
+
+
+def test_numpy_sees_the_decoded_matrix():
+    weight = np.random.default_rng(0).standard_normal((6, 64), np.float32)
+    tensor = quantize(weight, "int4g32")
+    matrix = tensor.dequantize()
+    x = np.random.default_rng(1).standard_normal((3, 64), np.float32)
+    assert np.array_equal(np.asarray(tensor), matrix)
+    assert np.asarray(tensor, np.float64).dtype == np.float64
+    assert np.array_equal(x @ tensor.T, x @ matrix.T)
+    assert np.array_equal(weight - tensor, weight - matrix)
+    assert np.array_equal(np.linalg.norm(tensor), np.linalg.norm(matrix))
+    assert len(tensor) == 6
+    assert np.array_equal(tensor[2], matrix[2])
+    assert np.array_equal(tensor[1:5:2], matrix[1:5:2])
+    assert np.array_equal(tensor[[5, 0]], matrix[[5, 0]])
+    assert tensor[2, 3] == matrix[2, 3]
+    assert [row.tolist() for row in tensor] == matrix.tolist()
+    with pytest.raises(IndexError):
+        tensor[6]
+    with pytest.raises(ValueError, match="copy is False"):
+        np.asarray(tensor, copy=False)
+
+
+def test_tensors_are_equal_if_format_codes_and_scales_are():
+    weight = np.random.default_rng(0).standard_normal((6, 64), np.float32)
+    for format in ("int4g32", "kmeans2g32", "int4g32s4", "int4tensor"):
+        tensor, same = quantize(weight, format), quantize(weight.copy(), format)
+        assert tensor == same
+        assert hash(tensor) == hash(same)
+        other = weight.copy()
+        other[3, 5] += 1
+        assert tensor != quantize(other, format)
+    assert quantize(weight, "int4g32") != quantize(weight, "int4g64")
+    assert (quantize(weight, "int4") == "int4") is False

@@ -1,4 +1,4 @@
-"""GGUF files, versions 2 and 3: metadata, and every tensor as float32.
+"""GGUF files, versions 2 and 3: metadata, and every tensor as float32; writing them.
 
 The header is parsed here because `gguf.GGUFReader` makes one array per string: 4 to 6 s on a
 vocabulary of 49,152 tokens against 0.1 s. `gguf.quants` decodes blocks of quantized weights.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import reprlib
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from lowbitq import _core
 from lowbitq.checkpoints.mapping import MappedFile, TensorInfo, elements, little_endian
+from lowbitq.checkpoints.writing import new_file
 
 if TYPE_CHECKING:
     import gguf
@@ -88,24 +90,15 @@ class GGUFFile:
         FormatError
             If `gguf` cannot decode the tensor's type.
         """
-        import gguf
-
         if name not in self.tensors:
             raise KeyError(f"{self.path} has no tensor {name!r}")
         tensor = self.tensors[name]
-        kind = gguf.GGMLQuantizationType[tensor.dtype]
-        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        raw = self._file.bytes_of(tensor).reshape(-1, block_bytes)
-        out = np.empty(elements(tensor.shape), np.float32)
-        blocks = max(1, _CHUNK // block)
-        for start in range(0, len(raw), blocks):
-            chunk = out[start * block : (start + blocks) * block]
-            try:
-                _decode(raw[start : start + blocks].reshape(-1), kind, chunk)
-            except NotImplementedError as error:
-                found = f"tensor {name!r} is {tensor.dtype}, which gguf cannot turn into numbers"
-                raise self._file.damaged(tensor.offset, found) from error
-        return out.reshape(tensor.shape)
+        try:
+            weights = decode(self._file.bytes_of(tensor), tensor.dtype)
+        except NotImplementedError as error:
+            found = f"tensor {name!r} is {tensor.dtype}, which gguf cannot turn into numbers"
+            raise self._file.damaged(tensor.offset, found) from error
+        return weights.reshape(tensor.shape)
 
     def stamps(self) -> dict[str, dict[str, int]]:
         """Return the path of the file and `MappedFile.stamp`."""
@@ -186,6 +179,78 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     }
     file.check_tensors(tensors, start)
     return GGUFFile(file.path, metadata, tensors, file)
+
+
+def write_gguf(
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, Any],
+    tensors: Mapping[str, tuple[str, NDArray[Any]]],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a GGUF file, version 3, atomically.
+
+    Parameters
+    ----------
+    path : str or path-like
+    metadata : mapping
+        Key to bool, int, float, str, or a list of these; ``general.architecture`` is required.
+        Numbers have 32 bits.
+    tensors : mapping of str to (str, ndarray)
+        Type and contents: float32 or float16 of the tensor's shape for ``"F32"`` and ``"F16"``,
+        bytes (rows, bytes) for the other types.
+    overwrite : bool, default=False
+        Whether a GGUF file at `path` may be replaced.
+
+    Raises
+    ------
+    FileExistsError
+        If there is a file that may not be replaced; it is not touched.
+    OSError
+        If the file cannot be written; nothing is left behind.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "a.gguf"
+    >>> write_gguf(path, {"general.architecture": "llama"}, {"w": ("F16", np.eye(2, dtype="f2"))})
+    >>> read_gguf(path).load("w")
+    array([[1., 0.],
+           [0., 1.]], dtype=float32)
+    """
+    import gguf
+
+    path = Path(path)
+    _check_free(path, overwrite=overwrite)
+    add = {bool: "add_bool", int: "add_uint32", float: "add_float32", str: "add_string"}
+    with new_file(path) as file:
+        writer = gguf.GGUFWriter(file.name, metadata["general.architecture"])
+        for key, value in metadata.items():
+            if isinstance(value, list):
+                writer.add_array(key, value)
+            elif key != "general.architecture":  # the writer has added it
+                getattr(writer, add[type(value)])(key, value)
+        for name, (type_name, array) in tensors.items():
+            kind = gguf.GGMLQuantizationType[type_name]
+            writer.add_tensor(name, np.ascontiguousarray(array), raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        _check_free(path, overwrite=overwrite)  # again, because writing takes a while
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise FileExistsError if a new file at `path` would delete anything but a GGUF file."""
+    if path.is_dir():
+        raise FileExistsError(f"{path} is a folder, expected a file")
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; overwrite=True or --force replaces it")
+    with open(path, "rb") as file:
+        if file.read(4) != b"GGUF":
+            raise FileExistsError(f"{path} is not a GGUF file, so it is not replaced")
 
 
 class _Header:
@@ -313,6 +378,36 @@ class _Header:
                 at, f"tensor {name!r} starts at {offset}, not a multiple of {alignment}"
             )
         return TensorInfo(name, shape, kind.name, offset, elements(shape) // block * block_bytes)
+
+
+def decode(raw: NDArray[np.uint8], type: str) -> NDArray[np.float32]:
+    """Return the weights in whole blocks of a type such as ``"Q4_0"``.
+
+    Parameters
+    ----------
+    raw : ndarray of shape (bytes,) or (rows, bytes), uint8
+    type : str
+
+    Returns
+    -------
+    ndarray of shape (weights,) or (rows, weights / rows), float32
+
+    Raises
+    ------
+    NotImplementedError
+        If `gguf` cannot decode the type.
+    """
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[type]
+    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = raw.reshape(-1, block_bytes)
+    out = np.empty(len(blocks) * block, np.float32)
+    count = max(1, _CHUNK // block)
+    for start in range(0, len(blocks), count):
+        chunk = out[start * block : (start + count) * block]
+        _decode(blocks[start : start + count].reshape(-1), kind, chunk)
+    return out.reshape(*raw.shape[:-1], -1)
 
 
 def _decode(

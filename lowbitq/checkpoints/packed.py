@@ -49,6 +49,11 @@ _ALIGNMENT = 64
 _CHUNK = 1 << 20  # numbers tried at once, which bounds the scratch
 _PADDING = "_padding."  # names of the tensors that fill the gaps; safetensors allows no holes
 
+_FOR_TRANSFORMERS = (
+    "the weights are packed by lowbitq; write a folder for transformers with: "
+    "lowbitq export FOLDER OUT --to hf"
+)
+
 _SAFETENSORS_DTYPES = {np.dtype(numpy): name for name, numpy in NUMPY_DTYPES.items()}
 
 
@@ -324,9 +329,13 @@ def _fits_half(values: NDArray[np.float32]) -> bool:
 
 
 def quantization_config(**fields: Any) -> dict[str, Any]:
-    """Return the entry of ``config.json`` that marks a folder as saved by this package."""
+    """Return the entries of ``config.json`` that mark a folder as saved by this package.
+
+    transformers only warns of an unknown ``quant_method`` and would run random weights. It refuses
+    a file name of weights that does not end in ``.safetensors``, and shows it.
+    """
     marks = {"quant_method": "lowbitq", "format_version": FORMAT_VERSION}
-    return {"quantization_config": {**marks, **fields}}
+    return {"quantization_config": {**marks, **fields}, "transformers_weights": _FOR_TRANSFORMERS}
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:

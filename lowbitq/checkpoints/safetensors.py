@@ -8,11 +8,12 @@ Specification: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import reprlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ _WIDEN: dict[str, Callable[[NDArray[np.uint16], NDArray[np.float32]], None]] = {
     "F16": _core.half_to_float,
     "BF16": _core.bfloat_to_float,
 }
+
+# Numbers converted at a time, which bounds the scratch.
+_CHUNK = 1 << 20
 
 _SHARD = re.compile(r"[\w .+()-]{1,200}\.safetensors")
 
@@ -205,6 +209,101 @@ def _tensor(file: MappedFile, start: int, name: str, entry: Any) -> TensorInfo:
 def _are_sizes(value: Any) -> bool:
     # The bound keeps products of hostile sizes cheap.
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], arrays: Mapping[str, NDArray[Any]], dtype: str = "float32"
+) -> None:
+    """Write a new file as other programs expect it: no padding, metadata ``{"format": "pt"}``.
+
+    Parameters
+    ----------
+    path : str or path-like
+    arrays : mapping of str to ndarray
+        Of any shape. Those of float32 are rounded to `dtype`, the others stay as they are.
+    dtype : {"float32", "bfloat16", "float16"}, default="float32"
+
+    Raises
+    ------
+    OSError
+        If the file exists or cannot be written.
+    ValueError
+        If a number is too large for `dtype`.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = os.path.join(tempfile.mkdtemp(), "a.safetensors")
+    >>> write_safetensors(path, {"w": np.float32([[1, 0.1]])}, "bfloat16")
+    >>> read_safetensors(path).load("w")
+    array([[1.        , 0.10009766]], dtype=float32)
+    """
+    floats = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    names = {np.dtype(numpy): name for name, numpy in NUMPY_DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, array in arrays.items():
+        stored = floats if array.dtype == np.float32 else names[array.dtype]
+        start, end = end, end + array.size * _BITS[stored] // 8
+        entry = {"dtype": stored, "shape": list(array.shape), "data_offsets": [start, end]}
+        header[name] = entry
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, array in arrays.items():
+            flat = np.ascontiguousarray(array).reshape(-1)
+            for start in range(0, flat.size, _CHUNK):
+                piece = flat[start : start + _CHUNK]
+                if array.dtype == np.float32:
+                    piece = rounded(piece, dtype, name)
+                file.write(piece.view(np.uint8).data)
+
+
+def rounded(values: NDArray[np.float32], dtype: str, name: str) -> NDArray[Any]:
+    """Return values to nearest in ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+
+    Raises
+    ------
+    ValueError
+        If a finite number becomes an infinity; the message has the tensor's `name`.
+    """
+    import ml_dtypes
+
+    if dtype == "float32":
+        return values
+    with np.errstate(over="ignore"):
+        result = values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16)
+    if np.isinf(result).any() and np.isfinite(values).all():
+        largest = np.abs(values).max()
+        raise ValueError(f"{name} has a weight of {largest:.4g}, too large for {dtype}")
+    return result
+
+
+def narrowest_of_all(arrays: Iterable[NDArray[np.float32]]) -> str:
+    """Return the first of ``"bfloat16"``, ``"float16"``, ``"float32"`` that holds all exactly.
+
+    Examples
+    --------
+    >>> narrowest_of_all([np.float32([1, 2.0**100])]), narrowest_of_all([np.float32([1 / 3])])
+    ('bfloat16', 'float32')
+    """
+    arrays = list(arrays)
+    return next(dtype for dtype in ("bfloat16", "float16", "float32") if are_exact(arrays, dtype))
+
+
+def are_exact(arrays: Iterable[NDArray[np.float32]], dtype: str) -> bool:
+    """Return whether ``"float32"``, ``"bfloat16"`` or ``"float16"`` holds all numbers exactly."""
+    if dtype == "float32":
+        return True
+    if dtype == "bfloat16":
+        return not any((array.view(np.uint32) & 0xFFFF).any() for array in arrays)
+    with np.errstate(over="ignore"):
+        return all(
+            (piece.astype(np.float16) == piece).all()
+            for array in arrays
+            for piece in np.array_split(array.reshape(-1), 1 + array.size // _CHUNK)
+        )
 
 
 @dataclass(frozen=True)

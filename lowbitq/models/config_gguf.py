@@ -1,8 +1,10 @@
-"""ModelConfig from the metadata of a GGUF file."""
+"""ModelConfig from the metadata of a GGUF file, and back."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -202,3 +204,90 @@ def _rope(keys: Keys, factors: NDArray[np.float32] | None, head_dim: int) -> dic
         "attention_factor": magnitude,
         "original_max_position_embeddings": positions,
     }
+
+
+def config_to_gguf(
+    config: ModelConfig, families: Mapping[str, Family]
+) -> tuple[dict[str, Any], NDArray[np.float32] | None]:
+    """Return the metadata that `config_from_gguf` and llama.cpp read back.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    families : mapping of str to Family
+        By Hugging Face's ``model_type``.
+
+    Returns
+    -------
+    metadata : dict
+    rope_factors : ndarray of shape (head_dim / 2,), float32, or None
+        Tensor ``rope_freqs.weight``; None: there is none.
+
+    Raises
+    ------
+    ValueError
+        If llama.cpp has no such scaling of rotary frequencies.
+    """
+    architecture = families[config.family].architecture
+    keys: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_positions,
+        "embedding_length": config.hidden_size,
+        "block_count": config.layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": config.rope_theta,
+    }
+    if config.sliding_window:
+        keys["attention.sliding_window"] = config.sliding_window
+    scaling, factors = config.rope_scaling or {"rope_type": "default"}, None
+    kind = scaling["rope_type"]
+    frequencies, magnitude = config.rope_frequencies()
+    if kind == "linear":
+        keys |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(scaling["factor"])}
+    elif kind == "yarn":
+        keys |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": float(scaling["factor"]),
+            "rope.scaling.original_context_length": scaling["original_max_position_embeddings"],
+            "rope.scaling.attn_factor": magnitude / yarn_factor(scaling["factor"]),
+        }
+    elif kind != "default":
+        plain, _ = replace(config, rope_scaling=None).rope_frequencies()
+        factors = (plain / frequencies).astype(np.float32)
+        keys |= {"rope.scaling.type": "none", "rope.scaling.attn_factor": magnitude}
+    metadata = {f"{architecture}.{key}": value for key, value in keys.items()}
+    metadata = {"general.architecture": architecture, "general.name": config.name} | metadata
+    # llama.cpp reads factors in this architecture only.
+    if (factors is not None and architecture != "llama") or not _same_rope(
+        config, metadata, {architecture: families[config.family]}, factors
+    ):
+        raise ValueError(f"llama.cpp has no rope_scaling {scaling} for {config.family} models")
+    return metadata, factors
+
+
+def _same_rope(
+    config: ModelConfig,
+    metadata: Mapping[str, Any],
+    families: Mapping[str, Family],
+    factors: NDArray[np.float32] | None,
+) -> bool:
+    """Return whether the metadata gives the frequencies of a configuration back."""
+    found = config_from_gguf(
+        metadata,
+        families,
+        vocab_size=config.vocab_size,
+        tie_embeddings=config.tie_embeddings,
+        attention_bias=config.attention_bias,
+        rope_factors=factors,
+    )
+    (found_angles, found_factor), (angles, factor) = (
+        one.rope_frequencies() for one in (found, config)
+    )
+    close = np.allclose(found_angles, angles, rtol=1e-6, atol=0)
+    return close and math.isclose(found_factor, factor, rel_tol=1e-6)

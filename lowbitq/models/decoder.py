@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from lowbitq import _core, generation, gradients
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config import ModelConfig
+from lowbitq.models.plain import plain, write_hf
 from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, TO, WHOLE_BLOCK, name_in_block
 from lowbitq.models.tokenizer import Tokenizer
 from lowbitq.models.tokens import check_sliding_window, token_array
@@ -187,6 +189,31 @@ class Model:
         else:
             _, _, index, _, key = name.split(".")
             self.blocks[int(index)].linears[key] = linear
+
+    def save(self, path: str | os.PathLike[str], *, dtype: str = "auto") -> None:
+        """Write the model to a Hugging Face folder, which `load` and transformers read.
+
+        The folder holds ``config.json``, ``model.safetensors`` and the tokenizer's files. It is
+        written atomically. Rotations are multiplied into the weights.
+
+        Parameters
+        ----------
+        path : str or path-like
+            Missing, or an empty folder; `lowbitq.export` can also replace a folder of this kind.
+        dtype : {"auto", "float32", "bfloat16", "float16"}, default="auto"
+            Of the weights. ``"auto"``: the narrowest that holds all of them exactly.
+
+        Raises
+        ------
+        FileExistsError
+            If `path` is anything else; it is not touched.
+        OSError
+            If something cannot be written; the message names it, and nothing is left behind.
+        ValueError
+            If `dtype` is none of these, a weight is too large for it, or a layer has a bias that
+            the model's family has no place for.
+        """
+        write_hf(plain(self), path, dtype)
 
     def copy(self) -> Model:
         """Return a copy whose blocks can be changed; arrays and layers are shared."""

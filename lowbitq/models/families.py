@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,18 @@ _ALL = (
 FAMILIES = {family.name: family for family in _ALL}
 # Two families may share an architecture name in GGUF; the first then represents both.
 ARCHITECTURES = {family.architecture: family for family in reversed(_ALL)}
+
+
+def interleave(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    """Undo `uninterleave`; the rows may be packed.
+
+    Examples
+    --------
+    >>> interleave(uninterleave(np.arange(8, dtype=np.float32), heads=2), heads=2)
+    array([0., 1., 2., 3., 4., 5., 6., 7.], dtype=float32)
+    """
+    halves = rows.reshape(heads, 2, -1, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def uninterleave(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:

@@ -165,7 +165,7 @@ def _from_gguf(source: GGUFFile) -> Model:
         rope_factors=source.load("rope_freqs.weight") if "rope_freqs.weight" in tensors else None,
         where=where,
     )
-    has_tokenizer = "tokenizer.ggml.model" in source.metadata
+    has_tokenizer = source.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
     return _assemble(
         _Tensors(source, config, "gguf"),
         Tokenizer.from_gguf(source.metadata, source=where) if has_tokenizer else None,

@@ -120,12 +120,13 @@ class QuantizedModel(Model):
             result.plan = replace(self.plan, layers=layers)
         return result
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:  # type: ignore[override]
         """Write the model to a folder; `load` restores it with bit-identical logits.
 
         The folder holds ``config.json``, ``model.safetensors``, the tokenizer's files,
         ``plan.json``, ``report.json``, ``provenance.json`` and ``checksums.json``. It is written
-        atomically; a model saved there before is replaced in one step.
+        atomically; a model saved there before is replaced in one step. Other programs refuse it:
+        `lowbitq.export` writes folders and files for them.
 
         Parameters
         ----------

@@ -23,6 +23,7 @@ from lowbitq._core import FormatError
 from lowbitq.checkpoints.packed import PackedFolder
 from lowbitq.models.tokenizer_folder import vocabulary_from_folder
 from lowbitq.models.vocabulary import Vocabulary, refusing, surroundings, vocabulary_from_gguf
+from lowbitq.models.vocabulary_gguf import vocabulary_to_gguf
 
 # Decoding writes this for bytes that are not, or not yet, a character.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -446,6 +447,23 @@ class Tokenizer:
             template.unlink(missing_ok=True)
         else:
             _write(template, self.chat_template)
+
+    def to_gguf(self, size: int | None = None) -> dict[str, Any]:
+        """Return the metadata of a GGUF file that `from_gguf` and llama.cpp read.
+
+        Parameters
+        ----------
+        size : int, default=None
+            Number of tokens, padded with unused ones. None: `vocab_size`.
+
+        Raises
+        ------
+        ValueError
+            If GGUF has no name for the rule by which the tokenizer cuts text.
+        """
+        known = (self._names, self.eos_ids, self.adds_bos, self.chat_template)
+        size = self.vocab_size if size is None else size
+        return vocabulary_to_gguf(Vocabulary(self._backend, *known), size, self._source)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied backend loses `encode_special_tokens`, so a copy makes its own `_plain`.

@@ -354,8 +354,14 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of windows and trials")
 
 
+def _bits_option(parser: argparse.ArgumentParser) -> None:
+    bits = "of a progressive model, run only the copies whose codes have so many bits in all"
+    parser.add_argument("--bits", type=float, help=f"{bits} (default: all)")
+
+
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
+    _bits_option(parser)
     parser.add_argument("--reference", metavar="MODEL", help="also compare with this model")
     _text_option(parser, "to predict")
     _windows_options(parser)
@@ -386,6 +392,7 @@ def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _model_argument(parser)
+    _bits_option(parser)
     parser.add_argument("prompt", type=_text)
     parser.add_argument(
         "--chat", action="store_true", help="treat the prompt as a message to answer"

@@ -312,7 +312,7 @@ def evaluate(options: Options) -> tuple[dict[str, Any], str]:
     if options.continuations and not options.reference:
         raise CommandError(USAGE, "--continuations compares with a model: give --reference")
     text = read_texts(options.text).held_out
-    model = _load(options.model)
+    model = _load(options.model, options.bits)
     reference = _load(options.reference) if options.reference else None
     with _bar("evaluating") as progress:
         found = lq.evaluate(
@@ -386,7 +386,7 @@ def _scored(model: lq.Model, text: Any, options: Options) -> lq.Sensitivity:
 
 def generate(options: Options) -> tuple[dict[str, Any], str]:
     """Continue a text and show it as it is generated."""
-    model = _load(options.model)
+    model = _load(options.model, options.bits)
     if model.tokenizer is None:
         missing = "tokenizer.json" if Path(options.model).is_dir() else "vocabulary"
         raise CommandError(ERROR, f"{options.model} has no {missing}, so it cannot read text")
@@ -513,11 +513,11 @@ def _demo_line(row: dict[str, Any]) -> str:
     )
 
 
-def _load(path: str | Path) -> lq.Model:
+def _load(path: str | Path, bits: float | None = None) -> lq.Model:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            model = lq.load(path)
+            model = lq.load(path) if bits is None else lq.load(path, bits=bits)
         except lq.FormatError:
             raise
         except ValueError as error:

@@ -45,3 +45,19 @@ def test_a_budget_too_small_is_one_line(enhance):
     assert len(err) == 1
     assert "bits is 1.0, but the smallest candidates take 4" in err[0]
     assert not out.exists()
+
+
+def test_a_progressive_model_is_evaluated_at_a_width(capsys, tiny_folder, text_file, tmp_path):
+    out = tmp_path / "small"
+    arguments = ["quantize", tiny_folder, out, "--text", text_file, "--samples", 4, "--window", 64]
+    assert run(capsys, *arguments, "--format", "int2g32 + int2g32 hadamard residual")[0] == 0
+    bits = []
+    for width in (2, 4):
+        more = ["--bits", width, "--text", text_file, "--window", 64, "--windows", 2, "--json"]
+        code, shown, err = run(capsys, "evaluate", out, *more)
+        assert (code, err) == (0, [])
+        bits.append(json.loads(shown)["bits_per_weight"])
+    assert bits[1] > 1.9 * bits[0]
+    code, _, err = run(capsys, "evaluate", tiny_folder, "--bits", 2, "--text", text_file)
+    assert code != 0
+    assert "is not a saved quantized model" in err[0]

@@ -21,6 +21,7 @@ from lowbitq.checkpoints import (
     open_checkpoint,
     read_folder,
 )
+from lowbitq.checkpoints.gguf import write_gguf
 from lowbitq.checkpoints.safetensors import read_safetensors
 
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -224,21 +225,47 @@ def hub(monkeypatch, tmp_path):
     """A stand-in for the hub's client that has one repository."""
     folder = write_folder(tmp_path / "cache", {"w": np.ones(2, np.float32)})
 
-    def snapshot_download(name, *, allow_patterns):
-        if name != "owner/model":
+    gguf = tmp_path / "cached.gguf"
+    write_gguf(gguf, {"general.architecture": "llama"}, {"w": ("F32", np.ones(2, np.float32))})
+
+    def snapshot_download(name, *, allow_patterns, revision, token):
+        if name != "owner/model" or revision not in (None, "v2"):
             raise ValueError("no network")
         assert "*.safetensors" in allow_patterns
+        assert token in (None, "secret")
         return str(folder)
 
-    module = types.SimpleNamespace(snapshot_download=snapshot_download)
+    def hf_hub_download(name, file, *, revision, token):
+        assert (name, file, revision, token) == ("owner/model", "a/q4.gguf", "v2", "secret")
+        return str(gguf)
+
+    module = types.SimpleNamespace(
+        snapshot_download=snapshot_download, hf_hub_download=hf_hub_download
+    )
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
 
 
 @pytest.mark.usefixtures("hub")
 def test_names_of_the_hub():
     assert open_checkpoint("owner/model").load("w").tolist() == [1, 1]
+    there = {"revision": "v2", "token": "secret"}
+    assert open_checkpoint("owner/model", **there).load("w").tolist() == [1, 1]
+    assert isinstance(open_checkpoint("owner/model:a/q4.gguf", **there), GGUFFile)
     with pytest.raises(FileNotFoundError, match=r"owner/other: no such file .* hub \(no network\)"):
         open_checkpoint("owner/other")
     for path in ("owner/file.gguf", "/owner/model", "./model", "model", "a/b/c"):
         with pytest.raises(FileNotFoundError, match="no such file or folder"):
             open_checkpoint(path)
+
+
+def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "pytorch_model.bin").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin, which could run any code; "):
+        read_folder(tmp_path)
+
+
+def test_a_revision_of_what_is_here_is_refused(tmp_path):
+    write_folder(tmp_path / "model", {"w": np.ones(2, np.float32)})
+    with pytest.raises(ValueError, match="revision and token are for the Hugging Face hub"):
+        open_checkpoint(tmp_path / "model", revision="v2")

@@ -26,14 +26,21 @@ __all__ = [
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "tokenizer.model"]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> GGUFFile | SafetensorsFolder | PackedFolder:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> GGUFFile | SafetensorsFolder | PackedFolder:
     """Open a model of any of the three kinds.
 
     Parameters
     ----------
     path : str or path-like
         A GGUF file, a Hugging Face folder, the folder of a saved quantized model, or, if no such
-        path exists, the name of a repository on the Hugging Face hub, ``"owner/name"``.
+        path exists, the name of a repository on the Hugging Face hub, ``"owner/name"``, or of a
+        file in it, ``"owner/name:file.gguf"``.
+    revision : str, default=None
+        Branch, tag or commit of the repository. None: the main branch.
+    token : str, default=None
+        For a repository with restricted access. None: the one that the hub's client has stored.
 
     Returns
     -------
@@ -54,7 +61,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> GGUFFile | SafetensorsFolde
     """
     folder = Path(path)
     if not folder.exists():
-        folder = _download(os.fspath(path))
+        folder = _download(os.fspath(path), revision, token)
+    elif revision is not None or token is not None:
+        raise ValueError(f"revision and token are for the Hugging Face hub, but {path} is here")
     if not folder.is_dir():
         return read_gguf(folder)
     if is_packed(MappedFile(folder / CONFIG).json()):
@@ -62,15 +71,20 @@ def open_checkpoint(path: str | os.PathLike[str]) -> GGUFFile | SafetensorsFolde
     return read_folder(folder)
 
 
-def _download(name: str) -> Path:
-    """Return the local copy of a repository on the hub."""
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) or name.endswith(".gguf"):
+def _download(name: str, revision: str | None, token: str | None) -> Path:
+    """Return the local copy of a repository on the hub, or of one GGUF file in it."""
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?::([\w.-][\w./-]*\.gguf))?", name)
+    if match is None or match[1].endswith(".gguf"):
         raise FileNotFoundError(f"{name}: no such file or folder")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     # The hub's client passes on its network library's exceptions; all mean the same here.
     try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
+        if match[2]:
+            return Path(hf_hub_download(match[1], match[2], revision=revision, token=token))
+        return Path(
+            snapshot_download(name, allow_patterns=_HUB_FILES, revision=revision, token=token)
+        )
     except Exception as error:
         why = f"no such file or folder, and not available from the Hugging Face hub ({error})"
         raise FileNotFoundError(f"{name}: {why}") from error

@@ -396,7 +396,14 @@ def read_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
         file = read_safetensors(path / SINGLE)
         return SafetensorsFolder(path, config, file.tensors, dict.fromkeys(file.tensors, file))
     if not (path / INDEX).exists():
-        raise FileNotFoundError(f"{path} has neither {SINGLE} nor {INDEX}")
+        missing = f"{path} has neither {SINGLE} nor {INDEX}"
+        if pickled := sorted(file.name for file in path.glob("*.bin")):
+            missing += (
+                f", but {pickled[0]}, which could run any code; with transformers, "
+                f"AutoModelForCausalLM.from_pretrained({str(path)!r}).save_pretrained(FOLDER) "
+                "writes safetensors"
+            )
+        raise FileNotFoundError(missing)
     index = MappedFile(path / INDEX)
     weight_map = index.json().get("weight_map")
     if not isinstance(weight_map, dict):

@@ -47,17 +47,27 @@ AnyModel = TypeVar("AnyModel", bound=Model)
 _DERIVED = ("rotary_emb.inv_freq", "rope_freqs.weight", "attn_rot_embd.weight")
 
 
-def load(path: str | os.PathLike[str], *, bits: float | None = None) -> Model:
+def load(
+    path: str | os.PathLike[str],
+    *,
+    bits: float | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> Model:
     """Load a model.
 
     Parameters
     ----------
     path : str or path-like
         A GGUF file, a Hugging Face folder, a folder that `QuantizedModel.save` wrote, or the name
-        of a repository on the Hugging Face hub.
+        of a repository on the Hugging Face hub, or of a file in one, ``"owner/name:file.gguf"``.
     bits : float, default=None
         Of a saved model with residual copies, run only as many copies of each layer as have codes
         of at most this many bits in all; the others are not read from the disk. None: all.
+    revision : str, default=None
+        Branch, tag or commit of the repository. None: the main branch.
+    token : str, default=None
+        For a repository with restricted access. None: the one that the hub's client has stored.
 
     Returns
     -------
@@ -87,7 +97,7 @@ def load(path: str | os.PathLike[str], *, bits: float | None = None) -> Model:
     Traceback (most recent call last):
     FileNotFoundError: absent.gguf: no such file or folder
     """
-    source = open_checkpoint(path)
+    source = open_checkpoint(path, revision=revision, token=token)
     if isinstance(source, PackedFolder):
         model = _from_packed(source)
         return model if bits is None else _narrow(model, bits, source)

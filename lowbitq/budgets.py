@@ -225,6 +225,20 @@ def plan(
     ValueError
         If the smallest candidates exceed the budget, or as for `lowbitq.prices`.
 
+    Notes
+    -----
+    SmolLM2-135M without drift correction, 16 windows of 512 tokens of calibration, candidates
+    ternaryg64, int2g64, int3g64 and int4g64; divergence and ln of the ratio of perplexities on 8
+    windows of 512 tokens of WikiText-2's test text. The sum of prices was 0.57 and 0.15: below the
+    divergence, as layers that err much add up to more.
+
+    ====  ==============  ==============
+    bits  uniform         plan
+    ====  ==============  ==============
+    2.5   1.212, 1.153    1.063, 1.011
+    3.5   0.313, 0.283    0.289, 0.246
+    ====  ==============  ==============
+
     Examples
     --------
     >>> plan = plan(model, text, bits=2.25, formats=["trellis2", "trellis3"])  # doctest: +SKIP

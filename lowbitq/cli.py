@@ -26,6 +26,7 @@ from lowbitq.models.plain import DTYPES
 from lowbitq.optimizers import RATES
 from lowbitq.plans import PRESETS
 from lowbitq.reconstruction import INPUTS
+from lowbitq.roundings import METHODS
 from lowbitq.scores import LEVELS
 from lowbitq.search import SAMPLERS, TERMS
 
@@ -49,6 +50,21 @@ class _Noted(argparse.Action):
     ) -> None:
         setattr(namespace, self.dest, values)
         namespace.given = [*namespace.given, option_string]
+
+
+class _NotedPair(_Noted):
+    """The same, of an option that may be given several times: a dict of all pairs."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        name, value = values
+        both = getattr(namespace, self.dest) | {name: value}
+        super().__call__(parser, namespace, both, option_string)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -192,6 +208,16 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     _rotation_option(parser)
     chain = "the best known chain for its time: fast or balanced (the default)"
     parser.add_argument("--preset", choices=list(PRESETS), action=_Noted, help=chain)
+    other = "plan of the layers whose names match, with * and ?; may be given several times"
+    parser.add_argument(
+        "--override",
+        dest="overrides",
+        type=_override,
+        action=_NotedPair,
+        default={},
+        metavar="PATTERN=FORMAT",
+        help=other,
+    )
     planned = "plan of every layer, as lowbitq plan writes it, instead of the options above"
     parser.add_argument("--plan", type=Path, metavar="FILE", help=planned)
     _text_option(parser, "to calibrate on")
@@ -200,6 +226,8 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fisher", action="store_true", help=fisher)
     _work_dir_options(parser, "FOLDER.work")
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare")
+    size = "say what would be stored, and quantize nothing"
+    parser.add_argument("--dry-run", action="store_true", help=size)
 
 
 def _rotation_option(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +309,8 @@ def _student_arguments(parser: argparse.ArgumentParser, use: str) -> None:
 def _distill_arguments(parser: argparse.ArgumentParser) -> None:
     _student_arguments(parser, "to train on; its last windows are held back")
     parser.add_argument("--loss", default="kl", help="such as kl, or 'kl + 0.5 reverse'")
+    codes = "how words learn, if --learn has weight"
+    parser.add_argument("--rounding", choices=METHODS, default="nearest", help=codes)
     hidden = "weight of the distance of hidden states behind --blocks"
     parser.add_argument("--features", type=float, default=0.0, metavar="W", help=hidden)
     relations = "weight of the distance of their similarities to each other"
@@ -458,6 +488,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
+
+
+def _override(text: str) -> tuple[str, str]:
+    pattern, equals, plan = text.partition("=")
+    if not (pattern and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=FORMAT")
+    return pattern, _layer(plan)
 
 
 def _count(text: str) -> int:

@@ -9,6 +9,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lowbitq.checkpoints.blocks import block_files, remove_blocks
 from lowbitq.checkpoints.packed import check_replaceable
 from lowbitq.checkpoints.writing import new_file
 from lowbitq.compression import leftovers
+from lowbitq.costs import stored_bytes
 from lowbitq.demo import demo_model
 from lowbitq.gradients import weight_gradients
 from lowbitq.texts import Texts, read_texts, windows
@@ -93,9 +95,15 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
     if options.plan is not None:
         how, task = _read_plan(options), {}
         seed = how.seed
+    elif options.overrides:
+        task["overrides"] = options.overrides
+    if options.dry_run:
+        return _planned(_load(options.model), how, task)
     texts = read_texts(options.text)
     started = time.perf_counter()
-    with _resuming(options, {work_dir: how}, cut | task):
+    # Of plans that differ by layer, compress finds out whether the blocks in work_dir fit.
+    simple = None if options.plan is not None or options.overrides else options.format
+    with _resuming(options, {work_dir: simple}, cut | task):
         model = _load(options.model)
         seen: dict[str, Any] = {"text": texts.calibration, **cut}
         if options.fisher:
@@ -131,6 +139,21 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
     return result, text
 
 
+def _planned(
+    model: lq.Model, how: lq.Plan | str, task: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Say what a plan would store."""
+    shapes = {name: linear.shape for name, linear in model.linears()}
+    if not isinstance(how, lq.Plan):
+        how = lq.Plan.uniform(shapes, how, **{k: v for k, v in task.items() if k != "preset"})
+    nbytes = sum(stored_bytes(layer, shapes[name]) for name, layer in how.layers.items())
+    bits = 8 * nbytes / sum(rows * cols for rows, cols in shapes.values())
+    counts = Counter(map(str, how.layers.values()))
+    mix = ", ".join(f"{count} x {text}" for text, count in counts.most_common())
+    found = {"bits_per_weight": bits, "size_bytes": nbytes, "layers": dict(counts)}
+    return found, f"{bits:.3f} bits per weight, {nbytes / 1e6:.1f} MB of linear layers: {mix}"
+
+
 def _fit_program(options: Options) -> None:
     """Fill in the options that --for decides, and refuse what that program cannot hold."""
     if options.plan is not None:
@@ -163,17 +186,18 @@ def _read_plan(options: Options) -> lq.Plan:
 
 @contextlib.contextmanager
 def _resuming(
-    options: Options, work_dirs: Mapping[Path, lq.Plan | lq.Format | str], task: dict[str, Any]
+    options: Options, work_dirs: Mapping[Path, lq.Format | str | None], task: dict[str, Any]
 ) -> Iterator[None]:
     """First refuse or discard blocks of another task; on an interrupt, say where the blocks are.
 
-    On success the blocks are removed, unless the user chose the folder.
+    Blocks for a format of None are not looked at. On success the blocks are removed, unless the
+    user chose the folder.
     """
     for work_dir, format in work_dirs.items():
         if options.restart:
             remove_blocks(work_dir)
-        elif isinstance(format, lq.Plan):
-            continue  # compress knows
+        elif format is None:
+            continue
         elif different := leftovers(work_dir, format, **task):
             raise CommandError(
                 ERROR,
@@ -206,6 +230,7 @@ def distill(options: Options) -> tuple[dict[str, Any], str]:
     model, teacher, text = _student(options)
     how = {
         "learn": options.learn,
+        "rounding": options.rounding,
         "loss": options.loss,
         "hints": lq.Hints(options.blocks, options.features, options.relations),
         "window": options.window,

@@ -122,3 +122,31 @@ def test_fisher_takes_the_seed_of_the_plan(plan, small):
     code, _, err = quantize("--plan", path, "--fisher")
     assert (code, err) == (0, [])
     assert lq.load(out).plan.seed == 3
+
+
+def test_overrides_are_plans_of_matching_layers(small):
+    command, out = small
+    more = ["--format", "int2g32", "--override", "*.down_proj=int4g32"]
+    more += ["--override", "*.0.*=int3g32"]
+    assert command(*more)[0] == 0
+    found = {name: str(layer) for name, layer in lq.load(out).plan.layers.items()}
+    assert found["model.layers.0.mlp.down_proj"] == "int3g32", "the last match applies"
+    assert {text for name, text in found.items() if ".0." not in name} == {"int2g32", "int4g32"}
+    code, _, err = command("--override", "nothing=int4g32")
+    assert code == 1
+    assert "override 'nothing' matches none of" in err[0]
+    assert command("--override", "int4g32")[0] == 2
+
+
+def test_a_dry_run_says_what_would_be_stored(small):
+    command, out = small
+    more = ["--format", "int2g32", "--override", "*.down_proj=int4g32"]
+    code, shown, err = command(*more, "--dry-run", "--json")
+    assert (code, err) == (0, [])
+    assert not out.exists()
+    assert command(*more)[0] == 0
+    saved = lq.load(out)
+    found = json.loads(shown)
+    assert found["bits_per_weight"] == pytest.approx(saved.bits_per_weight)
+    assert found["size_bytes"] == sum(linear.nbytes for _, linear in saved.linears())
+    assert sum(found["layers"].values()) == len(saved.plan.layers)

@@ -69,7 +69,7 @@ def test_distill_with_everything(capsys, quantize, tiny_folder, text_file, tmp_p
 
 def test_reconstruct_trains_a_saved_model(capsys, quantize, tiny_folder, text_file, tmp_path):
     command, small = quantize
-    assert command()[0] == 0
+    assert command("--preset", "fast")[0] == 0
     out = tmp_path / "trained"
     options = ["--text", text_file, "--steps", 3, "--window", 64, "--learn", "scale,norm"]
     code, shown, err = run(capsys, "reconstruct", small, tiny_folder, out, *options, "--json")

@@ -75,6 +75,7 @@ from lowbitq.rotations import Rotation, hadamard
 from lowbitq.scores import Sensitivity, weights_for_bits
 from lowbitq.search import search
 from lowbitq.sensitivity import sensitivity
+from lowbitq.serial_copies import repeat_blocks
 from lowbitq.tensors import QuantizedTensor
 from lowbitq.texts import windows
 from lowbitq.version import __version__ as __version__
@@ -148,6 +149,7 @@ __all__ = [
     "quantize",
     "range_test",
     "reconstruct",
+    "repeat_blocks",
     "residual_inputs",
     "rotate",
     "rotate_inputs",

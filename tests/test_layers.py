@@ -44,7 +44,7 @@ PYTHON_ORDER = [
     "models.plain", "models.decoder", "models.stored", "models.quantized", "models.finite",
     "models.rotating", "models.loading", "models",
     "texts", "fisher", "calibration", "massive", "adapters", "drift", "copies", "encoding",
-    "rotation_choice", "joint_rotations", "walks",
+    "rotation_choice", "joint_rotations", "serial_copies", "walks",
     "compression", "parameters", "roundings", "student_inputs", "student_rotations",
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "estimates", "evaluation",

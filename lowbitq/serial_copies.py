@@ -82,20 +82,19 @@ def repeat_blocks(
     run = [_scaled(model.blocks[index], part, share) for index in group]
     if part == "block":
         runs = run * times
+    elif part == "attention":
+        runs = [replace(run[0], mlp_scale=0.0)] * (times - 1) + run
     else:
-        [block] = run
-        only = {"attention": "mlp_scale", "mlp": "attention_scale"}[part]
-        alone = replace(block, **{only: 0.0})
-        runs = [alone] * (times - 1)
-        runs = [*runs, block] if part == "attention" else [block, *runs]
+        runs = run + [replace(run[0], attention_scale=0.0)] * (times - 1)
     result = model.copy()
     result.blocks[group[0] : group[-1] + 1] = [replace(one) for one in runs]
     return result
 
 
 def _scaled(block: Block, part: str, share: float) -> Block:
-    scales = {name: getattr(block, name) for name in ("attention_scale", "mlp_scale")}
-    for name in scales:
-        if part == "block" or name.startswith(part):
-            scales[name] *= share
-    return replace(block, **scales)
+    attention, mlp = (share if part in ("block", half) else 1.0 for half in ("attention", "mlp"))
+    return replace(
+        block,
+        attention_scale=attention * block.attention_scale,
+        mlp_scale=mlp * block.mlp_scale,
+    )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import lowbitq as lq
-from lowbitq import commands, commands_choosing
+from lowbitq import commands, commands_choosing, commands_serving
 from lowbitq.budgets import FORMATS
 from lowbitq.commands import ERROR, INTERRUPTED, Command, CommandError
 from lowbitq.exports import TARGETS
@@ -173,6 +173,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
             commands.sensitivity,
             _sensitivity_arguments,
             "Rank the layers of a float model by how much quantization harms them.",
+        ),
+        "serve": (
+            commands_serving.serve,
+            _serve_arguments,
+            "Serve a model to clients of OpenAI's protocol.",
         ),
         "generate": (commands.generate, _generate_arguments, "Continue a text."),
         "bench": (
@@ -382,6 +387,17 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", type=_positive, default=4, help="windows of the text")
     parser.add_argument("--window", type=_positive, default=512, help="tokens per window")
     parser.add_argument("--seed", type=int, default=0, help="seed of windows and trials")
+
+
+def _serve_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=_positive, default=8000, help="port to listen on")
+    token = "that clients must send; needed for a --host that others can reach"
+    parser.add_argument("--token", help=f"{token} (default: the variable LOWBITQ_TOKEN)")
+    parser.add_argument("--name", default="lowbitq", help="what clients call the model")
+    parser.add_argument("--seconds", type=float, default=600.0, help="most time for one answer")
+    parser.add_argument("--waiting", type=_positive, default=64, help="most requests at a time")
 
 
 def _bits_option(parser: argparse.ArgumentParser) -> None:

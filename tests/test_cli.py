@@ -44,6 +44,7 @@ def test_runs_as_a_module():
         "evaluate",
         "sensitivity",
         "generate",
+        "serve",
         "bench",
         "demo",
     ],

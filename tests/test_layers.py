@@ -52,8 +52,8 @@ PYTHON_ORDER = [
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
     "sensitivity", "linearity", "monitoring", "knapsack", "prices", "budgets", "duplication",
     "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
-    "search", "enhancement", "matrices", "demo", "",
-    "commands", "commands_choosing", "cli", "__main__",
+    "search", "enhancement", "matrices", "serving", "demo", "",
+    "commands", "commands_choosing", "commands_serving", "cli", "__main__",
 ]
 # fmt: on
 

@@ -174,6 +174,11 @@ def _commands() -> dict[str, tuple[Command, Callable[[argparse.ArgumentParser], 
             _sensitivity_arguments,
             "Rank the layers of a float model by how much quantization harms them.",
         ),
+        "chat": (
+            commands_serving.chat,
+            _chat_arguments,
+            "Talk with a model; /reset forgets what was said, /exit ends.",
+        ),
         "serve": (
             commands_serving.serve,
             _serve_arguments,
@@ -387,6 +392,15 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measure", type=_positive, default=4, help="windows of the text")
     parser.add_argument("--window", type=_positive, default=512, help="tokens per window")
     parser.add_argument("--seed", type=int, default=0, help="seed of windows and trials")
+
+
+def _chat_arguments(parser: argparse.ArgumentParser) -> None:
+    _model_argument(parser)
+    _bits_option(parser)
+    parser.add_argument("--system", type=_text, metavar="TEXT", help="what the model is told first")
+    most = "most tokens of an answer"
+    parser.add_argument("--max-new-tokens", type=_positive, default=256, help=most)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the most probable token")
 
 
 def _serve_arguments(parser: argparse.ArgumentParser) -> None:

@@ -45,6 +45,7 @@ def test_runs_as_a_module():
         "sensitivity",
         "generate",
         "serve",
+        "chat",
         "bench",
         "demo",
     ],

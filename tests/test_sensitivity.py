@@ -382,7 +382,7 @@ def test_options_out_of_range_are_refused(model, stats, options, said):
         ([], "formats is empty"),
         (["int2g32", "int2g32"], "'int2g32' twice"),
         ("int9g32", "unknown format"),
-        ("int2g32 + int2g32 residual", "expected one copy"),
+        ("int2g32 + int3g32 shared", "expected format int2g32"),
     ],
 )
 def test_formats_that_cannot_be_scored_are_refused(model, stats, formats, said):

@@ -17,8 +17,8 @@ def importance(weight: ArrayLike, by: ArrayLike, *, level: str = "element") -> N
     `by`                                            what `level` "element"   the name of it
     ==============================================  =======================  ================
     gradient of the loss (rows, cols)               abs(w) abs(g)            first order, LLM-Pruner
-    norm of each input channel, ``||x_k||`` (cols)  abs(w) ||x_k||           Wanda
-    sum of each channel's sizes, ``sum |x_k|``      abs(w) sum |x_k|         activation weighted
+    norm of each input channel, ``||x_k||`` (cols)  ``abs(w) ||x_k||``       Wanda
+    sum of each channel's sizes, ``sum |x_k|``      ``abs(w) sum |x_k|``     activation weighted
     ==============================================  =======================  ================
 
     Parameters

@@ -92,8 +92,8 @@ def sensitivity(
     tau : float, default=100.0
         Threshold of massive inputs.
     tau_by : {"mean", "median", "quantile", "absolute"}, default="mean"
-        ``"mean"``, ``"median"``: `tau` times this statistic of the |x| of a layer.
-        ``"absolute"``: `tau` itself. ``"quantile"``: the quantile `tau` (0 to 1) of |x| in the
+        ``"mean"``, ``"median"``: `tau` times this statistic of ``|x|`` in the layer.
+        ``"absolute"``: `tau` itself. ``"quantile"``: the quantile `tau` (0 to 1) of ``|x|`` in the
         whole model, inputs that layers share counted once; in a single layer, the share above a
         quantile is always the same. Medians and quantiles are rounded down to bfloat16: by less
         than 1 %.

@@ -217,6 +217,12 @@ def test_widths_that_do_not_exist_are_refused(tmp_path, progressive):
     with pytest.raises(ValueError, match="its 2 copies are averaged, and 1 of them are another"):
         averaged.with_copies(1)
     assert averaged.with_copies(2).hidden(TOKENS[0]).shape == (len(TOKENS[0]), 64)
+    more = compress(
+        random_model(layers=1), "int2g32 + int2g32 hadamard + int2g32 residual", text=TOKENS
+    )
+    assert {len(linear.copies) for _, linear in more.with_copies(2).linears()} == {2}
+    with pytest.raises(ValueError, match="its 3 copies are averaged, and 1 of them"):
+        more.with_copies(1)
     progressive.save(tmp_path / "all")
     with pytest.raises(ValueError, match=r"bits is 1, but model.layers.0.* has at least 2.0"):
         load(tmp_path / "all", bits=1)

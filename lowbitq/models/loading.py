@@ -63,7 +63,7 @@ def load(
         of a repository on the Hugging Face hub, or of a file in one, ``"owner/name:file.gguf"``.
     bits : float, default=None
         Of a saved model with residual copies, run only as many copies of each layer as have codes
-        of at most this many bits in all; the others are not read from the disk. None: all.
+        of at most this many bits in all. None: all.
     revision : str, default=None
         Branch, tag or commit of the repository. None: the main branch.
     token : str, default=None

@@ -106,7 +106,7 @@ class QuantizedModel(Model):
             linear = linears[name]
             if not isinstance(linear, QuantizedLinear) or kept >= len(linear.copies):
                 continue
-            if any(copy.weight is not None for copy in linear.copies):
+            if any(copy.weight is not None for copy in linear.copies[kept:]):
                 raise ValueError(
                     f"{name}: its {len(linear.copies)} copies are averaged, and {kept} of them are "
                     "another layer"

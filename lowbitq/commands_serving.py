@@ -47,7 +47,12 @@ def chat(options: Options) -> tuple[dict[str, Any], str]:
             messages = list(first)
         elif said:
             messages.append({"role": "user", "content": said})
-            answer = _answer(model, model.tokenizer.chat(messages), options, seed=answers)
+            try:
+                answer = _answer(model, model.tokenizer.chat(messages), options, seed=answers)
+            except ValueError as error:  # too long, or refused by the template
+                complain(f"{error}; /reset begins anew")
+                messages.pop()
+                continue
             messages.append({"role": "assistant", "content": answer})
             answers += 1
     return {"answers": answers, "messages": messages}, ""

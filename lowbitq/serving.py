@@ -51,6 +51,8 @@ class Limits:
     ----------
     request_bytes : int, default=1_000_000
         Size of a request.
+    upload_seconds : float, default=30.0
+        Time in which a request has to arrive.
     waiting : int, default=64
         Requests that are answered or wait; further ones are refused.
     seconds : float, default=600.0
@@ -60,6 +62,7 @@ class Limits:
     """
 
     request_bytes: int = 1_000_000
+    upload_seconds: float = 30.0
     waiting: int = 64
     seconds: float = 600.0
     max_tokens: int = 512
@@ -133,27 +136,37 @@ class _Server:
     async def read(self, request: Any, known: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
         """Return the options of a request that is allowed, small and understood."""
         self.authorize(request)
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.limits.request_bytes:
-                raise RequestError(
-                    413, f"the request has more than {self.limits.request_bytes} bytes"
-                )
         try:
-            values = json.loads(bytes(body))
+            body = await asyncio.wait_for(self.body(request), self.limits.upload_seconds)
+        except asyncio.TimeoutError as error:
+            said = f"the request took more than {self.limits.upload_seconds} s to arrive"
+            raise RequestError(408, said) from error
+        try:
+            values = json.loads(body)
         except (ValueError, RecursionError) as error:
             raise RequestError(400, f"the request is not JSON: {error}") from error
         if not isinstance(values, dict):
             raise RequestError(400, "the request is not a JSON object")
         return self.checked(values, known)
 
+    async def body(self, request: Any) -> bytes:
+        """Return the contents of a request, unless they are too many."""
+        found = bytearray()
+        async for chunk in request.stream():
+            found += chunk
+            if len(found) > self.limits.request_bytes:
+                raise RequestError(
+                    413, f"the request has more than {self.limits.request_bytes} bytes"
+                )
+        return bytes(found)
+
     def authorize(self, request: Any) -> None:
         """Refuse a request without the token."""
         if self.token is None:
             return
         given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
+        # Headers are read as Latin-1, whatever their encoding.
+        if not hmac.compare_digest(given.encode("latin-1"), f"Bearer {self.token}".encode()):
             raise RequestError(401, "the request has no valid bearer token")
 
     def checked(
@@ -243,19 +256,20 @@ class _Server:
         finally:
             self.waiting -= 1
 
-    async def whole(self, request: Any, answer: _Answer) -> str:
-        """Return the whole text; make no more of it once the client has gone."""
+    @asynccontextmanager
+    async def watching(self, request: Any, answer: _Answer) -> AsyncIterator[None]:
+        """Make no more of an answer once its client has gone."""
 
         async def watch() -> None:
             while not await request.is_disconnected():
                 await asyncio.sleep(_DISCONNECTED)
             answer.gone.set()
 
-        watching = asyncio.ensure_future(watch())
+        task = asyncio.ensure_future(watch())
         try:
-            return "".join([piece async for piece in self.pieces(answer)])
+            yield
         finally:
-            watching.cancel()
+            task.cancel()
 
     def usage(self, answer: _Answer) -> dict[str, int]:
         """Return the numbers of tokens."""
@@ -394,12 +408,14 @@ def app(
         if (told and not stream) or set(told) - {"include_usage"}:
             raise RequestError(400, f"stream_options is {told!r:.80}", "stream_options")
         if not stream:
-            text = await server.whole(request, answer)
+            async with server.watching(request, answer):
+                text = "".join([piece async for piece in server.pieces(answer)])
             found = shape.head(server, whole=True)
             found["choices"] = [shape.choice(text, answer.finish, whole=True)]
             return JSONResponse(found | {"usage": server.usage(answer)})
         pieces = server.pieces(answer)
-        first = await anext(pieces, None)  # now, while an error still has a status
+        async with server.watching(request, answer):
+            first = await anext(pieces, None)  # now, while an error still has a status
 
         async def events() -> AsyncIterator[str]:
             head = shape.head(server, whole=False)

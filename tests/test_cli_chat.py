@@ -88,3 +88,12 @@ def test_serve_needs_a_token_for_others(capsys, folder, monkeypatch):
     code, _, err = run(capsys, "serve", folder, "--host", "0.0.0.0")
     assert code == 2
     assert "--host 0.0.0.0 can be reached by others; give --token" in err[-1]
+
+
+def test_a_conversation_that_is_too_long_goes_on_without_its_last_words(capsys, folder, say):
+    say("x" * 5000, "short")
+    code, shown, err = run(capsys, "chat", folder, "--max-new-tokens", 2, "--json")
+    found = json.loads(shown.splitlines()[-1])
+    assert (code, found["answers"]) == (0, 1)
+    assert found["messages"][0]["content"] == "short"
+    assert any("/reset begins anew" in line for line in err)

@@ -223,6 +223,31 @@ def test_a_client_that_goes_stops_its_answer(serve, model):
     assert slow.steps < before + 40
 
 
+def test_a_client_that_goes_before_the_first_piece_frees_its_place(serve, model):
+    slow = Slow(model, 0.3)
+    url, server = serve(slow)
+    options = HELLO | {"max_tokens": 60, "stream": True}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{url}/v1/chat/completions", json=options, timeout=0.15)
+    assert quiet(server)
+    assert slow.steps < 4
+
+
+def test_a_request_has_to_arrive(serve, model):
+    url, _ = serve(model, limits=Limits(upload_seconds=0.1), token="gehe\u00efm")
+
+    def trickle():
+        yield b'{"prompt": '
+        time.sleep(0.5)
+        yield b'"x"}'
+
+    headers = {"Authorization": "Bearer gehe\u00efm".encode()}
+    response = httpx.post(f"{url}/v1/completions", content=trickle(), headers=headers)
+    assert response.status_code == 408
+    assert "more than 0.1 s to arrive" in response.json()["error"]["message"]
+    assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
+
+
 def test_an_answer_ends_with_its_time(serve, model):
     url, _ = serve(Slow(model, 0.02), limits=Limits(seconds=0.1))
     found = post(url, **HELLO | {"max_tokens": 60}).json()

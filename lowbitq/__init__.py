@@ -5,8 +5,8 @@
     print(small.report(), lq.evaluate(small, held_out, reference=model))
     small.save("folder"), lq.export(small, "small.gguf", "gguf")
 
-Models         load, demo_model, rotate, rotate_inputs; Model, QuantizedModel, Block, Linear,
-               QuantizedLinear, ModelConfig, Tokenizer
+Models         load, demo_model, rotate, rotate_inputs, repeat_blocks; Model, QuantizedModel,
+               Block, Linear, QuantizedLinear, ModelConfig, Tokenizer
 Quantizing     calibrate, plan, prices, compress, search, enhance, export; Plan, LayerPlan,
                CopyPlan, Rounding, Statistics
 Measuring      evaluate, perplexity, kl_divergence, agreement, continuations, analyze

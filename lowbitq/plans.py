@@ -139,9 +139,11 @@ class CopyPlan:
     ----------
     format : Format or str
     rotation : {"hadamard", "orthogonal"} or None, default=None
-        Rotation of this copy's input, besides the model's rotation. None: no further one.
+        Rotation of this copy's input, in the place of the one that its layer has in the model (o
+        and down have one). None: that of the layer.
     mode : {"own", "shared", "residual"}, default="own"
-        ``"own"``: codes of the weights in this rotation. ``"shared"``: the codes of the first copy.
+        ``"own"``: codes of the weights in this rotation. ``"shared"``: the codes of the first copy,
+        in its rotation; only a search for other activation parameters makes it differ.
         ``"residual"``: codes of the error that the previous copies leave.
     activation_bits : {8, 4, None}, default=8
         Bits of its input as the model runs; None: float32.

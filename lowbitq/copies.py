@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq.formats import Format
-from lowbitq.gptq import Feedback, feedback, gptq, product
+from lowbitq.gptq import Feedback, feedback, gptq, product, symmetric
 from lowbitq.linears import Activation, Copy, Linear
 from lowbitq.plans import CopyPlan, LayerPlan, Rounding
 from lowbitq.quantizers import quantize, relative_error
@@ -78,14 +78,9 @@ class LayerInputs:
         if turn.key not in self._turned:
             hessian = None
             if self.hessian is not None:
-                hessian = product(product(turn.matrix, self.symmetric()), turn.matrix)
+                hessian = product(product(turn.matrix, symmetric(self.hessian)), turn.matrix)
             self._turned[turn.key] = LayerInputs(hessian)
         return self._turned[turn.key]
-
-    def symmetric(self) -> Wide:
-        """Return both triangles of the Hessian; the identity if there is none."""
-        assert self.hessian is not None
-        return np.triu(self.hessian) + np.triu(self.hessian, 1).T
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,8 +243,8 @@ class _Metric:
 
     def __init__(self, weight: NDArray[np.float32], inputs: LayerInputs | None) -> None:
         self.weight = weight
-        known = inputs is not None and inputs.hessian is not None
-        self._hessian = inputs.symmetric() if inputs is not None and known else None
+        hessian = None if inputs is None else inputs.hessian
+        self._hessian = None if hessian is None else symmetric(hessian)
 
     def times(self, matrix: NDArray[np.float32]) -> Wide:
         """Return A H."""

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq import _core
-from lowbitq.gptq import product
+from lowbitq.gptq import product, symmetric
 from lowbitq.rotations import Rotation
 
 Array = NDArray[np.float32]
@@ -82,7 +82,7 @@ class Moments:
         return turned
 
     def _full(self) -> Wide:
-        return np.triu(self.hessian) + np.triu(self.hessian, 1).T
+        return symmetric(self.hessian)
 
     def plus(self, other: Moments) -> Moments:
         """Return the sums over the tokens of both."""

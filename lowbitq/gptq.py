@@ -59,9 +59,14 @@ class Feedback:
     @cached_property
     def damped(self) -> NDArray[np.float64]:
         """H + damping I, both triangles."""
-        full = np.triu(self.hessian) + np.triu(self.hessian, 1).T
+        full = symmetric(self.hessian)
         full[np.diag_indices_from(full)] += self.damping
         return full
+
+
+def symmetric(upper: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return both triangles of a symmetric matrix of which the upper one is known."""
+    return np.triu(upper) + np.triu(upper, 1).T
 
 
 def product(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:

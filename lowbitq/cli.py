@@ -415,7 +415,7 @@ def _serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bits_option(parser: argparse.ArgumentParser) -> None:
-    bits = "of a progressive model, run only the copies whose codes have so many bits in all"
+    bits = "run only the first copies of a progressive model, with codes of so many bits in all"
     parser.add_argument("--bits", type=float, help=f"{bits} (default: all)")
 
 

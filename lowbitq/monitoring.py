@@ -143,7 +143,7 @@ def learn_normal(
     text, samples, window, seed
         As for `lowbitq.texts.windows`. A window is one look of a `Detector`.
     massive : float, default=100
-        Magnitudes above so many mean ones are counted, see `Moments.above`.
+        Magnitudes above this multiple of the mean are counted; see `Moments.above`.
     smoothing : float, default=0.5
         Weight of the last look in the moving average of a `Detector`, above 0 to 1.
     false_alarms : float, default=1e-4

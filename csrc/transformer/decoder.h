@@ -59,8 +59,8 @@ typedef struct {
     float *middle;  /* (tokens, hidden): x between the halves */
     /* Outputs of the layers, (tokens, rows), before norms of heads and rope: */
     float *query, *key, *value, *gate, *up;
-    lbq_moments *moments; /* (LBQ_TAPS): the inputs above are added to them, but for: */
-    bool starts;          /* whether token 0 is the first of all, which moments leave out */
+    lbq_moments *moments; /* (LBQ_TAPS): sums over the inputs above */
+    bool starts;          /* whether token 0 begins the text; moments leave it out */
 } lbq_trace;
 
 /* LBQ_BAD_SHAPE unless all layers fit together; LBQ_BAD_VALUE if the heads or the embedding are not

@@ -56,7 +56,7 @@ class Row:
     """One way to quantize: `seeds` are the rotation's, `options` the plan's.
 
     If there are `bits`, each layer has one of FORMATS, as `lq.plan` chooses under this budget.
-    `steps` of training follow; 0: none.
+    `steps` of training follow; 0: none. Method "enhance": all of it is `lq.enhance`.
     """
 
     format: str
@@ -108,8 +108,9 @@ ROWS = [
     Row("trellis2", "gptq", "hadamard", SEEDS, DRIFT),
     Row("trellis2", "gptq", "hadamard", SEEDS, DRIFT, steps=240),
     Row("at most 2.1 bits", "gptq", "hadamard", SEEDS, DRIFT, bits=2.1),
-    Row("at most 2.1 bits", "gptq", "hadamard", SEEDS, DRIFT, steps=240, bits=2.1),
+    Row("at most 2.1 bits", "enhance", "hadamard", SEEDS, DRIFT, steps=240, bits=2.1),
     Row("at most 2.3 bits", "gptq", "hadamard", SEEDS, DRIFT, bits=2.3),
+    Row("at most 2.3 bits", "enhance", "hadamard", SEEDS, DRIFT, steps=240, bits=2.3),
     Row("trellis1.5", "gptq", "hadamard", SEEDS, DRIFT),
     Row("trellis1", "gptq", "hadamard", SEEDS, DRIFT, steps=240),
 ]
@@ -211,6 +212,12 @@ class Bench:
 
     def quantized(self, model: lq.Model, row: Row, seed: int) -> lq.QuantizedModel:
         tokens = windows(model.tokenizer, self.calibration, **CALIBRATION)
+        if row.method == "enhance":
+            assert row.bits is not None
+            asked = {"bits": row.bits, "formats": FORMATS, "steps": row.steps, "embedding": None}
+            found = lq.enhance(model, tokens, seed=seed, progress=True, **asked)
+            print(found, file=sys.stderr)
+            return found.model
         options = {"method": row.method, "rotation": row.rotation, "seed": seed, "embedding": None}
         options |= {"drift": False} | row.options
         if row.bits is None:

@@ -132,7 +132,7 @@ def enhance(
     trials : int, default=0
         Of the search; 0: none.
     steps : int, default=240
-        Of training; 0: none.
+        Of training, each on one window of 512 tokens; 0: none.
     seconds : float, default=None
         Time after which no further step of training begins. None: no limit.
     embedding : LayerPlan, str or None, default="int8g64"
@@ -294,7 +294,9 @@ class _Run:
             self.model,
             self.train.ravel(),
             window=min(512, self.train.shape[1]),
+            batch=1,
             steps=steps,
+            every=20,
             seconds=seconds,
             seed=self.options["seed"],
             work_dir=None if folder is None else folder / "training",

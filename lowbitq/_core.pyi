@@ -136,6 +136,7 @@ def copy_packed(
     output: Any | None,
     fusion: NDArray[np.float32] | None,
     sums: NDArray[np.float32] | None,
+    basis: Any | None,
     /,
     *,
     rows: int,

@@ -3,9 +3,11 @@
     y = sum_i weight_i (W_i act_i(R_i x))
 
 A copy is planned in one of three modes. ``own``: W_i rounds the weights themselves, W R_i^T.
-``shared``: it has the words of the first copy. Copies of both modes are averaged, with the weights
-that least squares gives each output. ``residual``: W_i rounds what the sum of the copies before it
-leaves, so that error feedback minimises the error of the sum; its weights are ones.
+``shared``: it has the words of the first copy, and its rotation T is where it rounds its input, so
+that W_1 R_1 multiplies R_1^T T^T round(T R_1 x): no bits, and errors of 4-bit inputs average out.
+Copies of both modes are averaged, with the weights that least squares gives each output.
+``residual``: W_i rounds what the sum of the copies before it leaves, so that error feedback
+minimises the error of the sum; its weights are ones.
 """
 
 from __future__ import annotations
@@ -115,10 +117,15 @@ def check_copies(plan: LayerPlan, name: str) -> None:
     """Raise ValueError unless `round_copies` can follow the plan."""
     averaged = True
     for copy in plan.copies:
-        if copy.mode == "shared" and (copy.rotation, copy.format) != (None, plan.copies[0].format):
+        if copy.mode == "shared" and copy.format != plan.copies[0].format:
             raise ValueError(
                 f"{name}: copy is '{copy}', but a shared copy has the words of the first one: "
-                f"expected format {plan.copies[0].format} and no rotation"
+                f"expected format {plan.copies[0].format}"
+            )
+        if copy.mode == "shared" and copy.rotation and copy.activation_bits is None:
+            raise ValueError(
+                f"{name}: copy is '{copy}', but a shared copy rotates for rounding its input: "
+                "expected a4 or a8"
             )
         if copy.mode != "residual" and not averaged:
             raise ValueError(f"{name}: copy '{copy}' follows a residual copy in plan '{plan}'")
@@ -165,16 +172,16 @@ def round_copies(
     errors: list[float] = []
     record = {}
     for index, one in enumerate(plan.copies):
-        turn = None if one.rotation is None else Turn.of(one.rotation, seed, index, linear)
-        target = linear.weight - total if one.mode == "residual" else linear.weight
         if one.mode == "shared":
-            tensor, value = made[0].tensor, parts[0]
+            made.append(_shared(made[0], one, seed, index))
+            value = parts[0]
         else:
+            turn = None if one.rotation is None else Turn.of(one.rotation, seed, index, linear)
+            target = linear.weight - total if one.mode == "residual" else linear.weight
             tensor, value, found = _round_turned(target, inputs, one, how, turn)
             record = found | record
-        rotation = linear.rotation if turn is None else turn.rotation
-        activation = Activation(one.activation_bits)
-        made.append(Copy(tensor, rotation, activation=activation))
+            rotation = linear.rotation if turn is None else turn.rotation
+            made.append(Copy(tensor, rotation, activation=Activation(one.activation_bits)))
         parts.append(value)
         if one.mode == "residual":
             total = total + value
@@ -194,6 +201,13 @@ def round_copies(
         other = parts[1] if plan.copies[1].mode == "residual" else linear.weight - parts[1]
         record |= {"errors": errors, "correlation": metric.correlation(first, other)}
     return tuple(made), total, record
+
+
+def _shared(first: Copy, plan: CopyPlan, seed: int, index: int) -> Copy:
+    """The first copy again, which rounds its input in a rotation of its own."""
+    cols = first.tensor.cols
+    basis = plan.rotation and Rotation(cols, plan.rotation, seed, stream=_STREAM + index)
+    return replace(first, activation=Activation(plan.activation_bits, rotation=basis or None))
 
 
 def _round_turned(
@@ -267,8 +281,10 @@ def fusion_weights(metric: _Metric, parts: list[NDArray[np.float32]]) -> NDArray
     """Return the weights (copies, rows) of the sum that comes nearest to W, row by row.
 
     They solve ``G w = b``, ``G_ij = q_i H q_j^T``, ``b_i = q_i H w^T``, and are rounded to float16.
-    A row for which equal weights are no worse has these.
+    A row for which equal weights are no worse has these; so have all if the parts are one matrix.
     """
+    if all(part is parts[0] for part in parts):
+        return np.full((len(parts), len(parts[0])), np.float16(1 / len(parts)), np.float32)
     matrices = np.stack(parts)
     of_parts = np.stack([metric.times(part) for part in parts])
     gram = np.einsum("irk,jrk->rij", matrices, of_parts)

@@ -156,6 +156,10 @@ class Activation:
         maximum magnitude.
     zero : float or "token", default=0.0
         Zero point of all tokens. ``"token"``: the middle of each token's range.
+    rotation : Rotation or None, default=None
+        T, of order ``cols``: the input is rounded in another basis, ``T^T round(T x)``, and the
+        product takes the result in 8 bits. So copies with the same weights can differ in their
+        errors of rounding inputs. None: the identity.
 
     Raises
     ------
@@ -172,6 +176,7 @@ class Activation:
     clip: float = 1.0
     scale: float | None = None
     zero: float | str = 0.0
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in (8, 4, None):
@@ -185,8 +190,9 @@ class Activation:
             isinstance(self.zero, (int, float)) and np.isfinite(self.zero)
         ):
             raise ValueError(f"zero is {self.zero!r}, expected a number or 'token'")
-        if self.bits is None and (self.clip, self.scale, self.zero) != (1, None, 0):
-            raise ValueError("clip, scale and zero need 8 or 4 bits, found bits = None")
+        rest = (self.clip, self.scale, self.zero, self.rotation)
+        if self.bits is None and rest != (1, None, 0, None):
+            raise ValueError("clip, scale, zero and rotation need 8 or 4 bits, found bits = None")
 
     @classmethod
     def of_grid(cls, grid: UniformGrid) -> Activation:
@@ -218,7 +224,7 @@ class Activation:
         >>> inputs = np.array([[-2.0, 0.0, 1.0, 5.0]])
         >>> grid = fit_grid(inputs, bits=4, restricted=True)
         >>> Activation.of_grid(grid)
-        Activation(bits=4, clip=1.0, scale=0.5, zero=1.5)
+        Activation(bits=4, clip=1.0, scale=0.5, zero=1.5, rotation=None)
         """
         if grid.scale.size != 1 or grid.zero.size != 1:
             found = f"scale of shape {grid.scale.shape} and zero of shape {grid.zero.shape}"
@@ -277,15 +283,16 @@ class Copy:
     weight: NDArray[np.float32] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        how = self.activation
+        how, basis = self.activation, self.activation.rotation
         sums = None
-        if how.is_centred:
+        if how.is_centred and basis is None:
             sums = self.tensor.dequantize().sum(1, dtype=np.float64).astype(np.float32)
         handle = self.tensor.copy_handle(
             None if self.rotation is None else self.rotation.handle,
             None if self.output_rotation is None else self.output_rotation.handle,
             self.weight,
             sums,
+            None if basis is None else basis.handle,
             activation_bits=how.bits or 0,
             activation_clip=how.clip,
             activation_scale=how.scale or 0.0,

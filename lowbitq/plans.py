@@ -142,9 +142,9 @@ class CopyPlan:
         Rotation of this copy's input, in the place of the one that its layer has in the model (o
         and down have one). None: that of the layer.
     mode : {"own", "shared", "residual"}, default="own"
-        ``"own"``: codes of the weights in this rotation. ``"shared"``: the codes of the first copy,
-        in its rotation; only a search for other activation parameters makes it differ.
-        ``"residual"``: codes of the error that the previous copies leave.
+        ``"own"``: codes of the weights in this rotation. ``"shared"``: the codes of the first copy
+        once more; its input is rounded in this rotation and rotated back. ``"residual"``: codes of
+        the error that the previous copies leave.
     activation_bits : {8, 4, None}, default=8
         Bits of its input as the model runs; None: float32.
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from lowbitq.linears import Activation, Copy
 from lowbitq.parameters import Parameter
+from lowbitq.rotations import Rotation
 
 Array = NDArray[np.float32]
 
@@ -90,11 +91,15 @@ class StudentInput:
 
 def reading(copy: Copy) -> Hashable:
     """Return a value that is equal for copies that rotate and round a common input alike."""
-    rotation, (_, cols) = copy.rotation, copy.tensor.shape
+    how, (_, cols) = copy.activation, copy.tensor.shape
     group = copy.tensor.format.group or cols
-    turn: Hashable = None
-    if rotation is not None:
-        turn = (rotation.kind, rotation.n, rotation.seed, rotation.stream, rotation.orders)
-        if rotation.kind != "hadamard":
-            turn = id(rotation)
-    return copy.activation, turn, group if group < cols else cols
+    plain = replace(how, rotation=None)
+    return plain, _turn(copy.rotation), _turn(how.rotation), group if group < cols else cols
+
+
+def _turn(rotation: Rotation | None) -> Hashable:
+    if rotation is None:
+        return None
+    if rotation.kind != "hadamard":
+        return id(rotation)
+    return rotation.n, rotation.seed, rotation.stream, rotation.orders

@@ -249,7 +249,8 @@ class QuantizedTensor:
         ----------
         *parts
             Handles of the input and the output rotation, or None; fusion weights (rows,) and sums
-            of the rows of the weights (rows,), float32, or None.
+            of the rows of the weights (rows,), float32, or None; handle of the rotation in which
+            the input is rounded, or None.
         **activation
             How the input is rounded, as `_core.copy_packed` has it.
 
@@ -330,10 +331,7 @@ class QuantizedTensor:
 
     def _float_copy(self) -> Any:
         return self.copy_handle(
-            None,
-            None,
-            None,
-            None,
+            *5 * [None],
             activation_bits=0,
             activation_clip=1.0,
             activation_scale=0.0,

@@ -81,6 +81,7 @@ def packed_copy(panels, spec, *, levels=None, input=None, output=None, weight=No
         output,
         weight,
         activation.pop("sums", None),
+        None,
         activation_bits=bits,
         activation_clip=activation.pop("clip", 1.0),
         activation_scale=activation.pop("scale", 0.0),

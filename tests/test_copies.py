@@ -55,6 +55,8 @@ def relative(matrix, linear=LINEAR):
     "trellis1w10 + trellis1w10 hadamard residual + lattice2 residual",
     "int2g64 + int2g64 hadamard + int2g64 residual + rank4",
     "int2g64 + int2g64 shared",
+    "int2g64 + int2g64 hadamard shared",
+    "int2g64 + int2g64 a4 orthogonal shared",
 ])  # fmt: skip
 @pytest.mark.parametrize("linear", [LINEAR, Linear(LINEAR.weight)], ids=["rotated", "plain"])
 def test_the_record_tells_the_error_of_the_sum(text, linear):
@@ -100,6 +102,21 @@ def test_copies_in_other_rotations_halve_the_error():
     assert 0.9 * one < same["relative_error"] <= one
 
 
+def test_shared_copies_average_the_errors_of_rounding_inputs():
+    """Not those of the weights, which are one matrix; each copy rounds in another rotation."""
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((200, COLS), np.float32)
+    errors = []
+    for copies in (1, 2, 4):
+        layer, _ = made(" + ".join(["int4g64 a4"] + (copies - 1) * ["int4g64 a4 hadamard shared"]))
+        exact = x.astype(float) @ layer.dequantize().T.astype(float) + LINEAR.bias
+        errors.append(np.square(layer.forward(x) - exact).mean())
+        assert layer.nbytes == made("int4g64")[0].nbytes + (copies > 1) * copies * 64 * 2
+        assert all(copy.tensor is layer.copies[0].tensor for copy in layer.copies)
+    assert errors[1] == pytest.approx(errors[0] / 2, rel=0.15)
+    assert errors[2] == pytest.approx(errors[0] / 4, rel=0.15)
+
+
 def test_a_residual_is_best_in_another_rotation():
     """Error feedback leaves columns of unequal size, which a rotation evens out."""
     plain, turned = (
@@ -138,7 +155,7 @@ def test_rotations_come_from_the_seed():
 def test_models_of_copies_are_saved_and_resumed(tmp_path, drift):
     model, text = (
         random_model(layers=2),
-        "int2g32 + int2g32 hadamard + trellis1w10 residual + rank2",
+        "int2g32 + int2g32 hadamard + int2g32 orthogonal a4 shared + trellis1w10 residual + rank2",
     )
 
     def run():
@@ -157,6 +174,9 @@ def test_models_of_copies_are_saved_and_resumed(tmp_path, drift):
     rank = 16 * 2 * sum(sum(linear.shape) for _, linear in small.linears())
     weights = sum(np.prod(linear.shape) for _, linear in small.linears())
     assert small.bits_per_weight > 2 * 3 + 1 + rank / weights
+    shared = dict(loaded.linears())["model.layers.0.self_attn.q_proj"].copies[2].activation
+    assert shared.bits == 4
+    assert shared.rotation is not None
 
 
 PROGRESSIVE = "int2g32 + int2g32 hadamard residual + trellis1w10 orthogonal residual"

@@ -25,6 +25,12 @@ lbq_activation_check(const lbq_activation *activation)
     return LBQ_OK;
 }
 
+bool
+lbq_same_float(float a, float b)
+{
+    return a == b || (isnan(a) && isnan(b));
+}
+
 float
 lbq_activation_centre(const lbq_activation *activation, ptrdiff_t cols, float *x)
 {

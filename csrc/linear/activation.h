@@ -5,6 +5,7 @@
 #ifndef LBQ_ACTIVATION_H
 #define LBQ_ACTIVATION_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -19,6 +20,9 @@ typedef struct {
 
 /* LBQ_BAD_VALUE unless its numbers are such. */
 lbq_status lbq_activation_check(const lbq_activation *activation);
+
+/* Whether two numbers of activations are equal, NaN to NaN. */
+bool lbq_same_float(float a, float b);
 
 /* Subtracts the zero from a token's x (cols); returns it. */
 float lbq_activation_centre(const lbq_activation *activation, ptrdiff_t cols, float *x);

@@ -113,26 +113,9 @@ multiply_decoded(const lbq_matrix *matrix, ptrdiff_t tokens, const float *x, flo
     return status;
 }
 
-/* The same for inputs that are rounded first. */
-static lbq_status
-multiply_rounded(const lbq_copy *copy, ptrdiff_t tokens, const float *x, float beta, float *y)
-{
-    const size_t bytes = sizeof(float) * (size_t)(tokens * copy->cols);
-    lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, bytes));
-    float *const rounded = lbq_arena_take(&arena, bytes);
-    lbq_status status = lbq_fake_forward(&copy->fake, tokens, copy->cols, x, rounded);
-    if (status == LBQ_OK)
-        status = multiply_dense(copy, tokens, rounded, beta, y);
-    lbq_arena_close(&arena);
-    return status;
-}
-
 lbq_status
 lbq_multiply_float(const lbq_copy *copy, ptrdiff_t tokens, const float *x, float beta, float *y)
 {
-    if (!copy->dense)
-        return multiply_decoded(&copy->matrix, tokens, x, beta, y);
-    return copy->fake.values ? multiply_rounded(copy, tokens, x, beta, y)
-                             : multiply_dense(copy, tokens, x, beta, y);
+    return copy->dense ? multiply_dense(copy, tokens, x, beta, y)
+                       : multiply_decoded(&copy->matrix, tokens, x, beta, y);
 }

@@ -116,12 +116,29 @@ forward_task(void *context, ptrdiff_t index, int worker)
     return visit_tokens(context, index, token_forward);
 }
 
+bool
+lbq_same_fake(const lbq_fake *a, const lbq_fake *b)
+{
+    if (!a->values || !b->values)
+        return !a->values && !b->values;
+    for (int i = 0; i < LBQ_FAKE_VALUES; i++)
+        if (!lbq_same_float(a->values[i], b->values[i]))
+            return false;
+    return a->bits == b->bits && a->step == b->step && lbq_same_rotation(a->basis, b->basis);
+}
+
 lbq_status
 lbq_fake_forward(const lbq_fake *fake, ptrdiff_t tokens, ptrdiff_t cols, const float *x, float *y)
 {
+    if (fake->basis) {
+        memmove(y, x, sizeof(float) * (size_t)(tokens * cols));
+        LBQ_TRY(lbq_rotate(fake->basis, tokens, y));
+        x = y;
+    }
     job j = job_of(fake, tokens, cols, x);
     j.y = y;
-    return lbq_parallel(lbq_pieces(tokens, TOKENS), forward_task, &j);
+    LBQ_TRY(lbq_parallel(lbq_pieces(tokens, TOKENS), forward_task, &j));
+    return fake->basis ? lbq_rotate_back(fake->basis, tokens, y) : LBQ_OK;
 }
 
 static ptrdiff_t
@@ -202,9 +219,10 @@ backward_task(void *context, ptrdiff_t index, int worker)
     return visit_tokens(context, index, token_backward);
 }
 
-lbq_status
-lbq_fake_backward(const lbq_fake *fake, ptrdiff_t tokens, ptrdiff_t cols, const float *x, float *g,
-                  float *gradient)
+/* Without the basis. */
+static lbq_status
+backward(const lbq_fake *fake, ptrdiff_t tokens, ptrdiff_t cols, const float *x, float *g,
+         float *gradient)
 {
     job j = job_of(fake, tokens, cols, x);
     j.g = g;
@@ -219,6 +237,27 @@ lbq_fake_backward(const lbq_fake *fake, ptrdiff_t tokens, ptrdiff_t cols, const 
             sum += j.sums[t * LBQ_FAKE_VALUES + i];
         gradient[i] += (float)sum;
     }
+    lbq_arena_close(&arena);
+    return status;
+}
+
+lbq_status
+lbq_fake_backward(const lbq_fake *fake, ptrdiff_t tokens, ptrdiff_t cols, const float *x, float *g,
+                  float *gradient)
+{
+    if (!fake->basis)
+        return backward(fake, tokens, cols, x, g, gradient);
+    const size_t bytes = sizeof(float) * (size_t)(tokens * cols);
+    lbq_arena arena;
+    LBQ_TRY(lbq_arena_open(&arena, bytes));
+    float *const turned = memcpy(lbq_arena_take(&arena, bytes), x, bytes);
+    lbq_status status = lbq_rotate(fake->basis, tokens, turned);
+    if (status == LBQ_OK)
+        status = lbq_rotate(fake->basis, tokens, g);
+    if (status == LBQ_OK)
+        status = backward(fake, tokens, cols, turned, g, gradient);
+    if (status == LBQ_OK)
+        status = lbq_rotate_back(fake->basis, tokens, g);
     lbq_arena_close(&arena);
     return status;
 }

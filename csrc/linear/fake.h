@@ -1,5 +1,6 @@
-/* Fake quantization: inputs of dense weights rounded as those of packed ones are, but kept in
- * float32, with a way back. For each step of the packed weights
+/* Fake quantization: inputs rounded as packed weights round them, but kept in float32, with a way
+ * back. In a basis T of their own, T x is rounded and rotated back. For each step of the packed
+ * weights
  *
  *     y = scale * q + zero,   q = round(v) clipped to +-limit,   v = (x - zero) / scale
  *
@@ -21,9 +22,11 @@
 #ifndef LBQ_FAKE_H
 #define LBQ_FAKE_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 #include "core/status.h"
+#include "rotate/rotation.h"
 
 enum { LBQ_FAKE_VALUES = 3 };
 
@@ -32,12 +35,16 @@ typedef struct {
     ptrdiff_t step;      /* columns that share a scale: 16, 32, 64 or 128 */
     const float *values; /* clip, scale and zero as in lbq_activation (0: no zero point), read by
                             each call; NULL: x stays as it is */
+    const lbq_rotation *basis; /* T, of order cols; NULL: the identity */
 } lbq_fake;
 
 /* LBQ_BAD_VALUE unless `bits`, `step` and the values are such. */
 lbq_status lbq_fake_check(const lbq_fake *fake);
 
-/* y for x, both (tokens, cols). LBQ_NO_MEMORY. */
+/* Whether both round in the same way, by value. */
+bool lbq_same_fake(const lbq_fake *a, const lbq_fake *b);
+
+/* y for x, both (tokens, cols), which may be the same array. LBQ_NO_MEMORY. */
 lbq_status lbq_fake_forward(const lbq_fake *fake, ptrdiff_t tokens, ptrdiff_t cols, const float *x,
                             float *y);
 

@@ -5,7 +5,6 @@
 #include "linear/linear.h"
 
 #include <assert.h>
-#include <math.h>
 #include <string.h>
 
 #include "core/blas.h"
@@ -41,6 +40,7 @@ lbq_copy_check(const lbq_copy *copy)
     LBQ_TRY(check_rotation(copy->output, "output", "rows", copy->rows));
     LBQ_TRY(lbq_activation_check(&copy->activation));
     LBQ_TRY(lbq_fake_check(&copy->fake));
+    LBQ_TRY(check_rotation(copy->fake.basis, "rounding", "columns", copy->cols));
     LBQ_REQUIRE(!copy->activation.bits || !copy->dense,
                 LBQ_BAD_VALUE,
                 "activation_bits is %d, but a dense layer takes float32 activations",
@@ -88,23 +88,18 @@ typedef struct {
     ptrdiff_t next;
 } progress;
 
-static bool
-same_float(float a, float b)
-{
-    return a == b || (isnan(a) && isnan(b));
-}
-
-/* Whether two copies multiply the same activations: equal rotation, quantizer and step. */
+/* Whether two copies multiply the same activations: equal rotation, quantizers and step. */
 static bool
 same_activations(const lbq_copy *a, const lbq_copy *b)
 {
-    if (a->activation.bits != b->activation.bits || !lbq_same_rotation(a->input, b->input))
+    if (a->activation.bits != b->activation.bits || !lbq_same_rotation(a->input, b->input) ||
+        !lbq_same_fake(&a->fake, &b->fake))
         return false;
     if (!a->activation.bits)
         return true;
     return a->activation.clip == b->activation.clip && a->activation.scale == b->activation.scale &&
            !a->sums == !b->sums &&
-           (!a->sums || same_float(a->activation.zero, b->activation.zero)) &&
+           (!a->sums || lbq_same_float(a->activation.zero, b->activation.zero)) &&
            lbq_packed_step(&a->matrix.packed) == lbq_packed_step(&b->matrix.packed);
 }
 
@@ -164,19 +159,22 @@ multiply(ptrdiff_t count, const lbq_term *terms, const lbq_hadamard *hadamard, p
 static lbq_status
 rotate_and_multiply(ptrdiff_t count, const lbq_term *terms, ptrdiff_t tokens, const float *x)
 {
-    const lbq_rotation *const rotation = terms[0].copy->input;
-    if (!rotation)
+    const lbq_copy *const copy = terms[0].copy;
+    const lbq_rotation *const rotation = copy->input;
+    const bool rounds = copy->fake.values;
+    if (!rotation && !rounds)
         return multiply(count, terms, NULL, tokens, x);
-    if (terms[0].copy->activation.bits && !rotation->dense)
+    if (copy->activation.bits && !rounds && !rotation->dense)
         return multiply(count, terms, &rotation->hadamard, tokens, x);
-    const size_t bytes = sizeof(float) * (size_t)tokens * (size_t)rotation->n;
+    const size_t bytes = sizeof(float) * (size_t)tokens * (size_t)copy->cols;
     lbq_arena arena;
     LBQ_TRY(lbq_arena_open(&arena, bytes));
-    float *const rotated = lbq_arena_take(&arena, bytes);
-    memcpy(rotated, x, bytes);
-    lbq_status status = lbq_rotate(rotation, tokens, rotated);
+    float *const seen = memcpy(lbq_arena_take(&arena, bytes), x, bytes);
+    lbq_status status = rotation ? lbq_rotate(rotation, tokens, seen) : LBQ_OK;
+    if (status == LBQ_OK && rounds)
+        status = lbq_fake_forward(&copy->fake, tokens, copy->cols, seen, seen);
     if (status == LBQ_OK)
-        status = multiply(count, terms, NULL, tokens, rotated);
+        status = multiply(count, terms, NULL, tokens, seen);
     lbq_arena_close(&arena);
     return status;
 }

@@ -3,8 +3,10 @@
  *     y  =  sum_i  weight_i * P_i^T ( W_i act_i( R_i x ) )   +   U V^T x   +   b
  *
  * A copy has an input rotation R, an output rotation P, weights that are dense or packed, an
- * activation quantizer act and a fusion weight per row. With integer activations a table of levels
- * is rounded to 8 bits (lbq_byte_levels). Most layers have one copy. */
+ * activation quantizer act and a fusion weight per row. Copies with the same W can differ in how
+ * they round: act(x) = act'( T^T fake( T x ) ), fake in float32 and act' for the product. With
+ * integer activations a table of levels is rounded to 8 bits (lbq_byte_levels). Most layers have
+ * one copy. */
 #ifndef LBQ_LINEAR_H
 #define LBQ_LINEAR_H
 
@@ -26,7 +28,7 @@ typedef struct {
     lbq_matrix matrix;                  /* the packed W */
     const lbq_rotation *input, *output; /* R, P; NULL: the identity */
     lbq_activation activation;          /* bits = 0 where W is dense */
-    lbq_fake fake;                      /* in its place there */
+    lbq_fake fake;                      /* rounds R x before, if there are values */
     const float *weight;                /* (rows); NULL: 1 */
     const float *sums;                  /* W 1 (rows); NULL: activations have no zero point */
 } lbq_copy;

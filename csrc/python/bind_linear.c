@@ -1,6 +1,7 @@
 /* Bindings of csrc/linear. */
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 #include "core/memory.h"
 #include "linear/linear.h"
@@ -9,18 +10,39 @@
 
 #define COPY "lowbitq.copy"
 
-/* A handle that owns a copy of `copy`; `args` keeps alive the arrays that it points to. */
+/* A copy, and values of its rounding that belong to it. */
+typedef struct {
+    lbq_copy copy;
+    float values[LBQ_FAKE_VALUES];
+} copy_block;
+
+/* A handle that owns a copy of `copy`, and of its values if `own`; `args` keeps alive the arrays
+ * that it points to. */
 static PyObject *
-copy_handle(PyObject *module, const lbq_copy *copy, PyObject *args)
+copy_handle(PyObject *module, const lbq_copy *copy, bool own, PyObject *args)
 {
-    lbq_copy *block;
+    copy_block *block;
     lbq_status status = lbq_copy_check(copy);
     if (status == LBQ_OK)
         status = lbq_allocate(sizeof *block, &block);
     if (status != LBQ_OK)
         return lbq_result(module, status);
-    *block = *copy;
+    block->copy = *copy;
+    if (own)
+        block->copy.fake.values = memcpy(block->values, copy->fake.values, sizeof block->values);
     return lbq_handle_new(COPY, block, args);
+}
+
+/* The same for a packed copy that rounds in the basis T: its activation becomes the rounding, and
+ * the product takes what that gives in 8 bits. */
+static PyObject *
+turned_handle(PyObject *module, lbq_copy copy, const lbq_rotation *basis, PyObject *args)
+{
+    const lbq_activation how = copy.activation;
+    const float values[LBQ_FAKE_VALUES] = {how.clip, how.scale, how.zero};
+    copy.fake = (lbq_fake){how.bits, lbq_packed_step(&copy.matrix.packed), values, basis};
+    copy.activation = (lbq_activation){.bits = 8, .clip = 1};
+    return copy_handle(module, &copy, true, args);
 }
 
 LBQ_BINDING(copy_dense)
@@ -42,7 +64,7 @@ LBQ_BINDING(copy_dense)
         .output = output,
         .weight = fusion.data,
     };
-    return copy_handle(module, &copy, args);
+    return copy_handle(module, &copy, false, args);
 }
 
 LBQ_BINDING(copy_rounding)
@@ -66,9 +88,12 @@ LBQ_BINDING(copy_rounding)
         .input = input,
         .output = output,
         .weight = fusion.data,
-        .fake = {packed->activation.bits, lbq_packed_step(&packed->matrix.packed), values.data},
+        .fake = {packed->fake.values ? packed->fake.bits : packed->activation.bits,
+                 lbq_packed_step(&packed->matrix.packed),
+                 values.data,
+                 packed->fake.basis},
     };
-    return copy_handle(module, &copy, args);
+    return copy_handle(module, &copy, false, args);
 }
 
 LBQ_BINDING(round_inputs)
@@ -83,7 +108,7 @@ LBQ_BINDING(round_inputs)
         LBQ_INT("step", &step, 1, PY_SSIZE_T_MAX),
     };
     LBQ_PARSE("round_inputs", spec);
-    const lbq_fake fake = {(int)bits, step, values.data};
+    const lbq_fake fake = {(int)bits, step, values.data, NULL};
     const lbq_status status = lbq_fake_check(&fake);
     if (status != LBQ_OK)
         return lbq_result(module, status);
@@ -94,7 +119,7 @@ LBQ_BINDING(copy_packed)
 {
     const lbq_code *code;
     lbq_array panels, fusion, sums;
-    const lbq_rotation *input, *output;
+    const lbq_rotation *input, *output, *basis;
     Py_ssize_t rows, cols, group, bits;
     double clip, scale, zero;
     int per_token;
@@ -105,6 +130,7 @@ LBQ_BINDING(copy_packed)
         LBQ_HANDLE_OR_NONE("output", &output, "lowbitq.rotation"),
         LBQ_IN_OR_NONE("fusion", &fusion, NPY_FLOAT32, "r"),
         LBQ_IN_OR_NONE("sums", &sums, NPY_FLOAT32, "r"),
+        LBQ_HANDLE_OR_NONE("basis", &basis, "lowbitq.rotation"),
         LBQ_INT("rows", &rows, 1, INT32_MAX),
         LBQ_INT("cols", &cols, 1, INT32_MAX),
         LBQ_GROUP(&group),
@@ -129,7 +155,10 @@ LBQ_BINDING(copy_packed)
         status = lbq_check_axis(&fusion, "fusion", 0, "rows", rows);
     if (status == LBQ_OK && sums.data)
         status = lbq_check_axis(&sums, "sums", 0, "rows", rows);
-    return status == LBQ_OK ? copy_handle(module, &copy, args) : lbq_result(module, status);
+    if (status != LBQ_OK)
+        return lbq_result(module, status);
+    return basis ? turned_handle(module, copy, basis, args)
+                 : copy_handle(module, &copy, false, args);
 }
 
 /* A layer and the copies that it sums. */
@@ -273,11 +302,13 @@ PyMethodDef lbq_methods_linear[] = {
     LBQ_METHOD(round_inputs,
                "round_inputs(x, values, y, /, *, bits, step)\n--\n\n"
                "y (t, k): x as a packed copy rounds it, in float32; values as for copy_rounding."),
-    LBQ_METHOD(copy_packed,
-               "copy_packed(code, panels, input, output, fusion, sums, /, *, rows, cols, group, "
-               "activation_bits, activation_clip, activation_scale, activation_zero, "
-               "zero_per_token)\n--\n\n"
-               "A handle of fusion * P^T W act(R x) with packed W; activation_bits 0, 4 or 8."),
+    LBQ_METHOD(
+        copy_packed,
+        "copy_packed(code, panels, input, output, fusion, sums, basis, /, *, rows, cols, "
+        "group, activation_bits, activation_clip, activation_scale, activation_zero, "
+        "zero_per_token)\n--\n\n"
+        "A handle of fusion * P^T W act(R x) with packed W; activation_bits 0, 4 or 8. With a "
+        "basis T, act rounds T R x, and T^T takes back what it gives."),
     LBQ_METHOD(linear, "linear(copies, bias, U, V, /)\n--\n\n"
                        "A handle of the layer y = sum of copies + U V^T x + bias."),
     LBQ_METHOD(linear_forward, "linear_forward(layer, x, y, /)\n--\n\n"

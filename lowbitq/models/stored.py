@@ -4,7 +4,7 @@ The entry of a dense layer (arrays ``NAME.weight``, ``NAME.bias``) is ``{}``, wi
 it has one. The entry of a packed layer is
 
     {"copies": [{"tensor": {...}, "at": "NAME.copies.0", "rotation": {...},
-                 "output_rotation": {...}, "activation": {...}}, ...]}
+                 "output_rotation": {...}, "activation": {...}, "rounding_rotation": {...}}, ...]}
 
 with the arrays ``NAME.copies.0.panels``, ``.levels`` and ``.weight``, ``NAME.adapter.U`` and
 ``.V``. Copies that share a tensor have the same ``"at"``. A layer that occurs twice in a model is
@@ -14,7 +14,7 @@ with the arrays ``NAME.copies.0.panels``, ``.levels`` and ``.weight``, ``NAME.ad
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -72,11 +72,11 @@ class LayerWriter:
             self.arrays |= {f"{name}.{part}": array for part, array in arrays.items()}
         if copy.weight is not None:
             self.arrays[f"{name}.weight"] = self._narrow(copy.weight)
-        entry: dict[str, Any] = {
-            "tensor": metadata,
-            "at": at,
-            "activation": asdict(copy.activation),
-        }
+        how = asdict(replace(copy.activation, rotation=None))
+        del how["rotation"]
+        entry: dict[str, Any] = {"tensor": metadata, "at": at, "activation": how}
+        if (basis := copy.activation.rotation) is not None:
+            entry["rounding_rotation"] = self.rotation(f"{name}.rounding_rotation", basis)
         for kind in ("rotation", "output_rotation"):
             if (rotation := getattr(copy, kind)) is not None:
                 entry[kind] = self.rotation(f"{name}.{kind}", rotation)
@@ -134,14 +134,17 @@ class LayerReader:
 
     def _copy(self, name: str, entry: Mapping[str, Any]) -> Copy:
         tensor = self._tensor(entry["at"], entry["tensor"])
-        output = entry.get("output_rotation")
-        return Copy(
-            tensor,
-            self.rotation(f"{name}.rotation", entry.get("rotation"), tensor.cols),
-            self.rotation(f"{name}.output_rotation", output, tensor.rows),
-            Activation(**entry["activation"]),
-            self._array(f"{name}.weight"),
+        rotations = (
+            self.rotation(f"{name}.{kind}", entry.get(kind), order)
+            for kind, order in (
+                ("rotation", tensor.cols),
+                ("output_rotation", tensor.rows),
+                ("rounding_rotation", tensor.cols),
+            )
         )
+        turn, output, basis = rotations
+        activation = Activation(**entry["activation"], rotation=basis)
+        return Copy(tensor, turn, output, activation, self._array(f"{name}.weight"))
 
     def _tensor(self, at: str, metadata: Mapping[str, Any]) -> QuantizedTensor:
         if at not in self._tensors:

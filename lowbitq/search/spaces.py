@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from lowbitq._core import FormatError
-from lowbitq.linears import Activation, Copy, QuantizedLinear
+from lowbitq.linears import Copy, QuantizedLinear
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.slots import SLOTS
 
@@ -303,7 +303,7 @@ def _changed(copy: Copy, changes: Mapping[str, float]) -> Copy:
         zero: Any = how.zero
         if "zero" in changes:
             zero = how.zero + changes["zero"] * how.scale  # type: ignore[operator]
-        activation = Activation(how.bits, how.clip, scale, zero)
+        activation = replace(how, scale=scale, zero=zero)
     weight = copy.weight
     if "weight" in changes:
         before = np.ones(copy.tensor.shape[0], np.float32) if weight is None else weight

@@ -200,13 +200,15 @@ def _with_range(name: str, copy: Copy, top: float) -> Copy:
         return copy
     if not top > 0:
         raise ValueError(f"the inputs of {name} are zeros, which have no scale")
-    return replace(copy, activation=Activation(bits, scale=top / ((1 << (bits - 1)) - 1)))
+    scale = top / ((1 << (bits - 1)) - 1)
+    how = Activation(bits, scale=scale, rotation=copy.activation.rotation)
+    return replace(copy, activation=how)
 
 
 def inputs_of(
     model: QuantizedModel, tokens: ArrayLike, layer: str, *, copy: int = 0
 ) -> NDArray[np.float32]:
-    """Return the inputs of a layer as the weights of a copy see them.
+    """Return the inputs of a layer as a copy rounds them, in its rotation.
 
     Parameters
     ----------
@@ -234,7 +236,7 @@ def inputs_of(
 def _each_input(
     model: QuantizedModel, tokens: ArrayLike
 ) -> Iterator[tuple[str, int, NDArray[np.float32]]]:
-    """Yield a layer's name, a copy's index and its rotated input (window, cols), by windows."""
+    """Yield a layer's name, a copy's index and what it rounds (window, cols), by windows."""
     windows = token_array(tokens, model.config.vocab_size, axes=(2,))
     stream = Stream(model, windows)
     for block in stream:
@@ -244,6 +246,7 @@ def _each_input(
                 linear = linears[slot.name]
                 copies = linear.copies if isinstance(linear, QuantizedLinear) else ()
                 for index, copy in enumerate(copies):
-                    x = taps[slot.tap]
-                    turned = x.copy() if copy.rotation is None else copy.rotation.apply(x)
-                    yield name_in_block(block, slot), index, turned
+                    x = taps[slot.tap].copy()
+                    for rotation in (copy.rotation, copy.activation.rotation):
+                        x = x if rotation is None else rotation.apply(x)
+                    yield name_in_block(block, slot), index, x

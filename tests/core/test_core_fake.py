@@ -50,10 +50,44 @@ def test_the_product_is_that_of_packed_weights(isa, way, bits, rotation, tokens)
     assert (abs(y - expected) <= 1e-6 * size).all()
 
 
-def backward(x, g, values, bits):
+@pytest.mark.parametrize("rotation", [None, Rotation(COLS, seed=2)])
+@pytest.mark.parametrize("basis", [Rotation(COLS, seed=3), Rotation(COLS, "orthogonal")])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("way", WAYS)
+def test_inputs_are_rounded_in_a_basis_of_their_own(isa, way, bits, basis, rotation):
+    """The product takes T^T round(T R x) in 8 bits."""
+    clip, scale, zero = WAYS[way]
+    tensor, x = quantize(normal(ROWS, COLS), f"int3g{STEP}"), normal(9, COLS, seed=3)
+    how = Activation(bits, clip, scale or None, "token" if np.isnan(zero) else zero, basis)
+    found = QuantizedLinear((Copy(tensor, rotation, activation=how),)).forward(x)
+    turned = basis.apply(x if rotation is None else rotation.apply(x))
+    rounded = np.empty_like(x)
+    _core.round_inputs(turned, np.float32(WAYS[way]), rounded, bits=bits, step=STEP)
+    expected = QuantizedLinear((Copy(tensor),)).forward(basis.inverse(rounded))
+    assert (found == expected).all()
+
+
+def test_copies_round_together_what_they_round_alike():
+    """By value: the rotations and their handles are two objects."""
+    tensors = [quantize(normal(ROWS, COLS, seed=i), f"int3g{STEP}") for i in range(2)]
+
+    def inputs(*bases):
+        layers = tuple(
+            QuantizedLinear((Copy(tensor, activation=Activation(4, rotation=basis)),)).handle
+            for tensor, basis in zip(tensors, bases, strict=True)
+        )
+        return _core.linears_inputs(layers)
+
+    assert inputs(Rotation(COLS, seed=3), Rotation(COLS, seed=3)) == 1
+    assert inputs(Rotation(COLS, seed=3), Rotation(COLS, seed=4)) == 2
+    assert inputs(None, Rotation(COLS, seed=4)) == 2
+
+
+def backward(x, g, values, bits, basis=None):
     """dx, and gradients of the values, of y = act(x)."""
     weight = np.eye(COLS, dtype=np.float32)
-    packed = Copy(quantize(weight, f"int4g{STEP}"), activation=Activation(bits))
+    how = Activation(bits, rotation=basis)
+    packed = Copy(quantize(weight, f"int4g{STEP}"), activation=how)
     copy = _core.copy_rounding(weight, None, None, None, packed.handle, values)
     layer = _core.linear((copy,), None, None, None)
     dx, dvalues = np.full_like(x, np.nan), np.zeros(3, np.float32)
@@ -94,6 +128,18 @@ def test_gradients(isa, way, bits):
         assert dvalues[i] == pytest.approx(expected, rel=1e-3, abs=1e-5 * size)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_in_a_basis(isa, way, bits):
+    """Of T^T act(T x): those of act, rotated."""
+    basis, values = Rotation(COLS, seed=3), np.float32(WAYS[way])
+    x, g = normal(37, COLS), normal(37, COLS, seed=1)
+    dx, dvalues = backward(x, g, values, bits, basis)
+    turned, expected = backward(basis.apply(x), basis.apply(g), values, bits)
+    assert np.allclose(dx, basis.inverse(turned), atol=1e-5)
+    assert np.allclose(dvalues, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_silent_steps_and_many_threads():
     x, g, values = normal(100, COLS), normal(100, COLS, seed=1), np.float32([0.7, 0, 0])
     x[::3, :STEP] = 0
@@ -114,6 +160,12 @@ def test_silent_steps_and_many_threads():
 def test_refusals():
     weight, values = normal(4, 6), np.float32([1, 0, 0])
     tensor = quantize(weight, "int4g64")
+
+    wrong = Activation(8, rotation=Rotation(8))
+    with pytest.raises(ValueError, match="rounding rotation has order 8, but the layer has 6 col"):
+        Copy(tensor, activation=wrong)
+    with pytest.raises(ValueError, match="rotation need 8 or 4 bits"):
+        Activation(None, rotation=Rotation(6))
 
     def copy(values=values, bits=8):
         packed = Copy(tensor, activation=Activation(bits))

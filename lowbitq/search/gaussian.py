@@ -65,6 +65,39 @@ def expected_improvement(mean: ArrayLike, deviation: ArrayLike, best: float) -> 
     return np.maximum(found, 0)
 
 
+def posterior(study: optuna.Study, points: Sequence[Mapping[str, Any]]) -> tuple[Floats, Floats]:
+    """What a Gaussian process fitted to a study's finished trials expects of points.
+
+    Parameters
+    ----------
+    study : optuna.Study
+        Of one objective, with at least two finished trials.
+    points : sequence of mapping of str to value
+        A value of each parameter that all trials have.
+
+    Returns
+    -------
+    mean, deviation : ndarray of shape (points,), float64
+        Of the objective itself, without the noise of an evaluation.
+
+    Raises
+    ------
+    ValueError
+        If the trials are too few, or a point lacks a parameter.
+    """
+    space = IntersectionSearchSpace().calculate(study)
+    done = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(done) < 2:
+        raise ValueError(f"the study has {len(done)} finished trials, expected at least 2")
+    lacking = {name for point in points for name in space.keys() - point.keys()}
+    if lacking:
+        raise ValueError(f"points lack {', '.join(sorted(lacking))}, which the trials have")
+    cube = _Cube(space)
+    seen = np.array([cube.encode(one.params) for one in done])
+    predict = _fitted(seen, np.array([one.value for one in done], np.float64))
+    return predict(np.array([cube.encode(point) for point in points]))
+
+
 class GaussianSampler(optuna.samplers.BaseSampler):
     """Bayesian optimisation of one objective: a Gaussian process and expected improvement.
 

@@ -27,13 +27,17 @@ from numpy.typing import NDArray
 import lowbitq as lq
 from benchmarks.harness import RESULTS, machine
 from lowbitq.commands import demo_model
+from lowbitq.models.slots import SLOTS
 from lowbitq.tables import as_text, columns_of
 from lowbitq.texts import windows
 
 CALIBRATION = {"samples": 12, "window": 1024, "seed": 0}
 WINDOW = 2048
 
-# Plans of all layers, and options of the plan.
+# What the two copies of each kind of layer may keep of the ranges of their inputs.
+CLIPS = {f"*.{slot.name}": {"clip1": (0.5, 1.0), "clip2": (0.5, 1.0)} for slot in SLOTS}
+
+# Plans of all layers, and options of the plan; "search": the space of 50 trials after it.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "one": ("int2g64", {}),
     "one, nearest": ("int2g64", {"method": "rtn"}),
@@ -44,6 +48,9 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "triple": ("int2g64 + int2g64 hadamard + int2g64 hadamard", {}),
     "residual": ("int2g64 + int2g64 residual", {}),
     "residual, turned": ("int2g64 + int2g64 hadamard residual", {}),
+    "4-bit inputs": ("int4g64 a4", {}),
+    "4-bit inputs, shared": ("int4g64 a4 + int4g64 a4 hadamard shared", {}),
+    "4-bit inputs, searched": ("int4g64 a4 + int4g64 a4 hadamard shared", {"search": CLIPS}),
     "four bits": ("int4g64", {}),
     "four bits, nearest": ("int4g64", {"method": "rtn"}),
 }
@@ -61,6 +68,7 @@ class Claim:
     high: float
 
 
+SHARED = "4-bit inputs, shared", "4-bit inputs"
 CLAIMS = [
     Claim("5.1.5", "two rotations lose at least 15 % less than one", "dual", "one", 0, 0.85),
     Claim("5.1.5", "the same, rounded to nearest", "dual, nearest", "one, nearest", 0, 0.85),
@@ -70,6 +78,8 @@ CLAIMS = [
     Claim("5.1.5", "Hadamard + orthogonal is better", "dual, orthogonal", "dual", 0, 1),
     Claim("5.1.3", "a residual beats an average", "residual", "dual", 0, 1),
     Claim("two-bit", "it is best turned", "residual, turned", "residual", 0, 1),
+    Claim("issue", "a shared copy halves the loss by 4-bit inputs", *SHARED, 0, 0.5),
+    Claim("5.3.5", "searched clips lose 10 % less", "4-bit inputs, searched", SHARED[0], 0, 0.9),
     Claim("5.4", "residual copies: 4-bit nearest", "residual, turned", "four bits, nearest", 0, 1),
     Claim("5.4", "residual copies: 4-bit GPTQ", "residual, turned", "four bits", 0, 1),
 ]
@@ -104,7 +114,12 @@ def measure(name: str, count: int, path: Path) -> None:
     folder = Path(os.environ.get("LOWBITQ_DATA", "../shared/data"))
     model, (plan, how) = lq.load(demo_model()), ROWS[name]
     tokens = windows(model.tokenizer, folder / "wikitext2-valid.txt", **CALIBRATION)
-    small = lq.compress(model, plan, text=tokens, embedding=None, drift=False, **how)
+    space = how.get("search")
+    options = {"embedding": None, "drift": False} | how
+    options.pop("search", None)
+    small = lq.compress(model, plan, text=tokens, **options)
+    if space:
+        small = lq.search(model, small, tokens, space, trials=50, window=WINDOW // 2).model
     found = lq.evaluate(small, folder / "wikitext2-test.txt", model, window=WINDOW, windows=count)
     assert found.log_ratio is not None
     assert found.kl is not None

@@ -156,7 +156,8 @@ def round_copies(
         As of `round_matrix`. For several copies also ``errors``, the relative error after each of
         them, and ``correlation``: of the error that the first one leaves with the next one's
         outputs (``residual``: 1 if that is all it carries) or with the next one's error (``own``: 0
-        if averaging halves the error, 1 if it is useless).
+        if averaging halves the error, 1 if it is useless); ``output_correlation``: of the outputs
+        of the first two. A residual compensates if the one is high and the other at most 0.
     """
     how = plan.rounding
     if len(plan.copies) == 1 and plan.copies[0].rotation is None:
@@ -199,7 +200,11 @@ def round_copies(
     if len(made) > 1:
         first = linear.weight - parts[0]
         other = parts[1] if plan.copies[1].mode == "residual" else linear.weight - parts[1]
-        record |= {"errors": errors, "correlation": metric.correlation(first, other)}
+        record |= {
+            "errors": errors,
+            "correlation": metric.correlation(first, other),
+            "output_correlation": metric.correlation(*parts[:2]),
+        }
     return tuple(made), total, record
 
 

@@ -124,6 +124,28 @@ def test_a_residual_is_best_in_another_rotation():
     )
     assert turned["relative_error"] < plain["relative_error"]
     assert turned["correlation"] > 0.85
+    assert abs(turned["output_correlation"]) < 0.3
+
+
+# What the best quantizer of a Gaussian leaves of its variance: J. Max, 1960, table I.
+LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454}
+
+
+@pytest.mark.parametrize("bits", LLOYD_MAX)
+def test_errors_of_gaussian_weights_are_those_of_theory(bits):
+    """The mean of n copies leaves (D / n) / (1 - D + D / n), a residual in another rotation D^2."""
+    D = LLOYD_MAX[bits]
+    linear = Linear(np.random.default_rng(0).standard_normal((512, 512), np.float32))
+
+    def error(*turns):
+        copies = [f"kmeans{bits}tensor{turn}" for turn in turns]
+        plan = LayerPlan.parse(" + ".join(copies), Rounding(method="rtn"))
+        return encode(linear, LayerInputs(), plan)[1]["relative_error"]
+
+    for n in (1, 2, 3, 4):
+        expected = D / n / (1 - D + D / n)
+        assert error("", *[" hadamard"] * (n - 1)) == pytest.approx(expected, rel=0.02)
+    assert error("", " hadamard residual") == pytest.approx(D * D, rel=0.02)
 
 
 @pytest.mark.parametrize(("copies", "one", "most"), [

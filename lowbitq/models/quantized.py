@@ -179,7 +179,11 @@ class QuantizedModel(Model):
 
 def _narrower(record: Mapping[str, Any], kept: int) -> dict[str, Any]:
     """Return what a record says of a layer's first copies alone."""
-    result = {k: v for k, v in record.items() if k not in ("sha256", "rank", "correlation")}
+    result = {
+        k: v
+        for k, v in record.items()
+        if k not in ("sha256", "rank", "correlation", "output_correlation")
+    }
     if errors := result.pop("errors", None):
         result["relative_error"] = errors[kept - 1]
         result["format"] = " + ".join(str(result["format"]).split(" + ")[:kept])

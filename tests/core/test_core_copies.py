@@ -139,6 +139,18 @@ def test_float_copies_join_in(isa, tokens):
     assert abs(y - expected).max() <= 1e-5 * abs(expected).max()
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_float_copies_in_rotations_are_the_layer(count):
+    weight, x = normal(ROWS, COLS), normal(9, COLS, seed=1)
+    share, handles = np.full(ROWS, 1 / count, np.float32), []
+    for seed in range(count):
+        turn = Rotation(COLS, "orthogonal" if seed % 2 else "hadamard", seed)
+        handles.append(_core.copy_dense(turn.apply(weight), turn.handle, None, share))
+    y = forward(_core.linear(tuple(handles), None, None, None), x)
+    expected = x.astype(np.float64) @ weight.T
+    assert abs(y - expected).max() <= 1e-5 * abs(expected).max()
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_an_adapter_is_added(isa, tokens):
     U, V = normal(ROWS, 3), normal(COLS, 3)

@@ -409,33 +409,14 @@ def _scored(model: lq.Model, text: Any, options: Options) -> lq.Sensitivity:
         )
 
 
-def generate(options: Options) -> tuple[dict[str, Any], str]:
-    """Continue a text and show it as it is generated."""
-    model = _load(options.model, options.bits)
-    if model.tokenizer is None:
-        missing = "tokenizer.json" if Path(options.model).is_dir() else "vocabulary"
-        raise CommandError(ERROR, f"{options.model} has no {missing}, so it cannot read text")
-    prompt = options.prompt
-    if options.chat:
-        prompt = model.tokenizer.chat([{"role": "user", "content": prompt}])
-    else:
-        _show(options, prompt)
-    text = model.generate(
-        prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        cache_bits=options.cache_bits,
-        on_token=lambda piece: _show(options, piece),
-    )
-    return {"prompt": prompt, "text": text}, ""
-
-
 def _show(options: Options, piece: str) -> None:
     if not options.json:
-        print(printable(piece), end="", flush=True)
+        show(piece)
+
+
+def show(piece: str) -> None:
+    """Print a piece of text at once."""
+    print(printable(piece), end="", flush=True)
 
 
 def complain(message: object) -> None:

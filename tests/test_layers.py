@@ -40,7 +40,7 @@ PYTHON_ORDER = [
     "models.rope", "models.families", "models.config", "models.config_hf", "models.config_gguf",
     "models.sandbox", "models.chat", "models.vocabulary", "models.vocabulary_gguf",
     "models.tokenizer_folder",
-    "models.tokenizer", "models.tokens", "generation", "models.slots", "gradients",
+    "models.tokenizer", "models.tokens", "sampling", "generation", "models.slots", "gradients",
     "models.plain", "models.decoder", "models.stored", "models.quantized", "models.finite",
     "models.rotating", "models.loading", "models",
     "texts", "fisher", "calibration", "massive", "adapters", "drift", "copies", "encoding",

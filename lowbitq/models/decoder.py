@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lowbitq import _core, generation, gradients
+from lowbitq.generation import (
+    Messages,
+    Stream,
+    TextCallback,
+    TextOptions,
+    Texts,
+    TokenCallback,
+    TokenLists,
+    TokenOptions,
+    Tokens,
+)
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config import ModelConfig
 from lowbitq.models.plain import plain, write_hf
@@ -18,6 +29,9 @@ from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, TO, WHOLE_
 from lowbitq.models.tokenizer import Tokenizer
 from lowbitq.models.tokens import check_sliding_window, token_array
 from lowbitq.rotations import Rotation
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 AnyLinear = Linear | QuantizedLinear
 
@@ -462,32 +476,41 @@ class Model:
             cache.length += len(chunk)
         return logits.reshape(-1)
 
+    @overload
+    def generate(self, prompt: str | Messages, **options: Unpack[TextCallback]) -> str: ...
+
+    @overload
+    def generate(self, prompt: Tokens, **options: Unpack[TokenCallback]) -> NDArray[np.int32]: ...
+
+    @overload
+    def generate(self, prompt: Texts, **options: Unpack[TextOptions]) -> list[str]: ...
+
+    @overload
     def generate(
-        self,
-        prompt: str | Sequence[int] | NDArray[np.integer[Any]],
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int = 0,
-        stop: str | Sequence[str] | None = None,
-        cache_bits: int = 32,
-        on_token: Callable[[Any], object] | None = None,
-    ) -> str | NDArray[np.int32]:
-        """Continue a text or a list of tokens; see `lowbitq.generation.generate`."""
-        return generation.generate(
-            self,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            cache_bits=cache_bits,
-            on_token=on_token,
-        )
+        self, prompt: TokenLists, **options: Unpack[TokenOptions]
+    ) -> list[NDArray[np.int32]]: ...
+
+    def generate(self, prompt: Any, **options: Any) -> Any:
+        """Continue a text, messages, tokens, or a list of these.
+
+        The options are `max_new_tokens`, `temperature`, `top_k`, `top_p`, `min_p`,
+        `repetition_penalty`, `seed`, `stop`, `cache_bits` and `on_token`; see
+        `lowbitq.generation.generate`.
+        """
+        return generation.generate(self, prompt, **options)
+
+    @overload
+    def stream(self, prompt: str | Messages, **options: Unpack[TextOptions]) -> Stream[str]: ...
+
+    @overload
+    def stream(self, prompt: Tokens, **options: Unpack[TokenOptions]) -> Stream[int]: ...
+
+    def stream(self, prompt: Any, **options: Any) -> Any:
+        """Return an iterator over the pieces of one continuation, made as they are asked for.
+
+        The options are those of `generate` without `on_token`; see `lowbitq.generation.stream`.
+        """
+        return generation.stream(self, prompt, **options)
 
     def gradients(
         self,

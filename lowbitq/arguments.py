@@ -19,7 +19,9 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, except uninformative ones."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        if action.default is None or action.default is False or action.default in ("", {}):
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

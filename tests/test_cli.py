@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +14,7 @@ import pytest
 from command_line import run
 
 import lowbitq as lq
-from lowbitq import cli, commands, roofline
+from lowbitq import commands, roofline
 from lowbitq.gradients import weight_gradients
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +53,10 @@ def test_runs_as_a_module():
 def test_help_shows_every_default(capsys, command):
     code, out, _ = run(capsys, command, "--help")
     assert code == 0
+    assert "(default: )" not in out
+    assert "(default: {})" not in out
+    if "--seed" in out:
+        assert re.search(r"--seed SEED +[^-]*\(default: 0\)", out)
     assert "--json" in out
     assert "--threads" in out
 
@@ -428,22 +432,6 @@ def test_windows_longer_than_the_positions_are_one_line(capsys, tiny_folder, tex
     ]
 
 
-def test_generate(capsys, tiny_folder):
-    arguments = ["generate", tiny_folder, "Hello", "--max-new-tokens", 5]
-    text = lq.load(tiny_folder).generate("Hello", max_new_tokens=5)
-    assert run(capsys, *arguments) == (0, f"Hello{text}\n", [])
-    assert json.loads(run(capsys, *arguments, "--json")[1]) == {"prompt": "Hello", "text": text}
-    small = lq.load(tiny_folder).generate("Hello", max_new_tokens=5, cache_bits=8)
-    assert run(capsys, *arguments, "--cache-bits", 8)[1] == f"Hello{small}\n"
-
-
-@pytest.mark.parametrize("option", [("--top-p", "1.5"), ("--temperature", "-1")])
-def test_generate_refuses_impossible_options(capsys, tiny_folder, option):
-    code, _, err = run(capsys, "generate", tiny_folder, "Hello", "--json", *option)
-    assert code == 1
-    assert option[0][2:].replace("-", "_") in err[0]
-
-
 @pytest.fixture
 def one_short_format(monkeypatch):
     """Let bench measure little."""
@@ -533,24 +521,6 @@ def test_threads_are_those_asked_for(capsys, tiny_folder, threads):
     run(capsys, "inspect", tiny_folder, "--threads", threads)
     assert lq.show_config()["threads"] == threads
     lq.set_num_threads(before)
-
-
-def test_generate_goes_on_where_a_character_cannot_be_shown(monkeypatch, tiny_folder):
-    monkeypatch.setattr(lq.Model, "generate", lambda self, prompt, *, on_token, **_: on_token("é"))
-    shown = io.BytesIO()
-    with monkeypatch.context() as patched:
-        patched.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
-        assert cli.main(["generate", str(tiny_folder), "a"]) == 0
-        sys.stdout.flush()
-        assert shown.getvalue() == b"a?\n"
-
-
-@pytest.mark.parametrize("prompt", ["h\u00e9", "\u4f60"])
-def test_a_prompt_that_the_locale_cannot_decode_is_utf_8(prompt):
-    escaped = prompt.encode().decode("ascii", "surrogateescape")
-    options = cli._parser().parse_args(["generate", "m", escaped])
-    assert options.prompt == prompt
-    assert cli._parser().parse_args(["generate", "m", prompt]).prompt == prompt
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "vocab.json", "tekken.json"])

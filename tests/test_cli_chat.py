@@ -8,6 +8,7 @@ import pytest
 from command_line import run
 
 import lowbitq as lq
+from lowbitq.commands_generation import newest_that_fit
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 
@@ -66,21 +67,20 @@ def test_reset_forgets_and_exit_ends(capsys, folder, say):
 
 def test_an_interrupt_ends_only_the_answer(capsys, folder, say, monkeypatch):
     say("one", "two")
-    calls = []
-    generate = lq.QuantizedModel.generate
+    steps = []
+    step = lq.QuantizedModel.step
 
-    def interrupted(self, prompt, **options):
-        calls.append(prompt)
-        if len(calls) == 1:
-            options["on_token"]("half")
+    def interrupted(self, tokens, cache):
+        steps.append(tokens)
+        if len(steps) == 3:
             raise KeyboardInterrupt
-        return generate(self, prompt, **options)
+        return step(self, tokens, cache)
 
-    monkeypatch.setattr(lq.QuantizedModel, "generate", interrupted)
-    code, shown, _ = run(capsys, "chat", folder, "--max-new-tokens", 2, "--json")
+    monkeypatch.setattr(lq.QuantizedModel, "step", interrupted)
+    code, shown, _ = run(capsys, "chat", folder, "--max-new-tokens", 4, "--json")
     found = json.loads(shown.splitlines()[-1])
     assert (code, found["answers"]) == (0, 2)
-    assert found["messages"][1]["content"] == "half"
+    assert [len(one["content"]) for one in found["messages"]] == [3, 2 * 2, 3, 2 * 4]  # with spaces
 
 
 def test_serve_needs_a_token_for_others(capsys, folder, monkeypatch):
@@ -90,10 +90,36 @@ def test_serve_needs_a_token_for_others(capsys, folder, monkeypatch):
     assert "--host 0.0.0.0 can be reached by others; give --token" in err[-1]
 
 
-def test_a_conversation_that_is_too_long_goes_on_without_its_last_words(capsys, folder, say):
-    say("x" * 5000, "short")
+def test_a_message_that_is_too_long_is_not_remembered(capsys, folder, say):
+    say("first", "x" * 5000, "short")
     code, shown, err = run(capsys, "chat", folder, "--max-new-tokens", 2, "--json")
     found = json.loads(shown.splitlines()[-1])
-    assert (code, found["answers"]) == (0, 1)
-    assert found["messages"][0]["content"] == "short"
+    assert (code, found["answers"]) == (0, 2)
+    said = [one["content"] for one in found["messages"] if one["role"] == "user"]
+    assert said == ["first", "short"]
     assert any("/reset begins anew" in line for line in err)
+
+
+def test_a_full_context_forgets_the_oldest_exchanges(capsys, folder, say):
+    say("a" * 1500, "b" * 1500, "c" * 1500, "d" * 1500)
+    more = ["--max-new-tokens", 2, "--system", "be brief", "--json"]
+    code, shown, err = run(capsys, "chat", folder, *more)
+    found = json.loads(shown.splitlines()[-1])
+    assert (code, found["answers"]) == (0, 4)
+    assert [one["role"] for one in found["messages"]] == ["system", *["user", "assistant"] * 2]
+    assert [one["content"][0] for one in found["messages"] if one["role"] == "user"] == ["c", "d"]
+    said = "lowbitq: the context of 4096 tokens is full: forgot the oldest 2 messages"
+    assert err.count(said) == 2
+
+
+def test_as_few_exchanges_as_need_be_are_forgotten():
+    roles = ["system", "user", "assistant", "user", "assistant", "tool", "assistant", "user"]
+    messages = [{"role": role, "at": at} for at, role in enumerate(roles)]
+
+    def kept(most):
+        return [one["at"] for one in newest_that_fit(messages, lambda some: len(some) <= most)]
+
+    assert kept(8) == list(range(8))
+    assert kept(7) == kept(6) == [0, 3, 4, 5, 6, 7]
+    assert kept(5) == kept(2) == kept(0) == [0, 7], "the last one stays"
+    assert len(messages) == 8

@@ -7,7 +7,6 @@ import os
 from typing import Any
 
 from lowbitq.commands import USAGE, CommandError, Options, _load, complain
-from lowbitq.serving import Limits, app
 
 TOKEN = "LOWBITQ_TOKEN"
 
@@ -18,12 +17,10 @@ def serve(options: Options) -> tuple[dict[str, Any], str]:
     if not is_local(options.host) and token is None:
         said = f"--host {options.host} can be reached by others; give --token or set {TOKEN}"
         raise CommandError(USAGE, said)
-    try:
-        import uvicorn
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "serving needs Starlette and uvicorn; get them with: pip install 'lowbitq[serve]'"
-        ) from error
+    import uvicorn
+
+    from lowbitq.serving import Limits, app  # here, as Starlette may be missing, with uvicorn
+
     limits = Limits(seconds=options.seconds, waiting=options.waiting)
     served = app(_load(options.model), name=options.name, token=token, limits=limits)
     complain(f"http://{options.host}:{options.port}/v1 serves {options.name}; Ctrl-C ends it")

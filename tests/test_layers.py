@@ -52,7 +52,7 @@ PYTHON_ORDER = [
     "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
     "sensitivity", "linearity", "monitoring", "knapsack", "prices", "budgets", "duplication",
     "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
-    "search", "enhancement", "matrices", "serving", "demo", "",
+    "search", "enhancement", "matrices", "serving_requests", "serving", "demo", "",
     "commands", "commands_choosing", "commands_generation", "commands_serving",
     "arguments", "arguments_generation", "cli", "__main__",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import socket
 import threading
@@ -21,6 +23,7 @@ TEMPLATE = (
     "[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 )
 HELLO = {"messages": [{"role": "user", "content": "hello there"}], "max_tokens": 6}
+PROMPT = "[user] hello there\n"
 
 
 class Slow:
@@ -36,6 +39,53 @@ class Slow:
         self.steps += 1
         time.sleep(self.seconds)
         return self.model.step(tokens, cache)
+
+
+class Held(Slow):
+    """A model whose steps wait until they may go."""
+
+    def __init__(self, model):
+        super().__init__(model, 0)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def step(self, tokens, cache):
+        self.begun.set()
+        assert self.go.wait(30)
+        return super().step(tokens, cache)
+
+
+class Failing(Slow):
+    """A model whose steps fail from the one of that number on."""
+
+    def __init__(self, model, at):
+        super().__init__(model, 0)
+        self.at = at
+
+    def step(self, tokens, cache):
+        if cache.length + len(tokens) >= self.model.tokenizer.encode(PROMPT).size + self.at - 1:
+            raise lq.NumericalError("a NaN")
+        return super().step(tokens, cache)
+
+
+async def ask_app(found, values, send, gone=None, spec_version="2.4", path="chat/completions"):
+    """Send a request to an application without a socket; its client goes with an event."""
+    messages = [{"type": "http.request", "body": json.dumps(values).encode()}]
+
+    async def receive():
+        if messages:
+            return messages.pop()
+        await (gone or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": spec_version},
+        "method": "POST",
+        "path": f"/v1/{path}",
+        "query_string": b"",
+        "headers": [],
+    }
+    await found(scope, receive, send)
 
 
 @pytest.fixture(scope="module")
@@ -180,8 +230,40 @@ def test_models_and_health(plain):
     assert httpx.get(f"{url}/v1/models/lowbitq").json()["id"] == "lowbitq"
     assert httpx.get(f"{url}/v1/models/other").status_code == 404
     assert httpx.get(f"{url}/health").json() == {"status": "ok", "waiting": 0}
-    assert httpx.get(f"{url}/v1/other").status_code == 404
-    assert httpx.get(f"{url}/v1/completions").status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "said"),
+    [
+        ("GET", "/v1/other", 404, "there is no GET /v1/other"),
+        ("POST", "/", 404, "there is no POST /"),
+        ("GET", "/v1/completions", 405, "there is no GET /v1/completions, but POST"),
+        ("POST", "/v1/models", 405, "there is no POST /v1/models, but "),
+    ],
+)
+def test_other_routes_and_methods_have_openais_error(plain, method, path, status, said):
+    url, _ = plain
+    response = httpx.request(method, f"{url}{path}")
+    assert response.status_code == status
+    error = response.json()["error"]
+    assert error["message"].startswith(said)
+    assert error["type"] == "invalid_request_error"
+    assert ("allow" in response.headers) == (status == 405)
+
+
+def test_min_p_and_repetition_penalty_reach_the_model(plain, model):
+    url, _ = plain
+    for options in (
+        {"temperature": 3.0, "seed": 1, "min_p": 0.5},
+        {"temperature": 0, "repetition_penalty": 9},
+    ):
+        expected = model.generate("the river", max_new_tokens=9, **options)
+        found = post(url, "completions", prompt="the river", max_tokens=9, **options).json()
+        assert found["choices"][0]["text"] == expected
+    for name, value in (("min_p", 2), ("repetition_penalty", 0)):
+        response = post(url, **HELLO, **{name: value})
+        assert response.status_code == 400
+        assert f"{name} is {value}" in response.json()["error"]["message"]
 
 
 def test_a_token_is_needed(serve, model):
@@ -233,6 +315,136 @@ def test_a_client_that_goes_before_the_first_piece_frees_its_place(serve, model)
     assert slow.steps < 4
 
 
+def test_a_client_that_goes_while_it_waits_frees_its_place_at_once(serve, model):
+    held = Held(model)
+    url, server = serve(held)
+    with ThreadPoolExecutor(1) as client:
+        first = client.submit(post, url, **HELLO)
+        assert held.begun.wait(10)
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/chat/completions", json=HELLO, timeout=0.1)
+        until = time.monotonic() + 5
+        while server.waiting > 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        waiting = server.waiting
+        held.go.set()
+        assert first.result().status_code == 200
+    assert waiting == 1, "while the first is still answered"
+    assert quiet(server)
+
+
+@pytest.mark.parametrize("spec_version", ["2.3", "2.4"])
+def test_a_client_that_goes_before_the_stream_starts_frees_its_place(model, spec_version):
+    """Both ways of ASGI to say so: a message, and an error where something is sent."""
+    found = app(model)
+
+    async def ask():
+        gone = asyncio.Event()
+
+        async def send(message):
+            gone.set()
+            if spec_version == "2.4":
+                raise OSError
+            await asyncio.Event().wait()
+
+        await ask_app(found, HELLO | {"stream": True}, send, gone, spec_version)
+        return found.state.server.waiting
+
+    gc.disable()
+    try:
+        assert asyncio.run(asyncio.wait_for(ask(), 10)) == 0
+    finally:
+        gc.enable()
+        found.state.server.close()
+
+
+def test_a_client_that_does_not_read_loses_its_place(model):
+    found = app(model, limits=Limits(reading_seconds=0.1))
+    sent = []
+
+    async def ask():
+        async def send(message):
+            sent.append(message)
+            if len(sent) > 1:
+                await asyncio.Event().wait()
+
+        await ask_app(found, HELLO | {"stream": True}, send)
+        return found.state.server.waiting
+
+    assert asyncio.run(asyncio.wait_for(ask(), 10)) == 0
+    assert len(sent) == 2
+    found.state.server.close()
+
+
+def test_a_slow_reader_gets_the_rest_at_once(model):
+    """What is made while a client reads is one event: the worker waits for nobody."""
+    found = app(model)
+    options = {"prompt": "the river", "max_tokens": 300, "temperature": 0, "stream": True}
+    bodies = []
+
+    async def ask():
+        async def send(message):
+            bodies.append(message.get("body", b""))
+            if len(bodies) == 2:  # the first piece is read until the whole answer is made
+                await asyncio.wrap_future(found.state.server.worker.submit(int))
+
+        await ask_app(found, options, send, path="completions")
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
+    parts = [json.loads(line[6:]) for line in b"".join(bodies).splitlines() if line[6:7] == b"{"]
+    texts = [part["choices"][0]["text"] for part in parts]
+    assert "".join(texts) == model.generate("the river", max_new_tokens=300)
+    assert len(texts) < 10
+    found.state.server.close()
+
+
+def test_the_event_loop_neither_renders_nor_encodes(serve, model, monkeypatch):
+    threads = set()
+
+    def noted(function):
+        def call(*arguments, **options):
+            threads.add(threading.current_thread().name.rsplit("_", 1)[0])
+            return function(*arguments, **options)
+
+        return call
+
+    for name in ("encode", "decode", "chat"):
+        monkeypatch.setattr(lq.Tokenizer, name, noted(getattr(lq.Tokenizer, name)))
+    url, _ = serve(model)
+    assert post(url, **HELLO).status_code == 200
+    assert post(url, **HELLO, stream=True).status_code == 200
+    assert threads == {"lowbitq-read", "lowbitq-serve"}
+
+
+def test_an_error_in_mid_stream_is_an_event(serve, model):
+    openai = pytest.importorskip("openai")
+    url, server = serve(Failing(model, at=4))
+    options = HELLO | {"temperature": 0}
+    with httpx.stream(
+        "POST", f"{url}/v1/chat/completions", json=options | {"stream": True}
+    ) as response:
+        assert response.status_code == 200
+        lines = [line for line in response.iter_lines() if line]
+    *pieces, last = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert pieces
+    assert all("choices" in piece for piece in pieces)
+    assert last["error"]["type"] == "server_error"
+    assert last["error"]["message"] == "the answer broke off: NumericalError: a NaN"
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    with pytest.raises(openai.APIError, match="broke off"):
+        list(client.chat.completions.create(**options, model="lowbitq", stream=True))
+    assert quiet(server)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_error_before_the_first_piece_has_a_status(serve, model, stream):
+    url, server = serve(Failing(model, at=1))
+    response = post(url, **HELLO, stream=stream)
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "the answer broke off: NumericalError: a NaN"
+    assert quiet(server)
+
+
 def test_a_request_has_to_arrive(serve, model):
     url, _ = serve(model, limits=Limits(upload_seconds=0.1), token="gehe\u00efm")
 
@@ -267,10 +479,11 @@ def test_a_full_queue_is_said(serve, model):
 
 
 def test_two_hundred_requests_of_eight_clients(serve, model):
-    """Whole and streamed, some broken off: equal seeds give equal texts, and nothing is left."""
+    """Whole, streamed, broken off, and a slow reader: equal texts of equal seeds, nothing left."""
     url, server = serve(model)
     threads = threading.active_count()
-    with httpx.Client(base_url=url, timeout=30) as http, ThreadPoolExecutor(8) as clients:
+    others = threading.Event()
+    with httpx.Client(base_url=url, timeout=30) as http, ThreadPoolExecutor(9) as clients:
 
         def ask(number):
             options = HELLO | {"seed": number % 5, "temperature": 0.9, "max_tokens": 4}
@@ -282,11 +495,24 @@ def test_two_hundred_requests_of_eight_clients(serve, model):
                 next(response.iter_lines())
             return None
 
+        def read_slowly():
+            options = {"prompt": "the river", "max_tokens": 2000, "temperature": 0, "stream": True}
+            with http.stream("POST", "/v1/completions", json=options) as response:
+                lines = response.iter_lines()
+                first = next(lines)
+                assert others.wait(60)
+                lines = [first, *lines]
+            parts = [json.loads(line[6:]) for line in lines if line[6:7] == "{"]
+            return "".join(part["choices"][0]["text"] for part in parts)
+
+        slow = clients.submit(read_slowly)
         found = [one for one in clients.map(ask, range(200)) if one is not None]
+        others.set()
+        assert slow.result() == model.generate("the river", max_new_tokens=2000)
     assert len(found) == 150
     assert len(set(found)) == len({seed for seed, _ in found})
     assert quiet(server)
-    assert threading.active_count() <= threads + 1
+    assert threading.active_count() <= threads + 2
 
 
 def test_addresses_that_others_can_reach():

@@ -26,7 +26,9 @@ Functions of arrays take float64, float16, bfloat16, any memory order, lists, an
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
+import sys
 import textwrap
 from functools import cache
 from typing import Any
@@ -40,6 +42,12 @@ except ImportError as error:
         f"the C module lowbitq._core cannot be loaded ({error}); in a source tree, build it with: "
         "pip install -e ."
     ) from error
+except ValueError as error:  # LOWBITQ_NUM_THREADS or LOWBITQ_ISA has a bad value
+    # The command line says an error in one line; this one comes before it is there.
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if program == "lowbitq" or (program == "-m" and "lowbitq" in sys.orig_argv):
+        raise SystemExit(f"lowbitq: {error}") from None
+    raise
 from lowbitq import _core
 from lowbitq.analysis import analyze
 from lowbitq.budgets import BudgetPlan, plan

@@ -13,6 +13,7 @@ from typing import Any
 
 import lowbitq as lq
 from lowbitq.optimizers import RATES
+from lowbitq.suggestions import did_you_mean
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -25,10 +26,17 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help shows defaults."""
+    """A parser whose help shows defaults, and that suggests what an unknown word may have meant."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=_Help, **options)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = did_you_mean(str(value), map(str, action.choices or ()))
+            raise argparse.ArgumentError(action, f"{error.message}{meant}") from None
 
 
 class Noted(argparse.Action):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lowbitq import _core
+from lowbitq.suggestions import did_you_mean
 
 _CODES = _core.codes()
+_GROUPS = (16, 32, 64, 128)
 
 
 def _spans() -> str:
@@ -19,6 +22,16 @@ def _spans() -> str:
     for name, code in _CODES.items():
         kinds.setdefault(code["kind"], []).append(name)
     return ", ".join(" to ".join(dict.fromkeys([min(k), max(k)])) for k in kinds.values())
+
+
+def _common() -> Iterator[str]:
+    """Texts of formats without integer scales and zeros, to suggest."""
+    for code, properties in _CODES.items():
+        groups = [f"g{group}" for group in _GROUPS if group % properties["multiple"] == 0]
+        for place in ["", *groups, "tensor"]:
+            yield code + place
+            if properties["offsets"]:
+                yield code + place + "sym"
 
 
 GRAMMAR = (
@@ -88,7 +101,7 @@ class Format:
     def __post_init__(self) -> None:
         if self.code not in _CODES:
             raise ValueError(f"unknown code {self.code!r}; expected {GRAMMAR}")
-        if self.group not in (None, 16, 32, 64, 128):
+        if self.group not in (None, *_GROUPS):
             raise ValueError(f"group is {self.group}, expected 16, 32, 64, 128 or None")
         if self.per_tensor and self.group:
             raise ValueError("a format has one scale per tensor or per group, not both")
@@ -141,7 +154,8 @@ class Format:
             return text
         match = _TEXT.fullmatch(text)
         if not match:
-            raise ValueError(f"unknown format {text!r}; expected {GRAMMAR}")
+            meant = did_you_mean(text, _common())
+            raise ValueError(f"unknown format {text!r}{meant}; expected {GRAMMAR}")
         if match["tensor"] and match["scale"]:
             raise ValueError(f"format {text!r} has integer scales but only one scale")
         whole = match["tensor"] is not None

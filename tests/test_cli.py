@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -66,6 +67,11 @@ def test_help_shows_every_default(capsys, command):
     [
         ([], "required"),
         (["compress"], "invalid choice"),
+        (["inspekt", "m"], "(did you mean 'inspect'?)"),
+        (["export", "m", "o", "--to", "gguff"], "(did you mean 'gguf'?)"),
+        (["quantize", "m", "o", "--format", "int4g46"], "'int4g46' (did you mean 'int4g64'?)"),
+        (["sensitivity", "m", "--formats", "int2g64,nf3"], "'nf3' (did you mean 'nf4'?)"),
+        (["quantize", "m", "o", "--formt", "int4g64"], "unrecognized arguments: --formt"),
         (["inspect"], "required"),
         (["evaluate", "m", "--windows", "0"], "0 is not positive"),
         (["quantize", "m", "o", "--format", "int9g64"], "unknown format 'int9g64'"),
@@ -84,6 +90,22 @@ def test_wrong_use_exits_2(capsys, arguments, said):
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert said in err[-1]
+
+
+@pytest.mark.parametrize("variable", ["LOWBITQ_NUM_THREADS", "LOWBITQ_ISA"])
+@pytest.mark.parametrize("command", [[sys.executable, "-m", "lowbitq"], ["lowbitq"]])
+def test_a_bad_environment_is_one_line(tmp_path, command, variable):
+    if command == ["lowbitq"]:  # as pip installs it
+        script = tmp_path / "lowbitq"
+        script.write_text("import sys\nfrom lowbitq.cli import main\nsys.exit(main())\n")
+        command = [sys.executable, script]
+    environment = {**os.environ, variable: "abc", "PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(
+        [*command, "inspect", "m"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (shown.returncode, shown.stdout) == (1, "")
+    [line] = shown.stderr.splitlines()
+    assert line.startswith(f"lowbitq: {variable} is 'abc', expected")
 
 
 @pytest.mark.parametrize("command", [["inspect"], ["evaluate"], ["generate", "prompt"]])

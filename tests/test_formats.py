@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -180,3 +181,30 @@ def test_tables_padding_and_row_scales_count():
 def test_empty_matrix_is_refused():
     with pytest.raises(ValueError, match=r"\(0, 64\) is empty"):
         Format.parse("int4").stored_bytes(0, 64)
+
+
+def suggested(text):
+    with pytest.raises(ValueError, match=f"unknown format '{text}'") as error:
+        Format.parse(text)
+    found = re.search(r"did you mean '(.*?)'", str(error.value))
+    return found and found[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [
+        ("int4g46", "int4g64"),
+        ("INT4G64", "int4g64"),
+        ("int4-g64", "int4g64"),
+        ("ternery", "ternary"),
+        ("nf3", "nf4"),
+        ("Q4_0", None),
+    ],
+)
+def test_an_unknown_text_is_told_the_most_similar_format(text, meant):
+    assert suggested(text) == meant
+
+
+@pytest.mark.parametrize("text", ["int1g16x", "int1g17", "binaryg15", "log3tensorsym!", "nf4simm"])
+def test_what_is_suggested_is_a_format(text):
+    assert Format.parse(suggested(text))

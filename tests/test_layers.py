@@ -31,8 +31,8 @@ HAVE_LOCKS = {f"core/{name}.c" for name in ["threads", "memory", "blas"]}
 # the root ("") below everything but the command line, which uses what every program uses.
 # fmt: off
 PYTHON_ORDER = [
-    "version", "tables", "_core", "arrays", "formats", "tensors", "grids", "quantizers", "gptq",
-    "losses", "rotations", "linears", "rotation_scores", "procrustes",
+    "version", "suggestions", "tables", "_core", "arrays", "formats", "tensors", "grids",
+    "quantizers", "gptq", "losses", "rotations", "linears", "rotation_scores", "procrustes",
     "checkpoints.mapping", "checkpoints.writing", "checkpoints.gguf",
     "checkpoints.gguf_blocks", "checkpoints.integer_words", "checkpoints.safetensors",
     "checkpoints.packed", "checkpoints.folders", "checkpoints.archives", "checkpoints.blocks",

@@ -115,16 +115,6 @@ class Stream(Iterator[Piece]):
 
     Closing it, or dropping it unfinished, frees the key-value cache. It is also a context manager
     that closes it.
-
-    Attributes
-    ----------
-    prompt_tokens : int
-        Number of tokens of the prompt.
-    tokens : int
-        Number of tokens chosen so far, including an end token.
-    finish : str or None
-        What ended the continuation: ``"stop"``, an end token or a `stop` text; ``"length"``,
-        `max_new_tokens`; None, nothing yet.
     """
 
     def __init__(self, pieces: Steps[Piece, None, None], progress: _Progress) -> None:
@@ -134,14 +124,20 @@ class Stream(Iterator[Piece]):
 
     @property
     def prompt_tokens(self) -> int:
+        """Number of tokens of the prompt."""
         return self._progress.prompt_tokens
 
     @property
     def tokens(self) -> int:
+        """Number of tokens chosen so far, including an end token."""
         return self._progress.tokens
 
     @property
     def finish(self) -> str | None:
+        """What ended the continuation; None while it can go on.
+
+        ``"stop"`` is an end token or a text of `stop`, ``"length"`` is `max_new_tokens`.
+        """
         return self._progress.finish
 
     def __next__(self) -> Piece:

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from lowbitq.commands import USAGE, CommandError, Options, _load, complain
+from lowbitq.serving_requests import MISSING
 
 TOKEN = "LOWBITQ_TOKEN"
 
@@ -17,10 +18,12 @@ def serve(options: Options) -> tuple[dict[str, Any], str]:
     if not is_local(options.host) and token is None:
         said = f"--host {options.host} can be reached by others; give --token or set {TOKEN}"
         raise CommandError(USAGE, said)
-    import uvicorn
+    try:
+        import uvicorn
 
-    from lowbitq.serving import Limits, app  # here, as Starlette may be missing, with uvicorn
-
+        from lowbitq.serving import Limits, app
+    except ModuleNotFoundError as error:
+        raise ImportError(MISSING) from error
     limits = Limits(seconds=options.seconds, waiting=options.waiting)
     served = app(_load(options.model), name=options.name, token=token, limits=limits)
     complain(f"http://{options.host}:{options.port}/v1 serves {options.name}; Ctrl-C ends it")

@@ -24,6 +24,7 @@ from lowbitq.models.decoder import Model
 from lowbitq.serving_requests import (
     CHAT,
     COMPLETION,
+    MISSING,
     RequestError,
     chat_prompt,
     completion_prompt,
@@ -40,9 +41,7 @@ try:
     from starlette.routing import Route
     from starlette.types import Receive, Scope, Send
 except ModuleNotFoundError as error:
-    raise ImportError(
-        "serving needs Starlette and uvicorn; get them with: pip install 'lowbitq[serve]'"
-    ) from error
+    raise ImportError(MISSING) from error
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,6 +14,8 @@ from typing import Any
 from lowbitq.generation import room
 from lowbitq.models.decoder import Model
 
+MISSING = "serving needs Starlette and uvicorn; get them with: pip install 'lowbitq[serve]'"
+
 # Options of both requests, with the types they may have; top_k, min_p and repetition_penalty are
 # not OpenAI's, but many servers have them.
 _COMMON: dict[str, tuple[type, ...]] = {

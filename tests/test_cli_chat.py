@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 from command_line import run
@@ -88,6 +89,15 @@ def test_serve_needs_a_token_for_others(capsys, folder, monkeypatch):
     code, _, err = run(capsys, "serve", folder, "--host", "0.0.0.0")
     assert code == 2
     assert "--host 0.0.0.0 can be reached by others; give --token" in err[-1]
+
+
+@pytest.mark.parametrize("missing", ["uvicorn", "starlette.routing"])
+def test_serve_says_what_it_needs(capsys, folder, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.delitem(sys.modules, "lowbitq.serving", raising=False)
+    code, out, err = run(capsys, "serve", folder)
+    assert (code, out) == (1, "")
+    assert err[-1].endswith("get them with: pip install 'lowbitq[serve]'")
 
 
 def test_a_message_that_is_too_long_is_not_remembered(capsys, folder, say):

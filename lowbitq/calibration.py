@@ -21,6 +21,7 @@ from lowbitq.models.finite import check_finite
 from lowbitq.models.slots import FROM, TAPS, TO, name_in_block
 from lowbitq.models.tokens import check_count
 from lowbitq.plans import Sampling
+from lowbitq.tables import as_frame, as_html, columns_of
 from lowbitq.texts import Text, windows
 
 Array = NDArray[np.float32]
@@ -89,6 +90,28 @@ class Statistics:
     hessians: dict[str, NDArray[np.float64]] = field(default_factory=dict, repr=False)
     token_weights: dict[str, Array] = field(default_factory=dict, repr=False)
     output_squares: dict[str, Array] = field(default_factory=dict, repr=False)
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame, a row for each layer; ImportError without pandas."""
+        return as_frame(self._rows())
+
+    def _repr_html_(self) -> str:
+        rows = self._rows()
+        caption = f"{len(self.tokens)} windows of {self.tokens.shape[1]} tokens, "
+        caption += f"{len(self.massive)} massive activations"
+        return as_html(columns_of(rows), rows, caption=caption, bars=["root mean square"])
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """What is known of the inputs of each layer, in numbers."""
+        return [
+            {
+                "layer": name,
+                "inputs": len(square),
+                "root mean square": float(np.sqrt(square.mean())),
+                "maximum": float(self.max_abs[name].max()),
+            }
+            for name, square in self.mean_square.items()
+        ]
 
     @property
     def token_count(self) -> int:

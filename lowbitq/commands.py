@@ -436,7 +436,7 @@ def bench(options: Options) -> tuple[dict[str, Any], str]:
         found = roofline.measure(progress=progress)
     config = lq.show_config()
     if axes is not None:
-        plots.roofline(found, axes).figure.savefig(options.plot)
+        found.plot(axes).figure.savefig(options.plot)
     return {**found.to_dict(), "config": dict(config)}, f"{config['cpu']}, {found}"
 
 

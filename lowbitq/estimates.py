@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbitq.tables import as_html
+from lowbitq import plots
+from lowbitq.tables import as_frame, as_html
 
 _RESAMPLES = 10_000  # of the bootstrap: the interval's ends vary by 2 % of its width
 
@@ -136,6 +137,38 @@ class Evaluation:
         if self.kl is not None:
             values["kl"]["percentiles"] = {str(p): v for p, v in self.kl.percentiles.items()}
         return values
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame of one row; ImportError without pandas.
+
+        Frames of several models go together with ``pandas.concat``.
+        """
+        row = {name: value for name, value in vars(self).items() if value is not None}
+        return as_frame([{name: float(value) for name, value in row.items()}])
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw percentiles over tokens of the divergence from the reference.
+
+        Parameters
+        ----------
+        axes : matplotlib.axes.Axes, default=None
+            Where to draw. None: a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ValueError
+            If there was no reference.
+        ImportError
+            If `axes` is None and matplotlib is not installed.
+        """
+        if self.kl is None:
+            raise ValueError("there is no divergence to draw: evaluate(model, text, reference)")
+        known = {f"{self.bits_per_weight:.2f} bits": self.kl.percentiles}
+        return plots.percentiles(known, "KL divergence of a token, nats", axes)
 
     def _repr_html_(self) -> str:
         lines = ((line[:12].rstrip(), line[12:]) for line in str(self).splitlines())

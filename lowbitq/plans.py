@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from lowbitq.formats import Format
 from lowbitq.gptq import ORDERS
 from lowbitq.quantizers import RANGES
-from lowbitq.tables import as_html
+from lowbitq.tables import as_frame, as_html
 
 ROTATIONS = ("hadamard", "orthogonal", "none")
 MODES = ("own", "shared", "residual")
@@ -382,6 +382,10 @@ class Plan:
             f"{type(self).__name__}({mix}; rotation={self.rotation!r}, seed={self.seed}, "
             f"drift={self.drift}, embedding={str(self.embedding)!r})"
         )
+
+    def to_frame(self) -> Any:
+        """Return a pandas DataFrame, a row for each layer; ImportError without pandas."""
+        return as_frame({"layer": name, "plan": str(layer)} for name, layer in self.layers.items())
 
     def _repr_html_(self) -> str:
         rows = [{"layer": name, "plan": str(layer)} for name, layer in self.layers.items()]

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from lowbitq.roofline import KINDS, Roofline
+from numpy.typing import ArrayLike
 
 
 def new_axes() -> Any:
@@ -33,63 +32,6 @@ def new_axes() -> Any:
     except ModuleNotFoundError as error:
         raise ImportError("plots need matplotlib; get it with: pip install matplotlib") from error
     return Figure(figsize=(8, 5), layout="constrained").add_subplot()
-
-
-def roofline(found: Roofline, axes: Any = None) -> Any:
-    """Draw the limits of a machine and the performance of its layers.
-
-    Parameters
-    ----------
-    found : Roofline
-    axes : matplotlib.axes.Axes, default=None
-        Where to draw. None: a new figure.
-
-    Returns
-    -------
-    matplotlib.axes.Axes
-        Its ``figure.savefig`` writes a file.
-
-    Raises
-    ------
-    ImportError
-        If `axes` is None and matplotlib is not installed.
-
-    Examples
-    --------
-    >>> from lowbitq.roofline import measure
-    >>> roofline(measure()).figure.savefig("roofline.svg")  # doctest: +SKIP
-    """
-    axes = new_axes() if axes is None else axes
-    intensity = np.geomspace(1, 1e4, 200)
-    for bandwidth, text in [
-        (found.memory_gigabytes, "memory"),
-        (found.cache_gigabytes, "cache"),
-    ]:
-        roof = np.minimum(bandwidth * intensity, found.peak_gigaops)
-        axes.plot(intensity, roof, color="0.5", linewidth=1)
-        label = f"{text} {bandwidth:.0f} GB/s"
-        axes.annotate(label, (1, bandwidth), (2, 4), textcoords="offset points", color="0.3")
-    peak = f"int8 {found.peak_gigaops:.0f} Gop/s"
-    at = (1e4, found.peak_gigaops)
-    axes.annotate(peak, at, (-2, 4), textcoords="offset points", color="0.3", ha="right")
-    formats = list(dict.fromkeys(point.format for point in found.points))
-    for kind, marker in zip(KINDS, "osD", strict=True):
-        for point in (point for point in found.points if point.kind == kind):
-            color = f"C{formats.index(point.format)}"
-            axes.plot(point.intensity, point.gigaops, marker, color=color)
-    for number, format in enumerate(formats):
-        axes.plot([], [], "o", color=f"C{number}", label=format)
-    for text, marker in zip(KINDS.values(), "osD", strict=True):
-        axes.plot([], [], marker, color="0.5", label=text)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="operations per byte",
-        ylabel="10^9 operations per second",
-        title="{isa}, threads {threads}".format(**found.machine),
-    )
-    axes.legend(loc="lower right", fontsize="small")
-    return axes
 
 
 def over_blocks(lines: Mapping[str, Mapping[int, float]], label: str, axes: Any = None) -> Any:
@@ -124,6 +66,120 @@ def over_blocks(lines: Mapping[str, Mapping[int, float]], label: str, axes: Any 
     axes.set(xlabel="block", ylabel=label)
     if any(lines):
         axes.legend(fontsize="small")
+    return axes
+
+
+def by_layer(values: Mapping[str, float], label: str, axes: Any = None) -> Any:
+    """Draw a number of each layer over the blocks, one line for each kind of layer.
+
+    Parameters
+    ----------
+    values : mapping of str to float
+        By the names of layers, ``"model.layers.3.mlp.up_proj"``; others are left out.
+    label : str
+        Of the vertical axis.
+    axes : matplotlib.axes.Axes, default=None
+        Where to draw. None: a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        If `axes` is None and matplotlib is not installed.
+
+    Examples
+    --------
+    >>> by_layer({"model.layers.0.mlp.up_proj": 1.0}, "error")  # doctest: +SKIP
+    <Axes: xlabel='block', ylabel='error'>
+    """
+    lines: dict[str, dict[int, float]] = {}
+    for name, value in values.items():
+        if name.startswith("model.layers."):
+            _, _, index, *kind = name.split(".")
+            lines.setdefault(".".join(kind), {})[int(index)] = value
+    return over_blocks(lines, label, axes)
+
+
+def magnitudes(inputs: Mapping[str, ArrayLike], axes: Any = None) -> Any:
+    """Draw histograms of magnitudes on logarithmic axes, such as before and after a rotation.
+
+    Parameters
+    ----------
+    inputs : mapping of str to array_like of numbers, of any shape
+        Zeros are left out.
+    axes : matplotlib.axes.Axes, default=None
+        Where to draw. None: a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ValueError
+        If an array has no number but zeros, or one that is not finite.
+    ImportError
+        If `axes` is None and matplotlib is not installed.
+
+    Examples
+    --------
+    >>> x = np.eye(64)
+    >>> magnitudes({"before": x, "after": Rotation(64).apply(x)})  # doctest: +SKIP
+    <Axes: xlabel='magnitude', ylabel='numbers'>
+    """
+    found = {name: abs(np.asarray(x, np.float64).ravel()) for name, x in inputs.items()}
+    for name, x in found.items():
+        if not x.any() or not np.isfinite(x).all():
+            raise ValueError(f"{name!r} has no magnitudes to show, expected finite numbers, not 0")
+    found = {name: x[x > 0] for name, x in found.items()}
+    high = max(float(x.max()) for x in found.values())
+    low = max(min(float(x.min()) for x in found.values()), 1e-6 * high)
+    axes = new_axes() if axes is None else axes
+    bins = np.geomspace(low, high * (1 + 1e-9), 81)
+    for name, x in found.items():
+        axes.hist(np.maximum(x, low), bins, histtype="step", label=f"{name}, maximum {x.max():.3g}")
+    axes.set(xscale="log", yscale="log", xlabel="magnitude", ylabel="numbers")
+    axes.legend(fontsize="small")
+    return axes
+
+
+def percentiles(known: Mapping[str, Mapping[float, float]], label: str, axes: Any = None) -> Any:
+    """Draw percentiles over tokens, the rarest to the right.
+
+    Parameters
+    ----------
+    known : mapping of str to mapping of float to float
+        By percentile (50, 99.9; 100 is the maximum), one line for each name.
+    label : str
+        Of the vertical axis.
+    axes : matplotlib.axes.Axes, default=None
+        Where to draw. None: a new figure.
+
+    Returns
+    -------
+    matplotlib.axes.Axes
+
+    Raises
+    ------
+    ImportError
+        If `axes` is None and matplotlib is not installed.
+
+    Examples
+    --------
+    >>> percentiles({"int2g64": {50: 0.2, 99: 3.0, 100: 9.0}}, "KL")  # doctest: +SKIP
+    <Axes: xlabel='percentile of tokens', ylabel='KL'>
+    """
+    axes = new_axes() if axes is None else axes
+    names = sorted({percentile for values in known.values() for percentile in values})
+    for name, values in known.items():
+        places = [names.index(percentile) for percentile in values]
+        axes.plot(places, list(values.values()), "o-", linewidth=1, label=name)
+    axes.set(xlabel="percentile of tokens", ylabel=label, yscale="log")
+    axes.set_xticks(range(len(names)), [f"{name:g}" for name in names])
+    axes.legend(fontsize="small")
     return axes
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbitq import _core
+from lowbitq import _core, plots
 from lowbitq.formats import Format
 from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.tensors import QuantizedTensor
@@ -83,6 +83,56 @@ class Roofline:
     def to_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists for JSON."""
         return asdict(self)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the limits of the machine and the performance of its layers.
+
+        Parameters
+        ----------
+        axes : matplotlib.axes.Axes, default=None
+            Where to draw. None: a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+            Its ``figure.savefig`` writes a file.
+
+        Raises
+        ------
+        ImportError
+            If `axes` is None and matplotlib is not installed.
+        """
+        axes = plots.new_axes() if axes is None else axes
+        intensity = np.geomspace(1, 1e4, 200)
+        for bandwidth, text in [
+            (self.memory_gigabytes, "memory"),
+            (self.cache_gigabytes, "cache"),
+        ]:
+            roof = np.minimum(bandwidth * intensity, self.peak_gigaops)
+            axes.plot(intensity, roof, color="0.5", linewidth=1)
+            label = f"{text} {bandwidth:.0f} GB/s"
+            axes.annotate(label, (1, bandwidth), (2, 4), textcoords="offset points", color="0.3")
+        peak = f"int8 {self.peak_gigaops:.0f} Gop/s"
+        at = (1e4, self.peak_gigaops)
+        axes.annotate(peak, at, (-2, 4), textcoords="offset points", color="0.3", ha="right")
+        formats = list(dict.fromkeys(point.format for point in self.points))
+        for kind, marker in zip(KINDS, "osD", strict=True):
+            for point in (point for point in self.points if point.kind == kind):
+                color = f"C{formats.index(point.format)}"
+                axes.plot(point.intensity, point.gigaops, marker, color=color)
+        for number, format in enumerate(formats):
+            axes.plot([], [], "o", color=f"C{number}", label=format)
+        for text, marker in zip(KINDS.values(), "osD", strict=True):
+            axes.plot([], [], marker, color="0.5", label=text)
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="operations per byte",
+            ylabel="10^9 operations per second",
+            title="{isa}, threads {threads}".format(**self.machine),
+        )
+        axes.legend(loc="lower right", fontsize="small")
+        return axes
 
     def __str__(self) -> str:
         lines = [

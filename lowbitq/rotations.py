@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lowbitq import _core
+from lowbitq import _core, plots
 from lowbitq.arrays import float32
 
 Float32 = NDArray[np.float32]
@@ -194,6 +194,29 @@ class Rotation:
         rows = self._copy_of(x)
         _core.rotate_back(self.handle, rows.reshape(-1, self.n))
         return rows
+
+    def plot(self, x: ArrayLike, axes: Any = None) -> Any:
+        """Draw histograms of the magnitudes of vectors before and after this rotation.
+
+        Parameters
+        ----------
+        x : array_like of shape (..., n)
+            Such as inputs of a layer.
+        axes : matplotlib.axes.Axes, default=None
+            Where to draw. None: a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ValueError
+            If the last axis of `x` is not n long, or all of it is zero.
+        ImportError
+            If `axes` is None and matplotlib is not installed.
+        """
+        return plots.magnitudes({"before": x, self.kind: self.apply(x)}, axes)
 
     def _copy_of(self, x: ArrayLike) -> Float32:
         found = float32(x, "x")

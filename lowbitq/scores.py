@@ -419,11 +419,9 @@ class Sensitivity:
         ImportError
             If `axes` is None and matplotlib is not installed.
         """
-        lines: dict[str, dict[int, float]] = {}
-        for row, value in zip(self.of(format), self._values(format, by), strict=True):
-            _, _, index, *kind = row.layer.split(".")
-            lines.setdefault(".".join(kind), {})[int(index)] = value
-        return plots.over_blocks(lines, f"{by}, {format}", axes)
+        names = [row.layer for row in self.of(format)]
+        values = dict(zip(names, self._values(format, by), strict=True))
+        return plots.by_layer(values, f"{by}, {format}", axes)
 
     def __str__(self) -> str:
         return "\n".join(self._lines())

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from lowbitq import _core
 from lowbitq.arrays import float32
 from lowbitq.formats import Format
+from lowbitq.tables import as_html
 
 _KEYS = {"format", "rows", "cols", "gamma", "zero"}
 
@@ -241,6 +242,14 @@ class QuantizedTensor:
         layer = _core.linear((self._float_copy(),), None, None, None)
         _core.linear_forward(layer, tokens, y)
         return y.T if x.ndim == 2 else y[0]
+
+    def _repr_html_(self) -> str:
+        rows, cols = self.shape
+        about = f"{rows} x {cols} in {self.format}, {8 * self.nbytes / (rows * cols):.3f} bits each"
+        corner = self[:5, :8]
+        names = [str(k) for k in range(corner.shape[1])]
+        shown = [dict(zip(names, map(float, row), strict=True)) for row in corner]
+        return as_html(names, shown, caption=about)
 
     def copy_handle(self, *parts: Any, **activation: Any) -> Any:
         """Make the C handle of a layer's copy with these weights; it keeps all arrays alive.

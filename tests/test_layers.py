@@ -31,7 +31,7 @@ HAVE_LOCKS = {f"core/{name}.c" for name in ["threads", "memory", "blas"]}
 # the root ("") below everything but the command line, which uses what every program uses.
 # fmt: off
 PYTHON_ORDER = [
-    "version", "suggestions", "tables", "_core", "arrays", "formats", "tensors", "grids",
+    "version", "suggestions", "tables", "plots", "_core", "arrays", "formats", "tensors", "grids",
     "quantizers", "gptq", "losses", "rotations", "linears", "rotation_scores", "procrustes",
     "checkpoints.mapping", "checkpoints.writing", "checkpoints.gguf",
     "checkpoints.gguf_blocks", "checkpoints.integer_words", "checkpoints.safetensors",
@@ -49,7 +49,7 @@ PYTHON_ORDER = [
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
     "distillation", "range_test", "reconstruction", "estimates", "evaluation",
     "llama_cpp", "integer_folders", "exports", "free_running",
-    "timing", "roofline", "plots", "analysis", "importance", "ranks", "scores", "divergences",
+    "timing", "roofline", "analysis", "importance", "ranks", "scores", "divergences",
     "sensitivity", "linearity", "monitoring", "knapsack", "prices", "budgets", "duplication",
     "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
     "search", "enhancement", "matrices", "serving_requests", "serving", "demo", "",

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import sys
 
+import numpy as np
 import pytest
+from random_model import random_model, random_tokens
 
+import lowbitq as lq
 from lowbitq import plots
+from lowbitq.models.slots import SLOTS
 from lowbitq.roofline import Point, Roofline
+from lowbitq.rotations import Rotation
 
 FOUND = Roofline(
     {"isa": "avx2", "threads": 1},
@@ -25,7 +30,7 @@ FOUND = Roofline(
 
 def test_roofline_shows_every_point():
     pytest.importorskip("matplotlib")
-    axes = plots.roofline(FOUND)
+    axes = FOUND.plot()
     drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()]
     for point in FOUND.points:
         assert ([point.intensity], [point.gigaops]) in drawn
@@ -65,3 +70,52 @@ def test_training_shows_every_loss():
 def test_training_refuses_what_is_something_else(known):
     with pytest.raises(ValueError, match="known is not of a run of training"):
         plots.training(known)
+
+
+def drawn(axes):
+    """The lines of some axes, by label."""
+    return {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
+
+
+def test_layers_are_drawn_over_the_blocks():
+    pytest.importorskip("matplotlib")
+    values = {"model.layers.0.mlp.up_proj": 2.0, "model.layers.1.mlp.up_proj": 3.0, "lm_head": 9.0}
+    assert drawn(plots.by_layer(values, "error")) == {"mlp.up_proj": [2.0, 3.0]}
+
+
+def test_a_report_draws_its_columns():
+    pytest.importorskip("matplotlib")
+    report = lq.compress(random_model(layers=2), "int3g32", method="rtn").report()
+    for column in ("relative_error", "bits_per_weight"):
+        lines = drawn(report.plot(column))
+        assert set(lines) == {slot.hf for slot in SLOTS}
+        rows = {row["layer"]: row[column] for row in report.layers}
+        found = lines["mlp.down_proj"]
+        assert found == [rows[f"model.layers.{i}.mlp.down_proj"] for i in range(2)]
+    with pytest.raises(ValueError, match="of is 'format', expected a column of numbers of layer"):
+        report.plot("format")
+
+
+def test_an_evaluation_draws_the_divergence_of_tokens():
+    pytest.importorskip("matplotlib")
+    model = random_model()
+    small = lq.compress(model, "int3g32", method="rtn")
+    tokens = random_tokens(200)
+    found = lq.evaluate(small, tokens, model, window=50)
+    assert list(drawn(found.plot()).values()) == [list(found.kl.percentiles.values())]
+    with pytest.raises(ValueError, match="there is no divergence to draw"):
+        lq.evaluate(small, tokens, window=50).plot()
+
+
+def test_a_rotation_shows_what_becomes_of_outliers():
+    pytest.importorskip("matplotlib")
+    x = np.random.default_rng(0).standard_normal((100, 64))
+    x[:, 3] *= 100
+    axes = Rotation(64).plot(x)
+    before, after = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert f"{abs(x).max():.3g}" in before
+    assert float(after.split()[-1]) < abs(x).max() / 4
+    counts = [sum(patch.get_path().vertices[1::2, 1]) for patch in axes.patches]
+    assert all(count > 0 for count in counts)
+    with pytest.raises(ValueError, match="'before' has no magnitudes"):
+        Rotation(64).plot(np.zeros((1, 64)))

@@ -65,6 +65,10 @@ def test_results_show_themselves():
         small.plan,
         small.report(),
         lq.evaluate(small, text.ravel(), model, window=64, windows=2),
+        lq.calibrate(model, text),
+        model,
+        small,
+        dict(small.linears())["model.layers.0.mlp.up_proj"].tensor,
     ):
         page = shown._repr_html_()
         assert Balanced(page).cells > 4
@@ -76,3 +80,7 @@ def test_results_show_themselves():
     frame = small.report().to_frame()
     assert len(frame) == 57
     assert "relative_error" in frame
+    assert list(small.plan.to_frame()["plan"]) == ["int4g32"] * 56
+    found = lq.evaluate(small, text.ravel(), model, window=64).to_frame()
+    assert found["bits_per_weight"][0] == small.bits_per_weight
+    assert len(lq.calibrate(model, text).to_frame()) == 56

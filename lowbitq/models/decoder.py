@@ -29,6 +29,7 @@ from lowbitq.models.slots import EMBEDDING, HEAD, NORMS, SLOTS, TAPS, TO, WHOLE_
 from lowbitq.models.tokenizer import Tokenizer
 from lowbitq.models.tokens import check_sliding_window, token_array
 from lowbitq.rotations import Rotation
+from lowbitq.tables import as_html
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -267,6 +268,20 @@ class Model:
             f"ffn {c.intermediate_size}, heads {c.heads}/{c.kv_heads}, "
             f"{self.parameters / 1e6:.1f}M parameters)"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            {
+                "matrix": name,
+                "rows": linear.shape[0],
+                "columns": linear.shape[1],
+                "bits per weight": linear.bits_per_weight,
+                "MB": linear.nbytes / 1e6,
+            }
+            for name, linear in self.matrices()
+        ]
+        caption = f"{self!r}, {self.nbytes / 1e6:.1f} MB"
+        return as_html(list(rows[0]), rows, caption=caption, bars=["bits per weight", "MB"], most=9)
 
     def embed(self, tokens: ArrayLike) -> NDArray[np.float32]:
         """Look up tokens.

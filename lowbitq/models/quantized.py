@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lowbitq import _core
+from lowbitq import _core, plots
 from lowbitq.checkpoints.mapping import sha256_of_unchanged
 from lowbitq.checkpoints.packed import (
     json_text,
@@ -264,6 +264,35 @@ class Report:
     def _total(self) -> str:
         size = f"{self.nbytes / 1e6:.1f} MB"
         return f"{self.bits_per_weight:.3f} bits per weight of the linear layers, {size} in all"
+
+    def plot(self, of: str = "relative_error", axes: Any = None) -> Any:
+        """Draw a column over the blocks, one line for each kind of layer.
+
+        Parameters
+        ----------
+        of : str, default="relative_error"
+            Such as ``"bits_per_weight"`` or ``"seconds"``.
+        axes : matplotlib.axes.Axes, default=None
+            Where to draw. None: a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        ValueError
+            If there is no such column of numbers.
+        ImportError
+            If `axes` is None and matplotlib is not installed.
+        """
+        found = {
+            row["layer"]: row[of] for row in self.layers if isinstance(row.get(of), (int, float))
+        }
+        if not found:
+            columns = ", ".join(columns_of(self.layers))
+            raise ValueError(f"of is {of!r}, expected a column of numbers of {columns}")
+        return plots.by_layer(found, of, axes)
 
     def to_frame(self) -> Any:
         """Return a pandas DataFrame, a row for each matrix; ImportError without pandas."""

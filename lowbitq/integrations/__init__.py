@@ -1,0 +1,1 @@
+"""Models of lowbitq in other programs; each module needs a package that lowbitq does not."""

@@ -110,7 +110,11 @@ def _parser() -> Parser:
 def _commands() -> dict[str, tuple[Command, Callable[[Parser], None], str]]:
     """What runs each command, what adds its arguments to a parser, and its description."""
     return {
-        "inspect": (commands.inspect, arguments.model_argument, "Describe a model."),
+        "inspect": (
+            commands.inspect,
+            arguments.model_argument,
+            "Describe a model by its headers.",
+        ),
         "quantize": (commands.quantize, _quantize_arguments, "Quantize a model and save it."),
         "plan": (
             commands_choosing.plan,

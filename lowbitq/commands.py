@@ -26,6 +26,7 @@ from lowbitq.compression import leftovers
 from lowbitq.costs import stored_bytes
 from lowbitq.demo import demo_model
 from lowbitq.gradients import weight_gradients
+from lowbitq.headers import read_header
 from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
@@ -53,26 +54,9 @@ Command = Callable[[Options], tuple[dict[str, Any], str]]
 
 
 def inspect(options: Options) -> tuple[dict[str, Any], str]:
-    """Describe a model and, if it is quantized, each of its layers."""
-    model = _load(options.model)
-    result: dict[str, Any] = {
-        "model": repr(model),
-        "parameters": model.parameters,
-        "size_bytes": model.nbytes,
-        "bits_per_weight": model.bits_per_weight,
-        "config": model.config.to_hf(),
-        "provenance": model.provenance,
-    }
-    lines = [
-        repr(model),
-        f"{model.nbytes / 1e6:.1f} MB in memory, {model.bits_per_weight:.3f} bits per weight of "
-        "the linear layers",
-    ]
-    if isinstance(model, lq.QuantizedModel):
-        report = model.report()
-        result["layers"] = report.layers
-        lines.append(str(report))
-    return result, "\n".join(lines)
+    """Describe a model by its headers and, if it is quantized, each of its layers."""
+    found = read_header(options.model)
+    return found.to_dict(), str(found)
 
 
 def quantize(options: Options) -> tuple[dict[str, Any], str]:

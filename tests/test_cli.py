@@ -122,7 +122,7 @@ def test_unsupported_model_exits_3(capsys, monkeypatch):
         raise ValueError("unsupported:\n  - activation gelu\n  - logit softcapping")
 
     monkeypatch.setattr(lq, "load", load)
-    code, _, err = run(capsys, "inspect", "m")
+    code, _, err = run(capsys, "evaluate", "m")
     assert code == 3
     assert err == ["lowbitq: unsupported: - activation gelu - logit softcapping"]
 
@@ -135,7 +135,7 @@ def test_damaged_file_exits_1(capsys, tmp_path):
     assert "m.gguf" in err[0]
 
 
-@pytest.mark.parametrize("command", [["inspect", "m"], ["quantize", "m", "out"]])
+@pytest.mark.parametrize("command", [["evaluate", "m"], ["quantize", "m", "out"]])
 def test_interrupt_exits_4(capsys, monkeypatch, tmp_path, command):
     """Before there is a block, the same command has nothing to go on from."""
 
@@ -153,7 +153,7 @@ def test_unexpected_error_is_one_line_with_its_kind(capsys, monkeypatch):
         raise RuntimeError("gone\nwrong")
 
     monkeypatch.setattr(lq, "load", load)
-    assert run(capsys, "inspect", "m") == (1, "", ["lowbitq: RuntimeError: gone wrong"])
+    assert run(capsys, "evaluate", "m") == (1, "", ["lowbitq: RuntimeError: gone wrong"])
 
 
 def test_demo_without_its_model_says_how_to_get_it(capsys, monkeypatch):

@@ -42,7 +42,7 @@ PYTHON_ORDER = [
     "models.tokenizer_folder",
     "models.tokenizer", "models.tokens", "sampling", "generation", "models.slots", "gradients",
     "models.plain", "models.decoder", "models.stored", "models.quantized", "models.finite",
-    "models.rotating", "models.loading", "models",
+    "models.rotating", "models.loading", "models", "headers",
     "texts", "fisher", "calibration", "massive", "adapters", "drift", "copies", "encoding",
     "rotation_choice", "joint_rotations", "serial_copies", "walks",
     "compression", "parameters", "roundings", "student_inputs", "student_rotations",

@@ -16,6 +16,7 @@ __all__ = [
     "PackedFolder",
     "SafetensorsFolder",
     "TensorInfo",
+    "find_checkpoint",
     "open_checkpoint",
     "read_folder",
     "read_gguf",
@@ -59,16 +60,24 @@ def open_checkpoint(
     Traceback (most recent call last):
     FileNotFoundError: absent.gguf: no such file or folder
     """
-    folder = Path(path)
-    if not folder.exists():
-        folder = _download(os.fspath(path), revision, token)
-    elif revision is not None or token is not None:
+    found = find_checkpoint(path, revision=revision, token=token)
+    if not found.is_dir():
+        return read_gguf(found)
+    if is_packed(MappedFile(found / CONFIG).json()):
+        return read_packed(found)
+    return read_folder(found)
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> Path:
+    """Return where a model lies here, after a download if needed; see `open_checkpoint`."""
+    found = Path(path)
+    if not found.exists():
+        return _download(os.fspath(path), revision, token)
+    if revision is not None or token is not None:
         raise ValueError(f"revision and token are for the Hugging Face hub, but {path} is here")
-    if not folder.is_dir():
-        return read_gguf(folder)
-    if is_packed(MappedFile(folder / CONFIG).json()):
-        return read_packed(folder)
-    return read_folder(folder)
+    return found
 
 
 def _download(name: str, revision: str | None, token: str | None) -> Path:

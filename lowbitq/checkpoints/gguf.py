@@ -69,6 +69,21 @@ class GGUFFile:
     metadata: dict[str, Any]
     tensors: dict[str, TensorInfo]
     _file: MappedFile = field(repr=False)
+    _start: int = field(repr=False)
+
+    @property
+    def file_type(self) -> str | None:
+        """What the weights are mostly, such as ``"MOSTLY_Q4_1"``; None if the file does not say."""
+        import gguf
+
+        try:
+            return str(gguf.LlamaFileType(int(self.metadata["general.file_type"])).name)
+        except (KeyError, TypeError, ValueError):
+            return None
+
+    def check(self) -> None:
+        """Raise FormatError if tensors overlap or exceed the file."""
+        self._file.check_tensors(self.tensors, self._start)
 
     def load(self, name: str) -> NDArray[np.float32]:
         """Decode one tensor.
@@ -146,6 +161,13 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     array([[1., 0., 0.],
            [0., 1., 0.]], dtype=float32)
     """
+    found = read_gguf_header(path)
+    found.check()
+    return found
+
+
+def read_gguf_header(path: str | os.PathLike[str]) -> GGUFFile:
+    """Read the header of a GGUF file whose data may be cut off; otherwise as `read_gguf`."""
     file = MappedFile(path)
     header = _Header(file)
     tensor_count, key_count = header.preamble()
@@ -177,8 +199,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFFile:
         t.name: TensorInfo(t.name, t.shape, t.dtype, start + t.offset, t.nbytes)
         for t in tensors.values()
     }
-    file.check_tensors(tensors, start)
-    return GGUFFile(file.path, metadata, tensors, file)
+    return GGUFFile(file.path, metadata, tensors, file, start)
 
 
 def write_gguf(

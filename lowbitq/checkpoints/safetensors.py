@@ -78,6 +78,14 @@ class SafetensorsFile:
     metadata: dict[str, str]
     tensors: dict[str, TensorInfo]
     _file: MappedFile = field(repr=False)
+    _end: int = field(repr=False)
+
+    def check(self) -> None:
+        """Raise FormatError unless the file ends where its tensors do."""
+        end, size = self._end, self._file.data.size
+        if end != size:
+            found = f"the tensors end at byte {end}, the file at byte {size}"
+            raise self._file.damaged(min(end, size), found)
 
     def view(self, name: str) -> NDArray[Any]:
         """Return a tensor as it is in the file: read-only, mapped, not copied.
@@ -161,6 +169,13 @@ def read_safetensors(path: str | os.PathLike[str] | MappedFile) -> SafetensorsFi
     >>> read_safetensors(path).load("w")
     array([[1., 2.]], dtype=float32)
     """
+    found = read_safetensors_header(path)
+    found.check()
+    return found
+
+
+def read_safetensors_header(path: str | os.PathLike[str] | MappedFile) -> SafetensorsFile:
+    """Read the header of a file whose data may be cut off; otherwise as `read_safetensors`."""
     file = path if isinstance(path, MappedFile) else MappedFile(path)
     size = file.data.size
     if size < 8:
@@ -180,11 +195,7 @@ def read_safetensors(path: str | os.PathLike[str] | MappedFile) -> SafetensorsFi
             found = f"tensor {tensor.name!r} starts here, the one before it ends at byte {end}"
             raise file.damaged(tensor.offset, found)
         end += tensor.nbytes
-    if end != size:
-        raise file.damaged(
-            min(end, size), f"the tensors end at byte {end}, the file at byte {size}"
-        )
-    return SafetensorsFile(file.path, metadata, tensors, file)
+    return SafetensorsFile(file.path, metadata, tensors, file, end)
 
 
 def _tensor(file: MappedFile, start: int, name: str, entry: Any) -> TensorInfo:
@@ -405,16 +416,9 @@ def read_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
             )
         raise FileNotFoundError(missing)
     index = MappedFile(path / INDEX)
-    weight_map = index.json().get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise index.damaged(0, "weight_map is not an object")
+    weight_map = read_index(index)
     opened: dict[str, SafetensorsFile] = {}
     for name, file_name in weight_map.items():
-        # Only files in this folder: an index must not reach other files of the machine.
-        if not isinstance(file_name, str) or not _SHARD.fullmatch(file_name):
-            raise index.damaged(
-                0, f"tensor {name!r} lies in {reprlib.repr(file_name)}, not a file name"
-            )
         if not (path / file_name).is_file():
             raise index.damaged(0, f"tensor {name!r} lies in {file_name}, which is missing")
         if file_name not in opened:
@@ -424,3 +428,17 @@ def read_folder(path: str | os.PathLike[str]) -> SafetensorsFolder:
     files = {name: opened[file_name] for name, file_name in weight_map.items()}
     tensors = {name: file.tensors[name] for name, file in files.items()}
     return SafetensorsFolder(path, config, tensors, files)
+
+
+def read_index(index: MappedFile) -> dict[str, str]:
+    """Return the file name of each tensor, from ``model.safetensors.index.json``."""
+    weight_map = index.json().get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise index.damaged(0, "weight_map is not an object")
+    for name, file_name in weight_map.items():
+        # Only files in this folder: an index must not reach other files of the machine.
+        if not isinstance(file_name, str) or not _SHARD.fullmatch(file_name):
+            raise index.damaged(
+                0, f"tensor {name!r} lies in {reprlib.repr(file_name)}, not a file name"
+            )
+    return weight_map

@@ -161,11 +161,23 @@ def _origin(source: GGUFFile | SafetensorsFolder) -> dict[str, Any]:
 
 
 def _from_gguf(source: GGUFFile) -> Model:
+    has_tokenizer = source.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
+    where = str(source.path)
+    return _assemble(
+        _Tensors(source, config_of_gguf(source), "gguf"),
+        Tokenizer.from_gguf(source.metadata, source=where) if has_tokenizer else None,
+        Model,
+        provenance=_origin(source),
+    )
+
+
+def config_of_gguf(source: GGUFFile) -> ModelConfig:
+    """Return the configuration of a GGUF file, as `config_from_gguf` does, by all its tensors."""
     where, tensors = str(source.path), source.tensors
     embedding, head = (f"{OUTER[name].gguf}.weight" for name in ("embedding", "head"))
     if embedding not in tensors or len(tensors[embedding].shape) != 2:
         raise FormatError(f"{where}: tensor {embedding!r} is missing or not a matrix")
-    config = config_from_gguf(
+    return config_from_gguf(
         source.metadata,
         ARCHITECTURES,
         vocab_size=tensors[embedding].shape[0],
@@ -174,13 +186,6 @@ def _from_gguf(source: GGUFFile) -> Model:
         mlp_bias="blk.0.ffn_up.bias" in tensors,
         rope_factors=source.load("rope_freqs.weight") if "rope_freqs.weight" in tensors else None,
         where=where,
-    )
-    has_tokenizer = source.metadata.get("tokenizer.ggml.model", "none") not in ("none", "no_vocab")
-    return _assemble(
-        _Tensors(source, config, "gguf"),
-        Tokenizer.from_gguf(source.metadata, source=where) if has_tokenizer else None,
-        Model,
-        provenance=_origin(source),
     )
 
 

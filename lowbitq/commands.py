@@ -89,8 +89,10 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
     simple = None if options.plan is not None or options.overrides else options.format
     with _resuming(options, {work_dir: simple}, cut | task):
         model = _load(options.model)
-        seen: dict[str, Any] = {"text": texts.calibration, **cut}
+        # compress has the same text of its own, with a warning if the plan needs one.
+        seen: dict[str, Any] = {"text": None if texts.warning else texts.calibration, **cut}
         if options.fisher:
+            warn_of(texts)
             with _bar("calibrating", unit="window") as progress:
                 stats = lq.calibrate(
                     model, texts.calibration, fisher=True, progress=progress, seed=seed, **cut
@@ -309,20 +311,23 @@ def reconstruct(options: Options) -> tuple[dict[str, Any], str]:
 
 def _student(options: Options) -> tuple[lq.QuantizedModel, lq.Model, Any]:
     """Read a quantized model, its teacher and a text to train on."""
-    text = read_texts(options.text).calibration
+    texts = read_texts(options.text)
     model, teacher = _load(options.model), _load(options.teacher)
     if not isinstance(model, lq.QuantizedModel):
         raise CommandError(ERROR, f"{options.model} is a float model, expected a quantized one")
-    return model, teacher, text
+    warn_of(texts)
+    return model, teacher, texts.calibration
 
 
 def evaluate(options: Options) -> tuple[dict[str, Any], str]:
     """Measure a model, alone or against another."""
     if options.continuations and not options.reference:
         raise CommandError(USAGE, "--continuations compares with a model: give --reference")
-    text = read_texts(options.text).held_out
+    texts = read_texts(options.text)
     model = _load(options.model, options.bits)
     reference = _load(options.reference) if options.reference else None
+    warn_of(texts)
+    text = texts.held_out
     with _bar("evaluating") as progress:
         found = lq.evaluate(
             model, text, reference, options.window, options.windows, progress=progress
@@ -340,8 +345,10 @@ def evaluate(options: Options) -> tuple[dict[str, Any], str]:
 
 def export(options: Options) -> tuple[dict[str, Any], str]:
     """Write a model for other programs."""
-    text = read_texts(options.text).held_out if options.check else None
+    texts = read_texts(options.text) if options.check else None
     model = _load(options.model)
+    if texts:
+        warn_of(texts)
     with _bar("evaluating") as progress:
         found = lq.export(
             model,
@@ -349,7 +356,7 @@ def export(options: Options) -> tuple[dict[str, Any], str]:
             options.to,
             dtype=options.dtype,
             overwrite=options.force,
-            check=text,
+            check=texts.held_out if texts else None,
             window=options.window,
             windows=options.windows,
             progress=progress,
@@ -359,8 +366,10 @@ def export(options: Options) -> tuple[dict[str, Any], str]:
 
 def sensitivity(options: Options) -> tuple[dict[str, Any], str]:
     """Score the layers of a model."""
-    text = read_texts(options.text).calibration
+    texts = read_texts(options.text)
     model = _load(options.model)
+    warn_of(texts)
+    text = texts.calibration
     found = _scored(model, text, options)
     result, shown = {**found.to_dict(), "correlations": found.correlations}, str(found)
     if options.rotation:
@@ -405,6 +414,12 @@ def show(piece: str) -> None:
 
 def complain(message: object) -> None:
     print(f"lowbitq: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def warn_of(texts: Texts) -> None:
+    """Say so if no text was given."""
+    if texts.warning:
+        complain(texts.warning)
 
 
 def printable(text: str) -> str:

@@ -10,19 +10,20 @@ from typing import Any
 import lowbitq as lq
 from lowbitq.checkpoints.packed import check_replaceable
 from lowbitq.checkpoints.writing import new_file
-from lowbitq.commands import Options, _bar, _load, _student
+from lowbitq.commands import Options, _bar, _load, _student, warn_of
 from lowbitq.search import read_space, static
 from lowbitq.texts import read_texts, windows
 
 
 def plan(options: Options) -> tuple[dict[str, Any], str]:
     """Plan each layer of a model under a budget and write the plan."""
-    text = read_texts(options.text).calibration
+    texts = read_texts(options.text)
     model = _load(options.model)
+    warn_of(texts)
     with _bar("pricing", unit="step") as progress:
         found = lq.plan(
             model,
-            text,
+            texts.calibration,
             bits=options.bits,
             size=options.size,
             formats=options.formats,
@@ -77,10 +78,12 @@ def enhance(options: Options) -> tuple[dict[str, Any], str]:
     work_dir = options.work_dir or options.out.with_name(options.out.name + ".work")
     if options.restart:
         shutil.rmtree(work_dir, ignore_errors=True)
-    text = read_texts(options.text).calibration
+    texts = read_texts(options.text)
+    model = _load(options.model)
+    warn_of(texts)
     found = lq.enhance(
-        _load(options.model),
-        text,
+        model,
+        texts.calibration,
         bits=options.bits,
         formats=options.formats,
         samples=options.samples,

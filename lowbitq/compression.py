@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,7 +29,7 @@ from lowbitq.models.stored import LayerReader, LayerWriter
 from lowbitq.models.tokens import token_array
 from lowbitq.plans import PRESETS, Plan
 from lowbitq.rotations import Rotation
-from lowbitq.texts import Text, fallback_texts, windows
+from lowbitq.texts import FALLBACK, Text, fallback_texts, windows
 from lowbitq.version import __version__
 from lowbitq.walks import Behind, Drifting, Known, Walk, WithoutInputs
 
@@ -88,7 +89,7 @@ def compress(
         its tokens are the calibration text, weighted by its `token_weights` if it has them, each
         layer's by its own.
     text : str, path, sequence of str or of paths, or array_like of int, default=None
-        Calibration text, as for `lowbitq.texts.windows`. None: half of Python's own
+        Calibration text, as for `lowbitq.texts.windows`. None, with a warning: half of Python's own
         ``pydoc_data.topics``, English about Python that every machine has, enough for about 30
         windows of 2048 tokens. Text like that of the intended use gives a better model.
     samples, window : int
@@ -228,9 +229,12 @@ def _tokens(
             raise TypeError("text and stats are both given, expected only one of them")
         vocab_size = model.config.vocab_size
         text = token_array(stats.tokens, vocab_size, name="stats.tokens", axes=(2,))
+    elif text is None:
+        warnings.warn(FALLBACK, stacklevel=3)
+        text = fallback_texts().calibration
     return windows(
         model.tokenizer,
-        fallback_texts().calibration if text is None else text,
+        text,
         samples=samples,
         window=window,
         seed=plan.seed,

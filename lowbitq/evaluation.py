@@ -26,6 +26,7 @@ from lowbitq.texts import (
     check_positions,
     is_tokens,
     plain_text,
+    settled,
     tokenize,
 )
 
@@ -307,6 +308,7 @@ def _score(
     progress: Progress | None,
 ) -> _Scores:
     """Score the text with the model and, unless None, with the reference."""
+    text = settled(text)
     cut = _cut(model, text, window, windows)
     if reference is not None:
         check_reference(model, reference, text, cut.tokens.shape[1])

@@ -16,7 +16,7 @@ from lowbitq.llama_cpp import write_llama_cpp
 from lowbitq.models.decoder import Model
 from lowbitq.models.loading import load
 from lowbitq.models.plain import plain, write_hf
-from lowbitq.texts import Text
+from lowbitq.texts import Text, settled
 
 TARGETS = ("hf", "gguf", "compressed-tensors", "gptq")
 
@@ -146,6 +146,7 @@ def export(
     changes = _WRITERS[to](model, path, dtype, overwrite)
     before = after = None
     if check is not None:
+        check = settled(check)
         cut: dict[str, Any] = {"window": window, "windows": windows, "progress": progress}
         before = perplexity(model, check, **cut)
         after = perplexity(load(path), check, **cut)

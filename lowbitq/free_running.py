@@ -19,7 +19,7 @@ from lowbitq.evaluation import check_reference
 from lowbitq.generation import generate
 from lowbitq.models.decoder import Model
 from lowbitq.models.tokens import check_count
-from lowbitq.texts import Text, tokenize
+from lowbitq.texts import Text, settled, tokenize
 
 Tokens = NDArray[np.int32]
 
@@ -134,6 +134,7 @@ def continuations(
     for name, count in (("prompts", prompts), ("prompt_tokens", prompt_tokens)):
         check_count(name, count, 1)
     check_count("new_tokens", new_tokens, 1)
+    text = settled(text)
     tokens = tokenize(model.tokenizer, text, model.config.vocab_size)
     part = len(tokens) // prompts
     if part < prompt_tokens:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from lowbitq.models.tokenizer import Tokenizer
 from lowbitq.models.tokens import check_count, check_sliding_window, token_array
 
 Part = str | os.PathLike[str]
-Text = Part | Sequence[Part] | Sequence[int] | Sequence[Sequence[int]] | NDArray[np.integer[Any]]
+Record = Mapping[str, Any]
+Text = (
+    Part | Iterable[Part | Record] | Sequence[int] | Sequence[Sequence[int]]
+    | NDArray[np.integer[Any]]
+)  # fmt: skip
+
+_PARTS = (str, os.PathLike, Mapping)  # those that are not tokens
+_FORMS = "str, path, an iterable of them or of mappings with a text, or array of int"
 
 # A path is one word with a slash, or one line that ends in a suffix; nobody calibrates on such
 # prose. File names have at most 255 bytes, and some languages are written without spaces.
@@ -42,10 +50,11 @@ def windows(
     ----------
     tokenizer : Tokenizer or None
         None is allowed if `text` is tokens.
-    text : str, path, sequence of str or of paths, or array_like of int
-        The text itself; the path of a UTF-8 file; several texts or files, joined by an empty line;
-        or tokens: one long row, or finished windows of shape (samples, window). `plain_text` says
-        which str is a path.
+    text : str, path, iterable of str, of paths or of mappings, or array_like of int
+        The text itself; the path of a UTF-8 file, or of a ``.jsonl`` file with a ``"text"`` in each
+        line; several texts or files, joined by an empty line; mappings with a ``"text"``, such as
+        the rows of a Hugging Face dataset; or tokens: one long row, or finished windows of shape
+        (samples, window). `plain_text` says which str is a path. Iterators are read to their end.
     samples, window : int
         Number of windows, and tokens per window. If the tokenizer begins texts with a special
         token, each window begins with it. A text with fewer than ``samples * window`` tokens gives
@@ -80,6 +89,7 @@ def windows(
     check_count("window", window, 2)
     check_count("seed", seed, 0)
     vocab_size = None if config is None else config.vocab_size
+    text = settled(text)
     tokens = tokenize(tokenizer, text, vocab_size, axes=(1, 2))
     given = tokens.ndim == 2
     if given and (len(tokens) < 1 or tokens.shape[1] < 2):
@@ -144,12 +154,21 @@ def check_positions(window: int, config: ModelConfig, *, of: str = "model") -> N
         )
 
 
+def settled(text: Text) -> Text:
+    """Return a text that can be read more than once: the items of an iterator in a list."""
+    given: Any = text
+    once = isinstance(given, Iterable) and not isinstance(given, Sequence | Mapping | Set)
+    if not once or hasattr(given, "__array__") or hasattr(given, "read"):
+        return text
+    return list(given)
+
+
 def is_tokens(text: Text) -> bool:
-    """Whether a text is given as tokens: an array, or a sequence without a str or path in it."""
+    """Whether a `settled` text is given as tokens: an array, or a sequence without other items."""
     if isinstance(text, str | bytes | bytearray | memoryview):  # sequences, and np.str_ an array
         return False
     if isinstance(text, Sequence):
-        return len(text) > 0 and not any(isinstance(part, str | os.PathLike) for part in text)
+        return len(text) > 0 and not any(isinstance(part, _PARTS) for part in text)
     return hasattr(text, "__array__")
 
 
@@ -175,6 +194,7 @@ def tokenize(
     -------
     ndarray of shape (t,), or of the shape of the given tokens, int32
     """
+    text = settled(text)
     if is_tokens(text):
         return token_array(text, vocab_size, name="text", axes=axes)
     plain = plain_text(text)
@@ -188,11 +208,12 @@ def plain_text(text: Text) -> str:
 
     Parameters
     ----------
-    text : str, path, or sequence of them
+    text : str, path, or iterable of them or of mappings
         A str is a path if a file of that name exists, or if it has at most 255 characters and is
         one word with a slash or one line that ends in a suffix, such as ``wiki.test.raw``. Any
-        other str is the text itself, and so is every str that ends with a line break. A sequence
-        holds paths if all of its strs are paths, else texts.
+        other str is the text itself, and so is every str that ends with a line break. An iterable
+        holds paths if all of its strs are paths, else texts. Of mappings, the value of ``"text"``
+        is the text.
 
     Returns
     -------
@@ -204,31 +225,55 @@ def plain_text(text: Text) -> str:
     TypeError
         If `text` is something else.
     ValueError
-        If it is blank.
+        If it is blank, or a mapping has no ``"text"``.
     OSError, FormatError
         As for `read_text`.
+
+    Examples
+    --------
+    >>> plain_text([{"text": "One.", "id": 7}, {"text": "Two."}])
+    'One.\\n\\nTwo.'
     """
-    given: Any = [text] if isinstance(text, str | os.PathLike) else text
-    if not isinstance(given, Sequence) or not all(
-        isinstance(part, str | os.PathLike) for part in given
-    ):
-        raise TypeError(
-            f"text is {type(text).__name__}, expected str, path, sequence of str or of paths, or "
-            "array of int"
-        )
-    parts: list[Part] = list(given)
+    parts = _parts(text)
     paths = all(_is_path(part) for part in parts)
     joined = "\n\n".join(
-        part if isinstance(part, str) and not paths else read_text(part) for part in parts
+        part if isinstance(part, str) and not paths else _text_of(part, number)
+        for number, part in enumerate(parts)
     )
     if not joined.strip():
         raise ValueError("text is empty")
     return joined
 
 
-def _is_path(part: Part) -> bool:
+def _parts(text: Text) -> list[Part | Record]:
+    """Return the texts, paths and mappings of a text."""
+    if isinstance(text, str | os.PathLike):
+        return [text]
+    given: Any = settled(text)
+    if not isinstance(given, Sequence) or not all(isinstance(part, _PARTS) for part in given):
+        raise TypeError(f"text is {type(text).__name__}, expected {_FORMS}")
+    return list(given)
+
+
+def _text_of(part: Part | Record, number: int) -> str:
+    """Return the text of a mapping or of a file."""
+    return _in_record(part, f"text[{number}]") if isinstance(part, Mapping) else read_text(part)
+
+
+def _in_record(record: Record, where: str) -> str:
+    """Return the text of a mapping; `where` begins error messages."""
+    if "text" not in record:
+        keys = ", ".join(map(repr, record)) or "nothing"
+        raise ValueError(f"{where} has no 'text', but {keys:.200}")
+    text = record["text"]
+    if not isinstance(text, str):
+        raise ValueError(f"{where} has a 'text' that is {type(text).__name__}, expected str")
+    return text
+
+
+def _is_path(part: Part | Record) -> bool:
     if not isinstance(part, str) or os.path.exists(part):
-        return True
+        return not isinstance(part, Mapping)
     return len(part) <= _LONGEST_NAME and _PATH_LIKE.fullmatch(part) is not None
 
 
@@ -238,6 +283,8 @@ def read_text(path: Part) -> str:
     Parameters
     ----------
     path : str or path
+        Of a ``.jsonl`` file, the texts under ``"text"`` in the object of each line are read, with
+        an empty line between them.
 
     Returns
     -------
@@ -248,9 +295,9 @@ def read_text(path: Part) -> str:
     OSError
         If it cannot be read.
     FormatError
-        If it is not in UTF-8, with the byte offset.
+        If it is not in UTF-8, with the byte offset, or a line is not JSON, with its number.
     ValueError
-        If the file is empty.
+        If the file is empty, or an object has no ``"text"``.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8")
@@ -265,17 +312,35 @@ def read_text(path: Part) -> str:
         raise ValueError(f"{os.fspath(path)!r} cannot be the name of a file: {error}") from error
     if not text.strip():
         raise ValueError(f"{path}: the file is empty")
+    if Path(path).suffix == ".jsonl":
+        return "\n\n".join(_lines(text, path))
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _lines(text: str, path: Part) -> Iterator[str]:
+    """Yield the text in each line of JSON."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{where}: not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise FormatError(f"{where}: not a JSON object, but {type(record).__name__}")
+        yield _in_record(record, where)
 
 
 @dataclass(frozen=True)
 class Texts:
-    """A text to calibrate on and a text to predict, with a description of each."""
+    """A text to calibrate on and a text to predict, with a description of each, and a warning."""
 
     calibration: str
     held_out: str
     calibrated_on: str
     predicted: str
+    warning: str = ""
 
 
 def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
@@ -294,6 +359,12 @@ def read_texts(path: Path | None, *, halves: bool = False) -> Texts:
         calibration, held_out = (read_text(Path(folder) / name) for name in names)
         return Texts(calibration, held_out, *names)
     return fallback_texts()
+
+
+FALLBACK = (
+    "no text is given, so topics of Python's help are used: English about one language, with code; "
+    "give a text like those that the model will read"
+)
 
 
 def fallback_texts() -> Texts:
@@ -319,4 +390,5 @@ def fallback_texts() -> Texts:
         "\n\n".join(paragraph for paragraph in second if paragraph not in seen),
         "one half of Python's help topics",
         "the other half of Python's help topics",
+        FALLBACK,
     )

@@ -215,6 +215,101 @@ def test_text_needs_a_tokenizer():
         windows(None, "some text", samples=1, window=2)
 
 
+# --- records and iterators ------------------------------------------------------------------------
+
+RECORDS = [{"text": "one two"}, {"id": 7, "text": "three\n"}, {"text": ""}]
+
+
+class Rows:
+    """As a Hugging Face dataset: neither a list nor an iterator, and read more than once."""
+
+    def __getitem__(self, index):
+        return RECORDS[index]
+
+    def __len__(self):
+        return len(RECORDS)
+
+    def __iter__(self):
+        return iter(RECORDS)
+
+
+@pytest.mark.parametrize(
+    "text", [RECORDS, tuple(RECORDS), iter(RECORDS), Rows(), (row["text"] for row in RECORDS)]
+)
+def test_records_and_iterators_are_texts(text):
+    assert plain_text(text) == "one two\n\nthree\n\n\n"
+
+
+def test_windows_of_an_iterator():
+    words = [f"{'x' * (1 + i % 9)}" for i in range(200)]
+    expected = windows(Words(), "\n\n".join(words), samples=3, window=20)
+    for given in (iter(words), ({"text": word} for word in words)):
+        assert np.array_equal(windows(Words(), given, samples=3, window=20), expected)
+    numbers = [len(word) for word in words]
+    assert np.array_equal(windows(None, iter(numbers), samples=3, window=20), expected)
+
+
+def test_a_text_in_a_record_is_never_a_path():
+    assert plain_text([{"text": "absent.txt"}]) == "absent.txt"
+
+
+def test_paths_of_an_iterator_are_read(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
+    assert plain_text(tmp_path / name for name in ("a.txt", "b.txt")) == "text a\n\ntext b"
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"content": "x", "id": 1}, r"text\[1\] has no 'text', but 'content', 'id'"),
+        ({}, r"text\[1\] has no 'text', but nothing"),
+        ({"text": ["x"]}, r"text\[1\] has a 'text' that is list, expected str"),
+    ],
+)
+def test_a_record_without_a_text_is_named(record, message):
+    with pytest.raises(ValueError, match=message):
+        plain_text([{"text": "a"}, record])
+
+
+def test_splits_and_open_files_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(TypeError, match="text is dict, expected"):
+        plain_text({"train": RECORDS})
+    with (
+        open(tmp_path / "a.txt") as file,
+        pytest.raises(TypeError, match="text is TextIOWrapper, expected"),
+    ):
+        plain_text(file)
+
+
+def test_lines_of_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"text": "one\\ntwo", "id": 1}\r\n\n{"text": "thr\u2028ee"}\n', encoding="utf-8"
+    )
+    for form in (path, str(path), [path]):
+        assert plain_text(form) == "one\ntwo\n\nthr\u2028ee"
+    assert read_texts(path).calibration == plain_text(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ('{"words": "x"}', ValueError, "line 3 has no 'text', but 'words'"),
+        ('{"text": 5}', ValueError, "line 3 has a 'text' that is int, expected str"),
+        ('{"text": "x"', FormatError, "line 3: not JSON: "),
+        ('["x"]', FormatError, "line 3: not a JSON object, but list"),
+        ("[" * 10**5, FormatError, "line 3: not JSON: "),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(tmp_path, line, error, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "fine"}}\n\n{line}\n')
+    with pytest.raises(error, match=rf"a\.jsonl, {message}"):
+        read_text(path)
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -311,9 +406,9 @@ def test_other_things_are_no_text(text):
     assert not is_tokens(text)
 
 
-@pytest.mark.parametrize("text", [["a b c", 2], [1, "a b c"], (word for word in ["a", "b"])])
+@pytest.mark.parametrize("text", [["a b c", 2], [1, "a b c"], [{"text": "a"}, 2], iter(["a", 1])])
 def test_mixtures_are_no_text(text):
-    with pytest.raises(TypeError, match=r"text is (list|generator), expected str, path"):
+    with pytest.raises(TypeError, match=r"text is \w+, expected str, path"):
         windows(Words(), text)
 
 
@@ -322,6 +417,7 @@ def test_text_of_a_file_is_halved(tmp_path):
     texts = read_texts(tmp_path / "text.txt", halves=True)
     assert (texts.calibration, texts.held_out) == ("abc", "def")
     assert read_texts(tmp_path / "text.txt").held_out == "abcdef"
+    assert not texts.warning
 
 
 def test_text_of_the_data_folder(tmp_path, monkeypatch):
@@ -337,6 +433,7 @@ def test_text_of_the_data_folder(tmp_path, monkeypatch):
 def test_text_of_last_resort_shares_no_topic(monkeypatch):
     monkeypatch.delenv("LOWBITQ_DATA", raising=False)
     texts = read_texts(None)
-    assert texts == fallback_texts()
+    assert texts == fallback_texts() == read_texts(None, halves=True)
+    assert "no text is given, so topics of Python's help are used" in texts.warning
     assert min(len(texts.calibration), len(texts.held_out)) > 100_000
     assert not set(texts.calibration.split("\n\n")) & set(texts.held_out.split("\n\n"))

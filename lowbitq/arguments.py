@@ -83,6 +83,11 @@ def text_option(parser: Parser, use: str) -> None:
     parser.add_argument("--text", type=Path, metavar="FILE", help=f"UTF-8 text {use} {default}")
 
 
+def report_option(parser: Parser) -> None:
+    page = "also write a page of HTML: layers, figures (matplotlib), evaluation, options"
+    parser.add_argument("--report", type=Path, metavar="FILE", help=page)
+
+
 def windows_options(parser: Parser) -> None:
     parser.add_argument("--window", type=positive, default=2048, help="tokens per window")
     parser.add_argument("--windows", type=positive, help="number of windows (default: all)")

@@ -482,7 +482,7 @@ def reporter(progress: bool | Progress, total: int, *, title: str, unit: str) ->
         return progress
     if not progress:
         return lambda done, total: None
-    from tqdm import tqdm  # here, because it takes a tenth of the package's import time
+    from tqdm.auto import tqdm  # here, because it takes a tenth of the package's import time
 
     bar = tqdm(total=total, unit=unit, desc=title)
 

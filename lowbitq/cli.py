@@ -213,6 +213,7 @@ def _quantize_arguments(parser: Parser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not reload and compare")
     size = "say what would be stored, and quantize nothing"
     parser.add_argument("--dry-run", action="store_true", help=size)
+    arguments.report_option(parser)
 
 
 def _rotation_option(parser: Parser) -> None:
@@ -387,6 +388,7 @@ def _evaluate_arguments(parser: Parser) -> None:
         metavar="N",
         help="also let the model and the reference continue this many pieces of the text",
     )
+    arguments.report_option(parser)
 
 
 def _sensitivity_arguments(parser: Parser) -> None:

@@ -27,6 +27,7 @@ from lowbitq.costs import stored_bytes
 from lowbitq.demo import demo_model
 from lowbitq.gradients import weight_gradients
 from lowbitq.headers import read_header
+from lowbitq.html_reports import write_report
 from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
@@ -109,6 +110,8 @@ def quantize(options: Options) -> tuple[dict[str, Any], str]:
         small.save(out)
         if not options.no_verify:
             _verify(small, out)
+    if options.report:
+        write_report(options.report, small, title=str(out), about=_about(options, texts))
     result = {
         "saved": str(out),
         "format": str(options.format) if options.plan is None else None,
@@ -332,6 +335,9 @@ def evaluate(options: Options) -> tuple[dict[str, Any], str]:
         found = lq.evaluate(
             model, text, reference, options.window, options.windows, progress=progress
         )
+    if options.report:
+        about = _about(options, texts)
+        write_report(options.report, model, found, title=options.model, about=about)
     result, shown = found.to_dict(), str(found)
     if reference is not None and options.continuations:
         with _bar("writing") as progress:
@@ -414,6 +420,14 @@ def show(piece: str) -> None:
 
 def complain(message: object) -> None:
     print(f"lowbitq: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _about(options: Options, texts: Texts) -> dict[str, Any]:
+    """Return the options of a command, and the texts if none was given, for its report."""
+    unsaid = {"run", "given", "json", "threads", "report"}
+    said = {name.replace("_", "-"): v for name, v in vars(options).items() if name not in unsaid}
+    found = {name: v for name, v in said.items() if v not in (None, False, {})}
+    return found | ({"text": texts.warning} if texts.warning else {})
 
 
 def warn_of(texts: Texts) -> None:

@@ -161,10 +161,12 @@ def compress(
     outer = _outer(source, plan)
     with _reporting(progress, len(outer) + len(plan.layers)) as report:
 
-        def finish(name: str, layer: QuantizedLinear, record: Record) -> None:
+        def finish(
+            name: str, layer: QuantizedLinear, record: Record, *, restored: bool = False
+        ) -> None:
             result.replace_linear(name, layer)
             result.records[name] = record
-            report(name, record)
+            report(name, record, restored)
 
         for name, linear in outer:
             finish(name, *_encode_outer(linear, source.residual_rotation, plan))
@@ -188,7 +190,7 @@ def compress(
                 for name, item in about.items():
                     again = reader.layer(name, item["layer"])
                     assert isinstance(again, QuantizedLinear)
-                    finish(name, again, item["record"])
+                    finish(name, again, item["record"], restored=True)
             walk.leave(index)
     return result
 
@@ -383,19 +385,24 @@ def _encode_outer(
 @contextmanager
 def _reporting(
     progress: bool | Callable[[Step], object], total: int
-) -> Iterator[Callable[[str, Record], None]]:
-    """Yield the function that reports a finished matrix to `progress`."""
+) -> Iterator[Callable[[str, Record, bool], None]]:
+    """Yield the function that reports a matrix to `progress`, and whether it is of an earlier run.
+
+    All blocks take the same time, so the bar tells the remaining time by the mean rate of those
+    that this run has finished.
+    """
     done = 0
     bar = None
     if progress is True:
-        from tqdm import tqdm  # here, because it takes a tenth of the package's import time
+        from tqdm.auto import tqdm  # here, because it takes a tenth of the package's import time
 
-        bar = tqdm(total=total, unit="layer", desc="compress")
+        bar = tqdm(total=total, unit="layer", desc="compress", smoothing=0)
 
-    def report(name: str, record: Record) -> None:
+    def report(name: str, record: Record, restored: bool) -> None:
         nonlocal done
         done += 1
         if bar is not None:
+            bar.initial += restored
             bar.set_postfix_str(f"error {record['relative_error']:.2e}", refresh=False)
             bar.update()
         if callable(progress):

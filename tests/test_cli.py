@@ -558,30 +558,3 @@ def test_a_tokenizer_in_another_form_is_pointed_out(capsys, tmp_path, tiny_folde
     assert "no tokenizer.json" in err[-1]
     with pytest.warns(UserWarning, match=name):
         lq.load(folder)
-
-
-@pytest.mark.filterwarnings("default")
-def test_a_text_of_last_resort_is_said(capsys, monkeypatch, tiny_folder, tmp_path):
-    """By commands that use it: not where layers are rounded without a text."""
-    monkeypatch.delenv("LOWBITQ_DATA", raising=False)
-    said = "lowbitq: no text is given, so topics of Python's help are used"
-    short = ["--window", 32, "--windows", 1]
-    code, _, (line,) = run(capsys, "evaluate", tiny_folder, *short)
-    assert code == 0
-    assert line.startswith(said)
-    quantize = ["quantize", tiny_folder, tmp_path / "small", "--samples", 2, "--window", 32]
-    code, _, (line,) = run(capsys, *quantize)
-    assert code == 0
-    assert line.startswith(said)
-    assert run(capsys, *quantize, "--method", "rtn")[2] == []
-
-
-def test_text_of_a_jsonl_file(capsys, tiny_folder, tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"text": "It was a bright cold day in April. " * 9}) + "\n")
-    code, out, err = run(capsys, "evaluate", tiny_folder, "--text", path, "--window", 64, "--json")
-    assert (code, err) == (0, [])
-    assert json.loads(out)["perplexity"]["tokens"] == 4 * 63
-    path.write_text('{"content": "x"}\n')
-    code, _, (line,) = run(capsys, "evaluate", tiny_folder, "--text", path)
-    assert (code, line) == (1, f"lowbitq: {path}, line 1 has no 'text', but 'content'")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tqdm.auto
 from random_model import random_model, random_tokens
 
 from lowbitq import _core, compression
@@ -183,3 +184,22 @@ def test_damaged_work_is_an_error(tmp_path):
     np.savez(path, about=np.array("{}"))
     with pytest.raises(FormatError, match="block_0000"):
         compress(model, "int3g32", text=TOKENS, work_dir=tmp_path)
+
+
+def test_restored_blocks_do_not_count_for_the_remaining_time(tmp_path, monkeypatch):
+    """The bar divides what this run has finished by its time."""
+    bars = []
+
+    class Bar(tqdm.auto.tqdm):
+        def close(self):
+            bars.append((self.initial, self.n, self.total, self.smoothing))
+            super().close()
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    model = random_model(layers=2)
+    for _ in range(2):
+        compress(model, "int3g32", text=TOKENS, work_dir=tmp_path / "work", progress=True)
+        (tmp_path / "work" / "block_0001.npz").unlink()
+    fresh, resumed = dict.fromkeys(bars)
+    assert fresh == (0, 15, 15, 0)
+    assert resumed == (7, 15, 15, 0)

@@ -109,6 +109,11 @@ class BuildExt(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [o for o in pool.map(compile_one, map(Path, ext.sources)) if o]
+        # Where this machine has Python's library, which a module of the stable ABI does not need.
+        own = {
+            w for w in sysconfig.get_config_var("LDSHARED").split() if w.startswith("-Wl,-rpath")
+        }
+        self.compiler.linker_so = [word for word in self.compiler.linker_so if word not in own]
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),

@@ -11,7 +11,7 @@ from lowbitq import _core, plots
 from lowbitq.checkpoints.writing import new_file
 from lowbitq.estimates import Evaluation
 from lowbitq.models.decoder import Model
-from lowbitq.models.quantized import QuantizedModel
+from lowbitq.models.quantized import QuantizedModel, Report
 from lowbitq.tables import as_html, columns_of
 from lowbitq.version import __version__
 
@@ -22,11 +22,8 @@ th, td { padding: .15em .7em; border-bottom: 1px solid #ddd; white-space: pre-wr
 svg { max-width: 100%; height: auto }
 """.strip()
 
-# Numbers of a layer that are drawn over the blocks, and what they are.
-_DRAWN = {
-    "bits_per_weight": "stored bits per weight",
-    "relative_error": "relative error",
-}
+# Columns of a report that are drawn over the blocks.
+_DRAWN = ("bits_per_weight", "relative_error")
 
 
 def write_report(
@@ -90,34 +87,24 @@ def _page(
 
 def _layers(model: QuantizedModel) -> Iterator[str]:
     """Yield figures and a table of all layers."""
-    rows = model.report().layers
+    report = model.report()
+    rows, columns = report.layers, columns_of(report.layers, without=["sha256"])
     yield "<h2>Layers</h2>"
-    for key, label in _DRAWN.items():
-        if lines := _over_blocks(rows, key):
-            yield _figure(lines, label)
-    columns = columns_of(rows, without=["sha256"])
+    for column in _DRAWN:
+        if column in columns:
+            yield _figure(report, column)
     bars = {*_DRAWN, "seconds"} & set(columns)
     yield as_html(columns, rows, bars=bars, most=len(rows))
     if model.plan is not None:
         yield f"<h2>Plan</h2>\n{_pairs(_flat(model.plan.to_dict()))}"
 
 
-def _figure(lines: Mapping[str, Mapping[int, float]], label: str) -> str:
+def _figure(report: Report, column: str) -> str:
     """Return a drawing; nothing without matplotlib."""
     try:
-        return plots.as_svg(plots.over_blocks(lines, label))
+        return plots.as_svg(report.plot(column))
     except ImportError:
         return ""
-
-
-def _over_blocks(rows: list[dict[str, Any]], key: str) -> dict[str, dict[int, float]]:
-    """Return a number of each layer by its name in the block, and by block."""
-    lines: dict[str, dict[int, float]] = {}
-    for row in rows:
-        parts = row["layer"].split(".")
-        if key in row and parts[:2] == ["model", "layers"]:
-            lines.setdefault(parts[-1], {})[int(parts[2])] = float(row[key])
-    return lines
 
 
 def _flat(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def test_quantized_model_with_figures(small, tmp_path):
     for word in ("int3g32", "seed", f"{small.bits_per_weight:.3f} of the linear layers"):
         assert word in words
     assert f"{float(found.perplexity):.4g}" in words
-    assert {slot.name for slot in SLOTS} <= set(page.words), "the figures' legends"
+    assert {slot.hf for slot in SLOTS} <= set(page.words), "the figures' legends"
 
 
 def test_without_matplotlib_tables_have_bars(small, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ Activations    massive_activations, learn_normal; Moments, Detector, OnlineModel
 One matrix     quantize, dequantize, gptq, adaround, kmeans, hessian; Format, QuantizedTensor
 Rotations      hadamard, procrustes, optimize_rotation, optimize_copies, choose_rotations,
                residual_inputs, score_rotation; Rotation
-Texts          windows
+Texts          windows, demo_texts
 This machine   show_config, set_num_threads
 
 Functions of arrays take float64, float16, bfloat16, any memory order, lists, and tensors of torch.
@@ -53,7 +53,7 @@ from lowbitq.analysis import analyze
 from lowbitq.budgets import BudgetPlan, plan
 from lowbitq.calibration import Statistics, calibrate
 from lowbitq.compression import compress
-from lowbitq.demo import demo_model
+from lowbitq.demo import demo_model, demo_texts
 from lowbitq.distillation import distill
 from lowbitq.enhancement import Enhanced, enhance
 from lowbitq.estimates import Divergence, Estimate, Evaluation, Perplexity
@@ -133,6 +133,7 @@ __all__ = [
     "compress",
     "continuations",
     "demo_model",
+    "demo_texts",
     "dequantize",
     "distill",
     "enhance",

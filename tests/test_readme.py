@@ -34,20 +34,26 @@ def test_program_has_ten_lines():
     assert len([line for line in PROGRAM.splitlines() if line]) == 10
 
 
-def test_program_runs(tiny_folder, tmp_path, monkeypatch, capsys):
-    """As printed, but on a tiny model and with text of its length."""
-    monkeypatch.chdir(tmp_path)
-    program = PROGRAM.replace("SmolLM2-135M-Instruct.Q4_1.gguf", str(tiny_folder))
-    program = program.replace("wikitext2-valid.txt", "calibration.txt")
-    program = program.replace("wikitext2-test.txt", "held_out.txt")
-    for name in ("calibration", "held_out"):
-        Path(f"{name}.txt").write_text(f"The {name} of rivers, fords and bridges. " * 1600)
+def run(model, program, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("LOWBITQ_DEMO_MODEL", str(model))
     names = {}
     exec(program, names)
     assert isinstance(names["small"], lq.QuantizedModel)
     out = capsys.readouterr().out
     assert "bits per weight" in out
-    assert "no BOS" in out
+    assert "KL" in out
+
+
+def test_program_runs(tiny_folder, tmp_path, monkeypatch, capsys):
+    """As printed, but on a tiny model and with windows of its length."""
+    assert PROGRAM.count("window=512") == 2
+    run(tiny_folder, PROGRAM.replace("512", "64"), tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+def test_program_runs_as_it_stands(smollm2, tmp_path, monkeypatch, capsys):
+    run(smollm2, PROGRAM, tmp_path, monkeypatch, capsys)
 
 
 def test_links_lead_somewhere():

@@ -71,7 +71,8 @@ from lowbitq.matrices import gptq, hessian, kmeans
 from lowbitq.models import Block, Model, ModelConfig, QuantizedModel, Tokenizer, load
 from lowbitq.models.rotating import rotate, rotate_inputs
 from lowbitq.monitoring import Detector, Moments, OnlineModel, learn_normal
-from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import CopyPlan, LayerPlan, Plan
 from lowbitq.prices import Prices, prices
 from lowbitq.procrustes import OptimizedRotation, optimize_rotation, procrustes
 from lowbitq.quantizers import adaround, dequantize, quantize

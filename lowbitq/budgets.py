@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,11 @@ from lowbitq.plans import LayerPlan, Plan
 from lowbitq.prices import Prices, prices
 from lowbitq.tables import as_frame
 from lowbitq.texts import Text
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lowbitq.prices import PriceOptions
 
 FORMATS = ("trellis1", "trellis2", "trellis3", "trellis4")
 
@@ -188,7 +193,7 @@ def plan(
     size: int | None = None,
     formats: Sequence[LayerPlan | Format | str] = FORMATS,
     progress: bool | Progress = False,
-    **options: Any,
+    **options: Unpack[PriceOptions],
 ) -> BudgetPlan:
     """Choose how each layer of a model is quantized, at the lowest divergence under a budget.
 

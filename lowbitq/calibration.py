@@ -20,7 +20,7 @@ from lowbitq.models.decoder import Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.slots import FROM, TAPS, TO, name_in_block
 from lowbitq.models.tokens import check_count
-from lowbitq.plans import Sampling
+from lowbitq.plan_options import Sampling
 from lowbitq.tables import as_frame, as_html, columns_of
 from lowbitq.texts import Text, windows
 

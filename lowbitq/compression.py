@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,11 @@ from lowbitq.rotations import Rotation
 from lowbitq.texts import FALLBACK, Text, fallback_texts, windows
 from lowbitq.version import __version__
 from lowbitq.walks import Behind, Drifting, Known, Walk, WithoutInputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lowbitq.plans import PlanOptions
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def compress(
     preset: str | None = None,
     work_dir: str | os.PathLike[str] | None = None,
     progress: bool | Callable[[Step], object] = False,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> QuantizedModel:
     """Quantize the linear layers of a model, its embedding and its head.
 
@@ -140,7 +145,8 @@ def compress(
     automatic = False
     if not isinstance(plan, Plan):
         automatic = preset is None and "drift" not in options
-        plan = Plan.uniform(dict(model.linears()), plan, **_preset(preset) | options)
+        chosen: dict[str, Any] = {**_preset(preset), **options}
+        plan = Plan.uniform(dict(model.linears()), plan, **chosen)
     elif options or preset:
         name = next(iter(options), "preset")
         raise TypeError(f"{name!r} is given beside a plan; set it in the plan")

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from lowbitq.formats import Format
 from lowbitq.gptq import Feedback, feedback, gptq, product, symmetric
 from lowbitq.linears import Activation, Copy, Linear
-from lowbitq.plans import CopyPlan, LayerPlan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import CopyPlan, LayerPlan
 from lowbitq.quantizers import quantize, relative_error
 from lowbitq.rotations import Rotation
 from lowbitq.tensors import QuantizedTensor

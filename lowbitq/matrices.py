@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,8 +13,14 @@ from lowbitq.copies import LayerInputs
 from lowbitq.encoding import encode
 from lowbitq.formats import Format
 from lowbitq.linears import Linear
-from lowbitq.plans import LayerPlan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import LayerPlan
 from lowbitq.tensors import QuantizedTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lowbitq.plan_options import RoundingOptions
 
 # Largest relative difference of a Hessian from its transpose: a float32 product's rounding.
 _SYMMETRIC = 1e-5
@@ -57,7 +63,10 @@ def hessian(inputs: ArrayLike) -> NDArray[np.float64]:
 
 
 def gptq(
-    weight: ArrayLike, hessian_or_inputs: ArrayLike, format: Format | str, **rounding: Any
+    weight: ArrayLike,
+    hessian_or_inputs: ArrayLike,
+    format: Format | str,
+    **rounding: Unpack[RoundingOptions],
 ) -> QuantizedTensor:
     """Round a weight matrix so that the outputs of its layer change least.
 

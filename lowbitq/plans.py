@@ -10,8 +10,14 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from lowbitq.formats import Format
-from lowbitq.gptq import ORDERS
-from lowbitq.quantizers import RANGES
+from lowbitq.plan_options import (
+    NEAREST,
+    Rounding,
+    RoundingOptions,
+    Sampling,
+    check_at_least_zero,
+    check_choice,
+)
 from lowbitq.tables import as_frame, as_html
 
 ROTATIONS = ("hadamard", "orthogonal", "none")
@@ -25,110 +31,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 _ACTIVATIONS = {"a4": 4, "a8": 8, "a32": None}
 Value = TypeVar("Value")
-
-
-def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices or isinstance(value, (bool, float)):
-        expected = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} is {value!r}, expected one of {expected}")
-
-
-def _check_at_least_zero(name: str, value: float) -> None:
-    if not value >= 0:
-        raise ValueError(f"{name} is {value}, expected at least 0")
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How a matrix is rounded to its format.
-
-    Parameters
-    ----------
-    method : {"gptq", "rtn"}, default="gptq"
-        ``"rtn"``: round to nearest, without calibration.
-    range : str, default="mse"
-        How scales are found: see `lowbitq.quantize`.
-    norm : float, default=2.0
-        Exponent of the errors that range ``"mse"`` sums.
-    importance : bool, default=True
-        Whether the Hessian's diagonal weights these errors (``"gptq"`` only).
-    damping : float, default=0.01
-        Addition to the Hessian's diagonal, relative to `damping_by`.
-    damping_by : {"median", "mean"}, default="median"
-        Statistic of the diagonal that damping is relative to. SmolLM2 at 2 bits after 8 windows of
-        calibration: perplexity 70.2 by the median, 73.2 by the mean, which one massive channel can
-        lift above all others.
-    order : {"group", "act", "none"}, default="group"
-        Order of the columns; see `lowbitq.gptq.feedback`.
-    sweeps : int or None, default=None
-        Passes of coordinate descent over the codes from error feedback (``"gptq"`` only). None: two
-        for codes of 1 and 2 bits whose rows are rounded alone, none for others. ln perplexity of
-        SmolLM2 after 16 windows of calibration:
-
-        ====================  =====  =====  =====
-        sweeps                    0      1      2
-        ====================  =====  =====  =====
-        2 bits                 4.19   4.08   4.04
-        2 bits, another seed   4.11   4.02   4.00
-        3 bits                3.218         3.203
-        4 bits                3.016         3.028
-        ====================  =====  =====  =====
-
-        A trellis gains nothing where drift is corrected: the divergence of ``"trellis2w10"`` after
-        12 windows of 1024 tokens is 0.744, 0.733 and 0.748 with 0, 1 and 2 sweeps.
-    arithmetic : {"float32", "float64"}, default="float32"
-        Precision of the error feedback.
-    alternations : int, default=0
-        How often a layer with an adapter is rounded again, less the adapter, and the adapter fitted
-        again; it ends early when the error of the outputs no longer falls. ln perplexity of
-        SmolLM2 after 4 windows of calibration: int2g64 4.13 (2.50 bits), with rank16 3.97 (3.24
-        bits), with 3 alternations 3.92.
-
-    Raises
-    ------
-    ValueError
-        If a choice or number is none of these.
-
-    Examples
-    --------
-    >>> Rounding(damping=0.02).sweeps_for(Format.parse("int2g64"))
-    2
-    """
-
-    method: str = "gptq"
-    range: str = "mse"
-    norm: float = 2.0
-    importance: bool = True
-    damping: float = 0.01
-    damping_by: str = "median"
-    order: str = "group"
-    sweeps: int | None = None
-    arithmetic: str = "float32"
-    alternations: int = 0
-
-    def __post_init__(self) -> None:
-        _check_choice("method", self.method, ("gptq", "rtn"))
-        _check_choice("range", self.range, RANGES)
-        _check_choice("damping_by", self.damping_by, ("mean", "median"))
-        _check_choice("order", self.order, ORDERS)
-        _check_choice("arithmetic", self.arithmetic, ("float32", "float64"))
-        _check_at_least_zero("damping", self.damping)
-        _check_at_least_zero("alternations", self.alternations)
-        if self.sweeps is not None:
-            _check_at_least_zero("sweeps", self.sweeps)
-        if not self.norm > 0:
-            raise ValueError(f"norm is {self.norm}, expected a positive number")
-
-    def sweeps_for(self, format: Format) -> int:
-        """Return the number of sweeps for codes of this format."""
-        if self.sweeps is not None:
-            return self.sweeps
-        return 2 if format.rate <= 2 and format.strip == 1 else 0
-
-
-# For embedding and head. The "mse" search takes ten times as long, 4 s for SmolLM2, and lowers the
-# error by a sixth.
-NEAREST = Rounding(method="rtn", range="minmax")
 
 
 @dataclass(frozen=True)
@@ -166,9 +68,9 @@ class CopyPlan:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", str(Format.parse(self.format)))
-        _check_choice("rotation", self.rotation, (None, *ROTATIONS[:2]))
-        _check_choice("mode", self.mode, MODES)
-        _check_choice("activation_bits", self.activation_bits, (8, 4, None))
+        check_choice("rotation", self.rotation, (None, *ROTATIONS[:2]))
+        check_choice("mode", self.mode, MODES)
+        check_choice("activation_bits", self.activation_bits, (8, 4, None))
 
     @classmethod
     def parse(cls, text: str, *, activation_bits: int | None = 8) -> CopyPlan:
@@ -250,7 +152,7 @@ class LayerPlan:
                 f"the first has mode {self.copies[0].mode!r}" if self.copies else "there is none"
             )
             raise ValueError(f"copies: {first}, expected a first copy of mode 'own'")
-        _check_at_least_zero("rank", self.rank)
+        check_at_least_zero("rank", self.rank)
 
     @classmethod
     def parse(
@@ -292,30 +194,21 @@ class LayerPlan:
 EMBEDDING = LayerPlan.parse("int8g64", NEAREST)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """Weights of the tokens of a calibration window.
+class PlanOptions(RoundingOptions, total=False):
+    """What `lowbitq.compress` takes besides a format: fields of `Rounding`, `Sampling` and `Plan`.
 
-    Parameters
-    ----------
-    first_tokens : int, default=4
-        Number of tokens at the start of a window that have another weight.
-    first_weight : float, default=16.0
-        Their weight in the Hessian, unless Fisher information weights the tokens. They carry the
-        massive activation that all later tokens attend to.
-    clip : float, default=20.0
-        Largest weight by Fisher information of the tokens after these, in medians.
+    ``activation_bits`` is for copies whose text has none.
     """
 
-    first_tokens: int = 4
-    first_weight: float = 16.0
-    clip: float = 20.0
-
-    def __post_init__(self) -> None:
-        _check_at_least_zero("first_tokens", self.first_tokens)
-        _check_at_least_zero("first_weight", self.first_weight)
-        if not self.clip > 0:
-            raise ValueError(f"clip is {self.clip}, expected a positive number")
+    first_tokens: int
+    first_weight: float
+    clip: float
+    rotation: str
+    seed: int
+    embedding: LayerPlan | Format | str | None
+    drift: bool
+    overrides: Mapping[str, LayerPlan | Format | str] | None
+    activation_bits: int | None
 
 
 @dataclass(frozen=True, repr=False)
@@ -364,8 +257,8 @@ class Plan:
     drift: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("rotation", self.rotation, ROTATIONS)
-        _check_at_least_zero("seed", self.seed)
+        check_choice("rotation", self.rotation, ROTATIONS)
+        check_at_least_zero("seed", self.seed)
         layers = {name: LayerPlan.parse(layer) for name, layer in self.layers.items()}
         object.__setattr__(self, "layers", layers)
         if self.embedding is not None:
@@ -514,7 +407,7 @@ class Plan:
         rounding = _typed(Rounding, _object(left, "rounding") | _take(left, Rounding))
         sampling = _typed(Sampling, _object(left, "sampling") | _take(left, Sampling))
         bits, outer = left.pop("activation_bits", 8), left.pop("embedding", "int8g64")
-        _check_choice("activation_bits", bits, (8, 4, None))
+        check_choice("activation_bits", bits, (8, 4, None))
         others = {"rotation": "hadamard", "seed": 0, "drift": False}
         for name, default in others.items():
             _check_type(name, left.get(name, default), default)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,10 +28,27 @@ from lowbitq.models.finite import check_finite
 from lowbitq.models.rotating import rotate
 from lowbitq.models.slots import name_in_block
 from lowbitq.models.tokens import check_count, token_array
-from lowbitq.plans import LayerPlan, Plan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import LayerPlan, Plan
 from lowbitq.tables import as_frame
 from lowbitq.texts import Text
 from lowbitq.walks import Known, Task, Walk, WithoutInputs
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from lowbitq.plans import PlanOptions
+
+    class PriceOptions(PlanOptions, total=False):
+        """Options of `prices`, with those of the plan."""
+
+        by: LayerPlan | Format | str
+        noise: float
+        rows: int | None
+        measure: int
+        samples: int
+        window: int
+
 
 _TO_NEAREST = Rounding(method="rtn")
 
@@ -182,7 +199,7 @@ def prices(
     samples: int = 16,
     window: int = 512,
     progress: bool | Progress = False,
-    **options: Any,
+    **options: Unpack[PlanOptions],
 ) -> Prices:
     """Find what each layer of a model costs in each of several formats.
 
@@ -316,11 +333,11 @@ def prices(
     )
 
 
-def _layer_plan(one: LayerPlan | Format | str, options: dict[str, Any]) -> LayerPlan:
+def _layer_plan(one: LayerPlan | Format | str, options: PlanOptions) -> LayerPlan:
     return Plan.uniform(["layer"], one, **options).layers["layer"]
 
 
-def _candidates(formats: Any, measured: bool, options: dict[str, Any]) -> list[LayerPlan]:
+def _candidates(formats: Any, measured: bool, options: PlanOptions) -> list[LayerPlan]:
     if isinstance(formats, (LayerPlan, Format, str)):
         raise ValueError(f"formats is {str(formats)!r}, expected a sequence of them")
     found = [_layer_plan(one, options) for one in formats]

@@ -30,7 +30,8 @@ from lowbitq.models.decoder import Block, Model
 from lowbitq.models.finite import check_finite
 from lowbitq.models.slots import SLOTS, name_in_block
 from lowbitq.models.tokens import check_count, token_array
-from lowbitq.plans import LayerPlan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import LayerPlan
 from lowbitq.scores import (
     LEVELS,
     NORMALIZE,

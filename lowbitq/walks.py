@@ -18,7 +18,7 @@ from lowbitq.models.decoder import Model
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.rotating import rotate_hessians
 from lowbitq.models.slots import FROM, SLOTS, TAPS, TO, Slot, name_in_block
-from lowbitq.plans import Sampling
+from lowbitq.plan_options import Sampling
 
 Array = NDArray[np.float32]
 

@@ -11,7 +11,8 @@ from lowbitq import compress, load
 from lowbitq.copies import LayerInputs
 from lowbitq.encoding import encode
 from lowbitq.linears import Linear
-from lowbitq.plans import LayerPlan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import LayerPlan
 from lowbitq.rotations import Rotation
 
 COLS = 192

@@ -10,7 +10,8 @@ from lowbitq.encoding import _as_weights, encode
 from lowbitq.formats import Format
 from lowbitq.gptq import feedback, gptq
 from lowbitq.linears import Linear
-from lowbitq.plans import LayerPlan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import LayerPlan
 from lowbitq.quantizers import quantize
 from lowbitq.rotations import Rotation
 

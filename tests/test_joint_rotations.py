@@ -7,7 +7,8 @@ import pytest
 
 from lowbitq.joint_rotations import log_det_loss, optimize_copies, overlap_loss, tune_strength
 from lowbitq.losses import diversity_loss
-from lowbitq.plans import LayerPlan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import LayerPlan
 from lowbitq.rotations import Rotation
 
 NEAREST = LayerPlan.parse("int2g32", Rounding(method="rtn"))

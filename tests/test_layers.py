@@ -36,7 +36,7 @@ PYTHON_ORDER = [
     "checkpoints.mapping", "checkpoints.writing", "checkpoints.gguf",
     "checkpoints.gguf_blocks", "checkpoints.integer_words", "checkpoints.safetensors",
     "checkpoints.packed", "checkpoints.folders", "checkpoints.archives", "checkpoints.blocks",
-    "checkpoints", "plans", "costs",
+    "checkpoints", "plan_options", "plans", "costs",
     "models.rope", "models.families", "models.config", "models.config_hf", "models.config_gguf",
     "models.sandbox", "models.chat", "models.vocabulary", "models.vocabulary_gguf",
     "models.tokenizer_folder",

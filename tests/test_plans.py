@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowbitq.formats import Format
-from lowbitq.plans import CopyPlan, LayerPlan, Plan, Rounding, Sampling
+from lowbitq.plan_options import Rounding, RoundingOptions, Sampling
+from lowbitq.plans import CopyPlan, LayerPlan, Plan, PlanOptions
 
 NAMES = [
     f"model.layers.{i}.{name}"
@@ -223,3 +225,12 @@ def test_defaults_are_in_the_json():
     written = json.loads(Plan({}).to_json())
     assert written["sampling"] == {"first_tokens": 4, "first_weight": 16.0, "clip": 20.0}
     assert written["rounding"]["damping_by"] == "median"
+
+
+def test_typed_options_are_the_fields():
+    """Which type checkers know; at run time any field is an option."""
+    names = {field.name for field in fields(Rounding)}
+    assert set(RoundingOptions.__annotations__) == names
+    names |= {field.name for kind in (Sampling, Plan) for field in fields(kind)}
+    names -= {"layers", "sampling"}
+    assert set(PlanOptions.__annotations__) == names | {"overrides", "activation_bits"}

@@ -15,7 +15,8 @@ from lowbitq.compression import compress
 from lowbitq.copies import LayerInputs
 from lowbitq.encoding import encode
 from lowbitq.models.rotating import rotate, rotate_hessians
-from lowbitq.plans import LayerPlan, Plan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import LayerPlan, Plan
 from lowbitq.prices import Prices, prices
 from lowbitq.quantizers import quantize
 

@@ -14,7 +14,8 @@ from lowbitq.linears import QuantizedLinear
 from lowbitq.models import load
 from lowbitq.models.rotating import rotate
 from lowbitq.models.slots import SLOTS, TAPS, name_in_block
-from lowbitq.plans import LayerPlan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import LayerPlan
 from lowbitq.procrustes import optimize_rotation
 from lowbitq.quantizers import quantize
 from lowbitq.rotation_choice import choose_rotations, residual_inputs

@@ -16,7 +16,8 @@ from lowbitq.linears import Linear
 from lowbitq.models.decoder import Model
 from lowbitq.models.rotating import rotate
 from lowbitq.models.slots import TAPS, name_in_block
-from lowbitq.plans import LayerPlan, Rounding
+from lowbitq.plan_options import Rounding
+from lowbitq.plans import LayerPlan
 from lowbitq.quantizers import quantize
 from lowbitq.scores import part_of
 from lowbitq.sensitivity import sensitivity

@@ -1,4 +1,4 @@
-"""Quality of SmolLM2-135M at 4 to 1 bits, calibrated and trained: the tables in the README.
+"""Quality of SmolLM2-135M at 4 to 1 bits, calibrated and trained: the tables in docs/measured.md.
 
     LOWBITQ_DATA=../shared/data python -m benchmarks.bench_quality [--only trellis2] [--plot FILE]
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from lowbitq import _core
 
@@ -74,4 +75,4 @@ def take_turns(
             for _ in range(loops[name]):
                 call()
             samples[name].append((clock() - begin) / loops[name])
-    return {name: Timing(min(s), statistics.median(s)) for name, s in samples.items()}
+    return {name: Timing(min(s), float(np.median(s))) for name, s in samples.items()}

@@ -292,20 +292,41 @@ def peers() -> list[str]:
     ]
 
 
+def series(row: Row) -> str:
+    """Return what a row is an example of, for the figure."""
+    if row.method == "enhance" or row.steps:
+        return "trellis plans, trained (lq.enhance)" if row.bits else "trained"
+    if row.method == "rtn":
+        return "rounded to nearest"
+    if row.options == PUBLISHED:
+        return "GPTQ as published"
+    trellis = row.bits is not None or row.format.startswith("trellis")
+    return "trellises, drift corrected" if trellis else "GPTQ, groups of 64"
+
+
 def plot(measured: dict[str, Any], rows: list[Row]) -> Any:
     """Draw the loss of each row's median seed over its bits, ours and others'."""
     axes = new_axes()
+    lines: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         found = [measured[n] for seed in row.seeds if (n := f"{row}, seed {seed}") in measured]
         if found:
             loss = statistics.median_low([one["log_ratio"]["value"] for one in found])
-            trained = "s" if row.steps else "o"
-            axes.plot(found[0]["bits_per_weight"], loss, trained, label=str(row))
+            lines.setdefault(series(row), []).append((found[0]["bits_per_weight"], loss))
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
     for name, bits, loss, _ in PEERS:
         axes.plot(bits, loss, "x", color="0.5")
-        axes.annotate(name, (bits, loss), (4, 0), textcoords="offset points", color="0.5")
-    axes.set(xlabel="bits per weight", ylabel="ln(perplexity / float)", yscale="log")
-    axes.legend(fontsize="x-small")
+        axes.annotate(name, (bits, loss), (4, 4), textcoords="offset points", color="0.4", size=8)
+    axes.set(
+        xlabel="bits per weight, everything counted",
+        ylabel="ln(perplexity / float)",
+        yscale="log",
+        xlim=(1, 5),
+        ylim=(0.02, 3),
+        title="SmolLM2-135M: what each number of bits costs",
+    )
+    axes.legend(fontsize="small")
     return axes
 
 

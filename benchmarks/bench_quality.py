@@ -307,14 +307,15 @@ def series(row: Row) -> str:
 def plot(measured: dict[str, Any], rows: list[Row]) -> Any:
     """Draw the loss of each row's median seed over its bits, ours and others'."""
     axes = new_axes()
-    lines: dict[str, list[tuple[float, float]]] = {}
+    lines: dict[str, dict[float, float]] = {}  # the least loss by bits
     for row in rows:
         found = [measured[n] for seed in row.seeds if (n := f"{row}, seed {seed}") in measured]
         if found:
             loss = statistics.median_low([one["log_ratio"]["value"] for one in found])
-            lines.setdefault(series(row), []).append((found[0]["bits_per_weight"], loss))
+            line, bits = lines.setdefault(series(row), {}), found[0]["bits_per_weight"]
+            line[bits] = min(loss, line.get(bits, loss))
     for name, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+        axes.plot(*zip(*sorted(points.items()), strict=True), "o-", label=name)
     for name, bits, loss, _ in PEERS:
         axes.plot(bits, loss, "x", color="0.5")
         axes.annotate(name, (bits, loss), (4, 4), textcoords="offset points", color="0.4", size=8)

@@ -32,7 +32,7 @@ from lowbitq.texts import Texts, read_texts, windows
 
 ERROR, USAGE, UNSUPPORTED, INTERRUPTED, UNVERIFIED = 1, 2, 3, 4, 5
 
-DEMO_FORMATS = ("int4g64", "int3g64", "int2g64")
+DEMO_FORMATS = ("int4g64", "trellis3", "trellis2")
 DEMO_WORK = Path("lowbitq-demo.work")
 DEMO_PROMPT = "The capital of France is"
 DEMO_NOTE = (

@@ -501,7 +501,7 @@ def test_demo(demo, tmp_path):
     assert "Q4_1" in out
     assert "4 windows of 64 tokens of the first half" in out
     table = [line.split() for line in out.splitlines()]
-    formats = ["float32", "int4g64", "int3g64", "int2g64"]
+    formats = ["float32", "int4g64", "trellis3", "trellis2"]
     assert [row[0] for row in table if row and row[0] in formats] == 2 * formats
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == sorted(formats[1:])
     rows = json.loads(demo("--json")[1])["rows"]
@@ -517,7 +517,7 @@ def test_interrupted_demo_goes_on(demo, tmp_path, monkeypatch):
     evaluate = lq.evaluate
 
     def interrupted_late(model, *arguments, **options):
-        if getattr(model, "plan", None) and "int3g64" in map(str, model.plan.layers.values()):
+        if getattr(model, "plan", None) and "trellis3" in map(str, model.plan.layers.values()):
             raise KeyboardInterrupt
         return evaluate(model, *arguments, **options)
 
@@ -526,7 +526,7 @@ def test_interrupted_demo_goes_on(demo, tmp_path, monkeypatch):
         code, _, err = demo()
     assert code == 4
     work = Path("lowbitq-demo.work")
-    assert err[-1].endswith(f"resumes from the blocks in {work / 'int4g64'}, {work / 'int3g64'}")
+    assert err[-1].endswith(f"resumes from the blocks in {work / 'int4g64'}, {work / 'trellis3'}")
     finished = {path: path.stat().st_mtime_ns for path in work.glob("*/block*")}
     assert len(finished) == 4
     code, _, err = demo("--seed", 1)

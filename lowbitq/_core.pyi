@@ -398,6 +398,7 @@ def block(
     *,
     attention_scale: float,
     mlp_scale: float,
+    rope: bool,
 ) -> Any: ...
 def decoder(
     embedding: Any,

@@ -354,6 +354,7 @@ def _fingerprint(
         "layers": plan.to_dict()["layers"],
         "configuration": asdict(model.config),
         "scales": [[block.attention_scale, block.mlp_scale] for block in model.blocks],
+        "rope": [block.rope for block in model.blocks],
         "weights": digest(arrays),
         "tokens": None if tokens is None else digest({"tokens": tokens}),
         "hessians": digest(stats.hessians) if stats and stats.hessians else None,

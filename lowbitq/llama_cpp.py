@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config_gguf import config_to_gguf
 from lowbitq.models.decoder import Model
 from lowbitq.models.families import FAMILIES, interleave
-from lowbitq.models.plain import DTYPES, dense, folded
+from lowbitq.models.plain import DTYPES, config_now, dense, folded
 from lowbitq.models.slots import NORMS, OUTER, SLOTS, name_in_block
 from lowbitq.plans import LayerPlan
 from lowbitq.quantizers import quantize
@@ -76,7 +75,7 @@ def write_llama_cpp(
     if dtype not in _TYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     made = folded(model)
-    config = replace(made.config, layers=len(made.blocks), tie_embeddings=made.head is None)
+    config = config_now(made)
     metadata, factors = config_to_gguf(config, FAMILIES)
     metadata |= {"general.type": "model", "general.quantization_version": 2}
     if made.tokenizer is None:

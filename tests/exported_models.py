@@ -36,6 +36,11 @@ MODELS = {
         "none",
     ),
     "qwen3": ({"family": "qwen3", "qk_norm": True}, None, "none"),
+    "smollm3": (
+        {"family": "smollm3", "layers": 5, "rope_layers": (True, True, True, False, True)},
+        None,
+        "none",
+    ),
     "Q4_0": ({}, "int4g32symz8", "none"),
     "Q4_1": ({}, "int4g32", "none"),
     "Q8_0": ({}, "int8g32symz128", "none"),
@@ -46,9 +51,11 @@ MODELS = {
 def model_of(name):
     """A model, and the dtype of its float matrices in the file."""
     changes, format, rotation = MODELS[name]
-    model, rng = random_model.random_model(seed=len(name)), np.random.default_rng(7)
+    model = random_model.random_model(seed=len(name), layers=changes.get("layers", 3))
+    rng = np.random.default_rng(7)
     model.config = dataclasses.replace(model.config, **changes)
-    for block in model.blocks:
+    for index, block in enumerate(model.blocks):
+        block.rope = model.config.rope_layers is None or model.config.rope_layers[index]
         if model.config.attention_bias:
             for key in ("q_proj", "k_proj", "v_proj"):
                 layer = block.linears[key]

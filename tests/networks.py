@@ -12,7 +12,10 @@ NORMS = ("attention_norm", "mlp_norm", "query_norm", "key_norm")
 VOCAB, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 50, 24, 40, 6, 2, 10
 
 
-def network_of(seed, *, biases=False, head_norms=False, norms=True, head=False, blocks=2):
+def network_of(
+    seed, *, biases=False, head_norms=False, norms=True, head=False, blocks=2, without_rope=()
+):
+    """The blocks at indices `without_rope` leave it out."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -43,7 +46,8 @@ def network_of(seed, *, biases=False, head_norms=False, norms=True, head=False, 
                 )
                 for n, shape in zip(LAYERS, shapes, strict=True)
             }
-            for _ in range(blocks)
+            | {"rope": index not in without_rope}
+            for index in range(blocks)
         ],
     }
 
@@ -51,7 +55,8 @@ def network_of(seed, *, biases=False, head_norms=False, norms=True, head=False, 
 def block_handle(block):
     layers = [dense_layer(*block[name], None) for name in LAYERS]
     scales = {name: block.get(name, 1.0) for name in ("attention_scale", "mlp_scale")}
-    return _core.block(*(block[name] for name in NORMS), *layers, **scales)
+    rope = block.get("rope", True)
+    return _core.block(*(block[name] for name in NORMS), *layers, **scales, rope=rope)
 
 
 def dense(weight):

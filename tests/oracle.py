@@ -447,8 +447,8 @@ def decoder(network, tokens):
     """Logits of a network in float64, straight from the formulas.
 
     `network` has embedding, final_norm, head, frequency, heads, kv_heads, epsilon and blocks, each
-    a dict of norms (arrays or None), linear layers (weight, bias or None; or functions) and scales;
-    perhaps the matrix that rotates the residual stream.
+    a dict of norms (arrays or None), linear layers (weight, bias or None; or functions), scales and
+    whether it has rope; perhaps the matrix that rotates the residual stream.
     """
     heads, kv_heads, epsilon = network["heads"], network["kv_heads"], network["epsilon"]
     turn = network.get("rotation", np.eye(network["embedding"].shape[1]))
@@ -469,7 +469,8 @@ def decoder(network, tokens):
         q, k, v = (a.reshape(len(x), h, -1) for a, h in ((q, heads), (k, kv_heads), (v, kv_heads)))
         if block["query_norm"] is not None:
             q, k = normed(q, block["query_norm"]), normed(k, block["key_norm"])
-        q, k = (rope(a, network["frequency"], 0)[0] for a in (q, k))
+        if block.get("rope", True):
+            q, k = (rope(a, network["frequency"], 0)[0] for a in (q, k))
         added = linear(block["o_proj"], attention(q, k, v)[0].reshape(len(x), -1))
         x = x + block.get("attention_scale", 1.0) * added
         n = normed(x, block["mlp_norm"])

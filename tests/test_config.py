@@ -95,6 +95,58 @@ def test_a_sliding_window_counts_where_it_is_used():
     assert config_from_hf(used.to_hf(), FAMILIES) == used
 
 
+def test_mistral_with_layer_types_is_ministral():
+    """As in transformers; only layers that are listed as sliding have the window."""
+    kinds = ["full_attention", "sliding_attention"]
+    listed = from_hf(model_type="mistral", sliding_window=64, layer_types=kinds)
+    assert (listed.family, listed.sliding_window) == ("ministral", 64)
+    full = from_hf(model_type="mistral", sliding_window=64, layer_types=kinds[:1] * 2)
+    assert (full.family, full.sliding_window) == ("ministral", None)
+    assert from_hf(model_type="ministral").sliding_window == 4096
+    assert from_hf(model_type="ministral", layer_types=kinds).sliding_window == 4096
+    for config in (listed, full):
+        assert config_from_hf(config.to_hf(), FAMILIES) == config
+
+
+def smollm3(**changes):
+    return from_hf(model_type="smollm3", num_hidden_layers=5, **changes)
+
+
+def test_smollm3_says_which_layers_have_rope():
+    assert smollm3().rope_layers == (True, True, True, False, True)
+    assert smollm3(no_rope_layer_interval=2).rope_layers == (True, False, True, False, True)
+    mixed = smollm3(no_rope_layers=[0, 1, 1, 0, 0, 1], no_rope_layer_interval=2)
+    assert mixed.rope_layers == (False, True, True, False, False)
+    assert config_from_hf(mixed.to_hf(), FAMILIES) == mixed
+    assert from_hf().rope_layers is None
+    missing = config_from_hf({k: v for k, v in LLAMA.items() if k != "rope_theta"}, FAMILIES)
+    assert missing.rope_theta == 1e4
+    assert smollm3(rope_theta=..., tie_word_embeddings=...).rope_theta == 2e6
+    assert smollm3(tie_word_embeddings=...).tie_embeddings
+
+
+@pytest.mark.parametrize("found", [5, [], [1] * 4, [1, 1, 1, 2, 1], [1, 1, 1, "0", 1], [[1]] * 5])
+def test_lists_of_layers_with_rope_are_checked(found):
+    expected = "expected 5 numbers, one for each layer: 1 if it has rope, 0 if not"
+    with pytest.raises(lowbitq.FormatError, match=f"no_rope_layers is .*, {expected}"):
+        smollm3(no_rope_layers=found)
+
+
+def test_layers_without_end_are_refused():
+    with pytest.raises(lowbitq.FormatError, match="there are 2147483647 layers, expected at most"):
+        from_hf(model_type="smollm3", num_hidden_layers=2**31 - 1)
+    with pytest.raises(ValueError, match="rope_layers has 2 entries, expected 5, one for each"):
+        dataclasses.replace(smollm3(), rope_layers=(True, False))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("ministral3", "queries grow with their position"), ("mistral3", "images")]
+)
+def test_relatives_of_mistral_are_refused_with_a_reason(name, reason):
+    with pytest.raises(ValueError, match=f"model_type is '{name}', expected one of .*: .*{reason}"):
+        from_hf(model_type=name)
+
+
 def test_all_that_differs_is_in_one_error():
     with pytest.raises(ValueError, match="the model is not supported") as caught:
         from_hf(
@@ -110,7 +162,7 @@ def test_all_that_differs_is_in_one_error():
         )
     assert not isinstance(caught.value, lowbitq.FormatError)
     for part in [
-        "model_type is 'gemma2', expected one of (llama, mistral, qwen2, qwen3)",
+        "model_type is 'gemma2', expected one of (llama, mistral, ministral, smollm3, qwen2, qwen3)",
         "hidden_act is 'gelu'",
         "num_experts is 8",
         "attn_logit_softcapping is 50.0",
@@ -235,6 +287,8 @@ def test_senseless_rope_scaling_is_refused_on_reading(scaling, message):
         ({"rotary_dim": 4}, "rotary_dim is 4"),
         ({"rope_interleaved": True}, "rope_interleaved is True"),
         ({"rotary_pct": 0.25}, "rotary_pct is 0.25"),
+        ({"no_rope_layers": [1, 0]}, r"no_rope_layers is \[1, 0\]"),
+        ({"no_rope_layer_interval": 4}, "no_rope_layer_interval is 4"),
         ({"use_qk_norm": True}, "use_qk_norm is True"),
         ({"attention_out_bias": True}, "attention_out_bias is True"),
         ({"attention_chunk_size": 8192}, "attention_chunk_size is 8192"),
@@ -381,6 +435,7 @@ def test_configurations_are_read_as_transformers_reads_them(values, expected):
         "max_positions": config.max_positions,
         "tied": config.tie_embeddings,
         "window": config.sliding_window,
+        "rope_layers": [*(config.rope_layers or [True] * config.layers)],
     }
     assert found == {key: expected[key] for key in found}
     assert config.attention_bias == ("q_proj" in expected["biases"])

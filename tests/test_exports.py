@@ -107,6 +107,30 @@ def test_a_float_model_is_saved_exactly_in_its_own_precision(tmp_path):
         assert names["architectures"] == [f"{model.config.family.capitalize()}ForCausalLM"]
 
 
+def test_smollm3_tells_transformers_which_layers_have_rope(tmp_path):
+    """Also where a block was repeated."""
+    model = lq.load(tiny_models.write_folder("smollm3_listed", tmp_path))
+    deeper = lq.repeat_blocks(model, 1)
+    lq.export(deeper, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["no_rope_layers"] == [0, 1, 1, 0]
+    assert config["architectures"] == ["SmolLM3ForCausalLM"]
+    tokens = tiny_models.tokens_of("smollm3_listed")
+    found = lq.load(tmp_path / "out")
+    assert [block.rope for block in found.blocks] == [False, True, True, False]
+    assert np.array_equal(found.logits(tokens), deeper.logits(tokens))
+
+
+def test_a_block_without_rope_needs_a_family_that_has_some(tmp_path):
+    model = random_model.random_model()
+    model.blocks[1].rope = False
+    with pytest.raises(ValueError, match="block 1 lacks rotary embeddings, for which llama models"):
+        lq.export(model, tmp_path / "out")
+    with pytest.raises(ValueError, match="block 1 lacks rotary embeddings, for which llama models"):
+        test_models_quantized.compress(model).save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_rounding_is_said(tmp_path):
     model = random_model.random_model()
     assert lq.export(model, tmp_path / "a").lossless

@@ -278,7 +278,7 @@ class Author:
 
 @pytest.mark.parametrize("chosen", seeds(600, 50_000))
 def test_gguf_files_of_a_forger(tmp_path, chosen):
-    names = ("llama", "llama3", "qwen2", "qwen3")
+    names = ("llama", "llama3", "qwen2", "qwen3", "smollm3")
     authors = [Author(tiny_models.write_gguf(name, tmp_path / name)) for name in names]
     path = tmp_path / "a.gguf"
 
@@ -304,6 +304,8 @@ CONFIG_KEYS = {
     "max_window_layers": 0,
     "mlp_bias": False,
     "model_type": "qwen3",
+    "no_rope_layer_interval": 1,
+    "no_rope_layers": [0, 1, 1],
     "num_experts": 0,
     "original_max_position_embeddings": 8,
     "partial_rotary_factor": 1,
@@ -398,7 +400,7 @@ def test_folders_of_a_forger(tmp_path, chosen, file):
     change, finite = FOLDER_FILES[file]
     names = ["llama3", "qwen3_bias"]  # in several files
     if file == "config.json":
-        names += ["llama_linear", "qwen2_yarn", "mistral", "llama"]
+        names += ["llama_linear", "qwen2_yarn", "mistral", "llama", "smollm3_listed"]
     folder = tmp_path / "model"
     intact = {}
     for name in names:

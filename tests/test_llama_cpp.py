@@ -47,7 +47,7 @@ def test_llama_cpp_computes_what_the_model_does(name, tmp_path):
     assert layer == ("F32" if kind == "float" else name.split()[0])
 
 
-@pytest.mark.parametrize("name", list(tiny_models.MODELS))
+@pytest.mark.parametrize("name", tiny_models.IN_GGUF)
 def test_a_float_file_has_the_same_logits(name, tmp_path):
     model = lq.load(tiny_models.write_folder(name, tmp_path))
     found = lq.export(model, tmp_path / "a.gguf", "gguf", dtype="float32")
@@ -145,6 +145,19 @@ def test_other_rotary_frequencies_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"llama\.cpp has no rope_scaling .* for qwen2 models"):
         lq.export(model, tmp_path / "a.gguf", "gguf")
     assert not os.listdir(tmp_path)
+
+
+def test_rope_in_other_layers_is_refused(tmp_path):
+    model = lq.load(tiny_models.write_folder("smollm3_listed", tmp_path))
+    with pytest.raises(ValueError, match=r"leaves out rope in every 4th layer of smollm3 models"):
+        lq.export(model, tmp_path / "a.gguf", "gguf")
+    small = lq.load(tiny_models.write_folder("smollm3", tmp_path))
+    small.blocks = small.blocks[:3]  # the fourth lacks it
+    lq.export(small, tmp_path / "a.gguf", "gguf")
+    small.blocks[2] = dataclasses.replace(small.blocks[2], rope=False)
+    with pytest.raises(ValueError, match=r"rope_layers is \(True, True, False\), but llama\.cpp"):
+        lq.export(small, tmp_path / "b.gguf", "gguf")
+    assert not (tmp_path / "b.gguf").exists()
 
 
 def test_a_file_is_replaced_only_when_told(tmp_path):

@@ -169,6 +169,7 @@ LBQ_BINDING(block)
     lbq_array attention_norm, mlp_norm, query_norm, key_norm;
     const lbq_linear *query, *key, *value, *output, *gate, *up, *down;
     double attention_scale, mlp_scale;
+    int rope;
     const lbq_arg spec[] = {
         LBQ_IN_OR_NONE("attention_norm", &attention_norm, NPY_FLOAT32, "h"),
         LBQ_IN_OR_NONE("mlp_norm", &mlp_norm, NPY_FLOAT32, "h"),
@@ -183,6 +184,7 @@ LBQ_BINDING(block)
         LBQ_HANDLE("down_proj", &down, LINEAR),
         LBQ_FLOAT("attention_scale", &attention_scale, -1e6, 1e6),
         LBQ_FLOAT("mlp_scale", &mlp_scale, -1e6, 1e6),
+        LBQ_BOOL("rope", &rope),
     };
     LBQ_PARSE("block", spec);
     lbq_block *made;
@@ -205,6 +207,7 @@ LBQ_BINDING(block)
         .down = down,
         .attention_scale = (float)attention_scale,
         .mlp_scale = (float)mlp_scale,
+        .rope = rope,
     };
     return lbq_handle_new(BLOCK, made, args);
 }
@@ -493,9 +496,9 @@ PyMethodDef lbq_methods_transformer[] = {
     LBQ_METHOD(block, "block(attention_norm, mlp_norm, query_norm, key_norm, q_proj, k_proj, "
                       "v_proj, o_proj, "
                       "gate_proj, up_proj, down_proj, /, *, attention_scale, "
-                      "mlp_scale)\n--\n\n"
+                      "mlp_scale, rope)\n--\n\n"
                       "A handle of one block: gains (or None), layers, scales of what each "
-                      "half adds."),
+                      "half adds, whether queries and keys are turned by their position."),
     LBQ_METHOD(decoder, "decoder(embedding, final_norm, frequency, head, "
                         "rotation, blocks, /, *, heads, kv_heads, "
                         "epsilon, rope_factor)\n--\n\n"

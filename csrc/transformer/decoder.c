@@ -68,11 +68,11 @@ take(lbq_arena *arena, ptrdiff_t floats, float **block)
 }
 
 /* The bias that 8-bit keys leave out: NULL if a norm follows it, which makes it differ between
- * tokens. */
+ * tokens, or if rope does not. */
 static const float *
 key_bias_of(const lbq_block *block)
 {
-    return block->key_norm ? NULL : block->key->bias;
+    return block->key_norm || !block->rope ? NULL : block->key->bias;
 }
 
 /* The tables for biases of keys, if a block leaves any out. */
@@ -182,10 +182,17 @@ lbq_block_turn(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tok
                const float *cosine, const float *sine, float *q, float *k)
 {
     const lbq_heads *const heads = &decoder->heads;
-    const ptrdiff_t half = heads->head_dim / 2;
+    const ptrdiff_t d = heads->head_dim;
     const float epsilon = decoder->epsilon;
-    LBQ_TRY(lbq_rope(tokens, heads->heads, half, cosine, sine, block->query_norm, epsilon, q));
-    return lbq_rope(tokens, heads->kv_heads, half, cosine, sine, block->key_norm, epsilon, k);
+    if (block->rope) {
+        LBQ_TRY(lbq_rope(tokens, heads->heads, d / 2, cosine, sine, block->query_norm, epsilon, q));
+        return lbq_rope(tokens, heads->kv_heads, d / 2, cosine, sine, block->key_norm, epsilon, k);
+    }
+    if (block->query_norm)
+        LBQ_TRY(lbq_rmsnorm(tokens * heads->heads, d, q, block->query_norm, epsilon, q));
+    if (block->key_norm)
+        LBQ_TRY(lbq_rmsnorm(tokens * heads->kv_heads, d, k, block->key_norm, epsilon, k));
+    return LBQ_OK;
 }
 
 /* Copies a layer's output to where a caller wants to see it. */
@@ -545,7 +552,8 @@ lbq_decoder_same_cache(const lbq_decoder *a, const lbq_decoder *b)
     for (ptrdiff_t i = 0; same && i < p->head_dim / 2; i++)
         same = a->frequency[i] == b->frequency[i];
     for (ptrdiff_t i = 0; same && i < a->block_count; i++)
-        same = key_bias_of(a->blocks[i]) == key_bias_of(b->blocks[i]) &&
+        same = a->blocks[i]->rope == b->blocks[i]->rope &&
+               key_bias_of(a->blocks[i]) == key_bias_of(b->blocks[i]) &&
                a->blocks[i]->value->bias == b->blocks[i]->value->bias;
     return same;
 }

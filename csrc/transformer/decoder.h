@@ -5,9 +5,13 @@
  *     x += down(silu(gate n) * up n),                                           n = norm(x)
  *     logits = head(norm(R^T x))
  *
- * one pair of additions per block. Linear layers are dense or packed, each with its own input
- * rotation and bias. The embedding is a layer too, whose rows are looked up; without a head, it is
- * also the head. A decoder is immutable once built, so threads may share it. */
+ * one pair of additions per block. Some blocks may leave out rope: they see the order of tokens
+ * only by what earlier blocks made of it. B. Yang et al., "Rope to Nope and back again: a new
+ * hybrid attention strategy", 2025.
+ *
+ * Linear layers are dense or packed, each with its own input rotation and bias. The embedding is a
+ * layer too, whose rows are looked up; without a head, it is also the head. A decoder is immutable
+ * once built, so threads may share it. */
 #ifndef LBQ_DECODER_H
 #define LBQ_DECODER_H
 
@@ -26,6 +30,7 @@ typedef struct {
     const float *query_norm, *key_norm;     /* (head_dim), of each head; NULL: none */
     const lbq_linear *query, *key, *value, *output, *gate, *up, *down;
     float attention_scale, mlp_scale; /* of what each half adds to the residual stream */
+    bool rope;                        /* whether queries and keys are turned by their position */
 } lbq_block;
 
 typedef struct {
@@ -105,7 +110,7 @@ typedef struct {
 lbq_status lbq_block_project(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
                              const float *x, const lbq_store_bias *bias, const lbq_projection *to);
 
-/* The norms and turns of lbq_block_project: q and k, in place. */
+/* The norms and turns of lbq_block_project, as far as the block has them: q and k, in place. */
 lbq_status lbq_block_turn(const lbq_decoder *decoder, const lbq_block *block, ptrdiff_t tokens,
                           const float *cosine, const float *sine, float *q, float *k);
 

@@ -208,7 +208,8 @@ turn_backward(const pass *p, ptrdiff_t heads, const float *raw, const float *gai
               float **g, float *to)
 {
     const ptrdiff_t d = p->decoder->heads.head_dim, tokens = p->tokens;
-    LBQ_TRY(lbq_rope_backward(tokens, heads, d / 2, p->cosine, p->sine, *g));
+    if (p->block->rope)
+        LBQ_TRY(lbq_rope_backward(tokens, heads, d / 2, p->cosine, p->sine, *g));
     if (!gain)
         return LBQ_OK;
     memset(to, 0, sizeof(float) * (size_t)(tokens * heads * d));

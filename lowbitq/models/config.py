@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from lowbitq._core import FormatError
 from lowbitq.models.rope import rope_frequencies
 
-# Longer heads are refused, which bounds the cost of a hostile file; models have 64 to 512.
-_LONGEST_HEAD = 1 << 16
+# More is refused, which bounds the cost of a hostile file; models have heads of 64 to 512 and up to
+# 126 layers.
+_LONGEST_HEAD = _MOST_LAYERS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class ModelConfig:
     Attributes
     ----------
     family : str
-        Hugging Face's ``model_type``: ``"llama"``, ``"mistral"``, ``"qwen2"``, ``"qwen3"``.
+        Hugging Face's ``model_type``: ``"llama"``, ``"mistral"``, ``"ministral"``, ``"smollm3"``,
+        ``"qwen2"``, ``"qwen3"``.
     hidden_size, intermediate_size, layers, heads, kv_heads, head_dim, vocab_size : int
     norm_eps : float
         Added to the mean square in every RMSNorm.
@@ -34,6 +36,8 @@ class ModelConfig:
         Base of the rotary frequencies.
     rope_scaling : dict or None
         Hugging Face's dictionary, with ``"rope_type"``; None: plain frequencies.
+    rope_layers : tuple of bool, or None
+        For each layer whether it has rotary embeddings; None: all have.
     tie_embeddings : bool
         Whether the head is the embedding.
     attention_bias : bool
@@ -77,6 +81,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
+    rope_layers: tuple[bool, ...] | None = None
     tie_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -96,6 +101,11 @@ class ModelConfig:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number")
         if not 0 <= self.norm_eps <= 1:
             raise ValueError(f"norm_eps is {self.norm_eps}, expected 0 to 1")
+        if self.rope_layers is not None and len(self.rope_layers) != self.layers:
+            raise ValueError(
+                f"rope_layers has {len(self.rope_layers)} entries, expected {self.layers}, "
+                "one for each layer"
+            )
         if self.head_dim > _LONGEST_HEAD:
             raise ValueError(f"head_dim is {self.head_dim}, expected at most {_LONGEST_HEAD}")
         self.rope_frequencies()  # raises ValueError if there are none
@@ -130,7 +140,25 @@ class ModelConfig:
         }
         if self.sliding_window:
             config |= {"use_sliding_window": True, "max_window_layers": 0}
+        if self.rope_layers is not None:
+            config["no_rope_layers"] = [int(rope) for rope in self.rope_layers]
         return config
+
+
+def rope_layers(layers: int, interval: int | None) -> tuple[bool, ...] | None:
+    """Return `ModelConfig.rope_layers` if every `interval`-th layer lacks rotary embeddings.
+
+    Examples
+    --------
+    >>> rope_layers(5, 4)
+    (True, True, True, False, True)
+    >>> rope_layers(5, None)
+    """
+    if interval is None:
+        return None
+    if layers > _MOST_LAYERS:
+        raise ValueError(f"there are {layers} layers, expected at most {_MOST_LAYERS}")
+    return tuple(number % interval != 0 for number in range(1, layers + 1))
 
 
 class Keys:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lowbitq._core import FormatError
-from lowbitq.models.config import Keys, ModelConfig
+from lowbitq.models.config import Keys, ModelConfig, rope_layers
 from lowbitq.models.families import Family
 from lowbitq.models.rope import yarn_factor
 
@@ -141,6 +141,7 @@ def config_from_gguf(
             norm_eps=float(str(np.float32(keys.number("attention.layer_norm_rms_epsilon")))),
             rope_theta=keys.number("rope.freq_base", 10000.0),
             rope_scaling=scaling,
+            rope_layers=rope_layers(keys.size("block_count"), family.rope_interval),
             tie_embeddings=tie_embeddings,
             attention_bias=attention_bias,
             mlp_bias=mlp_bias and family.mlp_bias,
@@ -226,9 +227,10 @@ def config_to_gguf(
     Raises
     ------
     ValueError
-        If llama.cpp has no such scaling of rotary frequencies.
+        If llama.cpp has no such scaling of rotary frequencies, or has them in other layers.
     """
-    architecture = families[config.family].architecture
+    family = families[config.family]
+    architecture = family.architecture
     keys: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "context_length": config.max_positions,
@@ -243,6 +245,12 @@ def config_to_gguf(
         "rope.dimension_count": config.head_dim,
         "rope.freq_base": config.rope_theta,
     }
+    if config.rope_layers != rope_layers(config.layers, family.rope_interval):
+        where = f"every {family.rope_interval}th" if family.rope_interval else "no"
+        raise ValueError(
+            f"rope_layers is {config.rope_layers}, but llama.cpp leaves out rope in {where} layer "
+            f"of {family.name} models"
+        )
     if config.sliding_window:
         keys["attention.sliding_window"] = config.sliding_window
     scaling, factors = config.rope_scaling or {"rope_type": "default"}, None
@@ -265,7 +273,7 @@ def config_to_gguf(
     metadata = {"general.architecture": architecture, "general.name": config.name} | metadata
     # llama.cpp reads factors in this architecture only.
     if (factors is not None and architecture != "llama") or not _same_rope(
-        config, metadata, {architecture: families[config.family]}, factors
+        config, metadata, {architecture: family}, factors
     ):
         raise ValueError(f"llama.cpp has no rope_scaling {scaling} for {config.family} models")
     return metadata, factors

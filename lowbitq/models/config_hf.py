@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowbitq.models.config import Keys, ModelConfig
+from lowbitq.models.config import Keys, ModelConfig, rope_layers
 from lowbitq.models.families import Family
 from lowbitq.models.rope import ROPE_TYPES, longrope_factor
 
@@ -28,7 +28,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_scale": (1,),
     "scale_emb": (1,),
     "clip_qkv": (),
-    "no_rope_layers": (),
     "is_causal": (True,),
     "use_rope": (True,),
     "position_embedding_type": ("rope", "rotary"),
@@ -52,6 +51,14 @@ _READ = {
     "sliding_window",
     "use_sliding_window",
     "max_window_layers",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+}
+
+# What the decoder lacks for families that resemble others.
+_LACKS = {
+    "ministral3": "its queries grow with their position (llama_4_scaling_beta)",
+    "mistral3": "it reads images too",
 }
 
 # Keys on these subjects that do not change what the network computes: training, the attention
@@ -138,17 +145,22 @@ def config_from_hf(
     ValueError: phi/config.json: the model is not supported: model_type is 'phi3', \
 expected one of (); hidden_act is 'gelu'
     """
-    family = families.get(Keys(values, where).text("model_type"))
+    model_type = _model_type(Keys(values, where))
+    family = families.get(model_type)
     keys = Keys({**(family.defaults if family else {}), **values}, where)
     if family is None:
         keys.differs("model_type", keys.get("model_type"))
         keys.differences[-1] += f", expected one of ({', '.join(families)})"
+        if model_type in _LACKS:
+            keys.differences[-1] += f": {_LACKS[model_type]}"
     keys.neutral(_NEUTRAL)
     keys.understood(_READ | _HARMLESS | _NEUTRAL.keys(), _SUBJECTS)
     if family is not None and family.qkv_bias is False:
         keys.neutral({"attention_bias": (False,)})
     if family is not None and not family.mlp_bias:
         keys.neutral({"mlp_bias": (False,)})
+    if family is None or family.rope_interval is None:
+        keys.neutral({"no_rope_layers": (), "no_rope_layer_interval": (0,)})
     types = _layer_types(keys)
     max_positions = keys.size("max_position_embeddings", 2048)
     theta, scaling = _rope(keys, max_positions)
@@ -171,6 +183,7 @@ expected one of (); hidden_act is 'gelu'
             norm_eps=keys.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
+            rope_layers=_rope_layers(keys, family, layers),
             tie_embeddings=bool(keys.flag("tie_word_embeddings")),
             attention_bias=bool(attention_bias if family.qkv_bias is None else family.qkv_bias),
             mlp_bias=bool(family.mlp_bias and keys.flag("mlp_bias")),
@@ -182,6 +195,29 @@ expected one of (); hidden_act is 'gelu'
             name=keys.text("_name_or_path"),
         )
     )
+
+
+def _model_type(keys: Keys) -> str:
+    """Return the family's name; as in transformers, a mistral with layer_types is a ministral."""
+    name = keys.text("model_type")
+    return "ministral" if name == "mistral" and "layer_types" in keys.values else name
+
+
+def _rope_layers(keys: Keys, family: Family, layers: int) -> tuple[bool, ...] | None:
+    """Return whether each layer has rotary embeddings; the list may be longer than needed."""
+    if family.rope_interval is None:
+        return None
+    listed = keys.get("no_rope_layers")
+    if listed is None:
+        return rope_layers(layers, keys.size("no_rope_layer_interval", family.rope_interval))
+    if (
+        not isinstance(listed, list)
+        or len(listed) < layers
+        or not all(type(rope) in (int, bool) and rope in (0, 1) for rope in listed)
+    ):
+        expected = f"{layers} numbers, one for each layer: 1 if it has rope, 0 if not"
+        raise keys.wrong("no_rope_layers", listed, expected)
+    return tuple(bool(rope) for rope in listed[:layers])
 
 
 def _layer_types(keys: Keys) -> list[str] | None:
@@ -205,8 +241,12 @@ def _sliding_window(keys: Keys, family: Family, layers: int, types: list[str] | 
         raise keys.wrong("layer_types", types, f"{layers} names, one for each layer")
     window, used = keys.get("sliding_window"), keys.flag("use_sliding_window")
     named = types is not None and "sliding_attention" in types
-    if family.window == "always":
+    if family.window_listed and types is not None:
+        slides = named
+    elif family.window == "always":
         slides = True
+    elif family.window == "if asked":
+        slides = used is True
     elif family.window == "unless denied":
         slides = used is not False
     else:

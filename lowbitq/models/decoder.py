@@ -60,6 +60,8 @@ class Block:
         Gains of the norms of each head; None: no such norm.
     attention_scale, mlp_scale : float
         Factors of what each half adds to the residual stream.
+    rope : bool
+        Whether queries and keys are turned by their position.
     """
 
     attention_norm: NDArray[np.float32] | None
@@ -69,6 +71,7 @@ class Block:
     key_norm: NDArray[np.float32] | None = None
     attention_scale: float = 1.0
     mlp_scale: float = 1.0
+    rope: bool = True
 
     @property
     def norms(self) -> list[NDArray[np.float32] | None]:
@@ -77,7 +80,7 @@ class Block:
 
     def _parts(self) -> list[Any]:
         layers = [self.linears[slot.name] for slot in SLOTS]
-        return [*self.norms, *layers, self.attention_scale, self.mlp_scale]
+        return [*self.norms, *layers, self.attention_scale, self.mlp_scale, self.rope]
 
 
 @dataclass(eq=False, repr=False)
@@ -581,4 +584,5 @@ def _block_handle(block: Block) -> Any:
         *(block.linears[slot.name].handle for slot in SLOTS),
         attention_scale=block.attention_scale,
         mlp_scale=block.mlp_scale,
+        rope=block.rope,
     )

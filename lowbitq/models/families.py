@@ -1,7 +1,8 @@
 """Model families: the differences between the models that this decoder runs.
 
-These are LLaMA 2 and 3, SmolLM2 and Mistral; Qwen2, with biases in query, key and value; and Qwen3,
-with norms in query and key.
+These are LLaMA 2 and 3, SmolLM2, Mistral and Ministral; SmolLM3, where every fourth layer lacks
+rotary embeddings; Qwen2, with biases in query, key and value; and Qwen3, with norms in query and
+key.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ class Family:
     ----------
     name : str
         Hugging Face's ``model_type``.
+    model_class : str
+        Class of transformers, ``architectures`` in ``config.json``.
     architecture : str
         GGUF's ``general.architecture``.
     qkv_bias : bool or None
@@ -31,24 +34,32 @@ class Family:
         Whether ``mlp_bias`` decides if the layers of the MLP have biases; False: they never have.
     qk_norm : bool
         Whether each head of query and key is normalised.
-    window : {"unless denied", "always", "by layer"}
-        When ``sliding_window`` applies: unless ``use_sliding_window`` is false; always; or, if
-        ``use_sliding_window`` is true, in the layers of ``layer_types`` or ``max_window_layers``.
+    window : {"unless denied", "if asked", "always", "by layer"}
+        When ``sliding_window`` applies: unless ``use_sliding_window`` is false; if it is true;
+        always; or, if it is true, in the layers of ``layer_types`` or ``max_window_layers``.
+    window_listed : bool
+        Whether ``layer_types``, where present, decides alone which layers have the window.
+    rope_interval : int or None
+        Every layer whose number, from 1, is a multiple of this lacks rotary embeddings, unless
+        ``no_rope_layers`` or ``no_rope_layer_interval`` say otherwise. None: all layers have them.
     rows_interleaved : bool
         Whether GGUF files hold the rows of query and key in pairs (2 i, 2 i + 1) that rotate
         together; Hugging Face's order is (i, i + head_dim / 2).
-    defaults : mapping of str to int
+    defaults : mapping of str to int, float or bool
         Values that transformers assumes for keys missing from ``config.json``.
     """
 
     name: str
+    model_class: str
     architecture: str
     qkv_bias: bool | None = None
     mlp_bias: bool = False
     qk_norm: bool = False
-    window: Literal["unless denied", "always", "by layer"] = "unless denied"
+    window: Literal["unless denied", "if asked", "always", "by layer"] = "unless denied"
+    window_listed: bool = False
+    rope_interval: int | None = None
     rows_interleaved: bool = False
-    defaults: Mapping[str, int] = field(default_factory=dict)
+    defaults: Mapping[str, int | float | bool] = field(default_factory=dict)
 
 
 _QWEN_DEFAULTS = {
@@ -58,9 +69,16 @@ _QWEN_DEFAULTS = {
     "max_window_layers": 28,
 }
 
+_MISTRAL_DEFAULTS = {
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "sliding_window": 4096,
+}
+
 _ALL = (
     Family(
         "llama",
+        "LlamaForCausalLM",
         "llama",
         mlp_bias=True,
         rows_interleaved=True,
@@ -68,19 +86,50 @@ _ALL = (
     ),
     Family(
         "mistral",
+        "MistralForCausalLM",
         "llama",
         qkv_bias=False,
         window="always",
         rows_interleaved=True,
+        defaults=_MISTRAL_DEFAULTS,
+    ),
+    Family(
+        "ministral",
+        "MinistralForCausalLM",
+        "llama",
+        qkv_bias=False,
+        window="always",
+        window_listed=True,
+        rows_interleaved=True,
+        defaults=_MISTRAL_DEFAULTS,
+    ),
+    Family(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        mlp_bias=True,
+        window="if asked",
+        window_listed=True,
+        rope_interval=4,
+        rows_interleaved=True,
         defaults={
-            "max_position_embeddings": 131072,
-            "num_key_value_heads": 8,
-            "sliding_window": 4096,
+            "max_position_embeddings": 32768,
+            "num_key_value_heads": 4,
+            "rope_theta": 2e6,
+            "tie_word_embeddings": True,
         },
     ),
-    Family("qwen2", "qwen2", qkv_bias=True, window="by layer", defaults=_QWEN_DEFAULTS),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        "qwen2",
+        qkv_bias=True,
+        window="by layer",
+        defaults=_QWEN_DEFAULTS,
+    ),
     Family(
         "qwen3",
+        "Qwen3ForCausalLM",
         "qwen3",
         qk_norm=True,
         window="by layer",

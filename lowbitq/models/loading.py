@@ -380,4 +380,9 @@ def _block(tensors: _Tensors, index: int) -> Block:
         for norm in NORMS
     }
     linears = {slot.name: tensors.linear(index, slot) for slot in SLOTS}
-    return Block(linears=linears, **(norms | tensors.scales(index)))
+    rope = tensors.config.rope_layers
+    return Block(
+        linears=linears,
+        rope=rope is None or rope[index],
+        **(norms | tensors.scales(index)),
+    )

@@ -14,6 +14,7 @@ from lowbitq.checkpoints.folders import new_folder_for_others
 from lowbitq.checkpoints.packed import write_json
 from lowbitq.checkpoints.safetensors import are_exact, narrowest_of_all, write_safetensors
 from lowbitq.linears import Linear, QuantizedLinear
+from lowbitq.models.config import ModelConfig
 from lowbitq.models.families import FAMILIES
 from lowbitq.models.slots import NORMS, OUTER, SLOTS, TAPS, name_in_block, sizes_of
 from lowbitq.rotations import Rotation
@@ -120,13 +121,45 @@ def _without_scales(block: Any) -> None:
     block.attention_scale = block.mlp_scale = 1.0
 
 
+def config_now(model: Any, **changes: Any) -> ModelConfig:
+    """Return the configuration of a model with the blocks that it has now, for its files.
+
+    Parameters
+    ----------
+    model : Model
+        Its blocks may have been repeated, and its head replaced, since it was loaded.
+    **changes
+        Other fields of `ModelConfig`.
+
+    Raises
+    ------
+    ValueError
+        If a block lacks rotary embeddings, for which the model's family has no place.
+    """
+    family = FAMILIES[model.config.family]
+    rope = tuple(block.rope for block in model.blocks)
+    if family.rope_interval is None and not all(rope):
+        raise ValueError(
+            f"block {rope.index(False)} lacks rotary embeddings, for which {family.name} models "
+            "have no place"
+        )
+    return replace(
+        model.config,
+        layers=len(rope),
+        rope_layers=None if family.rope_interval is None else rope,
+        tie_embeddings=model.head is None,
+        **changes,
+    )
+
+
 def hf_config(model: Any, dtype: str) -> dict[str, Any]:
     """Return the ``config.json`` of a plain model.
 
     Raises
     ------
     ValueError
-        If a layer has a bias that the model's family has no place for.
+        If the model has a bias, or a block without rotary embeddings, for which its family has no
+        place.
     """
     family, present = FAMILIES[model.config.family], _taps_with_bias(model)
     biases = {
@@ -142,12 +175,10 @@ def hf_config(model: Any, dtype: str) -> dict[str, Any]:
     if wrong := sorted(tap for tap in present if not allowed[tap]):
         names = ", ".join(slot.name for tap in wrong for slot in TAPS[tap])
         raise ValueError(f"{names} have biases, for which {family.name} models have no place")
-    actual = replace(
-        model.config, tie_embeddings=model.head is None, layers=len(model.blocks), **biases
-    )
-    architecture = f"{family.name.capitalize()}ForCausalLM"
-    values: dict[str, Any] = actual.to_hf()
-    return values | {"architectures": [architecture], "torch_dtype": dtype}
+    values = config_now(model, **biases).to_hf()
+    # Null, since the default of some classes is beyond a small vocabulary.
+    others = {"architectures": [family.model_class], "torch_dtype": dtype, "pad_token_id": None}
+    return values | others
 
 
 def _taps_with_bias(model: Any) -> set[str]:

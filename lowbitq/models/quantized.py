@@ -25,6 +25,7 @@ from lowbitq.checkpoints.packed import (
 )
 from lowbitq.linears import QuantizedLinear
 from lowbitq.models.decoder import Model
+from lowbitq.models.plain import config_now
 from lowbitq.models.slots import NORMS, OUTER, name_in_block
 from lowbitq.models.stored import LayerWriter
 from lowbitq.plans import Plan
@@ -148,8 +149,7 @@ class QuantizedModel(Model):
                 if (gain := getattr(block, norm.name)) is not None:
                     arrays[f"{name_in_block(i, norm)}.weight"] = narrowest(gain)
         layers = {name: writer.layer(name, linear) for name, linear in self.matrices()}
-        actual = replace(self.config, tie_embeddings=self.head is None, layers=len(self.blocks))
-        config = actual.to_hf() | quantization_config(
+        config = config_now(self).to_hf() | quantization_config(
             bits_per_weight=self.bits_per_weight,
             residual_rotation=writer.rotation(RESIDUAL_ROTATION, self.residual_rotation),
             layers=layers,

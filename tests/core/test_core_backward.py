@@ -198,6 +198,8 @@ NETWORKS = {
     "qwen2": {"biases": True, "head": True},
     "qwen3": {"head_norms": True, "head": True},
     "fused": {"norms": False, "biases": True},
+    "smollm3": {"without_rope": [1]},
+    "norms without rope": {"without_rope": [0], "head_norms": True},
 }
 
 
@@ -237,6 +239,14 @@ def test_network(isa, name, known):
                 place[key] = before
 
         agrees(gradient, of_bias, place[key][1])
+
+
+def test_a_bias_of_keys_that_are_not_turned_has_no_gradient(isa):
+    """It adds the same to all scores of a query."""
+    network, tokens = network_of(5, biases=True, blocks=1, without_rope=[0]), tokens_of(21)
+    found = network_gradients(decoder_of(network), network, tokens, 0)
+    size = {key: abs(gradient).max() for _, key, gradient in found.biases}
+    assert size["k_proj"] < 1e-5 * size["q_proj"]
 
 
 class Found(list):

@@ -58,7 +58,14 @@ def test_halves_of_a_block_are_added_by_their_scales(isa):
 @pytest.mark.parametrize("tokens", [1, 2, 65])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"biases": True, "head": True}, {"head_norms": True, "blocks": 3}, {"norms": False}],
+    [
+        {},
+        {"biases": True, "head": True},
+        {"head_norms": True, "blocks": 3},
+        {"norms": False},
+        {"without_rope": [0], "biases": True},
+        {"without_rope": [0, 2], "head_norms": True, "blocks": 3},
+    ],
 )
 def test_decoder_matches_oracle(isa, tokens, options):
     network = network_of(tokens, **options)
@@ -86,7 +93,9 @@ def continued(decoder, tokens, cache):
 
 
 @pytest.mark.parametrize("bits", [8, 32])
-@pytest.mark.parametrize("options", [{"head_norms": True}, {"biases": True}])
+@pytest.mark.parametrize(
+    "options", [{"head_norms": True}, {"biases": True}, {"biases": True, "without_rope": [1]}]
+)
 def test_a_cache_of_garbage_stands_for_the_tokens_before(isa, bits, options):
     network = network_of(1, head=True, **options)
     network["embedding"][-1] = np.nan
@@ -237,7 +246,7 @@ def quantized_decoder(**options):
             bias = block[name][1]
             layers.append(packed_layer(panels, None, bias, None, **spec, activation_bits=8))
         gains = (block[name] for name in NORMS)
-        blocks.append(_core.block(*gains, *layers, attention_scale=1.0, mlp_scale=1.0))
+        blocks.append(_core.block(*gains, *layers, attention_scale=1.0, mlp_scale=1.0, rope=True))
     return _core.decoder(
         dense(network["embedding"]),
         network["final_norm"],
@@ -347,6 +356,17 @@ def test_a_cache_goes_on_in_a_decoder_that_stores_alike():
     three = decoder_of(network_of(18, blocks=3))
     with pytest.raises(ValueError, match="the cache was made for another decoder"):
         forward(three, tokens[20:], cache=cache, past=20)
+    unturned = decoder_of(network_of(18, without_rope=[1]))
+    with pytest.raises(ValueError, match="the cache was made for another decoder"):
+        forward(unturned, tokens[20:], cache=cache, past=20)
+
+
+def test_one_block_without_rope_ignores_the_order_of_earlier_tokens(isa):
+    decoder, tokens = decoder_of(network_of(31, blocks=1, without_rope=[0])), tokens_of(40)
+    shuffled = np.append(tokens[-2::-1], tokens[-1:])
+    assert close(forward(decoder, shuffled, 1), forward(decoder, tokens, 1))
+    turned = decoder_of(network_of(31, blocks=1))
+    assert not close(forward(turned, shuffled, 1), forward(turned, tokens, 1))
 
 
 def test_two_threads_may_run_one_decoder():

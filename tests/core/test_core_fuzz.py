@@ -82,7 +82,7 @@ def block() -> Any:
     shapes += [(FEED_FORWARD, HIDDEN), (FEED_FORWARD, HIDDEN), (HIDDEN, FEED_FORWARD)]
     gains = np.ones(HIDDEN, np.float32), None, np.ones(HEAD, np.float32), None
     layers = (dense(*shape)[0] for shape in shapes)
-    return _core.block(*gains, *layers, attention_scale=1.0, mlp_scale=1.0)
+    return _core.block(*gains, *layers, attention_scale=1.0, mlp_scale=1.0, rope=True)
 
 
 def decoder(blocks: tuple[Any, ...], rotation: Any) -> tuple[Any, dict[str, int]]:

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 HERE = Path(__file__).parent
-COUNT, LAYERS, HEADS = 400, 3, 4
+COUNT, LAYERS, HEADS = 600, 3, 4
 
 FIXED = {
     "hidden_size": 64,
@@ -45,6 +45,14 @@ OUTER = {
 OWN = {
     "llama": {"attention_bias": [True, False, ABSENT], "mlp_bias": [True, False, ABSENT]},
     "mistral": {"sliding_window": [8, None, ABSENT], "use_sliding_window": [False, ABSENT]},
+    "ministral": {},
+    "smollm3": {
+        "attention_bias": [True, False, ABSENT],
+        "mlp_bias": [True, False, ABSENT],
+        "no_rope_layers": [ABSENT, ABSENT, None, [0, 1, 1], [1, 1, 1], [1, 0, 1, 0]],
+        "no_rope_layer_interval": [ABSENT, 1, 2, 5],
+        "pad_token_id": [0],
+    },
     "qwen2": {},
     "qwen3": {"attention_bias": [True, False, ABSENT]},
 }
@@ -104,7 +112,7 @@ def config(seed):
     rng = random.Random(seed)
     family = rng.choice([*OWN])
     values = {"model_type": family} | FIXED | drawn(rng, OUTER) | drawn(rng, OWN[family])
-    if family.startswith("qwen"):
+    if family not in ("llama", "mistral"):
         values |= drawn(rng, WINDOWS)
     pairs = values.get("head_dim", 128 if family == "qwen3" else 16) // 2
     where = rng.choice(["none", "rope_scaling", "rope_scaling", "rope_parameters", "both"])
@@ -137,6 +145,11 @@ def reading(values):
     windows = {getattr(layer.self_attn, "sliding_window", None) for layer in layers}
     if values["model_type"] == "mistral":
         windows = {found.sliding_window}
+    elif values["model_type"] in ("ministral", "smollm3"):  # masks have it, if attention has not
+        sliding = "sliding_attention" in found.layer_types
+        windows = {found.sliding_window if sliding else None}
+        if sliding and windows == {None}:
+            return None  # the model cannot run
     elif "sliding_attention" in (getattr(found, "layer_types", None) or []) and windows == {None}:
         return None  # the model cannot run
     return {
@@ -148,6 +161,7 @@ def reading(values):
         "max_positions": found.max_position_embeddings,
         "tied": found.tie_word_embeddings,
         "biases": sorted(n for n, part in parts.items() if getattr(part, "bias", None) is not None),
+        "rope_layers": [bool(getattr(layer.self_attn, "use_rope", True)) for layer in layers],
         "window": min((w for w in windows if w is not None), default=None),
     }
 

@@ -1,6 +1,6 @@
 """Gradients by torch's autograd, for test_gradients.py.
 
-    pip install torch==2.13.0 transformers==5.23.0
+    pip install torch==2.13.0 transformers==5.24.0
     python tests/golden/make_gradients.py
 
 Writes gradients.npz: for some models of tiny_models.py, of the mean cross entropy of the next token
@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
-NAMES = ("llama", "llama_linear", "qwen2", "qwen3", "qwen3_bias")
+NAMES = ("llama", "llama_linear", "qwen2", "qwen3", "qwen3_bias", "smollm3")
 STRIDE = 7  # no divisor of any size, so that every row and column of a matrix is met
 
 

@@ -1,6 +1,6 @@
 """Logits of transformers, for test_models.py.
 
-    pip install torch==2.13.0 transformers==5.23.0 gguf
+    pip install torch==2.13.0 transformers==5.24.0 gguf
     python tests/golden/make_logits.py SmolLM2-135M-Instruct.Q4_1.gguf
 
 Writes logits_tiny.npz, the logits of every model of tiny_models.py, and logits_smollm2.npz: of 32

@@ -37,6 +37,10 @@ _LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 
+# SmolLM3's default is beyond the vocabulary. The input lacks this token, whose row of the embedding
+# torch would leave out of gradients.
+_PADDING = 91
+
 # Name -> what differs from _BASE, dtype of the weights, number of files.
 MODELS = {
     "llama": ({"model_type": "llama", "tie_word_embeddings": True}, "F32", 1),
@@ -52,6 +56,38 @@ MODELS = {
         1,
     ),
     "mistral": ({"model_type": "mistral", "sliding_window": 64, "head_dim": 16}, "F32", 1),
+    "ministral": (
+        {
+            "model_type": "ministral",
+            "sliding_window": 64,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "head_dim": 16,
+        },
+        "F32",
+        1,
+    ),
+    "smollm3": (
+        {
+            "model_type": "smollm3",
+            "num_hidden_layers": 4,
+            "tie_word_embeddings": True,
+            "pad_token_id": _PADDING,
+        },
+        "F32",
+        1,
+    ),
+    "smollm3_listed": (
+        {
+            "model_type": "smollm3",
+            "num_hidden_layers": 3,
+            "no_rope_layers": [0, 1, 0],
+            "pad_token_id": _PADDING,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+        "F32",
+        1,
+    ),
     "qwen2": ({"model_type": "qwen2", "tie_word_embeddings": True}, "F32", 1),
     "qwen2_yarn": (
         {
@@ -87,6 +123,9 @@ MODELS = {
         2,
     ),
 }
+
+# Those that llama.cpp runs: it leaves out rope in every fourth layer of SmolLM3.
+IN_GGUF = [name for name in MODELS if name != "smollm3_listed"]
 
 
 def config_of(name):
@@ -212,7 +251,7 @@ def _gguf_tensors(name, architecture):
             full, _, part = rest.rpartition(".")
             layer = _GGUF_LAYERS[full]
             target = f"blk.{block}.{layer}.{part}"
-            if architecture == "llama" and layer in heads:  # rows 2 i and 2 i + 1 rotate together
+            if architecture in ("llama", "smollm3") and layer in heads:  # rows 2 i and 2 i + 1 rotate together
                 halves = array.reshape(heads[layer], 2, -1, *array.shape[1:])
                 array = halves.swapaxes(1, 2).reshape(array.shape)
         tensors[target] = np.ascontiguousarray(array)
@@ -252,7 +291,7 @@ def write_gguf(name, path, keys=None, tensors=None, **more):
     import gguf
 
     c = config_of(name)
-    architecture = {"mistral": "llama"}.get(c["model_type"], c["model_type"])
+    architecture = {"mistral": "llama", "ministral": "llama"}.get(c["model_type"], c["model_type"])
     arrays = _gguf_tensors(name, architecture) | (tensors or {})
     scaling = c.get("rope_scaling", {})
     if scaling.get("rope_type") == "llama3":

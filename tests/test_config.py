@@ -162,7 +162,7 @@ def test_all_that_differs_is_in_one_error():
         )
     assert not isinstance(caught.value, lowbitq.FormatError)
     for part in [
-        "model_type is 'gemma2', expected one of (llama, mistral, ministral, smollm3, qwen2, qwen3)",
+        "model_type is 'gemma2', expected one of (llama, mistral, ministral, smollm3, qwen2, ",
         "hidden_act is 'gelu'",
         "num_experts is 8",
         "attn_logit_softcapping is 50.0",

@@ -45,7 +45,7 @@ class Family:
     rows_interleaved : bool
         Whether GGUF files hold the rows of query and key in pairs (2 i, 2 i + 1) that rotate
         together; Hugging Face's order is (i, i + head_dim / 2).
-    defaults : mapping of str to int, float or bool
+    defaults : mapping
         Values that transformers assumes for keys missing from ``config.json``.
     """
 
@@ -59,7 +59,7 @@ class Family:
     window_listed: bool = False
     rope_interval: int | None = None
     rows_interleaved: bool = False
-    defaults: Mapping[str, int | float | bool] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
 _QWEN_DEFAULTS = {

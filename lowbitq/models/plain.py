@@ -136,7 +136,8 @@ def config_now(model: Any, **changes: Any) -> ModelConfig:
     ValueError
         If a block lacks rotary embeddings, for which the model's family has no place.
     """
-    family = FAMILIES[model.config.family]
+    config: ModelConfig = model.config
+    family = FAMILIES[config.family]
     rope = tuple(block.rope for block in model.blocks)
     if family.rope_interval is None and not all(rope):
         raise ValueError(
@@ -144,7 +145,7 @@ def config_now(model: Any, **changes: Any) -> ModelConfig:
             "have no place"
         )
     return replace(
-        model.config,
+        config,
         layers=len(rope),
         rope_layers=None if family.rope_interval is None else rope,
         tie_embeddings=model.head is None,

@@ -251,7 +251,9 @@ def _gguf_tensors(name, architecture):
             full, _, part = rest.rpartition(".")
             layer = _GGUF_LAYERS[full]
             target = f"blk.{block}.{layer}.{part}"
-            if architecture in ("llama", "smollm3") and layer in heads:  # rows 2 i and 2 i + 1 rotate together
+            if (
+                architecture in ("llama", "smollm3") and layer in heads
+            ):  # rows 2 i and 2 i + 1 rotate together
                 halves = array.reshape(heads[layer], 2, -1, *array.shape[1:])
                 array = halves.swapaxes(1, 2).reshape(array.shape)
         tensors[target] = np.ascontiguousarray(array)

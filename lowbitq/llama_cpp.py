@@ -17,8 +17,8 @@ from lowbitq.linears import Linear, QuantizedLinear
 from lowbitq.models.config_gguf import config_to_gguf
 from lowbitq.models.decoder import Model
 from lowbitq.models.families import FAMILIES, interleave
-from lowbitq.models.plain import DTYPES, config_now, dense, folded
-from lowbitq.models.slots import NORMS, OUTER, SLOTS, name_in_block
+from lowbitq.models.plain import DTYPES, config_now, dense, folded, taps_with_bias
+from lowbitq.models.slots import NORMS, OUTER, SLOTS, TAPS, name_in_block
 from lowbitq.plans import LayerPlan
 from lowbitq.quantizers import quantize
 from lowbitq.tensors import QuantizedTensor
@@ -67,8 +67,8 @@ def write_llama_cpp(
     Raises
     ------
     ValueError
-        If `dtype` is none of these or too narrow for a weight, or llama.cpp has no such tokenizer
-        or rotary frequencies.
+        If `dtype` is none of these or too narrow for a weight, or llama.cpp has no such tokenizer,
+        biases or rotary frequencies.
     FileExistsError
         If there is a file that may not be replaced.
     """
@@ -77,6 +77,7 @@ def write_llama_cpp(
     made = folded(model)
     config = config_now(made)
     metadata, factors = config_to_gguf(config, FAMILIES)
+    _check_biases(made, FAMILIES[config.family].architecture)
     metadata |= {"general.type": "model", "general.quantization_version": 2}
     if made.tokenizer is None:
         metadata["tokenizer.ggml.model"] = "none"
@@ -106,6 +107,16 @@ def write_llama_cpp(
     metadata["general.file_type"] = _FILE_TYPES[types.most_common(1)[0][0]]
     write_gguf(path, metadata, tensors.found, overwrite=overwrite)
     return tensors.changes(folding=model.residual_rotation is not None)
+
+
+def _check_biases(model: Model, architecture: str) -> None:
+    """Raise ValueError if a layer has a bias that llama.cpp does not know."""
+    unknown = taps_with_bias(model) - ({"qkv"} if architecture != "llama" else set(TAPS))
+    if unknown:
+        names = ", ".join(slot.name for slot in SLOTS if slot.tap in unknown)
+        raise ValueError(
+            f"{names} have biases, but llama.cpp has none there in {architecture} models"
+        )
 
 
 def holds(format: Format | str) -> bool:

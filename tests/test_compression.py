@@ -44,6 +44,14 @@ def divergence(model, reference):
     return (np.exp(log_p) * (log_p - log_q)).sum(1).mean()
 
 
+def test_blocks_without_rope_stay_without():
+    model = random_model()
+    model.blocks[1].rope = False
+    small = compress(model, "int8g32", text=TOKENS, rotation="hadamard", activation_bits=None)
+    assert [block.rope for block in small.blocks] == [True, False, True]
+    assert divergence(small, model) < 1e-3
+
+
 @pytest.mark.parametrize("rotation", ["none", "hadamard", "orthogonal"])
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_eight_bits_change_little(method, rotation):

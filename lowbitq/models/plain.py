@@ -162,7 +162,7 @@ def hf_config(model: Any, dtype: str) -> dict[str, Any]:
         If the model has a bias, or a block without rotary embeddings, for which its family has no
         place.
     """
-    family, present = FAMILIES[model.config.family], _taps_with_bias(model)
+    family, present = FAMILIES[model.config.family], taps_with_bias(model)
     biases = {
         "attention_bias": bool(present & {"qkv", "o"}),
         "mlp_bias": bool(present - {"qkv", "o"}),
@@ -182,7 +182,8 @@ def hf_config(model: Any, dtype: str) -> dict[str, Any]:
     return values | others
 
 
-def _taps_with_bias(model: Any) -> set[str]:
+def taps_with_bias(model: Any) -> set[str]:
+    """Return the taps of `lowbitq.models.slots.TAPS` at which a layer of any block has a bias."""
     return {
         slot.tap
         for block in model.blocks
@@ -194,7 +195,7 @@ def _taps_with_bias(model: Any) -> set[str]:
 def hf_vectors(model: Any) -> dict[str, Float32]:
     """Return gains and biases by their Hugging Face names; absent ones are ones and zeros."""
     c = model.config
-    family, present, sizes = FAMILIES[c.family], _taps_with_bias(model), sizes_of(c)
+    family, present, sizes = FAMILIES[c.family], taps_with_bias(model), sizes_of(c)
     if family.qkv_bias is None and present & {"qkv", "o"}:
         present |= {"qkv", "o"}
     if family.qkv_bias:

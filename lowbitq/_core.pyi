@@ -478,15 +478,25 @@ def swiglu_backward(
     dup: NDArray[np.float32],
     /,
 ) -> None: ...
+def attention_map(
+    q: NDArray[np.float32], k: NDArray[np.float32], log_sum: NDArray[np.float32], /
+) -> Any: ...
+def attention_divergence(map: Any, target: Any, divergence: NDArray[np.float64], /) -> None: ...
 def attention_backward(
     q: NDArray[np.float32],
     k: NDArray[np.float32],
     v: NDArray[np.float32],
     g: NDArray[np.float32],
+    target: Any,
     dq: NDArray[np.float32],
     dk: NDArray[np.float32],
     dv: NDArray[np.float32],
     /,
+    *,
+    weight: float,
+) -> None: ...
+def block_turn(
+    decoder: Any, query: NDArray[np.float32], key: NDArray[np.float32], /, *, block: int
 ) -> None: ...
 def copy_gradient(
     dense: NDArray[np.float32] | None,
@@ -543,10 +553,12 @@ def block_backward(
     gate_proj: NDArray[np.float32] | None,
     up_proj: NDArray[np.float32] | None,
     down_proj: NDArray[np.float32] | None,
+    target: Any,
     dx: NDArray[np.float32],
     /,
     *,
     block: int,
+    weight: float,
 ) -> None: ...
 def embed_backward(
     decoder: Any,

@@ -301,7 +301,9 @@ def _distill_arguments(parser: Parser) -> None:
     parser.add_argument("--features", type=float, default=0.0, metavar="W", help=hidden)
     relations = "weight of the distance of their similarities to each other"
     parser.add_argument("--relations", type=float, default=0.0, metavar="W", help=relations)
-    blocks = "blocks of --features and --relations, separated by commas; -1: the last"
+    maps = "weight of the divergence of attention maps"
+    parser.add_argument("--attention", type=float, default=0.0, metavar="W", help=maps)
+    blocks = "blocks of these three, separated by commas; -1: the last"
     parser.add_argument("--blocks", type=arguments.numbers(int), default="-1", help=blocks)
     temperatures = "of the loss, separated by commas: 5,3,1 begins with soft targets"
     parser.add_argument(

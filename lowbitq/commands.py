@@ -221,7 +221,7 @@ def distill(options: Options) -> tuple[dict[str, Any], str]:
         "learn": options.learn,
         "rounding": options.rounding,
         "loss": options.loss,
-        "hints": lq.Hints(options.blocks, options.features, options.relations),
+        "hints": lq.Hints(options.blocks, options.features, options.relations, options.attention),
         "window": options.window,
         "seed": options.seed,
     }

@@ -63,7 +63,7 @@ def distill(
     What is made small is a mean over windows of::
 
         loss + hints.features L_features + hints.relations L_relations
-             + regularization ||parameters - start||^2 / 2
+             + hints.attention L_attention + regularization ||parameters - start||^2 / 2
 
     Parameters
     ----------
@@ -81,7 +81,7 @@ def distill(
     loss : Loss or str, default="kl"
         Of predictions.
     hints : Hints, default=None
-        Losses of the residual stream behind some blocks; the teacher has the model's shape then.
+        Losses of some blocks' states and attention; the teacher has the model's shape then.
     temperatures : sequence of float, default=()
         Of the loss, instead of its own: the first at the first step, the last at the last, the
         others evenly between, linear from one to the next. ``(5, 3, 1)`` begins with soft targets.
@@ -258,6 +258,9 @@ def options_of(
     hints.within(len(model.blocks))
     if hints:
         check_alike(model, teacher)
+    if hints.attention and model.config.heads != teacher.config.heads:
+        found, expected = teacher.config.heads, model.config.heads
+        raise ValueError(f"teacher has {found} heads, the model {expected}: attention differs")
     least = validation + (1 if isinstance(batch, str) else batch)
     rows = training_rows(model, text, window, least)
     check_positions(rows.shape[1], model.config)
@@ -284,7 +287,7 @@ def _teacher(
     folder: str | os.PathLike[str] | None,
     top_k: int | None,
 ) -> Teacher | KeptTeacher:
-    blocks = options.hints.within(len(model.blocks)) if options.hints else ()
+    blocks = options.hints.states(len(model.blocks))
     held_back = range(len(rows) - options.validation, len(rows))
     live = Teacher(model, rows, blocks, remember=held_back)
     return live if folder is None else KeptTeacher(live, folder, top_k=top_k)

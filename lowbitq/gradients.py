@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lowbitq import _core
+from lowbitq.attention_maps import AttentionMap
 from lowbitq.losses import Loss
 from lowbitq.models.slots import (
     EMBEDDING,
@@ -67,6 +68,20 @@ class CopyGradient(NamedTuple):
     rotation: Array | None = None
 
 
+class Target(NamedTuple):
+    """An attention map to imitate.
+
+    Attributes
+    ----------
+    map : AttentionMap
+    weight : float
+        Of its divergence from the block's, summed over tokens and heads, in the loss.
+    """
+
+    map: AttentionMap
+    weight: float
+
+
 class BlockPass:
     """One window's way through one block, kept for the way back.
 
@@ -104,7 +119,20 @@ class BlockPass:
         seen = [x, None, self._known[0], None, None, *self._known[1:]]
         _core.decoder_block(model.handle, *seen, block=index, steps=WHOLE_BLOCK)
 
-    def back(self, sink: Any, dx: Array, outputs: dict[str, Array] | None = None) -> None:
+    def attention(self) -> AttentionMap:
+        """Return the block's attention map."""
+        _, log_sum, _, query, key, *_ = self._known
+        if log_sum is None or query is None or key is None:
+            return AttentionMap.of(self.model, self.index, self.input)
+        return AttentionMap.turned(self.model, self.index, query.copy(), key.copy(), log_sum)
+
+    def back(
+        self,
+        sink: Any,
+        dx: Array,
+        outputs: dict[str, Array] | None = None,
+        target: Target | None = None,
+    ) -> None:
         """Take the gradient of the residual stream through the block, in place.
 
         Parameters
@@ -115,10 +143,14 @@ class BlockPass:
             Behind the block; on return, before it.
         outputs : dict of str to ndarray of shape (t, rows), float32, default=None
             By slot name: where the gradients of layers' outputs are written.
+        target : Target, default=None
+            An attention map that the block's is pulled towards.
         """
+        towards, weight = target or (None, 0.0)
         seen = [(outputs or {}).get(slot.name) for slot in SLOTS]
-        arrays: list[Any] = [self.input, *self._known, sink, *seen, dx]
-        _core.block_backward(self.model.handle, *arrays, block=self.index)
+        handle = None if towards is None else towards.handle
+        arrays: list[Any] = [self.input, *self._known, sink, *seen, handle, dx]
+        _core.block_backward(self.model.handle, *arrays, block=self.index, weight=weight)
 
 
 def kept_widths(config: Any, keep: str) -> list[int | None]:
@@ -174,12 +206,15 @@ class Pass:
         self.hidden = model.finish(x)
         self.dx = np.empty_like(x)
         self._injected: dict[int, Array] = {}
+        self._targets: dict[int, Target] = {}
 
     @property
     def nbytes(self) -> int:
         """Size of what is kept."""
         outer = self._last.nbytes + self.hidden.nbytes + self.dx.nbytes
-        return outer + sum(block.nbytes for block in self._blocks)
+        hints = sum(gradient.nbytes for gradient in self._injected.values())
+        hints += sum(target.map.nbytes for target in self._targets.values())
+        return outer + hints + sum(block.nbytes for block in self._blocks)
 
     def behind(self, index: int) -> Array:
         """Return the residual stream (t, hidden) behind block `index`, to be read only."""
@@ -189,6 +224,14 @@ class Pass:
         """Add a gradient of the residual stream behind block `index` when the way back is there."""
         before = self._injected.get(index)
         self._injected[index] = gradient if before is None else before + gradient
+
+    def attention(self, index: int) -> AttentionMap:
+        """Return the attention map of block `index`."""
+        return self._blocks[index].attention()
+
+    def imitate(self, index: int, target: Target) -> None:
+        """Pull the attention map of block `index` towards another when the way back is there."""
+        self._targets[index] = target
 
     def loss(
         self,
@@ -255,7 +298,7 @@ class Pass:
         """Take `dx` through block `index`, the last one first; see `BlockPass.back`."""
         if (gradient := self._injected.pop(index, None)) is not None:
             self.dx += gradient
-        self._blocks[index].back(sink, self.dx, outputs)
+        self._blocks[index].back(sink, self.dx, outputs, self._targets.pop(index, None))
 
     def back_to_embedding(self, gradient: Array) -> None:
         """Add the gradient of the rows that were looked up to `gradient` (vocab, hidden)."""

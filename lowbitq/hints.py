@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lowbitq.gradients import Differentiable, Pass
+from lowbitq.attention_maps import AttentionMap
+from lowbitq.gradients import Differentiable, Pass, Target
 from lowbitq.losses import feature_loss, relation_loss
 
 Array = NDArray[np.float32]
 
-KINDS = ("features", "relations")
+KINDS = ("features", "relations", "attention")
 
 
 @dataclass(frozen=True)
 class Hints:
-    """Losses of the residual stream behind some blocks, each a mean over the blocks.
+    """Losses of some blocks, each a mean over them: of the residual stream behind, of attention.
 
     Parameters
     ----------
@@ -31,6 +32,9 @@ class Hints:
     relations : float, default=0.0
         Weight of `lowbitq.losses.relation_loss`, the distance of the similarities of a window's
         tokens to each other.
+    attention : float, default=0.0
+        Weight of the divergence of the teacher's attention map from the student's, a mean over
+        heads and tokens: `lowbitq.attention_maps.AttentionMap.divergence`. Both have as many heads.
 
     Raises
     ------
@@ -39,7 +43,8 @@ class Hints:
 
     References
     ----------
-    A. Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.
+    A. Romero et al., "FitNets: Hints for Thin Deep Nets", 2015. W. Wang et al., "MiniLM: Deep
+    Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained Transformers", 2020.
 
     Examples
     --------
@@ -50,6 +55,7 @@ class Hints:
     blocks: tuple[int, ...] = (-1,)
     features: float = 0.0
     relations: float = 0.0
+    attention: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -82,15 +88,36 @@ class Hints:
                 raise ValueError(f"blocks has {index}, expected {-count} to {count - 1}")
         return tuple(sorted({index % count for index in self.blocks}))
 
-    def add(self, run: Pass, states: dict[int, Array], share: float) -> dict[str, float]:
+    def states(self, count: int) -> tuple[int, ...]:
+        """Return the blocks of a network of `count` behind which the teacher's states are wanted.
+
+        Attention is made of the state before a block; that before the first is the embedding.
+
+        Examples
+        --------
+        >>> Hints((0, 9), attention=0.1).states(30)
+        (8,)
+        """
+        chosen = self.within(count)
+        wanted: set[int] = set()
+        if self.features or self.relations:
+            wanted.update(chosen)
+        if self.attention:
+            wanted.update(index - 1 for index in chosen if index)
+        return tuple(sorted(wanted))
+
+    def add(
+        self, run: Pass, teacher: Differentiable, states: dict[int, Array], share: float
+    ) -> dict[str, float]:
         """Compare a student's pass with its teacher's; gradients are added on the way back.
 
         Parameters
         ----------
         run : Pass
             Of the student.
+        teacher : Model
         states : dict of int to ndarray of shape (t, hidden), float32
-            By block: the teacher's residual stream behind it, not rotated.
+            By block, those of `states`: the teacher's residual stream behind it, not rotated.
         share : float
             Of this window in the loss of a step.
 
@@ -99,18 +126,40 @@ class Hints:
         dict of str to float
             By kind: the mean over the blocks, before weight and share; only what has a weight.
         """
-        wanted = {kind: weight for kind, weight in self.weights.items() if weight}
-        found = dict.fromkeys(wanted, 0.0)
-        for index, state in states.items():
-            x, target = run.behind(index), turned(run.model, state)
-            for kind, weight in wanted.items():
-                if kind == "features":
-                    value, gradient = feature_loss(x, target, normalize="token")
-                else:
-                    value, gradient = relation_loss(x, target)
-                found[kind] += value / len(states)
-                run.inject(index, np.float32(weight * share / len(states)) * gradient)
+        chosen = self.within(len(teacher.blocks))
+        found = {kind: 0.0 for kind, weight in self.weights.items() if weight}
+        for index in chosen:
+            part = share / len(chosen)
+            values = self._compare_states(run, index, states.get(index), part)
+            if self.attention:
+                before = states[index - 1] if index else teacher.embed(run.tokens)
+                values["attention"] = self._compare_maps(run, index, teacher, before, part)
+            for kind, value in values.items():
+                found[kind] += value / len(chosen)
         return found
+
+    def _compare_states(
+        self, run: Pass, index: int, state: Array | None, share: float
+    ) -> dict[str, float]:
+        found: dict[str, float] = {}
+        if state is None or not (self.features or self.relations):
+            return found
+        x, target = run.behind(index), turned(run.model, state)
+        if self.features:
+            found["features"], gradient = feature_loss(x, target, normalize="token")
+            run.inject(index, np.float32(self.features * share) * gradient)
+        if self.relations:
+            found["relations"], gradient = relation_loss(x, target)
+            run.inject(index, np.float32(self.relations * share) * gradient)
+        return found
+
+    def _compare_maps(
+        self, run: Pass, index: int, teacher: Differentiable, before: Array, share: float
+    ) -> float:
+        target = AttentionMap.of(teacher, index, before)
+        found = run.attention(index).divergence(target)
+        run.imitate(index, Target(target, self.attention * share / found.size))
+        return float(found.mean())
 
 
 def turned(model: Differentiable, x: Array) -> Array:

@@ -117,7 +117,7 @@ def range_test(
         seed=seed,
         **fixed,
     )
-    blocks = options.hints.within(len(model.blocks)) if options.hints else ()
+    blocks = options.hints.states(len(model.blocks))
     run = Training(model, Teacher(teacher, rows, blocks), options, rows)
     factors, losses, mean = [], [], 0.0
     with Reporting(progress, steps, 0, "range test") as report:

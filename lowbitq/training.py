@@ -50,7 +50,7 @@ class Round:
         Since the start.
     terms : dict of str to float
         Means over the step's windows: ``"predictions"``, nats per token, and what else has a
-        weight: ``"features"``, ``"relations"``, ``"regularization"``.
+        weight: ``"features"``, ``"relations"``, ``"attention"``, ``"regularization"``.
     """
 
     step: int
@@ -282,7 +282,9 @@ class Training:
             )
             run.begin(dy, gains)
         found = {"predictions": float(losses.mean())}
-        return run, found | (hints.add(run, seen.states, share) if hints else {})
+        if hints:
+            found |= hints.add(run, self.teacher.model, seen.states, share)
+        return run, found
 
     def _chosen(self, step: int) -> Iterator[int]:
         """The windows of a step: all in random order, then all again in another."""

@@ -408,6 +408,24 @@ def attention(q, k, v):
     return o, bound + 2.0**-149
 
 
+def attention_logs(q, k):
+    """Logarithms of causal attention's weights, (heads, t, t), -infinity where a key is hidden."""
+    q, k = (x.astype(float) for x in (q, k))
+    tokens, heads, d = q.shape
+    k = np.repeat(k, heads // k.shape[1], axis=1)
+    score = np.einsum("thd,shd->hts", q, k) / np.sqrt(d)
+    score = np.where(np.tri(tokens, dtype=bool), score, -np.inf)
+    score = score - score.max(-1, keepdims=True)
+    return score - np.log(np.exp(score).sum(-1, keepdims=True))
+
+
+def attention_divergence(q, k, target_q, target_k):
+    """KL(target || own) of each query, (t, heads), in nats."""
+    own, target = attention_logs(q, k), attention_logs(target_q, target_k)
+    gap = np.subtract(target, own, out=np.zeros_like(own), where=np.isfinite(own))
+    return (np.exp(target) * gap).sum(-1).T
+
+
 def _exp_error(gap):
     """Relative error of exp(gap): the kernel's four units, and the rounding of gap itself."""
     return (4 + abs(gap)) * UNIT
@@ -443,6 +461,26 @@ def kronecker(bases, power, x):
     return y.reshape(len(x), -1)
 
 
+def projections(network, block, x):
+    """Queries, keys and values of a block of a `decoder`, for its input x (t, hidden)."""
+    epsilon, heads = network["epsilon"], [network[n] for n in ("heads", "kv_heads", "kv_heads")]
+    n = rmsnorm(x, block["attention_norm"], epsilon)[0]
+    layers = (block[name] for name in ("q_proj", "k_proj", "v_proj"))
+    q, k, v = (_linear(p, n).reshape(len(x), h, -1) for p, h in zip(layers, heads, strict=True))
+    if block["query_norm"] is not None:
+        q, k = (rmsnorm(a, block[f"{n}_norm"], epsilon)[0] for a, n in ((q, "query"), (k, "key")))
+    if block.get("rope", True):
+        q, k = (rope(a, network["frequency"], 0)[0] for a in (q, k))
+    return q, k, v
+
+
+def _linear(layer, x):
+    if callable(layer):
+        return layer(x)
+    weight, bias = layer
+    return x @ weight.astype(float).T + (0 if bias is None else bias)
+
+
 def decoder(network, tokens):
     """Logits of a network in float64, straight from the formulas.
 
@@ -450,32 +488,19 @@ def decoder(network, tokens):
     a dict of norms (arrays or None), linear layers (weight, bias or None; or functions), scales and
     whether it has rope; perhaps the matrix that rotates the residual stream.
     """
-    heads, kv_heads, epsilon = network["heads"], network["kv_heads"], network["epsilon"]
     turn = network.get("rotation", np.eye(network["embedding"].shape[1]))
 
-    def linear(layer, x):
-        if callable(layer):
-            return layer(x)
-        weight, bias = layer
-        return x @ weight.astype(float).T + (0 if bias is None else bias)
-
     def normed(x, gain):
-        return rmsnorm(x, gain, epsilon)[0]
+        return rmsnorm(x, gain, network["epsilon"])[0]
 
     x = network["embedding"].astype(float)[tokens] @ turn.T
     for block in network["blocks"]:
-        n = normed(x, block["attention_norm"])
-        q, k, v = (linear(block[p], n) for p in ("q_proj", "k_proj", "v_proj"))
-        q, k, v = (a.reshape(len(x), h, -1) for a, h in ((q, heads), (k, kv_heads), (v, kv_heads)))
-        if block["query_norm"] is not None:
-            q, k = normed(q, block["query_norm"]), normed(k, block["key_norm"])
-        if block.get("rope", True):
-            q, k = (rope(a, network["frequency"], 0)[0] for a in (q, k))
-        added = linear(block["o_proj"], attention(q, k, v)[0].reshape(len(x), -1))
+        attended = attention(*projections(network, block, x))[0].reshape(len(x), -1)
+        added = _linear(block["o_proj"], attended)
         x = x + block.get("attention_scale", 1.0) * added
         n = normed(x, block["mlp_norm"])
-        inner = swiglu(linear(block["gate_proj"], n), linear(block["up_proj"], n))[0]
-        x = x + block.get("mlp_scale", 1.0) * linear(block["down_proj"], inner)
+        inner = swiglu(_linear(block["gate_proj"], n), _linear(block["up_proj"], n))[0]
+        x = x + block.get("mlp_scale", 1.0) * _linear(block["down_proj"], inner)
     head = network["embedding"] if network["head"] is None else network["head"]
     return normed(x @ turn, network["final_norm"]) @ head.astype(float).T
 

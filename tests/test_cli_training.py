@@ -52,17 +52,33 @@ def test_distill_with_everything(capsys, quantize, tiny_folder, text_file, tmp_p
         "--blocks",
         "0",
     ]
-    options += ["--features", 0.5, "--temperatures", "3,1", "--batch", "auto", "--memory", 100]
+    options += [
+        "--features",
+        0.5,
+        "--attention",
+        0.1,
+        "--temperatures",
+        "3,1",
+        "--batch",
+        "auto",
+        "--memory",
+        100,
+    ]
     options += ["--teacher-dir", kept, "--log", log, "--find-rates"] + ["--plot", loss] * plot
     code, shown, err = run(capsys, "distill", small, tiny_folder, out, *options, "--json")
     assert (code, err) == (0, [])
     result, known = json.loads(shown), json.loads(log.read_bytes())
     assert json.loads(json.dumps(lq.load(out).provenance["distillation"])) == known
-    assert known["options"]["hints"] == {"blocks": [0], "features": 0.5, "relations": 0.0}
+    assert known["options"]["hints"] == {
+        "blocks": [0],
+        "features": 0.5,
+        "relations": 0.0,
+        "attention": 0.1,
+    }
     assert known["options"]["temperatures"] == [3, 1]
     assert result["batch"] == known["options"]["batch"] > 2
     assert result["rates"] == dict(known["options"]["rates"]) != RATES
-    assert all(one["features"] > 0 for one in known["steps"])
+    assert all(one["features"] > 0 < one["attention"] for one in known["steps"])
     assert (kept / "hidden.npy").is_file()
     assert not plot or "divergence" in loss.read_text()
 

@@ -5,14 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import oracle
 import pytest
 from random_model import random_tokens
-from student_models import pair
+from student_models import pair, with_head_norms
 
+from lowbitq import _core
 from lowbitq import hints as module
+from lowbitq.attention_maps import AttentionMap
 from lowbitq.distillation import distill, options_of
+from lowbitq.gradients import Pass
 from lowbitq.hints import Hints
 from lowbitq.models.rotating import rotate
+from lowbitq.models.slots import TO
 from lowbitq.optimizers import RATES
 from lowbitq.teachers import Teacher
 from lowbitq.training import Training
@@ -39,7 +44,7 @@ def training(small, teacher, hints, learn=("norm",), **changes):
         "regularization": 0.0,
     }
     options, rows = options_of(small, teacher, WINDOWS, **arguments | others | changes)
-    return Training(small, Teacher(teacher, rows, hints.within(2)), options, rows)
+    return Training(small, Teacher(teacher, rows, hints.states(2)), options, rows)
 
 
 def states(model, tokens):
@@ -56,6 +61,25 @@ def states(model, tokens):
 
 def similarities(x):
     return x @ x.T / np.linalg.norm(x @ x.T)
+
+
+def logs_of_attention(model, index, tokens):
+    """Logarithms of the weights of a block, (heads, t, t), in float64 from its layers on."""
+    block, config, taps = model.blocks[index], model.config, {}
+    x = model.embed(tokens)
+    for before in range(index):
+        model.block_forward(before, x)
+    model.block_forward(index, x, taps, steps=TO["qkv"])
+    parts = []
+    for name, norm in (("q_proj", block.query_norm), ("k_proj", block.key_norm)):
+        layer = block.linears[name]
+        y = np.empty((len(x), layer.shape[0]), np.float32)
+        _core.linear_forward(layer.handle, taps["qkv"], y)
+        y = y.reshape(len(x), -1, config.head_dim)
+        if norm is not None:
+            y = oracle.rmsnorm(y, norm, config.norm_eps)[0]
+        parts.append(oracle.rope(y, config.rope_frequencies()[0], 0)[0])
+    return oracle.attention_logs(*parts)
 
 
 def test_values_are_those_of_the_formula():
@@ -75,8 +99,50 @@ def test_values_are_those_of_the_formula():
     assert terms["relations"] == pytest.approx(np.mean(relations), rel=1e-3)
 
 
+@pytest.mark.parametrize("blocks", [(0,), (1,), (0, -1)])
+def test_attention_is_compared_by_the_formula(blocks):
+    small, teacher = pair()
+    teacher = with_head_norms(teacher)
+    run = training(small, teacher, Hints(blocks, attention=0.3))
+    terms = run._gradient([3, 5], run.options.loss_at(1))
+    expected = []
+    for window in (3, 5):
+        for index in {block % 2 for block in blocks}:
+            ours, theirs = (
+                logs_of_attention(model, index, WINDOWS[window])
+                for model in (run.student.model, teacher)
+            )
+            gap = np.where(np.isfinite(ours), theirs, 0) - np.where(np.isfinite(ours), ours, 0)
+            expected.append((np.exp(theirs) * gap).sum(-1).mean())
+    assert terms["attention"] == pytest.approx(np.mean(expected), rel=1e-5)
+    assert set(terms) == {"predictions", "attention"}
+
+
+def test_a_map_is_the_same_computed_again():
+    _, teacher = pair()
+    teacher = with_head_norms(teacher)
+    for keep in ("all", "attention", "nothing"):
+        run = Pass(teacher, WINDOWS[0], keep=keep)
+        for index in (0, 1):
+            before = run.behind(0) if index else teacher.embed(WINDOWS[0])
+            found, again = run.attention(index), AttentionMap.of(teacher, index, before)
+            assert all(
+                np.array_equal(getattr(found, part), getattr(again, part))
+                for part in ("q", "k", "log_sum")
+            )
+            assert (found.divergence(again) == 0).all()
+
+
 @pytest.mark.parametrize(
-    "hints", [Hints((0,), features=1.0), Hints((0, 1), relations=1.0), Hints((-1,), 0.5, 2.0), BOTH]
+    "hints",
+    [
+        Hints((0,), features=1.0),
+        Hints((0, 1), relations=1.0),
+        Hints((-1,), 0.5, 2.0),
+        BOTH,
+        Hints((0, 1), attention=5.0),
+        Hints((1,), 0.5, 0.2, 2.0),
+    ],
 )
 def test_gradient_is_that_of_differences(hints):
     small, teacher = pair()
@@ -160,6 +226,16 @@ def test_hints_teach():
     assert distance(with_hints) < 0.95 * distance(small)
 
 
+def test_attention_is_taught():
+    small, teacher = pair()
+    seen = []
+    options = {"learn": ["adapter", "scale"], "loss": "1e-6 kl", **QUICK, "steps": 24}
+    hints, rates = Hints((0, 1), attention=5.0), {"adapter": 3e-3, "scale": 3e-3}
+    distill(small, teacher, WINDOWS, hints=hints, rates=rates, progress=seen.append, **options)
+    curve = [found.terms["attention"] for found in seen]
+    assert np.mean(curve[-4:]) < 0.85 * np.mean(curve[:4])  # four steps see each window once
+
+
 def test_what_does_not_fit_is_refused():
     small, teacher = pair()
     for hints, message in [
@@ -177,6 +253,16 @@ def test_what_does_not_fit_is_refused():
     other.config = replace(teacher.config, layers=1)
     with pytest.raises(ValueError, match="the model has 2 of width 64, the teacher 1 of 64"):
         distill(small, other, WINDOWS, hints=BOTH, **QUICK)
+
+
+def test_another_number_of_heads_is_refused():
+    small, teacher = pair()
+    teacher = teacher.copy()
+    teacher.config = replace(teacher.config, heads=2, kv_heads=1, head_dim=32)
+    with pytest.raises(ValueError, match="teacher has 2 heads, the model 4"):
+        distill(small, teacher, WINDOWS, hints=Hints(attention=0.1), **QUICK)
+    with pytest.raises(ValueError, match="attention is -1, expected a finite number of at least 0"):
+        Hints(attention=-1)
 
 
 def test_a_rotated_teacher_is_refused():

@@ -21,7 +21,15 @@ WINDOWS = random_tokens(20 * 48, seed=9).reshape(20, 48)
 QUICK = {"steps": 6, "batch": 4, "validation": 4, "every": 3, "warmup": 2, "learn": ["norm"]}
 
 
-@pytest.mark.parametrize("hints", [None, Hints((0, -1), features=0.5, relations=0.1)])
+@pytest.mark.parametrize(
+    "hints",
+    [
+        None,
+        Hints((0, -1), features=0.5, relations=0.1),
+        Hints((0, -1), attention=0.5),
+        Hints((1,), features=0.5, attention=0.5),
+    ],
+)
 def test_kept_and_live_give_the_same_bits(tmp_path, hints):
     small, teacher = pair()
     live, first, again = [], [], []
@@ -34,7 +42,7 @@ def test_kept_and_live_give_the_same_bits(tmp_path, hints):
         assert [one.terms for one in seen] == [one.terms for one in live]
         assert content(kept) == content(alive)
     files = {path.name for path in (tmp_path / "t").iterdir()}
-    states = {"block_0000.npy", "block_0001.npy"} if hints else set()
+    states = {f"block_{index:04}.npy" for index in hints.states(2)} if hints else set()
     assert files == {"teacher.json", "hidden.npy"} | states
 
 

@@ -1,18 +1,16 @@
 /* Bindings of the backward pass: csrc/linear/backward.h and csrc/transformer/decoder_backward.h. */
-#include <string.h>
+#include <float.h>
 
 #include "core/memory.h"
 #include "linear/backward.h"
 #include "python/module.h"
-#include "transformer/attention.h"
-#include "transformer/attention_backward.h"
 #include "transformer/decoder_backward.h"
 #include "transformer/head_backward.h"
 #include "transformer/rmsnorm.h"
-#include "transformer/rope.h"
 #include "transformer/swiglu.h"
 
 #define DECODER "lowbitq.decoder"
+#define ATTENTION_MAP "lowbitq.attention_map"
 #define LINEAR "lowbitq.linear"
 #define COPY_GRADIENT "lowbitq.copy_gradient"
 #define LINEAR_GRADIENT "lowbitq.linear_gradient"
@@ -48,63 +46,6 @@ LBQ_BINDING(swiglu_backward)
     LBQ_PARSE("swiglu_backward", spec);
     LBQ_RUN(lbq_swiglu_backward(
         gate.dims[0] * gate.dims[1], gate.data, up.data, g.data, dgate.data, dup.data));
-}
-
-static lbq_status
-attention_backward(const lbq_array *q, const lbq_array *k, const lbq_array *v, const lbq_array *g,
-                   float *dq, float *dk, float *dv)
-{
-    const lbq_heads heads = {.heads = q->dims[1], .kv_heads = k->dims[1], .head_dim = q->dims[2]};
-    const ptrdiff_t tokens = q->dims[0];
-    LBQ_REQUIRE(heads.heads % heads.kv_heads == 0,
-                LBQ_BAD_SHAPE,
-                "q has %td heads, k %td",
-                heads.heads,
-                heads.kv_heads);
-    const ptrdiff_t capacity = lbq_key_capacity(tokens);
-    const size_t keys = sizeof(float) * (size_t)(tokens * heads.kv_heads * heads.head_dim);
-    const size_t queries = sizeof(float) * (size_t)(tokens * heads.heads * heads.head_dim);
-    const size_t sizes[] = {
-        lbq_store_bytes(&heads, capacity, 32),
-        lbq_attention_scratch(&heads, tokens),
-        keys,
-        queries,
-        queries / (size_t)heads.head_dim,
-    };
-    size_t bytes = 0;
-    for (int i = 0; i < 5; i++)
-        bytes += lbq_padded(sizes[i]);
-    lbq_arena arena;
-    LBQ_TRY(lbq_arena_open(&arena, bytes));
-    void *part[5];
-    for (int i = 0; i < 5; i++)
-        part[i] = lbq_arena_take(&arena, sizes[i]);
-    const lbq_store store = lbq_store_at(&heads, capacity, 32, part[0]);
-    float *const copy = memcpy(part[2], k->data, keys);
-    lbq_status status = lbq_store_write(&heads, 0, tokens, copy, v->data, &store);
-    if (status == LBQ_OK)
-        status = lbq_attention(&heads, 0, tokens, q->data, &store, part[1], part[3], part[4]);
-    if (status == LBQ_OK)
-        status = lbq_attention_backward(
-            &heads, tokens, q->data, k->data, v->data, part[4], part[3], g->data, dq, dk, dv);
-    lbq_arena_close(&arena);
-    return status;
-}
-
-LBQ_BINDING(attention_backward)
-{
-    lbq_array q, k, v, g, dq, dk, dv;
-    const lbq_arg spec[] = {
-        LBQ_IN("q", &q, NPY_FLOAT32, "thd"),
-        LBQ_IN("k", &k, NPY_FLOAT32, "tjd"),
-        LBQ_IN("v", &v, NPY_FLOAT32, "tjd"),
-        LBQ_IN("g", &g, NPY_FLOAT32, "thd"),
-        LBQ_OUT("dq", &dq, NPY_FLOAT32, "thd"),
-        LBQ_OUT("dk", &dk, NPY_FLOAT32, "tjd"),
-        LBQ_OUT("dv", &dv, NPY_FLOAT32, "tjd"),
-    };
-    LBQ_PARSE("attention_backward", spec);
-    LBQ_RUN(attention_backward(&q, &k, &v, &g, dq.data, dk.data, dv.data));
 }
 
 typedef struct {
@@ -265,7 +206,7 @@ enum { O, LOG_SUM, MIDDLE, QUERY, KEY, VALUE, GATE, UP, PARTS }; /* of the way t
 static lbq_status
 block_backward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x,
                const lbq_array *parts, const lbq_block_gradient *gradient, const lbq_array *outputs,
-               const lbq_array *dx)
+               const lbq_attention_target *target, const lbq_array *dx)
 {
     const lbq_heads *const heads = &decoder->heads;
     const lbq_trace known = {
@@ -305,15 +246,17 @@ block_backward(const lbq_decoder *decoder, ptrdiff_t index, const lbq_array *x,
     LBQ_TRY(lbq_check_axis(&parts[GATE], "gate", 1, "rows", block->gate->rows));
     LBQ_TRY(lbq_check_axis(&parts[UP], "up", 1, "rows", block->up->rows));
     return lbq_block_backward(
-        decoder, index, x->dims[0], x->data, &known, gradient, &seen, dx->data);
+        decoder, index, x->dims[0], x->data, &known, gradient, &seen, target, dx->data);
 }
 
 LBQ_BINDING(block_backward)
 {
     const lbq_decoder *decoder;
     const lbq_block_gradient *gradient;
+    const lbq_attention_map *map;
     lbq_array x, parts[PARTS], dx, outputs[LBQ_SLOTS];
     Py_ssize_t index;
+    double weight;
     const lbq_arg spec[] = {
         LBQ_HANDLE("decoder", &decoder, DECODER),
         LBQ_IN("x", &x, NPY_FLOAT32, "th"),
@@ -333,11 +276,17 @@ LBQ_BINDING(block_backward)
         LBQ_OUT_OR_NONE("gate_proj", &outputs[LBQ_GATE], NPY_FLOAT32, "ti"),
         LBQ_OUT_OR_NONE("up_proj", &outputs[LBQ_UP], NPY_FLOAT32, "ti"),
         LBQ_OUT_OR_NONE("down_proj", &outputs[LBQ_DOWN], NPY_FLOAT32, "th"),
+        LBQ_HANDLE_OR_NONE("target", &map, ATTENTION_MAP),
         LBQ_INOUT("dx", &dx, NPY_FLOAT32, "th"),
         LBQ_INT("block", &index, 0, INT32_MAX),
+        LBQ_FLOAT("weight", &weight, 0, FLT_MAX),
     };
     LBQ_PARSE("block_backward", spec);
-    LBQ_RUN(block_backward(decoder, index, &x, parts, gradient, outputs, &dx));
+    lbq_attention_target target = {.weight = (float)weight};
+    if (map)
+        target.map = *map;
+    LBQ_RUN(
+        block_backward(decoder, index, &x, parts, gradient, outputs, map ? &target : NULL, &dx));
 }
 
 static lbq_status
@@ -442,9 +391,6 @@ PyMethodDef lbq_methods_backward[] = {
                                  "Add the gradients of a norm, for g = dL/dy, to dgain and dx."),
     LBQ_METHOD(swiglu_backward, "swiglu_backward(gate, up, g, dgate, dup, /)\n--\n\n"
                                 "Gradients of silu(gate) * up, for g = dL/dy."),
-    LBQ_METHOD(attention_backward,
-               "attention_backward(q, k, v, g, dq, dk, dv, /)\n--\n\n"
-               "Gradients of causal attention over a window of its own, for g = dL/do."),
     LBQ_METHOD(
         copy_gradient,
         "copy_gradient(dense, fusion, rounding, rotation, /)\n--\n\n"
@@ -462,11 +408,11 @@ PyMethodDef lbq_methods_backward[] = {
     LBQ_METHOD(
         block_backward,
         "block_backward(decoder, x, o, log_sum, middle, query, key, value, gate, up, gradient, "
-        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, dx, /, *, block)"
-        "\n--\n\n"
+        "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, target, dx, /, *, block, "
+        "weight)\n--\n\n"
         "Take dL/dx behind a block to that before it; gradients of its layers' outputs "
         "are written.\nWhat decoder_block has shown of it, or None, need not be computed "
-        "again."),
+        "again. Attention is pulled towards\nthe map `target`, or None, by `weight`."),
     LBQ_METHOD(embed_backward, "embed_backward(decoder, tokens, dx, dense, /)\n--\n\n"
                                "Add the gradient of looked-up rows to that of the embedding; dx is "
                                "overwritten."),

@@ -17,6 +17,7 @@ static PyMethodDef *const METHODS[] = {
     lbq_methods_learning,
     lbq_methods_rotate,
     lbq_methods_backward,
+    lbq_methods_attention,
 };
 
 /* LOWBITQ_ISA chooses a weaker instruction set, LOWBITQ_NUM_THREADS the number of threads. */

@@ -24,5 +24,6 @@ extern PyMethodDef lbq_methods_training[];
 extern PyMethodDef lbq_methods_learning[];
 extern PyMethodDef lbq_methods_rotate[];
 extern PyMethodDef lbq_methods_backward[];
+extern PyMethodDef lbq_methods_attention[];
 
 #endif

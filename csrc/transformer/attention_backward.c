@@ -9,32 +9,26 @@
 #include "core/blas.h"
 #include "core/memory.h"
 #include "core/threads.h"
-#include "kernels/kernels.h"
-
-#define LOG2E 1.4426950408889634
 
 enum {
-    QUERIES = 128, /* of a tile: tiles of P and dS stay in L2 */
-    KEYS = 512,    /* of a run at least */
-    MAX_PARTS = 8, /* runs at most, which bounds the memory of the parts */
-    TOKENS = 32,   /* per task of the sums over parts */
+    QUERIES = LBQ_MAP_ROWS, /* of a tile */
+    KEYS = LBQ_MAP_KEYS,    /* of a run at least */
+    MAX_PARTS = 8,          /* runs at most, which bounds the memory of the parts */
+    TOKENS = 32,            /* per task of the sums over parts */
 };
 
 typedef struct {
+    const lbq_attention_map *map;
+    const lbq_attention_target *target;
     const lbq_heads *heads;
     ptrdiff_t tokens, keys, parts;
-    const float *q, *k, *v, *log_sum, *o, *g;
+    const float *v, *o, *g;
     float *D;     /* (tokens, heads) */
-    float *tiles; /* of each worker: P, dS (QUERIES, keys); max, sum, factor (QUERIES) */
+    float *tiles; /* of each worker: P, dS, and P of the target (QUERIES, keys) */
     size_t tile_floats;
     float *dq, *dk, *dv;
     float *part[MAX_PARTS]; /* dq of the tokens from the run's first key on; the first is dq */
 } backward;
-
-/* A tile: queries [first, first + rows) of one head against the first `count` keys of a run. */
-typedef struct {
-    ptrdiff_t head, first, rows, begin, count;
-} tile;
 
 static lbq_status
 dot_task(void *context, ptrdiff_t index, int worker)
@@ -52,22 +46,9 @@ dot_task(void *context, ptrdiff_t index, int worker)
     return LBQ_OK;
 }
 
-/* Scores of a tile, logarithms of base 2, to P. */
-static void
-weigh(const backward *b, const tile *t, float *P, float *max, float *sum, float *factor)
-{
-    for (ptrdiff_t r = 0; r < t->rows; r++) {
-        for (ptrdiff_t s = t->first + r + 1 - t->begin; s < t->count; s++)
-            P[r * b->keys + s] = -INFINITY;
-        max[r] = b->log_sum[(t->first + r) * b->heads->heads + t->head];
-        sum[r] = 0;
-    }
-    lbq_kernel.softmax_f32(t->rows, t->count, P, b->keys, max, sum, factor);
-}
-
 /* dP of a tile to dS. */
 static void
-pull_back(const backward *b, const tile *t, const float *P, float *S)
+pull_back(const backward *b, const lbq_map_tile *t, const float *P, float *S)
 {
     const float scale = (float)(1 / sqrt((double)b->heads->head_dim));
     for (ptrdiff_t r = 0; r < t->rows; r++) {
@@ -77,25 +58,39 @@ pull_back(const backward *b, const tile *t, const float *P, float *S)
     }
 }
 
+/* Adds the gradient of the distance to the target to dS of a tile; T is room for its P. */
 static lbq_status
-tile_backward(const backward *b, ptrdiff_t part, const tile *t, float *space)
+pull_to_target(const backward *b, const lbq_map_tile *t, const float *P, float *T, float *S)
+{
+    const lbq_attention_map *const map = &b->target->map;
+    const float scale = (float)(b->target->weight / sqrt((double)b->heads->head_dim));
+    LBQ_TRY(lbq_map_scores(map, t, b->keys, T));
+    lbq_map_weights(map, t, b->keys, T);
+    for (ptrdiff_t r = 0; r < t->rows; r++)
+        for (ptrdiff_t i = r * b->keys; i < r * b->keys + t->count; i++)
+            S[i] += scale * (P[i] - T[i]);
+    return LBQ_OK;
+}
+
+static lbq_status
+tile_backward(const backward *b, ptrdiff_t part, const lbq_map_tile *t, float *space)
 {
     const ptrdiff_t d = b->heads->head_dim, keys = b->keys, m = t->rows, n = t->count;
     const ptrdiff_t wide = b->heads->heads * d, narrow = b->heads->kv_heads * d;
     const ptrdiff_t kv_head = t->head / (b->heads->heads / b->heads->kv_heads);
     const ptrdiff_t query = t->first * wide + t->head * d, key = t->begin * narrow + kv_head * d;
-    float *const P = space, *const S = P + QUERIES * keys, *const max = S + QUERIES * keys;
-    float *const sum = max + QUERIES, *const factor = sum + QUERIES;
-    const float *const q = b->q + query, *const g = b->g + query, *const k = b->k + key;
+    float *const P = space, *const S = P + QUERIES * keys, *const T = S + QUERIES * keys;
+    const float *const q = b->map->q + query, *const g = b->g + query, *const k = b->map->k + key;
     float *const dq = b->part[part] + query - (part ? t->begin * wide : 0);
-    const float base2 = (float)(LOG2E / sqrt((double)d));
-    LBQ_TRY(lbq_sgemm(CblasNoTrans, CblasTrans, m, n, d, base2, q, wide, k, narrow, 0, P, keys));
-    weigh(b, t, P, max, sum, factor);
+    LBQ_TRY(lbq_map_scores(b->map, t, keys, P));
+    lbq_map_weights(b->map, t, keys, P);
     LBQ_TRY(
         lbq_sgemm(CblasTrans, CblasNoTrans, n, d, m, 1, P, keys, g, wide, 1, b->dv + key, narrow));
     LBQ_TRY(
         lbq_sgemm(CblasNoTrans, CblasTrans, m, n, d, 1, g, wide, b->v + key, narrow, 0, S, keys));
     pull_back(b, t, P, S);
+    if (b->target)
+        LBQ_TRY(pull_to_target(b, t, P, T, S));
     LBQ_TRY(
         lbq_sgemm(CblasTrans, CblasNoTrans, n, d, m, 1, S, keys, q, wide, 1, b->dk + key, narrow));
     return lbq_sgemm(CblasNoTrans, CblasNoTrans, m, d, n, 1, S, keys, k, narrow, 0, dq, wide);
@@ -120,7 +115,7 @@ run_task(void *context, ptrdiff_t index, int worker)
         for (ptrdiff_t first = begin; first < b->tokens; first += QUERIES) {
             const ptrdiff_t rows = lbq_smaller(QUERIES, b->tokens - first);
             const ptrdiff_t count = lbq_smaller(keys, first + rows - begin);
-            const tile t = {head, first, rows, begin, count};
+            const lbq_map_tile t = {head, first, rows, begin, count};
             LBQ_TRY(tile_backward(b, part, &t, space));
         }
     return LBQ_OK;
@@ -147,7 +142,7 @@ static size_t
 take(backward *b, lbq_arena *arena)
 {
     const ptrdiff_t wide = b->heads->heads * b->heads->head_dim;
-    b->tile_floats = (size_t)(QUERIES * (2 * b->keys + 3));
+    b->tile_floats = (size_t)(QUERIES * b->keys * (b->target ? 3 : 2));
     size_t bytes = 0, sizes[2 + MAX_PARTS] = {(size_t)(b->tokens * b->heads->heads),
                                               b->tile_floats * (size_t)lbq_threads()};
     float **to[2 + MAX_PARTS] = {&b->D, &b->tiles};
@@ -164,19 +159,20 @@ take(backward *b, lbq_arena *arena)
 }
 
 lbq_status
-lbq_attention_backward(const lbq_heads *heads, ptrdiff_t tokens, const float *q, const float *k,
-                       const float *v, const float *log_sum, const float *o, const float *g,
-                       float *dq, float *dk, float *dv)
+lbq_attention_backward(const lbq_attention_map *map, const float *v, const float *o, const float *g,
+                       const lbq_attention_target *target, float *dq, float *dk, float *dv)
 {
+    const ptrdiff_t tokens = map->tokens;
     const ptrdiff_t least = lbq_pieces(lbq_pieces(tokens, MAX_PARTS), QUERIES) * QUERIES;
+    if (target)
+        LBQ_TRY(lbq_map_check_target(map, &target->map));
     backward b = {
-        .heads = heads,
+        .map = map,
+        .target = target,
+        .heads = &map->heads,
         .tokens = tokens,
         .keys = least > KEYS ? least : KEYS,
-        .q = q,
-        .k = k,
         .v = v,
-        .log_sum = log_sum,
         .o = o,
         .g = g,
         .dq = dq,
@@ -190,7 +186,7 @@ lbq_attention_backward(const lbq_heads *heads, ptrdiff_t tokens, const float *q,
     take(&b, &arena);
     lbq_status status = lbq_parallel(lbq_pieces(tokens, TOKENS), dot_task, &b);
     if (status == LBQ_OK)
-        status = lbq_parallel(heads->kv_heads * b.parts, run_task, &b);
+        status = lbq_parallel(b.heads->kv_heads * b.parts, run_task, &b);
     if (status == LBQ_OK)
         status = lbq_parallel(lbq_pieces(tokens, TOKENS), add_parts, &b);
     lbq_arena_close(&arena);

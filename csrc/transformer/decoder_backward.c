@@ -5,7 +5,6 @@
 
 #include "core/memory.h"
 #include "core/threads.h"
-#include "transformer/attention_backward.h"
 #include "transformer/rmsnorm.h"
 #include "transformer/rope.h"
 #include "transformer/swiglu.h"
@@ -20,6 +19,7 @@ typedef struct {
     const lbq_trace *known;           /* what is left of it */
     const lbq_block_gradient *gradient;
     const lbq_block_outputs *outputs;
+    const lbq_attention_target *target;
     float *dx;
     /* Scratch: */
     float *n, *dn, *scaled;         /* (tokens, hidden) */
@@ -228,8 +228,8 @@ attention_half_backward(pass *p)
     LBQ_TRY(project(p));
     const float *const da = scaled(p, block->attention_scale);
     LBQ_TRY(layer_backward(p, LBQ_OUTPUT, p->output, NULL, da, false, p->dout));
-    LBQ_TRY(lbq_attention_backward(
-        heads, tokens, p->q, p->k, p->v, p->log_sum, p->output, p->dout, p->dq, p->dk, p->dv));
+    const lbq_attention_map map = {*heads, tokens, p->q, p->k, p->log_sum};
+    LBQ_TRY(lbq_attention_backward(&map, p->v, p->output, p->dout, p->target, p->dq, p->dk, p->dv));
     float *dq = p->dq, *dk = p->dk; /* q and k are used up: their gradients may lie there */
     LBQ_TRY(turn_backward(
         p, heads->heads, p->raw_q, block->query_norm, p->gradient->query_norm, &dq, p->q));
@@ -265,7 +265,7 @@ check_gradient(const lbq_decoder *decoder, const lbq_block_gradient *gradient)
 lbq_status
 lbq_block_backward(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens, const float *x,
                    const lbq_trace *known, const lbq_block_gradient *gradient,
-                   const lbq_block_outputs *outputs, float *dx)
+                   const lbq_block_outputs *outputs, const lbq_attention_target *target, float *dx)
 {
     LBQ_REQUIRE(index >= 0 && index < decoder->block_count,
                 LBQ_BAD_VALUE,
@@ -281,6 +281,7 @@ lbq_block_backward(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens
         .x = x,
         .gradient = gradient,
         .outputs = outputs,
+        .target = target,
         .known = known,
         .dx = dx,
     };

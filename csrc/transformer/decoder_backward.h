@@ -10,6 +10,7 @@
 
 #include "core/status.h"
 #include "linear/backward.h"
+#include "transformer/attention_backward.h"
 #include "transformer/decoder.h"
 
 /* The layers of a block, in the order of the forward pass. */
@@ -28,12 +29,12 @@ typedef struct {
 } lbq_block_outputs;
 
 /* Block `index` for its input x (tokens, hidden), a window of its own; dx alike, in place. Parts of
- * `known` that are NULL are computed again; its taps other than `output` are not read. Equal bits
- * for any number of threads, outside BLAS. */
+ * `known` that are NULL are computed again; its taps other than `output` are not read. Attention is
+ * pulled towards `target`, unless NULL. Equal bits for any number of threads, outside BLAS. */
 lbq_status lbq_block_backward(const lbq_decoder *decoder, ptrdiff_t index, ptrdiff_t tokens,
                               const float *x, const lbq_trace *known,
                               const lbq_block_gradient *gradient, const lbq_block_outputs *outputs,
-                              float *dx);
+                              const lbq_attention_target *target, float *dx);
 
 /* From dL/dx behind lbq_decoder_embed to the embedding's rows, dense (vocab, hidden), which is
  * added to; dx (tokens, hidden) is overwritten. LBQ_BAD_VALUE unless the embedding is one dense

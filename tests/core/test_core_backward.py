@@ -82,7 +82,7 @@ def test_attention(isa, tokens, heads, kv_heads, d):
         normal(tokens, h, d, seed=s) for s, h in enumerate((heads, kv_heads, kv_heads, heads))
     )
     found = [np.full_like(a, np.nan) for a in (q, k, v)]
-    _core.attention_backward(q, k, v, g, *found)
+    _core.attention_backward(q, k, v, g, None, *found, weight=0.0)
     parts = [q, k, v]
     for i, gradient in enumerate(found):
 
@@ -93,16 +93,63 @@ def test_attention(isa, tokens, heads, kv_heads, d):
             agrees(gradient, value, parts[i])
 
 
-def test_bits_do_not_depend_on_threads():
+def map_of(q, k):
+    """The handle of a map, with log-sums of the oracle."""
+    width = q.shape[2]
+    wide = np.repeat(k[0].astype(float), q.shape[1] // k.shape[1], axis=0)
+    first = np.einsum("thd,hd->ht", q.astype(float), wide) / np.sqrt(width)
+    logs = oracle.attention_logs(q, k)[:, :, 0]
+    return _core.attention_map(q, k, np.ascontiguousarray(((first - logs) / np.log(2)).T, "f4"))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "d"), [(37, 6, 2, 10), (130, 4, 4, 16), (520, 2, 1, 4)]
+)
+def test_attention_with_a_target(isa, tokens, heads, kv_heads, d):
+    q, k, v = (normal(tokens, h, d, seed=s) for s, h in enumerate((heads, kv_heads, kv_heads)))
+    other = normal(tokens, heads, d + 2, seed=5), normal(tokens, heads, d + 2, seed=6)
+    found = [np.full_like(a, np.nan) for a in (q, k, v)]
+    _core.attention_backward(q, k, v, np.zeros_like(q), map_of(*other), *found, weight=0.7)
+
+    def value(q, k):
+        return 0.7 * oracle.attention_divergence(q, k, *other).sum()
+
+    agrees(found[0], lambda changed: value(changed, k), q)
+    agrees(found[1], lambda changed: value(q, changed), k)
+    assert (found[2] == 0).all()
+
+
+def test_the_pull_of_a_target_is_added():
+    q, k, v, g = (normal(150, h, 10, seed=s) for s, h in enumerate((6, 2, 2, 6)))
+    target = map_of(normal(150, 6, 10, seed=5), normal(150, 2, 10, seed=6))
+    found = {}
+    for name, arguments in {
+        "both": (g, target),
+        "output": (g, None),
+        "pull": (np.zeros_like(g), target),
+        "itself": (g, map_of(q, k)),
+    }.items():
+        found[name] = [np.empty_like(a) for a in (q, k, v)]
+        _core.attention_backward(q, k, v, *arguments, *found[name], weight=0.7)
+    for both, output, pull, itself in zip(*found.values(), strict=True):
+        assert abs(output + pull - both).max() <= 1e-5 * abs(both).max()
+        assert abs(output - itself).max() <= 1e-5 * abs(output).max()
+    with pytest.raises(ValueError, match="the target has 149 tokens of 6 heads, expected 150 of 6"):
+        _core.attention_backward(q, k, v, g, map_of(q[1:], k[1:]), *found["both"], weight=1.0)
+
+
+@pytest.mark.parametrize("target", [False, True])
+def test_bits_do_not_depend_on_threads(target):
     q, k, v, g = (normal(700, h, 16, seed=h) for h in (6, 2, 2, 6))
     v = normal(700, 2, 16, seed=9)
+    other = map_of(normal(700, 6, 16, seed=3), normal(700, 2, 16, seed=4)) if target else None
     before = _core.config()["threads"]
     results = []
     try:
         for threads in (1, 2, 3):
             _core.set_num_threads(threads=threads)
             found = [np.empty_like(a) for a in (q, k, v)]
-            _core.attention_backward(q, k, v, g, *found)
+            _core.attention_backward(q, k, v, g, other, *found, weight=0.3)
             results.append(found)
     finally:
         _core.set_num_threads(threads=before)
@@ -249,6 +296,37 @@ def test_a_bias_of_keys_that_are_not_turned_has_no_gradient(isa):
     assert size["k_proj"] < 1e-5 * size["q_proj"]
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_block_with_a_target(name):
+    network, x = network_of(4, blocks=1, **NETWORKS[name]), normal(21, 24)
+    [block] = network["blocks"]
+    other = normal(21, network["heads"], 10, seed=5), normal(21, network["kv_heads"], 10, seed=6)
+    norms = [None if block[n] is None else np.zeros_like(block[n]) for n in NORMS]
+    sinks, found = [], dict(zip(NORMS, norms, strict=True))
+    for slot in SLOTS:
+        weight = np.zeros_like(block[slot.name][0])
+        copy = _core.copy_gradient(weight, None, None, None)
+        sinks.append(_core.linear_gradient((copy,), None, None, None))
+        found[slot.name] = weight
+    dx, nothing = np.zeros_like(x), [None] * 8
+    gradient = _core.block_gradient(*norms, *sinks)
+    arrays = [x, *nothing, gradient, *nothing[:7], map_of(*other), dx]
+    _core.block_backward(decoder_of(network), *arrays, block=0, weight=0.7)
+
+    def value(x, **changed):
+        q, k, _ = oracle.projections(network, block | changed, x)
+        return 0.7 * oracle.attention_divergence(q, k, *other).sum()
+
+    agrees(dx, value, x)
+    for key in ("q_proj", "k_proj"):
+        bias = block[key][1]
+        agrees(found[key], lambda w, n=key, b=bias: value(x, **{n: (w, b)}), block[key][0])
+    for key in ("attention_norm", "query_norm", "key_norm"):
+        if found[key] is not None:
+            agrees(found[key], lambda gain, n=key: value(x, **{n: gain}), block[key])
+    assert not any(found[key].any() for key in ("v_proj", "o_proj", "up_proj", "down_proj"))
+
+
 class Found(list):
     biases: list
 
@@ -303,7 +381,15 @@ def network_gradients(decoder, network, tokens, known):
         gradient = _core.block_gradient(*norms, *sinks)
         nothing = [None] * len(SLOTS)
         _core.block_backward(
-            decoder, inputs[index], *traces[index], gradient, *nothing, dx, block=index
+            decoder,
+            inputs[index],
+            *traces[index],
+            gradient,
+            *nothing,
+            None,
+            dx,
+            block=index,
+            weight=0.0,
         )
         result += [(index, n, g) for n, g in zip(NORMS, norms, strict=True) if g is not None]
     if network["head"] is None:

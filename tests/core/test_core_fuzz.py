@@ -122,6 +122,12 @@ def gradients() -> dict[str, list[tuple[Any, dict[str, Any]]]]:
     }
 
 
+def attention_map(tokens: int) -> tuple[Any, dict[str, int]]:
+    rng = np.random.default_rng(tokens)
+    q, k = (rng.standard_normal((tokens, heads, HEAD), np.float32) for heads in (4, 2))
+    return _core.attention_map(q, k, np.full((tokens, 4), 9, np.float32)), {"t": tokens}
+
+
 class Calls:
     """Random calls; equal seeds make equal calls."""
 
@@ -153,6 +159,7 @@ class Calls:
             "rotation": [(eye, {"n": HIDDEN})],
             "block": [(made, {}) for made in blocks],
             "decoder": decoders,
+            "attention_map": [attention_map(tokens) for tokens in (1, 17, 17, 17, 130)],
             "cache": [
                 (_core.cache(made, capacity=40, bits=bits)[0], {})
                 for made, _ in decoders
@@ -239,15 +246,20 @@ class Calls:
             sizes["b"] = 1 << 15
         if name == "decoder":
             sizes |= {"h": HIDDEN, "f": HEAD // 2}
-        if name in ("decoder_block", "block_backward"):
+        if name in ("decoder_block", "block_backward", "block_turn"):
             sizes |= {"n": 4, "q": HIDDEN, "k": 16}
         if name == "head_backward":
             sizes |= {"k": HIDDEN}
             keywords |= dict.fromkeys(("forward", "reverse", "jensen_shannon"), 0.0)
-        if name == "attention_backward":
+        if name == "attention_map":
             sizes["h"] = sizes["j"] * r.choice([1, 2, 3])
+        if name == "attention_backward":
+            sizes["j"] = r.choice([1, 2, 4])
+        if name in ("attention_backward", "attention_divergence"):
+            sizes["h"] = 4
         if name == "decoder_forward":
             sizes["r"] = r.choice([0, 1, sizes["t"]])
+            sizes["b"] = 2  # blocks
         if name == "round_inputs":
             keywords |= {"bits": r.choice([4, 8]), "step": r.choice([16, 32, 64, 128])}
         if name == "hadamard_rotation":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from lowbitq.models.rotating import rotate
 from lowbitq.optimizers import AdamW
 from lowbitq.parameters import Parameter
 from lowbitq.reconstruction import reconstruct
-from lowbitq.roundings import METHODS, LearnedRounding, Progress, two_sided
+from lowbitq.roundings import METHODS, Latents, LearnedRounding, Progress, two_sided
 from lowbitq.students import Student
-from lowbitq.tensors import QuantizedTensor
+from lowbitq.tensors import QuantizedTensor, code_of
 
+GOLDEN = np.load(Path(__file__).parent / "golden" / "rounding.npz")
 WINDOWS = random_tokens(20 * 48, seed=9).reshape(20, 48)
 TEXT = random_tokens(64 * 40, seed=7).reshape(-1, 64)
 HELD_BACK = random_tokens(64 * 20, seed=5)
@@ -77,6 +79,28 @@ def test_latent_weights_start_as_the_float_weights(rotation, adapter):
         same &= abs(expected - offset - nearest * scale) < 0.39 * scale
         assert same.mean() > 0.5
         assert np.allclose((p.value * scale)[same], expected[same], atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "format"), [("lsq", "int3g32sym"), ("lsq_plus", "int2g32")])
+def test_a_step_of_straight_through_rounding_is_that_of_torch(name, format):
+    golden = {key.split("/")[1]: GOLDEN[key] for key in GOLDEN if key.startswith(f"{name}/")}
+    w, x, scale = (golden[key] for key in ("w", "x", "scale"))
+    offset = golden["offset"] if "doffset" in golden else None
+    tensor = QuantizedTensor.pack(format, np.zeros(w.shape, np.uint8), scale, offset)
+    code = code_of(tensor.format, None, tensor.unit, tensor.zero)
+    latents = Latents(name, tensor, code, LearnedRounding(lsq=True))
+    unit = np.repeat(scale, 32, axis=1)
+    latents.value[:] = w / unit
+    rounded, gradient = np.empty_like(w), np.zeros_like(w)
+    latents.compose(scale, offset, rounded, None)
+    y = x @ rounded.T
+    dweight = 2 / y.size * (y - golden["target"]).T @ x
+    dscale, doffset = np.empty_like(scale), None if offset is None else np.empty_like(scale)
+    latents.pull(scale, offset, dweight, gradient, dscale, doffset, None)
+    found = {"rounded": rounded, "dw": gradient / unit, "dscale": dscale, "doffset": doffset}
+    for key, array in found.items():
+        if array is not None:
+            assert abs(array - golden[key]).max() <= 1e-5 * abs(golden[key]).max(), key
 
 
 def test_soft_students_begin_as_the_float_model():

@@ -305,6 +305,8 @@ def _distill_arguments(parser: Parser) -> None:
     parser.add_argument("--attention", type=float, default=0.0, metavar="W", help=maps)
     blocks = "blocks of these three, separated by commas; -1: the last"
     parser.add_argument("--blocks", type=arguments.numbers(int), default="-1", help=blocks)
+    alike = "weight of how alike the errors of averaged copies are"
+    parser.add_argument("--diversity", type=float, default=0.0, metavar="W", help=alike)
     temperatures = "of the loss, separated by commas: 5,3,1 begins with soft targets"
     parser.add_argument(
         "--temperatures", type=arguments.numbers(float), default="", help=temperatures

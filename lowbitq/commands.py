@@ -238,6 +238,7 @@ def distill(options: Options) -> tuple[dict[str, Any], str]:
             teacher,
             text,
             temperatures=options.temperatures,
+            diversity=options.diversity,
             steps=options.steps,
             batch=options.batch,
             memory=None if options.memory is None else int(1e9 * options.memory),

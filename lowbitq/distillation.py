@@ -22,6 +22,7 @@ from lowbitq.models.quantized import QuantizedModel
 from lowbitq.models.tokens import check_count
 from lowbitq.optimizers import RATES
 from lowbitq.roundings import LearnedRounding
+from lowbitq.student_diversity import check_diversity
 from lowbitq.students import KINDS
 from lowbitq.teachers import KeptTeacher, Teacher
 from lowbitq.texts import Text, check_positions, tokenize
@@ -49,6 +50,7 @@ def distill(
     warmup: int = 10,
     clip: float = 1.0,
     decay: float = 0.0,
+    diversity: float = 0.0,
     regularization: float = 0.0,
     seed: int = 0,
     seconds: float | None = None,
@@ -63,7 +65,8 @@ def distill(
     What is made small is a mean over windows of::
 
         loss + hints.features L_features + hints.relations L_relations
-             + hints.attention L_attention + regularization ||parameters - start||^2 / 2
+             + hints.attention L_attention + diversity L_diversity
+             + regularization ||parameters - start||^2 / 2
 
     Parameters
     ----------
@@ -105,6 +108,9 @@ def distill(
         Steps in which the learning rate rises.
     clip : float, default=1.0
         Largest norm of the gradient.
+    diversity : float, default=0.0
+        Weight of how alike the errors of averaged copies are, see `lowbitq.student_diversity`. A
+        step then runs the blocks that have such layers once more.
     decay, regularization : float, default=0.0
         Weight decay towards zero (of Adam), and the weight of half the squared distance of the
         parameters from the start.
@@ -174,6 +180,7 @@ def distill(
         warmup=warmup,
         clip=clip,
         decay=decay,
+        diversity=diversity,
         regularization=regularization,
         seed=seed,
         keep=keep,
@@ -216,6 +223,7 @@ def options_of(
     validation: int,
     rates: Mapping[str, float] | None,
     top_k: int | None,
+    diversity: float,
     **others: Any,
 ) -> tuple[Options, NDArray[np.int32]]:
     """Check the arguments of a run; return its options and the windows of its text.
@@ -246,6 +254,7 @@ def options_of(
     for name, count in {"memory": memory, "top_k": top_k}.items():
         if count is not None:
             check_count(name, count, 1)
+    check_diversity(model, diversity)
     if teacher.config.vocab_size != model.config.vocab_size:
         found, expected = teacher.config.vocab_size, model.config.vocab_size
         raise ValueError(f"teacher has a vocabulary of {found}, the model of {expected}")
@@ -256,7 +265,7 @@ def options_of(
         replace(loss, temperature=temperature)  # checks it
     hints = Hints() if hints is None else hints
     hints.within(len(model.blocks))
-    if hints:
+    if hints or diversity:
         check_alike(model, teacher)
     if hints.attention and model.config.heads != teacher.config.heads:
         found, expected = teacher.config.heads, model.config.heads
@@ -275,6 +284,7 @@ def options_of(
         rates=tuple(sorted((RATES | dict(rates or {})).items())),
         hints=hints,
         temperatures=tuple(map(float, temperatures)),
+        diversity=diversity,
         **others,
     )
     return options, rows

@@ -114,7 +114,8 @@ class BlockPass:
         parts = np.split(room, tokens * np.cumsum(widths[:-1]))
         found: list[Any] = [part.reshape(tokens, -1) if part.size else None for part in parts]
         self.model, self.index, self.nbytes = model, index, room.nbytes
-        self.input, self._known = found[0], found[1:]
+        self.input: Array = found[0]
+        self._known = found[1:]
         self.input[:] = x
         seen = [x, None, self._known[0], None, None, *self._known[1:]]
         _core.decoder_block(model.handle, *seen, block=index, steps=WHOLE_BLOCK)
@@ -219,6 +220,10 @@ class Pass:
     def behind(self, index: int) -> Array:
         """Return the residual stream (t, hidden) behind block `index`, to be read only."""
         return self._last if index + 1 == len(self._blocks) else self._blocks[index + 1].input
+
+    def before(self, index: int) -> Array:
+        """Return the residual stream (t, hidden) before block `index`, to be read only."""
+        return self._blocks[index].input
 
     def inject(self, index: int, gradient: Array) -> None:
         """Add a gradient of the residual stream behind block `index` when the way back is there."""

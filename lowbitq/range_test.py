@@ -95,7 +95,8 @@ def range_test(
     check_count("steps", steps, 2)
     if not 0 < low < high < float("inf"):
         raise ValueError(f"low is {low} and high {high}, expected 0 < low < high")
-    fixed: dict[str, Any] = {"warmup": 0, "clip": 1.0, "decay": 0.0, "regularization": 0.0}
+    fixed: dict[str, Any] = {"warmup": 0, "clip": 1.0, "decay": 0.0}
+    fixed |= {"diversity": 0.0, "regularization": 0.0}
     options, rows = options_of(
         model,
         teacher,

@@ -425,26 +425,41 @@ class StudentLayer:
 
         `weights` has a buffer for dL/dW of each of `tensors`.
         """
-        dense = {
-            tensor: weight if tensor.learns(kinds) else None
-            for tensor, weight in zip(self.tensors, weights, strict=True)
-        }
         wanted = {p.kind for p in self.parameters if p.kind in kinds}
-        copies = [
-            CopyGradient(
-                dense[copy.tensor],
-                copy.gradient if _OF_OUTPUTS & wanted else None,
-                None if copy.input is None else copy.input.gradient,
-                None if copy.rotation is None else copy.rotation.gradient,
-            )
-            for copy in self._copies
-        ]
         bias = adapter = None
         if self._bias is not None and {"bias", "column"} & wanted:
             bias = self._bias.gradient
         if self._U is not None and self._V is not None and {"adapter", "column"} & wanted:
             adapter = self._U.gradient, self._V.gradient if "adapter" in wanted else None
-        return linear_sink(bias=bias, copies=copies, adapter=adapter)
+        return linear_sink(bias=bias, copies=self._copy_gradients(kinds, weights), adapter=adapter)
+
+    def copies_alone(self, kinds: set[str], weights: Sequence[Array]) -> list[tuple[Any, Any]]:
+        """Return each copy as the handle of a layer of its own, and what takes its gradients.
+
+        These are added to those of `sink` in the same arrays.
+        """
+        return [
+            (_core.linear((copy.handle,), None, None, None), linear_sink(copies=[gradient]))
+            for copy, gradient in zip(
+                self._copies, self._copy_gradients(kinds, weights), strict=True
+            )
+        ]
+
+    def _copy_gradients(self, kinds: set[str], weights: Sequence[Array]) -> list[CopyGradient]:
+        dense = {
+            tensor: weight if tensor.learns(kinds) else None
+            for tensor, weight in zip(self.tensors, weights, strict=True)
+        }
+        factors = any(p.kind in kinds & _OF_OUTPUTS for p in self.parameters)
+        return [
+            CopyGradient(
+                dense[copy.tensor],
+                copy.gradient if factors else None,
+                None if copy.input is None else copy.input.gradient,
+                None if copy.rotation is None else copy.rotation.gradient,
+            )
+            for copy in self._copies
+        ]
 
     def compose(self, at: Progress | None = None) -> None:
         """Write the layer's arrays as the parameters have them now; see `Student.compose`."""

@@ -45,7 +45,7 @@ M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large L
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -238,6 +238,12 @@ class Student:
                 self._buffers[key] = np.zeros(layer.shape, np.float32)
         return [self._buffers[key] for key in keys]
 
+    def copies_alone(self, index: int, slot: str) -> list[tuple[Any, Any]]:
+        """Return the copies of a layer, see `StudentLayer.copies_alone`."""
+        layer = self.model.blocks[index].linears[slot]
+        assert isinstance(layer, StudentLayer)
+        return layer.copies_alone(self._kinds, self._buffers_of(slot, layer))
+
     def block_parameters(self, index: int) -> list[Parameter]:
         """What learns in a block."""
         prefix = f"model.layers.{index}."
@@ -256,12 +262,20 @@ class Student:
         for gain in self._gains:
             gain.value[:] = gain.start * gain.parameter.value
 
-    def backward(self, runs: Sequence[Pass]) -> None:
-        """Take passes whose loss is known back through the blocks; gradients are added."""
+    def backward(
+        self, runs: Sequence[Pass], also: Callable[[Pass, int], float] | None = None
+    ) -> float:
+        """Take passes whose loss is known back through the blocks; gradients are added.
+
+        `also` adds those of another loss of a pass and a block. Returns the sum of what it returns.
+        """
+        total = 0.0
         for index in reversed(range(len(self.model.blocks))):
             with self.collecting(index) as sink:
                 for run in runs:
+                    total += 0.0 if also is None else also(run, index)
                     run.back(index, sink)
+        return total
 
     @contextmanager
     def collecting(self, index: int) -> Iterator[Any]:

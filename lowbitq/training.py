@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lowbitq.memory import peak_of
 from lowbitq.models.quantized import QuantizedModel
 from lowbitq.optimizers import AdamW, cosine
 from lowbitq.roundings import Progress
+from lowbitq.student_diversity import Diversity
 from lowbitq.students import Student
 from lowbitq.teachers import KeptTeacher, Seen, Teacher, arrays_of
 from lowbitq.top_k import top_k_backward
@@ -50,7 +52,8 @@ class Round:
         Since the start.
     terms : dict of str to float
         Means over the step's windows: ``"predictions"``, nats per token, and what else has a
-        weight: ``"features"``, ``"relations"``, ``"attention"``, ``"regularization"``.
+        weight: ``"features"``, ``"relations"``, ``"attention"``, ``"diversity"``,
+        ``"regularization"``.
     """
 
     step: int
@@ -79,6 +82,7 @@ class Options:
     warmup: int
     clip: float
     decay: float
+    diversity: float
     regularization: float
     seed: int
     every: int
@@ -87,8 +91,9 @@ class Options:
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each term of the loss."""
-        all_of_them = self.hints.weights | {"regularization": self.regularization}
-        return {"predictions": 1.0} | {name: w for name, w in all_of_them.items() if w}
+        others = {"diversity": self.diversity, "regularization": self.regularization}
+        found = {name: w for name, w in (self.hints.weights | others).items() if w}
+        return {"predictions": 1.0} | found
 
     def loss_at(self, step: int) -> Loss:
         """The loss of predictions at a step, with its temperature."""
@@ -158,6 +163,9 @@ class Training:
             pull=options.regularization,
             clip=options.clip,
         )
+        self._diversity = None
+        if options.diversity:
+            self._diversity = Diversity(self.student, model, teacher.model, options.diversity)
         self.batch = self.at_once = options.batch if isinstance(options.batch, int) else 0
         self.history: list[dict[str, float]] = []
         self.validations: list[tuple[int, float]] = []
@@ -202,7 +210,7 @@ class Training:
             self.student.compose()
             run, _ = self._pass(0, 1.0, self.options.loss_at(1))
             sizes.append(run.nbytes)
-            self.student.backward([run])
+            self._back([run], 1.0)
 
         self.validate()  # so that its memory is held, too
         held = peak_of(one_window)
@@ -252,11 +260,19 @@ class Training:
                 runs.append(run)
                 for name, value in found.items():
                     terms[name] += share * value
-            self.student.backward(runs)
+            terms |= {name: terms[name] + x for name, x in self._back(runs, share).items()}
         if self.options.regularization:  # its gradient is the optimizer's pull
             for p in self.student.parameters:
                 terms["regularization"] += l2_to_start(p.value, p.start)[0]
         return terms
+
+    def _back(self, runs: list[Pass], share: float) -> dict[str, float]:
+        """Take windows back through the student; return the terms that are known only now."""
+        if self._diversity is None:
+            self.student.backward(runs)
+            return {}
+        pull = partial(self._diversity.pull, share=share)
+        return {"diversity": share * self.student.backward(runs, pull)}
 
     def _pass(self, window: int, share: float, loss: Loss) -> tuple[Pass, dict[str, float]]:
         """Take a window through the student and compare it with the teacher."""

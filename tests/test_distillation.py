@@ -329,6 +329,7 @@ def options_for(small, teacher, **changes):
         "keep": 1,
         "clip": 1.0,
         "decay": 0.0,
+        "diversity": 0.0,
         "regularization": 0.0,
         "seed": 0,
     }

@@ -41,6 +41,7 @@ def training(small, teacher, hints, learn=("norm",), **changes):
         "validation": 2,
         "rates": RATES,
         "top_k": None,
+        "diversity": 0.0,
         "regularization": 0.0,
     }
     options, rows = options_of(small, teacher, WINDOWS, **arguments | others | changes)

@@ -130,6 +130,13 @@ def override(text: str) -> tuple[str, str]:
     return pattern, layer(plan)
 
 
+def pace(text: str) -> tuple[str, float]:
+    pattern, equals, factor = text.partition("=")
+    if not (pattern and equals):
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=FACTOR")
+    return pattern, float(factor)
+
+
 def count(text: str) -> int:
     number = int(text)
     if number < 0:

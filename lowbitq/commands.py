@@ -243,6 +243,7 @@ def distill(options: Options) -> tuple[dict[str, Any], str]:
             batch=options.batch,
             memory=None if options.memory is None else int(1e9 * options.memory),
             rates=rates,
+            paces=dict(options.paces),
             seconds=None if options.minutes is None else 60 * options.minutes,
             work_dir=work_dir,
             teacher_dir=options.teacher_dir,

@@ -47,6 +47,7 @@ def distill(
     every: int = 10,
     patience: int | None = None,
     rates: Mapping[str, float] | None = None,
+    paces: Mapping[str, float] | None = None,
     warmup: int = 10,
     clip: float = 1.0,
     decay: float = 0.0,
@@ -104,6 +105,10 @@ def distill(
     rates : mapping of str to float, default=None
         Learning rates of some kinds; the others have those of `lowbitq.optimizers.RATES`. See
         also `lowbitq.range_test`.
+    paces : mapping of str to float, default=None
+        Factors of the learning rates of some layers, by patterns of names or formats, see
+        `lowbitq.students.Student.set_paces`: ``{"int2*": 2.0}``. Adam's steps do not depend on the
+        size of a gradient, so that a factor of the gradients would change nothing.
     warmup : int, default=10
         Steps in which the learning rate rises.
     clip : float, default=1.0
@@ -177,6 +182,7 @@ def distill(
         validation=validation,
         every=every,
         rates=rates,
+        paces=paces,
         warmup=warmup,
         clip=clip,
         decay=decay,
@@ -222,6 +228,7 @@ def options_of(
     memory: int | None,
     validation: int,
     rates: Mapping[str, float] | None,
+    paces: Mapping[str, float] | None,
     top_k: int | None,
     diversity: float,
     **others: Any,
@@ -282,6 +289,7 @@ def options_of(
         window=rows.shape[1],
         validation=validation,
         rates=tuple(sorted((RATES | dict(rates or {})).items())),
+        paces=tuple((paces or {}).items()),
         hints=hints,
         temperatures=tuple(map(float, temperatures)),
         diversity=diversity,

@@ -111,6 +111,7 @@ def range_test(
         memory=None,
         validation=1,
         rates=rates,
+        paces=None,
         top_k=None,
         steps=steps + 1,  # so that the last one is not validated
         every=steps + 1,

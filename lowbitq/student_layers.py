@@ -336,7 +336,7 @@ class StudentLayer:
         rotations: dict[bytes, StudentRotation] | None = None,
         learn_words: LearnWords | None = None,
     ) -> None:
-        self.linear, self._learn_words = linear, learn_words
+        self.name, self.linear, self._learn_words = name, linear, learn_words
         self.parameters: list[Parameter] = []
         self.tensors: list[StudentTensor] = []
         self._copies: list[StudentCopy] = []

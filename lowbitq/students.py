@@ -45,9 +45,10 @@ M. Chen et al., "EfficientQAT: Efficient Quantization-Aware Training for Large L
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -225,6 +226,42 @@ class Student:
             self._rotations.setdefault(place, {}) if "rotation" in self._kinds else None,
             learn_words if "weight" in self._kinds else None,
         )
+
+    def set_paces(self, paces: Mapping[str, float]) -> None:
+        """Multiply learning rates of some layers and norms by factors.
+
+        Parameters
+        ----------
+        paces : mapping of str to float
+            By patterns of names, ``"*.down_proj"``, or of a layer's first format, ``"int2*"``. The
+            last that matches holds.
+
+        Raises
+        ------
+        ValueError
+            If a factor is negative or not finite, or a pattern matches nothing.
+        """
+        groups = [
+            (layer.name, str(layer.linear.copies[0].tensor.format), layer.parameters)
+            for layer in self._layers.values()
+        ]
+        groups += [(g.parameter.name.removesuffix(".norm"), "", [g.parameter]) for g in self._gains]
+        factors: dict[int, float] = {}
+        for pattern, factor in paces.items():
+            if not 0 <= factor < float("inf"):
+                raise ValueError(
+                    f"pace {pattern!r} is {factor}, expected a finite number of at least 0"
+                )
+            matches = [
+                parameters
+                for *names, parameters in groups
+                if any(fnmatchcase(name, pattern) for name in names)
+            ]
+            if not matches:
+                raise ValueError(f"pace {pattern!r} matches no layer, norm or format")
+            factors |= {id(p): factor for parameters in matches for p in parameters}
+        for p in self.parameters:
+            p.pace *= factors.get(id(p), 1.0)
 
     def frozen(self, at: Progress) -> frozenset[str]:
         """Kinds of parameters that do not learn in this step."""

@@ -77,6 +77,7 @@ class Options:
     window: int
     validation: int
     rates: tuple[tuple[str, float], ...]
+    paces: tuple[tuple[str, float], ...]
     hints: Hints
     temperatures: tuple[float, ...]
     warmup: int
@@ -156,6 +157,7 @@ class Training:
         self.student = Student(
             model, options.learn, rounding=options.rounding, teacher=teacher.model
         )
+        self.student.set_paces(dict(options.paces))
         self.optimizer = AdamW(
             self.student.parameters,
             dict(options.rates),

@@ -64,6 +64,7 @@ def test_distill_with_everything(capsys, quantize, tiny_folder, text_file, tmp_p
         "--memory",
         100,
     ]
+    options += ["--pace", "int*=2", "--pace", "*norm=0.5"]
     options += ["--teacher-dir", kept, "--log", log, "--find-rates"] + ["--plot", loss] * plot
     code, shown, err = run(capsys, "distill", small, tiny_folder, out, *options, "--json")
     assert (code, err) == (0, [])
@@ -76,6 +77,7 @@ def test_distill_with_everything(capsys, quantize, tiny_folder, text_file, tmp_p
         "attention": 0.1,
     }
     assert known["options"]["temperatures"] == [3, 1]
+    assert known["options"]["paces"] == [["int*", 2], ["*norm", 0.5]]
     assert result["batch"] == known["options"]["batch"] > 2
     assert result["rates"] == dict(known["options"]["rates"]) != RATES
     assert all(one["features"] > 0 < one["attention"] for one in known["steps"])

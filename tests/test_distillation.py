@@ -330,6 +330,7 @@ def options_for(small, teacher, **changes):
         "clip": 1.0,
         "decay": 0.0,
         "diversity": 0.0,
+        "paces": None,
         "regularization": 0.0,
         "seed": 0,
     }

@@ -42,6 +42,7 @@ def training(small, teacher, hints, learn=("norm",), **changes):
         "rates": RATES,
         "top_k": None,
         "diversity": 0.0,
+        "paces": None,
         "regularization": 0.0,
     }
     options, rows = options_of(small, teacher, WINDOWS, **arguments | others | changes)

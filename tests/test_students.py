@@ -21,6 +21,7 @@ from lowbitq import _core
 from lowbitq.gradients import Pass
 from lowbitq.linears import Copy, Linear, QuantizedLinear
 from lowbitq.losses import Loss
+from lowbitq.optimizers import AdamW
 from lowbitq.rotations import Rotation
 from lowbitq.students import KINDS as ALL_KINDS
 from lowbitq.students import Student
@@ -390,3 +391,49 @@ def test_the_given_model_does_not_change():
     student.finish()
     assert content(small) == before
     assert np.array_equal(small.logits(TOKENS), logits)
+
+
+def test_paces_multiply_learning_rates_once():
+    small, _ = pair("int2g32 a32 + rank2")
+    other, _ = pair("int4g32 a32")
+    for name, linear in other.linears():
+        if name.endswith("v_proj"):
+            small.replace_linear(name, linear)
+    student = Student(small, ["scale", "norm", "adapter", "weight"], rounding="soft")
+    before = {p.name: p.pace for p in student.parameters}
+    student.set_paces({"*": 3.0, "int2*": 2.0, "*.o_proj": 0.5, "*layernorm": 0.25})
+    factors = {p.name: p.pace / before[p.name] for p in student.parameters}
+    for name, factor in factors.items():
+        expected = 2.0
+        if "v_proj" in name or name == "model.norm.norm":
+            expected = 3.0
+        elif "o_proj" in name:
+            expected = 0.5
+        elif "layernorm" in name:
+            expected = 0.25
+        assert factor == expected, name
+    assert any("weight" in name for name in factors)
+    for paces, message in [
+        ({"*.gate": 2.0}, r"pace '\*.gate' matches no layer, norm or format"),
+        ({"int2*": -1.0}, r"pace 'int2\*' is -1.0, expected a finite number of at least 0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            student.set_paces(paces)
+
+
+def test_a_pace_is_a_factor_of_a_layers_steps():
+    small, teacher = pair("int2g32 a32")
+    tokens, steps = random_tokens(48), []
+    for paces in ({}, {"*layers.0.mlp.up_proj": 4.0}):
+        student = Student(small, ["scale"])
+        student.set_paces(paces)
+        student.compose()
+        run = Pass(student.model, tokens)
+        hidden = teacher.hidden(tokens)
+        run.loss(Loss.parse("kl"), teacher=teacher, teacher_hidden=hidden)
+        student.backward([run])
+        AdamW(student.parameters, {"scale": 1e-3}).step(1.0)
+        steps.append({p.name: p.value - p.start for p in student.parameters})
+    for name, step in steps[0].items():
+        factor = 4 if "layers.0.mlp.up_proj" in name else 1
+        assert np.allclose(steps[1][name], factor * step, rtol=1e-3, atol=2e-7), name

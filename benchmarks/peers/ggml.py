@@ -88,21 +88,31 @@ class Ggml:
                     f"{name}: its structures are not those of 0.3.36"
                 )
 
-    def quantize(self, type: str, weight: NDArray[np.float32]) -> Matrix:
-        """Round a matrix to the blocks of a type."""
+    def quantize(
+        self,
+        type: str,
+        weight: NDArray[np.float32],
+        importance: NDArray[np.float32] | None = None,
+    ) -> Matrix:
+        """Round a matrix to the blocks of a type; `importance` (cols) weights squared errors."""
         matrix = self.empty(type, *weight.shape)
-        self.quantize_into(matrix, weight)()
+        self.quantize_into(matrix, weight, importance)()
         return matrix
 
     def empty(self, type: str, rows: int, cols: int) -> Matrix:
         """Return an uninitialised matrix of a type and shape."""
         return Matrix(type, rows, cols, np.zeros((rows, self._row_bytes(type, cols)), np.uint8))
 
-    def quantize_into(self, matrix: Matrix, weight: NDArray[np.float32]) -> Callable[[], object]:
+    def quantize_into(
+        self,
+        matrix: Matrix,
+        weight: NDArray[np.float32],
+        importance: NDArray[np.float32] | None = None,
+    ) -> Callable[[], object]:
         """Return a call that rounds contiguous `weight` (rows, cols) to `matrix`."""
         arguments = _arguments(
             c_int(TYPES[matrix.type]), weight, matrix.blocks, c_int64(0), c_int64(matrix.rows),
-            c_int64(matrix.cols), None,
+            c_int64(matrix.cols), importance,
         )  # fmt: skip
         return lambda: self._base.ggml_quantize_chunk(*arguments)
 

@@ -153,6 +153,12 @@ def enhance(
         If `bits` is too small for any of the formats, there are too few windows, or an option is
         out of range.
 
+    Notes
+    -----
+    SmolLM2-135M on 32 windows of 2048 tokens, one seed: at 2.3 bits ln(perplexity / float) is 0.220
+    and the divergence 0.286 nats, at 2.1 bits 0.287 and 0.351. It takes 62 minutes of one core: 11
+    for prices, 14 to compress, 35 to train; and 2.7 GB.
+
     Examples
     --------
     >>> found = enhance(model, "train.txt", bits=2.3)  # doctest: +SKIP

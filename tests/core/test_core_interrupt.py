@@ -273,7 +273,6 @@ def test_watch_is_asked_now_and_then_by_its_own_thread(core, watch, threads):
     assert core.lbq_set_threads(threads) == 0
     watch.answers = [False, True]
     done = []
-    start = time.monotonic()
 
     def task(_, index, worker):
         done.append(index)
@@ -283,9 +282,8 @@ def test_watch_is_asked_now_and_then_by_its_own_thread(core, watch, threads):
     status = core.lbq_parallel(ctypes.c_ssize_t(10000), TASK(task), None)
     core.lbq_set_threads(1)
     assert status == INTERRUPTED
-    assert 0.08 < time.monotonic() - start < 5, "two periods of 50 ms; all tasks take 7 to 20 s"
     assert watch.asked == [threading.get_ident()] * 2
-    assert len(done) < 5000
+    assert len(done) < 5000, "two periods of 50 ms; all tasks take 7 to 20 s"
     assert core.lbq_interrupted() == INTERRUPTED, "an ended watch stays so"
     core.lbq_watch_join(None)
     assert core.lbq_interrupted() == 0

@@ -114,9 +114,8 @@ def measure(name: str, count: int, path: Path) -> None:
     folder = Path(os.environ.get("LOWBITQ_DATA", "../shared/data"))
     model, (plan, how) = lq.load(demo_model()), ROWS[name]
     tokens = windows(model.tokenizer, folder / "wikitext2-valid.txt", **CALIBRATION)
-    space = how.get("search")
     options = {"embedding": None, "drift": False} | how
-    options.pop("search", None)
+    space = options.pop("search", None)
     small = lq.compress(model, plan, text=tokens, **options)
     if space:
         small = lq.search(model, small, tokens, space, trials=50, window=WINDOW // 2).model

@@ -74,7 +74,7 @@ def model_argument(parser: Parser) -> None:
 
 
 def bits_option(parser: Parser) -> None:
-    bits = "run only the first copies of a progressive model, with codes of so many bits in all"
+    bits = "run only the first copies of a progressive model, with at most this many bits in all"
     parser.add_argument("--bits", type=float, help=f"{bits} (default: all)")
 
 

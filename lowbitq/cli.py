@@ -256,6 +256,14 @@ def _enhance_arguments(parser: Parser) -> None:
     parser.add_argument("--trials", type=arguments.count, default=0, metavar="N", help=trials)
     steps = "of training; 0: none"
     parser.add_argument("--steps", type=arguments.count, default=240, metavar="N", help=steps)
+    _pace_option(parser)
+    parser.add_argument("--minutes", type=float, help="stop training after this time")
+    arguments.text_option(parser, "to calibrate and train on; its last two windows are held back")
+    arguments.calibration_options(parser, samples=32, window=2048)
+    arguments.work_dir_options(parser, "FOLDER.work")
+
+
+def _pace_option(parser: Parser) -> None:
     paces = "factor of the learning rates of layers whose names or formats match, with * and ?"
     parser.add_argument(
         "--pace",
@@ -266,10 +274,6 @@ def _enhance_arguments(parser: Parser) -> None:
         metavar="PATTERN=FACTOR",
         help=f"{paces}; may be given several times",
     )
-    parser.add_argument("--minutes", type=float, help="stop training after this time")
-    arguments.text_option(parser, "to calibrate and train on; its last two windows are held back")
-    arguments.calibration_options(parser, samples=32, window=2048)
-    arguments.work_dir_options(parser, "FOLDER.work")
 
 
 def _formats_option(parser: Parser) -> None:
@@ -329,16 +333,7 @@ def _distill_arguments(parser: Parser) -> None:
     parser.add_argument("--memory", type=float, metavar="GB", help=memory)
     rates = "first look for the learning rates, in at most 40 more steps"
     parser.add_argument("--find-rates", action="store_true", help=rates)
-    paces = "factor of the learning rates of layers whose names or formats match, with * and ?"
-    parser.add_argument(
-        "--pace",
-        dest="paces",
-        type=arguments.pace,
-        action="append",
-        default=[],
-        metavar="PATTERN=FACTOR",
-        help=f"{paces}; may be given several times",
-    )
+    _pace_option(parser)
     parser.add_argument("--minutes", type=float, help="stop after this time (default: never)")
     kept = "keep what the teacher says here, for later runs (default: run it for each window)"
     parser.add_argument("--teacher-dir", type=Path, metavar="FOLDER", help=kept)
